@@ -1,0 +1,2899 @@
+#!/usr/bin/env python3
+"""dockhand: git push deploys anything that fits in a container, on your own server.
+
+One file, copied to the server, is the installer, the key uploader and the handler of
+every push. It calls git, docker, nginx and init, and writes their own plain files: no
+daemon, no database. Take it away and every app goes on running and comes back at boot.
+
+    python3 dockhand.py install             make this machine ready (safe to repeat)
+    dockhand upload-key NAME < id.pub       who may push; also `gitreceive upload-key NAME`
+    git push git@HOST:APP.git main          deploy: build, check, switch, or change nothing
+
+A repository holds a Dockerfile, an upstart.conf and, for a web app, an nginx-proxy.conf.
+`dockhand` alone lists the commands that people run. sshd runs `dockhand serve KEY`; the
+hooks of the repositories run `sudo receive update ...` and `sudo receive post-receive ...`.
+
+What it writes:
+    /usr/local/lib/dockhand, /usr/local/bin/dockhand (and gitreceive, a link to it)
+    /etc/sudoers.d/dockhand, a boot job, /etc/nginx/conf.d/000-dockhand.conf
+    /home/git: the repositories and .ssh/authorized_keys
+    /var/lib/dockhand: the releases of each app
+    for each app: /etc/init/APP.conf or a container, /etc/nginx/conf.d/APP.conf, an image
+
+Copyright the dockhand authors. MIT licence: do what you like, keep this line, no warranty.
+"""
+import errno
+import fcntl
+import os
+import re
+import select
+import signal
+import stat
+import sys
+import time
+from collections import namedtuple
+
+
+# ---------------------------------------------------------------------------------------
+# Python 2.7 and 3
+# ---------------------------------------------------------------------------------------
+
+if sys.version_info[0] == 2:
+    def to_text(data):
+        """Bytes from a disk or a pipe as the native str."""
+        return data
+
+    def to_bytes(text):
+        """The native str as bytes for a disk or a pipe."""
+        return text.encode('utf-8') if isinstance(text, type(u'')) else text
+
+    monotonic = time.time
+else:
+    def to_text(data):
+        """Bytes from a disk or a pipe as the native str."""
+        return data.decode('utf-8', 'surrogateescape')
+
+    def to_bytes(text):
+        """The native str as bytes for a disk or a pipe."""
+        return text.encode('utf-8', 'surrogateescape')
+
+    monotonic = time.monotonic
+
+BYTE_ORDER_MARK = to_text(b'\xef\xbb\xbf')
+
+
+# ---------------------------------------------------------------------------------------
+# Constants: paths, limits, templates
+# ---------------------------------------------------------------------------------------
+
+LIBRARY = '/usr/local/lib/dockhand'
+PROGRAM = '/usr/local/bin/dockhand'
+OLDER_NAME = '/usr/local/bin/gitreceive'
+RECEIVE = LIBRARY + '/receive'
+TEMPLATE = LIBRARY + '/template'
+STATE = '/var/lib/dockhand'
+LOCKS = '/run/lock/dockhand'
+JOBS = '/etc/init'
+JOB_LOGS = '/var/log/upstart'
+NGINX = '/etc/nginx'
+PROXIES = NGINX + '/conf.d'
+CATCH_ALL = PROXIES + '/000-dockhand.conf'
+SUDOERS = '/etc/sudoers.d/dockhand'
+UNIT = '/etc/systemd/system/dockhand-recover.service'
+BOOT_JOB = JOBS + '/dockhand-recover.conf'
+UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
+
+FILE_LIMIT = 256 * 1024         # bytes of a Dockerfile, a job, a proxy file
+PATIENCE = 5.0                  # seconds in all that a pusher may keep us waiting
+HEALTH_TIMEOUT = 60             # seconds for an app to answer
+STEADY = 2.0                    # seconds that an app must keep running
+RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
+LOG_LINES = 20                  # of a failed app, shown to the pusher
+DEFAULT_BRANCHES = ('main', 'master')
+HTTP_PORTS = (80, 8080, 8000, 5000, 3000, 443)
+
+ENVIRONMENT = {
+    'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
+    'HOME': '/root', 'LC_ALL': 'C',
+    'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
+
+# Images that Dockerfiles start from: an app of that name would poison their FROM.
+BASE_IMAGES = set('''
+    almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos clojure
+    composer consul couchdb debian docker dotnet elasticsearch elixir erlang fedora gcc
+    ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia kong
+    mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl php
+    postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
+    solr swift tomcat traefik ubuntu varnish wordpress'''.split())
+SYSTEM_NAMES = set('''
+    apt avahi-daemon containerd cron dbus default docker git gitreceive init mail network
+    networking nginx plan receive root rsyslog ssh sshd sudo systemd udev upstart'''.split())
+
+LAUNCHER = '''#!{python} {flags}
+import sys
+sys.path.insert(0, '{library}')
+import dockhand
+dockhand.main({role!r}, {user!r})
+'''
+HOOK = '''#!/bin/sh
+exec sudo -n {receive} {hook} "$DOCKHAND_APP" "$DOCKHAND_KEY"{rest}
+'''
+REPOSITORY_CONFIG = '''[core]
+\tbare = true
+\thooksPath = hooks
+[receive]
+\tshallowUpdate = true
+[transfer]
+\thideRefs = refs/dockhand
+'''
+UNIT_TEXT = '''[Unit]
+Description=dockhand: put right what a crash left of a deploy
+After=docker.service nginx.service
+
+[Service]
+Type=oneshot
+ExecStart={program} recover
+
+[Install]
+WantedBy=multi-user.target
+'''
+BOOT_JOB_TEXT = '''description "dockhand: put right what a crash left of a deploy"
+start on started docker
+task
+exec {program} recover
+'''
+KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
+KEYS_END = '# dockhand: end of keys'
+KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
+
+
+# ---------------------------------------------------------------------------------------
+# The little OS layer
+# ---------------------------------------------------------------------------------------
+
+class Failure(Exception):
+    """One line for a person: what is wrong and what to do. The exit status is 1."""
+
+
+class Voice(object):
+    """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
+
+    git leaves its end of the pipe open and unread when the pusher is gone: a plain write
+    would block for ever after 64 KB. After `patience` seconds of waiting in all it falls
+    silent, and the work goes on.
+    """
+    def __init__(self, fd, patience=PATIENCE):
+        self.fd, self.patience = fd, patience
+
+    def __call__(self, text):
+        data = to_bytes(text + '\n')
+        while data and self.patience > 0:
+            data = data[self.write(data[:4096]):]
+
+    def write(self, data):
+        """Write what fits without blocking; the number of bytes written."""
+        begun = monotonic()
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        ready = retry(poll.poll, self.patience * 1000)
+        self.patience -= monotonic() - begun
+        if ready and ready[0][1] & select.POLLOUT:
+            try:
+                return os.write(self.fd, data)
+            except EnvironmentError:
+                pass
+        self.patience = 0
+        return 0
+
+
+say = Voice(2)
+
+
+def step(text):
+    """A step of a deploy, as the pusher sees it."""
+    say('-----> ' + text)
+
+
+def detail(text):
+    """Lines that belong to the step before."""
+    for line in text.splitlines():
+        say('       ' + line)
+
+
+def tell(text):
+    """A line on standard output, for the commands that people run."""
+    data = to_bytes(text + '\n')
+    while data:
+        data = data[os.write(1, data):]
+
+
+def printable(text, limit=80):
+    """What a stranger sent, fit for a message: printable ASCII, not too long."""
+    text = re.sub(r'[^ -~]', '?', text)
+    return text if len(text) <= limit else text[:limit] + '...'
+
+
+def plain_line(text):
+    """A line of a command's output without control characters and colours."""
+    text = re.sub(r'\x1b\[[0-9;?]*[ -/]*[@-~]', '', text)
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '', text).rstrip()
+
+
+def retry(call, *args):
+    """Call again when a signal interrupts it, as Python 3 does by itself."""
+    while True:
+        try:
+            return call(*args)
+        except (EnvironmentError, select.error) as error:
+            if error.args[0] != errno.EINTR:
+                raise
+
+
+Result = namedtuple('Result', 'status out err')
+Account = namedtuple('Account', 'name uid gid home shell')
+
+
+def execute(argv, env=None, cwd='/', account=None, stdin=None, feed=None, each=None):
+    """Run a command, never through a shell; a Result(status, out, err).
+
+    env      variables added to ENVIRONMENT
+    account  the Account to run as
+    stdin    text for its standard input
+    feed     a command whose output becomes its standard input (its failure counts)
+    each     a function that gets each line of its output, both streams, as it comes
+    """
+    import subprocess
+    with open(os.devnull, 'r+b') as null:
+        spawn = spawner(subprocess, env, cwd, account)
+        source = spawn(feed, null, subprocess.PIPE, null) if feed else None
+        given = source.stdout if source else subprocess.PIPE if stdin is not None else null
+        error = subprocess.STDOUT if each else subprocess.PIPE
+        process = spawn(argv, given, subprocess.PIPE, error)
+        try:
+            if source:
+                source.stdout.close()
+            if each:
+                read_lines(process.stdout.fileno(), each)
+            out, err = process.communicate(None if stdin is None else to_bytes(stdin))
+        finally:
+            end_processes([process] + ([source] if source else []))
+    status = process.returncode or (source.returncode if source else 0)
+    return Result(status, to_text(out), to_text(err or b''))
+
+
+def spawner(subprocess, env, cwd, account):
+    """A function that starts a command with nothing of ours but the streams it is given."""
+    variables = dict(ENVIRONMENT, **(env or {}))
+    if account:
+        variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
+    def prepare():
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        if account and os.geteuid() == 0:
+            os.setgid(account.gid)
+            os.initgroups(account.name, account.gid)
+            os.setuid(account.uid)
+
+    def spawn(argv, stdin, stdout, stderr):
+        try:
+            return subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr,
+                                    env=variables, cwd=cwd, close_fds=True,
+                                    preexec_fn=prepare)
+        except OSError as error:
+            raise Failure('%s: %s' % (argv[0], error.strerror))
+    return spawn
+
+
+def end_processes(processes):
+    """No child outlives the command that started it."""
+    for process in processes:
+        if process.stdout:
+            process.stdout.close()
+        try:
+            if process.poll() is None and sys.exc_info()[0]:
+                process.kill()
+        finally:
+            process.wait()
+
+
+def read_lines(fd, each, silence=20):
+    """Give each line that comes from a pipe to `each`; a sign of life when none does."""
+    begun, rest = monotonic(), b''
+    while True:
+        if not retry(select.select, [fd], [], [], silence)[0]:
+            each('... still busy after %d s' % (monotonic() - begun))
+            continue
+        data = retry(os.read, fd, 65536)
+        lines = (rest + data).replace(b'\r', b'\n').split(b'\n')
+        rest = lines.pop() if data else b''
+        for line in lines:
+            each(plain_line(to_text(line)))
+        if not data:
+            return
+
+
+class Host(object):
+    """The machine: where its files are, and how a command is run there.
+
+    Tests give another root and a `run` of their own; nothing else needs replacing.
+    """
+    def __init__(self, root='/', run=execute, user='git'):
+        self.root, self.execute, self.user = root, run, user
+
+    def path(self, *parts):
+        return os.path.join(self.root, *[part.lstrip('/') for part in parts])
+
+    def ask(self, argv, **options):
+        """Run a command that may fail; its Result."""
+        return self.execute(list(argv), **options)
+
+    def run(self, argv, **options):
+        """Run a command that must succeed; its standard output."""
+        result = self.ask(argv, **options)
+        if result.status:
+            raise Failure(command_failed(argv, result))
+        return result.out
+
+    def account(self):
+        """The user who owns the repositories and the keys; None before `install`."""
+        for line in (read_file(self.path('/etc/passwd')) or '').splitlines():
+            fields = line.split(':')
+            if fields[0] == self.user and len(fields) == 7:
+                return Account(fields[0], int(fields[2]), int(fields[3]), fields[5],
+                               fields[6] or '/bin/sh')
+        return None
+
+    def home(self):
+        account = self.account()
+        return account.home if account else '/home/' + self.user
+
+
+def command_failed(argv, result):
+    """`docker start blog--3 failed (1): the last line that it said`."""
+    lines = [line for line in (result.err or result.out).splitlines() if line.strip()]
+    said = ': ' + plain_line(lines[-1]) if lines else ''
+    return '%s failed (%d)%s' % (' '.join(argv[:4]), result.status, said)
+
+
+def find_program(host, name):
+    """The path of a program that root would run, or None."""
+    for folder in ENVIRONMENT['PATH'].split(':'):
+        path = host.path(folder, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def read_file(path):
+    """The text of a file; None where there is none."""
+    try:
+        with open(path, 'rb') as source:
+            return to_text(source.read())
+    except EnvironmentError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise
+
+
+def replace_file(path, text, mode=0o644, account=None, check=None):
+    """Replace a file whole, so that a crash leaves the old or the new; True if it changed.
+
+    check  a function that gets the path of the new file before it takes the old one's
+           place, and raises Failure where it will not do
+    """
+    if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
+        return False
+    temporary = os.path.join(os.path.dirname(path), '.' + os.path.basename(path) + '.new')
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, 'wb') as target:
+            target.write(to_bytes(text))
+            target.flush()
+            os.fchmod(fd, mode)
+            if account:
+                os.fchown(fd, account.uid, account.gid)
+            os.fsync(fd)
+        if check:
+            check(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
+    sync_folder(os.path.dirname(path))
+    return True
+
+
+def replace_link(path, target):
+    """Point a symbolic link somewhere else in one step; True if it changed."""
+    if os.path.islink(path) and os.readlink(path) == target:
+        return False
+    temporary = path + '.new'
+    remove_file(temporary)
+    os.symlink(target, temporary)
+    os.rename(temporary, path)
+    sync_folder(os.path.dirname(path))
+    return True
+
+
+def remove_file(path):
+    """Remove a file or a link; True if there was one."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise
+    sync_folder(os.path.dirname(path))
+    return True
+
+
+def sync_folder(path):
+    """Make what was renamed or removed in a folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(path, mode=0o755, account=None):
+    """Make a folder and those above it; True if it was not there as asked."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        os.mkdir(path)
+    found = os.stat(path)
+    owner = (account.uid, account.gid) if account else (found.st_uid, found.st_gid)
+    if stat.S_IMODE(found.st_mode) == mode and owner == (found.st_uid, found.st_gid):
+        return False
+    os.chmod(path, mode)
+    os.chown(path, *owner)
+    return True
+
+
+class Lock(object):
+    """A lock of root's on a file that is never deleted; the holder's words are in it."""
+    def __init__(self, path, purpose):
+        self.path, self.purpose = path, purpose
+
+    def __enter__(self):
+        make_folder(os.path.dirname(self.path))
+        self.file = open(self.path, 'a+')
+        fcntl.fcntl(self.file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except EnvironmentError:
+            holder = (read_file(self.path) or '').strip() or 'another command'
+            step('Waiting for ' + holder)
+            retry(fcntl.flock, self.file, fcntl.LOCK_EX)
+        self.file.truncate(0)
+        self.file.write('%s, since %s\n' % (self.purpose, time.strftime('%H:%M:%S')))
+        self.file.flush()
+
+    def __exit__(self, *raised):
+        self.file.truncate(0)
+        self.file.close()
+
+
+class Transaction(object):
+    """What is registered with `undo` happens, last first, if the block raises."""
+    def __init__(self):
+        self.undos = []
+
+    def undo(self, function, *args):
+        self.undos.append((function, args))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        if kind is None:
+            return
+        ignore_signals()
+        for function, args in reversed(self.undos):
+            try:
+                function(*args)
+            except (Failure, EnvironmentError) as error:
+                say('dockhand: while undoing: %s' % error)
+
+
+def exit_on_signals():
+    """SIGTERM becomes an exit, so that what was begun is undone; so does SIGHUP."""
+    def leave(number, frame):
+        raise Failure('stopped by signal %d' % number)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, leave)
+
+
+def ignore_signals():
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------
+# What is pushed: names, ssh commands, refs, keys (pure functions)
+# ---------------------------------------------------------------------------------------
+
+APP_NAME = re.compile(r'[a-z][a-z0-9]*(?:[._-][a-z0-9]+)*\Z')
+KEY_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z')
+OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
+
+
+def check_app_name(name):
+    """An app's name as it is, or Failure. It is never repaired."""
+    if not 2 <= len(name) <= 40 or not APP_NAME.match(name) or name.endswith('.git'):
+        raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9, and single "-", "_" '
+                      'or "." between them, a letter first' % printable(name))
+    if name in BASE_IMAGES:
+        raise Failure('"%s" is an image that Dockerfiles start from; an app of that name '
+                      'would take its place: choose another name' % name)
+    if name in SYSTEM_NAMES or name.startswith('dockhand'):
+        raise Failure('"%s" is a name that the server itself uses: choose another' % name)
+    return name
+
+
+def check_key_name(name):
+    """A key's name as it is, or Failure."""
+    if not KEY_NAME.match(name):
+        raise Failure('"%s" is no name for a key: up to 64 of a-z, A-Z, 0-9, and "._@-" after '
+                      'the first' % printable(name))
+    return name
+
+
+def parse_ssh_command(command):
+    """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
+
+    git sends `git-receive-pack 'app.git'` for a push and `git-upload-pack 'app.git'` for a
+    clone or a fetch (git-receive-pack(1)); with an ssh:// address the path begins with "/".
+    """
+    if not command:
+        raise Failure('no shell here: git push git@HOST:APP.git main')
+    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*)'\Z", command)
+    if not match:
+        raise Failure('"%s" is not for this key: it can git push, fetch and clone'
+                      % printable(command))
+    verb, name = match.groups()
+    return verb, check_app_name(name[:-4] if name.endswith('.git') else name)
+
+
+def judge_ref(ref, new, branch):
+    """What a pushed ref asks for: 'deploy', 'plan' or 'store'; Failure otherwise.
+
+    branch  the app's deploy branch, None before its first push
+    """
+    wanted = branch or ' or '.join(DEFAULT_BRANCHES)
+    if ref.startswith('refs/tags/'):
+        return 'store'
+    if not ref.startswith('refs/heads/'):
+        raise Failure('%s is refused: push a branch or a tag' % printable(ref))
+    name = ref[len('refs/heads/'):]
+    if not new.strip('0'):
+        raise Failure('branches are not deleted here; to remove the app, on the server: '
+                      'sudo dockhand destroy APP')
+    if name == 'plan':
+        return 'plan'
+    if name != branch and (branch or name not in DEFAULT_BRANCHES):
+        raise Failure('only %s is deployed; to deploy this: git push REMOTE %s:%s'
+                      % (wanted, printable(name), branch or DEFAULT_BRANCHES[0]))
+    return 'deploy'
+
+
+Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
+
+
+def parse_public_keys(text):
+    """The keys of an uploaded text, as [(type, base64 blob)]; Failure for anything else.
+
+    One `TYPE BASE64 [comment]` a line: authorized_keys of sshd(8), without its options.
+    """
+    if not text.strip():
+        raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
+                      'ssh HOST "sudo dockhand upload-key NAME"')
+    if 'PRIVATE KEY' in text:
+        raise Failure('this is a private key: keep it, and send the file that ends in .pub')
+    lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
+    found = [parse_public_key(line) for line in lines if line and line[0] != '#']
+    if not found:
+        raise Failure('no key among these lines')
+    return found
+
+
+def parse_public_key(line):
+    """(type, base64 blob) of one line."""
+    import base64
+    import binascii
+    words = line.split(None, 2)
+    try:
+        blob = base64.b64decode(to_bytes(words[1]))
+    except (IndexError, TypeError, ValueError, binascii.Error):
+        blob = b''
+    kind = to_bytes(words[0])
+    inside = b'\0\0\0' + bytes(bytearray([len(kind) % 256])) + kind
+    if not re.match(r'[a-z0-9.@-]+\Z', words[0]) or not blob.startswith(inside) \
+            or not re.match(r'[A-Za-z0-9+/]+=*\Z', words[1]):
+        raise Failure('"%s" is no public key: a line of TYPE BASE64 COMMENT is, as in '
+                      'id_ed25519.pub' % printable(line, 40))
+    return words[0], words[1]
+
+
+def fingerprint(blob):
+    """SHA256 of a key as OpenSSH prints it since 6.8."""
+    import base64
+    import hashlib
+    digest = hashlib.sha256(base64.b64decode(to_bytes(blob))).digest()
+    return 'SHA256:' + to_text(base64.b64encode(digest)).rstrip('=')
+
+
+def split_authorized_keys(text):
+    """(lines before our marks, our keys, lines after) of an authorized_keys file."""
+    lines = text.splitlines()
+    if KEYS_BEGIN not in lines:
+        return lines, [], []
+    first = lines.index(KEYS_BEGIN)
+    last = lines.index(KEYS_END, first) if KEYS_END in lines[first:] else len(lines)
+    keys = [parse_key_line(line) for line in lines[first + 1:last]]
+    return lines[:first], [key for key in keys if key], lines[last + 1:]
+
+
+def parse_key_line(line):
+    """The Key of a line that render_key wrote; None for another."""
+    match = re.match(r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)', line)
+    if not match:
+        return None
+    name, apps, kind, blob = match.groups()
+    return Key(kind, blob, name, tuple(apps.split()))
+
+
+def render_key(key):
+    """A line of authorized_keys: whoever has the key reaches `dockhand serve`, no shell."""
+    command = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
+    line = 'command="%s",%s %s %s %s' % (command, KEY_OPTIONS, key.type, key.blob, key.name)
+    if len(line) > 8000:
+        raise Failure('too many apps for one key: sshd reads lines of up to 8192 bytes')
+    return line
+
+
+def render_authorized_keys(before, keys, after):
+    marked = [KEYS_BEGIN] + [render_key(key) for key in keys] + [KEYS_END]
+    return '\n'.join(before + marked + after) + '\n'
+
+
+def add_keys(keys, uploaded, name, apps):
+    """The keys with those uploaded under a name; Failure if one has another name already."""
+    blobs = [blob for _, blob in uploaded]
+    for key in keys:
+        if key.blob in blobs and key.name != name:
+            raise Failure('this key is known as "%s": dockhand remove-key %s first, or go on '
+                          'using it' % (key.name, key.name))
+    kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
+    known = [key.blob for key in kept]
+    for kind, blob in uploaded:
+        if blob not in known:
+            known.append(blob)
+            kept.append(Key(kind, blob, name, apps))
+    return kept
+
+
+# ---------------------------------------------------------------------------------------
+# Jobs: upstart.conf read and checked, its `docker run` understood (pure functions)
+# ---------------------------------------------------------------------------------------
+
+Stanza = namedtuple('Stanza', 'name value line offset')     # offset: of value in the file
+Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
+Command = namedtuple('Command', 'words line operator')      # operator: what ends it
+Option = namedtuple('Option', 'name value word')            # of docker run, by its long name
+Run = namedtuple('Run', 'options image command line')
+Finding = namedtuple('Finding', 'level file line text')     # level: error, warning, note
+Published = namedtuple('Published', 'address host container protocol')
+
+# init(5) of Upstart 1.5, and what came later. A pair such as `kill signal` is one name.
+STANZAS = set('''
+    description author version usage instance env export emits manual exec script
+    expect task respawn console umask nice oom limit chroot chdir setuid setgid debug
+    apparmor cgroup'''.split())
+STANZA_PAIRS = {
+    'start': 'on', 'stop': 'on', 'normal': 'exit', 'reload': 'signal',
+    'kill': 'signal timeout', 'pre-start': 'exec script', 'post-start': 'exec script',
+    'pre-stop': 'exec script', 'post-stop': 'exec script'}
+
+# Options of `docker run` that take no value, and the letters for those with and without.
+FLAGS = set('''
+    detach disable-content-trust help init interactive no-healthcheck oom-kill-disable
+    privileged publish-all quiet read-only rm sig-proxy tty use-api-socket'''.split())
+LETTERS = {
+    'a': 'attach', 'c': 'cpu-shares', 'd': 'detach', 'e': 'env', 'h': 'hostname',
+    'i': 'interactive', 'l': 'label', 'm': 'memory', 'p': 'publish', 'P': 'publish-all',
+    'q': 'quiet', 't': 'tty', 'u': 'user', 'v': 'volume', 'w': 'workdir'}
+# What docker before 1.10 took with a single dash, and what of it is gone for good.
+SINGLE_DASH = set('''
+    rm name sig-proxy privileged cidfile entrypoint link expose dns volumes-from'''.split())
+GONE_OPTIONS = ('lxc-conf',)
+
+SHELL_TOKEN = re.compile(r'''
+    (?P<blank>[ \t\r]+|\\\r?\n)
+  | (?P<comment>\#[^\n]*)
+  | (?P<operator>\n|[;&|<>()]+)
+  | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
+  | (?P<stray>.)''', re.VERBOSE | re.DOTALL)
+
+
+def parse_job(text):
+    """The stanzas of an upstart.conf, in their order; Failure with file and line.
+
+    The format is that of init(5): a stanza a line, `\\` at a line's end continues it, and
+    so does an open parenthesis; `script` blocks end with `end script`.
+    """
+    if text.startswith(BYTE_ORDER_MARK):
+        raise job_failure(1, 'begins with a byte order mark: save it as UTF-8 without one')
+    stanzas, lines, at = [], logical_lines(text), 0
+    while at < len(lines):
+        line, offset, content = lines[at]
+        at += 1
+        words = content.split(None, 2)
+        if not words or words[0].startswith('#'):
+            continue
+        name, rest = stanza_name(words, content, line)
+        if name.endswith('script'):
+            first = at
+            while at < len(lines) and lines[at][2].split() != ['end', 'script']:
+                at += 1
+            if at == len(lines):
+                raise job_failure(line, '`script` without `end script`')
+            begin = lines[first][1]
+            stanzas.append(Stanza(name, text[begin:lines[at][1]], lines[first][0], begin))
+            at += 1
+            continue
+        end = offset + len(content.rstrip())
+        stanzas.append(Stanza(name, rest, line, end - len(rest)))
+    return stanzas
+
+
+def logical_lines(text):
+    """[(line number, offset, content)]: lines joined where a backslash or "(" says so.
+
+    Inside scripts nothing is joined that matters: their text is taken whole.
+    """
+    found, number, offset = [], 1, 0
+    for content in text.split('\n'):
+        if found and continues(found[-1][2]):
+            line, begin, before = found.pop()
+            found.append((line, begin, before + '\n' + content))
+        else:
+            found.append((number, offset, content))
+        number += 1
+        offset += len(content) + 1
+    return found
+
+
+def continues(content):
+    """Whether a stanza goes on in the next line."""
+    if content.lstrip().startswith('#'):
+        return False
+    depth = content.count('(') - content.count(')')
+    return content.rstrip('\r').endswith('\\') or (
+        depth > 0 and content.split()[:2] in (['start', 'on'], ['stop', 'on']))
+
+
+def stanza_name(words, content, line):
+    """(name, the rest of the line) of a stanza; Failure where init would not know it."""
+    if words[0] in STANZA_PAIRS:
+        if len(words) < 2 or words[1] not in STANZA_PAIRS[words[0]].split():
+            raise job_failure(line, '`%s` wants one of: %s'
+                              % (words[0], STANZA_PAIRS[words[0]]))
+        name = words[0] + ' ' + words[1]
+    elif words[0] in STANZAS:
+        name = words[0]
+    else:
+        raise job_failure(line, 'unknown stanza `%s`' % printable(words[0]))
+    return name, content.split(None, len(name.split()))[-1].strip() if (
+        len(words) > len(name.split())) else ''
+
+
+def job_failure(line, text):
+    return Failure('upstart.conf:%d: %s' % (line, text))
+
+
+def find_stanzas(job, *names):
+    return [stanza for stanza in job if stanza.name in names]
+
+
+def commands_of(stanza):
+    """The simple commands of an `exec` or `script` stanza, as [Command]."""
+    found, words = [], []
+    for match in SHELL_TOKEN.finditer(stanza.value):
+        line = stanza.line + stanza.value.count('\n', 0, match.start())
+        kind = match.lastgroup
+        if kind in ('word', 'stray'):
+            word = match.group()
+            words.append(Word(word, unquote(word), line, stanza.offset + match.start()))
+        elif kind == 'operator':
+            found.append(Command(words, line, match.group()))
+            words = []
+    found.append(Command(words, stanza.line + stanza.value.count('\n'), ''))
+    return [Command(c.words, c.words[0].line, c.operator) for c in found if c.words]
+
+
+def unquote(word):
+    """A shell word without its quotes."""
+    import shlex
+    try:
+        return ''.join(shlex.split(word))
+    except ValueError:
+        return word
+
+
+def docker_command(words):
+    """What follows `docker` (its global options skipped), or None for another command."""
+    values = [word.value for word in words]
+    at = 0
+    while at < len(values) and (values[at] == 'exec' or re.match(r'\w+=', values[at])):
+        at += 1
+    if at == len(values) or os.path.basename(values[at]) != 'docker':
+        return None
+    at += 1
+    while at < len(values) and values[at].startswith('-'):
+        at += 2 if values[at] in ('-H', '--host', '-c', '--context', '--config') else 1
+    if values[at:at + 1] == ['container']:
+        at += 1
+    return words[at:]
+
+
+def read_run(words):
+    """The Run that the words after `docker run` describe; None where no image is among them."""
+    options, at = [], 0
+    while at < len(words) and words[at].value.startswith('-'):
+        word = words[at]
+        at += 1
+        if word.value == '--':
+            break
+        for name, value in split_option(word.value):
+            if value is None and name not in FLAGS:
+                value = words[at].value if at < len(words) else ''
+                at += 1
+            options.append(Option(name, value, word))
+    if at >= len(words):
+        return None
+    command = [word.value for word in words[at + 1:]]
+    return Run(options, words[at].value, command, words[0].line)
+
+
+def split_option(text):
+    """[(long name, value or None)] of one word: --name=x, -rm, -itp80:80."""
+    name, equals, value = text.lstrip('-').partition('=')
+    if text.startswith('--') or name in SINGLE_DASH or name in GONE_OPTIONS:
+        return [(name, value if equals else None)]
+    found = []
+    for at, letter in enumerate(text[1:], 2):
+        name = LETTERS.get(letter, letter)
+        if name not in FLAGS:
+            return found + [(name, text[at:].lstrip('=') or None)]
+        found.append((name, None))
+    return found
+
+
+def runs_of(job):
+    """Every `docker run` of the main process, as [Run]."""
+    found = []
+    for stanza in find_stanzas(job, 'exec', 'script')[-1:]:
+        for command in commands_of(stanza):
+            words = docker_command(command.words)
+            if words and words[0].value == 'run':
+                found.append(read_run(words[1:]))
+    return [run for run in found if run]
+
+
+def option_values(run, name):
+    return [option.value for option in run.options if option.name == name]
+
+
+def option_is_on(option):
+    """A flag is on unless it says =false."""
+    return (option.value or 'true').lower() in ('true', '1', 't')
+
+
+def modernize_job(text):
+    """(text, [old word]): docker's old single-dash long options get their second dash."""
+    old = [option.word for run in runs_of(parse_job(text)) for option in run.options
+           if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
+    for word in reversed(old):
+        text = text[:word.offset] + '-' + text[word.offset:]
+    return text, [word.text for word in old]
+
+
+def parse_published(value):
+    """The Published of a `-p` value: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
+    ports, _, protocol = value.partition('/')
+    outside, _, container = ports.rpartition(':')
+    address, _, host = outside.rpartition(':')
+    return Published(address, host, container, protocol or 'tcp')
+
+
+def published_ports(job):
+    """The Published of every `-p` of the job's last `docker run`."""
+    run = (runs_of(job) or [None])[-1]
+    return [parse_published(value) for value in option_values(run, 'publish')] if run else []
+
+
+def mounted_paths(run):
+    """The paths in the container that -v, --mount and --tmpfs put something at."""
+    paths = [(value.split(':') + [value])[1] if ':' in value else value
+             for value in option_values(run, 'volume') + option_values(run, 'tmpfs')]
+    for value in option_values(run, 'mount'):
+        paths += re.findall(r'(?:dst|destination|target)=([^,]+)', value)
+    return [path.rstrip('/') for path in paths]
+
+
+def check_job(job, app, proxied=()):
+    """What is known to kill a deploy, as [Finding].
+
+    proxied  the ports that the app's proxy file passes requests to
+    """
+    runs = runs_of(job)
+    found = list(check_stanzas(job, app))
+    if not runs and find_stanzas(job, 'exec', 'script'):
+        found.append(Finding('warning', 'upstart.conf', 1, 'no `docker run` in `exec` or '
+                             '`script`: only the job itself can be checked'))
+    for run in runs:
+        found += check_options(run)
+        found += check_container_name(run, job)
+        found += check_image_and_ports(run, app, proxied)
+    return found
+
+
+def check_stanzas(job, app):
+    def finding(level, line, text):
+        return Finding(level, 'upstart.conf', line, text)
+    if not find_stanzas(job, 'exec', 'script'):
+        yield finding('error', 1, 'no `exec` or `script`: say how to run the app, as in '
+                      '`exec docker run --rm %s`' % app)
+    for stanza in job:
+        if stanza.name == 'kill signal' and stanza.value[:1].isdigit():
+            yield finding('error', stanza.line, '`kill signal %s`: a number crashes init 1.5; '
+                          'write its name, as in SIGINT' % stanza.value)
+        elif stanza.name in ('task', 'instance'):
+            yield finding('error', stanza.line, '`%s`: dockhand runs one service that goes '
+                          'on; use cron for what ends' % stanza.name)
+        elif stanza.name == 'expect' and stanza.value != 'none':
+            yield finding('error', stanza.line, '`expect %s`: docker run does not fork, and '
+                          'init would wait for ever; remove it' % stanza.value)
+        elif stanza.name == 'start on' and re.search(
+                r'filesystem\s+and\s+started\s+docker', stanza.value):
+            yield finding('note', stanza.line, 'under Upstart this does not come back when '
+                          'docker is restarted: `start on started docker` and `stop on '
+                          'stopping docker` does')
+
+
+def check_options(run):
+    def error(option, text):
+        return Finding('error', 'upstart.conf', option.word.line,
+                       '`%s`: %s' % (option.word.text, text))
+    for option in run.options:
+        if option.name in GONE_OPTIONS:
+            yield error(option, 'docker has it no longer (1.10)')
+        elif option.name == 'detach' and option_is_on(option):
+            yield error(option, 'a detached container leaves init nothing to watch; remove it')
+        elif option.name in ('interactive', 'tty') and option_is_on(option):
+            yield error(option, 'a service has no terminal; remove it')
+        elif option.name == 'name' and len(option.value) == 1:
+            yield error(option, 'docker wants two characters at least')
+
+
+def check_container_name(run, job):
+    """A named container that nothing removes makes every second start fail."""
+    for option in run.options:
+        if option.name == 'name' and not removes_container(run, job, option.value):
+            yield Finding('error', 'upstart.conf', option.word.line, '`--name %s` without '
+                          '`--rm`: the next start finds the name taken; add --rm'
+                          % option.value)
+
+
+def removes_container(run, job, name):
+    if any(option.name == 'rm' and option_is_on(option) for option in run.options):
+        return True
+    stanzas = find_stanzas(job, 'script', 'pre-start exec', 'pre-start script',
+                           'post-stop exec', 'post-stop script')
+    words = [docker_command(command.words) for stanza in stanzas
+             for command in commands_of(stanza)]
+    return any(found and found[0].value == 'rm' and
+               any(word.value == name or '$' in word.value for word in found[1:])
+               for found in words)
+
+
+def check_image_and_ports(run, app, proxied):
+    def warning(line, text):
+        return Finding('warning', 'upstart.conf', line, text)
+    if not is_image_of(app, run.image):
+        yield warning(run.line, 'it runs the image `%s`, not what this repository builds, '
+                      '`%s`' % (printable(run.image), app))
+    for option in run.options:
+        if option.name != 'publish':
+            continue
+        port = parse_published(option.value)
+        web = port.host in proxied or port.container in [str(p) for p in HTTP_PORTS]
+        if web and not port.address and port.protocol == 'tcp':
+            yield warning(option.word.line, '`-p %s` is open to the world, past ufw: behind '
+                          'nginx write `-p 127.0.0.1:%s:%s`' % (
+                              option.value, port.host or port.container, port.container))
+
+
+def is_image_of(app, image):
+    return image in (app, app + ':latest')
+
+
+def check_volumes(job, app, volumes):
+    """A VOLUME of the image that nothing is mounted at, as [Finding]."""
+    found = []
+    for run in runs_of(job):
+        if not is_image_of(app, run.image) or option_values(run, 'volumes-from'):
+            continue
+        for path in sorted(set(volumes) - set(mounted_paths(run))):
+            found.append(Finding('warning', 'upstart.conf', run.line, 'VOLUME %s is mounted '
+                                 'nowhere: its data goes at every stop; to keep it add '
+                                 '`-v /srv/%s%s:%s`' % (path, app, path, path)))
+    return found
+
+
+# What a job is where docker, not Upstart, keeps it running: the arguments of `docker
+# create` before and after the image, the variables that the job gives its commands.
+Container = namedtuple('Container', 'options image command env folder at_boot grace')
+
+DROPPED_OPTIONS = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name',
+                   'pull', 'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
+NO_EQUIVALENT = {
+    'chroot': 'the container has a root of its own; remove it',
+    'normal exit': 'docker restarts it whatever it exits with; remove it'}
+HARMLESS = ('true', ':', 'set', 'sleep', 'echo', 'exit')
+
+
+def container_of(job, app):
+    """The Container that does what the job says; Failure by line where none does."""
+    for stanza in job:
+        if stanza.name in NO_EQUIVALENT:
+            raise no_equivalent(stanza.line, stanza.name, NO_EQUIVALENT[stanza.name])
+        if stanza.name.startswith(('pre-', 'post-')):
+            check_harmless(commands_of(stanza), stanza.name)
+    env = job_environment(job)
+    run = only_run(job, app, env)
+    options = [render_option(option) for option in run.options
+               if option.name not in DROPPED_OPTIONS]
+    options += ['--stop-signal=' + stanza.value
+                for stanza in find_stanzas(job, 'kill signal')[-1:]]
+    starts = [stanza.name for stanza in find_stanzas(job, 'start on', 'manual')]
+    grace = [stanza.value for stanza in find_stanzas(job, 'kill timeout')] or ['5']
+    folder = [stanza.value for stanza in find_stanzas(job, 'chdir')] or ['/']
+    return Container(options, run.image, run.command, env, unquote(folder[-1]),
+                     starts[-1:] == ['start on'], grace[-1])
+
+
+def no_equivalent(line, what, remedy):
+    return job_failure(line, '`%s` has no equivalent where docker runs the app instead of '
+                       'Upstart, as here: %s' % (printable(what), remedy))
+
+
+def check_harmless(commands, where):
+    """Refuse what docker does not do anyway around a start and a stop."""
+    before = ''
+    for command in commands:
+        words = docker_command(command.words)
+        known = words and words[0].value in ('rm', 'stop', 'kill', 'pull') or \
+            command.words[0].value in HARMLESS or set(before) & set('<>')
+        if not known or command.operator == '|':
+            raise no_equivalent(command.line, where + ': ' + command.words[0].text,
+                                'do it in the Dockerfile or when the container starts')
+        before = command.operator
+
+
+def job_environment(job):
+    """The `env` of a job as a dict."""
+    pairs = [unquote(stanza.value).partition('=') for stanza in find_stanzas(job, 'env')]
+    return dict((name, value) for name, _, value in pairs)
+
+
+def only_run(job, app, env):
+    """The one `docker run` of a job whose other commands can be left out."""
+    main = (find_stanzas(job, 'exec', 'script') or [Stanza('exec', '', 1, 0)])[-1]
+    commands, runs = commands_of(main), []
+    for command in commands:
+        words = docker_command(command.words)
+        if words and words[0].value == 'run':
+            if command.operator.strip('\n;') not in ('', '||', '&&'):
+                raise no_equivalent(command.line, command.operator.strip(),
+                                    'docker keeps what it prints: dockhand logs %s' % app)
+            runs.append(expand_words(words[1:], env))
+    check_harmless([command for command in commands
+                    if (docker_command(command.words) or [Word('', '', 0, 0)])[0].value
+                    != 'run'], main.name)
+    if len(runs) != 1:
+        raise no_equivalent(main.line, main.name, 'one `docker run` is wanted')
+    run = read_run(runs[0])
+    if run is None:
+        raise job_failure(main.line, '`docker run` names no image')
+    return run
+
+
+def expand_words(words, env):
+    """Words with `$NAME` of the job's own env put in, as the shell would."""
+    import shlex
+    found = []
+    for word in words:
+        bare = re.sub(r"'[^']*'|\\.", '', word.text)
+        unknown = [name for name in re.findall(r'\$\{?(\w*)', bare) if name not in env]
+        if '`' in bare or unknown:
+            raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
+        text = re.sub(r'\$(?:\{(\w+)\}|(\w+))',
+                      lambda match: env[match.group(1) or match.group(2)], word.text) \
+            if bare.count('$') else word.text
+        found += [Word(word.text, value, word.line, word.offset)
+                  for value in shlex.split(text)]
+    return found
+
+
+def render_option(option):
+    name = ('--' if len(option.name) > 1 else '-') + option.name
+    return name if option.value is None else name + '=' + option.value
+
+
+# ---------------------------------------------------------------------------------------
+# Proxy files (pure functions)
+# ---------------------------------------------------------------------------------------
+
+Directive = namedtuple('Directive', 'line words block')     # block: [Directive] or None
+Server = namedtuple('Server', 'line listens names')
+Listen = namedtuple('Listen', 'address port default line')
+
+NGINX_TOKEN = re.compile(r'''
+    (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
+  | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
+  ''', re.VERBOSE | re.DOTALL)
+
+
+def proxy_header(app):
+    return "# dockhand: %s's, installed from its repository at each push\n" % app
+
+
+def job_header(app):
+    return "# dockhand: %s's job, installed from its repository at each push\n" % app
+
+
+def is_ours(text, app):
+    """Whether dockhand wrote this job or proxy file for this app."""
+    return text.startswith("# dockhand: %s's" % app)
+
+
+def parse_nginx(text):
+    """An nginx file as [Directive]; lenient, since `nginx -t` has the last word."""
+    stack, words, line = [[]], [], 1
+    for match in NGINX_TOKEN.finditer(text):
+        if match.lastgroup == 'word':
+            line = line if words else text.count('\n', 0, match.start()) + 1
+            words.append(match.group().strip('"\''))
+        elif match.lastgroup == 'mark':
+            mark = match.group()
+            if words:
+                block = [] if mark == '{' else None
+                stack[-1].append(Directive(line, words, block))
+                if mark == '{':
+                    stack.append(block)
+            words = []
+            if mark == '}' and len(stack) > 1:
+                stack.pop()
+    return stack[0]
+
+
+def servers_of(text):
+    """The server blocks of a file in conf.d, as [Server]."""
+    found = []
+    for directive in parse_nginx(text):
+        if directive.words != ['server'] or directive.block is None:
+            continue
+        inside = [d for d in directive.block if d.words[0] in ('listen', 'server_name')]
+        listens = [parse_listen(d) for d in inside if d.words[0] == 'listen' and d.words[1:]]
+        names = [name.lower() for d in inside if d.words[0] == 'server_name'
+                 for name in d.words[1:]]
+        found.append(Server(directive.line, listens or [
+            Listen('*', '80', False, directive.line)], names))
+    return found
+
+
+def parse_listen(directive):
+    """The Listen of `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
+    value, options = directive.words[1], directive.words[2:]
+    match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', value)
+    if match:
+        address, port = match.group(1) or '*', match.group(2)
+    else:
+        address, port = value, '' if value.startswith('unix:') else '80'
+    address = '*' if address == '0.0.0.0' else address
+    return Listen(address, port, bool({'default_server', 'default'} & set(options)),
+                  directive.line)
+
+
+def proxied_ports(text):
+    """The ports on this machine that a proxy file passes requests to."""
+    return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
+
+
+def server_claims(server):
+    """{(port, name): line} that a server block takes; `default_server` is such a name."""
+    claims = {}
+    for listen in server.listens:
+        for name in server.names:
+            spread = (name[1:], '*' + name) if name.startswith('.') else (name,)
+            claims.update(((listen.port, each), server.line) for each in spread)
+        if listen.default:
+            claims[listen.address + ':' + listen.port, 'default_server'] = listen.line
+    return claims
+
+
+def check_proxy(servers, others):
+    """Failure where a pushed file takes what another has, or can never be reached.
+
+    others  {path: [Server]} of nginx's other files
+    """
+    taken = {}
+    for path in sorted(others):
+        for server in others[path]:
+            for claim, line in server_claims(server).items():
+                taken.setdefault(claim, '%s:%d' % (path, line))
+    for server in servers:
+        for claim, line in sorted(server_claims(server).items()):
+            if claim in taken:
+                raise Failure('nginx-proxy.conf:%d: %s is taken on port %s, by %s: choose '
+                              'another name' % (line, claim_text(claim[1]),
+                                                claim[0].rpartition(':')[2], taken[claim]))
+        check_reachable(server)
+        check_addresses(server, others)
+
+
+def claim_text(name):
+    return name if name == 'default_server' else 'server_name ' + printable(name)
+
+
+def check_reachable(server):
+    """An unknown name on port 80 is answered by 000-dockhand.conf."""
+    named = [name for name in server.names if name not in ('', '_')]
+    if not named and all(listen.port in ('80', '443') and not listen.default
+                         for listen in server.listens):
+        raise Failure('nginx-proxy.conf:%d: no request reaches this server: give it a '
+                      'server_name, or write `listen 80 default_server;`' % server.line)
+
+
+def check_addresses(server, others):
+    """A server on one address of a port gets every request to it, whatever its name."""
+    shared = set(listen.port for found in others.values() for other in found
+                 for listen in other.listens if listen.address in ('*', '[::]'))
+    for listen in server.listens:
+        if listen.address not in ('*', '[::]') and listen.port in shared | set(['80']) \
+                and listen.port:
+            raise Failure('nginx-proxy.conf:%d: `listen %s:%s` would take all requests to '
+                          'that address: write `listen %s;`' % (
+                              listen.line, listen.address, listen.port, listen.port))
+
+
+def render_catch_all(listens, version, ipv6):
+    """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
+
+    listens  every Listen of nginx's other files
+    version  of nginx, as a tuple
+    """
+    used = set((listen.address, listen.port) for listen in listens)
+    claimed = any(listen.default and listen.port == '80' for listen in listens)
+    # Before 1.3.10 nginx took included files in no order: the first server is not ours.
+    flag = ' default_server' if version < (1, 3, 10) and not claimed else ''
+    plain = ['listen 80%s;' % flag]
+    if ipv6 and ('[::]', '80') in used:
+        plain.append('listen [::]:80%s;' % (' ipv6only=on' if version < (1, 3, 4) else ''))
+    blocks = [plain + ['server_name _;', 'return 404;']]
+    secure = ['listen %s443 ssl;' % prefix for address, prefix in (('*', ''), ('[::]', '[::]:'))
+              if (address, '443') in used]
+    if secure and version >= (1, 19, 4):
+        blocks.append(secure + ['server_name _;', 'ssl_reject_handshake on;'])
+    text = '# dockhand: what no app answers to; written anew when the apps change\n'
+    for block in blocks:
+        text += 'server {\n    ' + '\n    '.join(block) + '\n}\n'
+    return text
+
+
+def stage_nginx_conf(text, files, pid):
+    """A copy of nginx.conf that includes these files instead of those in conf.d."""
+    includes = '\n'.join('include %s;' % path for path in files)
+    text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
+                          lambda match: includes, text)
+    if not count:
+        raise Failure('%s/nginx.conf has no `include %s/*.conf;`: add it to its http block'
+                      % (NGINX, PROXIES))
+    text = re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
+    return 'pid %s;\n' % pid + text
+
+
+def proxy_address(servers):
+    """The address that a person would type for a web app, or None."""
+    for server in servers:
+        port = server.listens[0].port
+        names = [name for name in server.names if re.match(r'[a-z0-9][a-z0-9.-]*\Z', name)]
+        if server.listens[0].default and not names:
+            names = [os.uname()[1]]
+        if names and port:
+            scheme = 'https' if port == '443' else 'http'
+            return '%s://%s%s/' % (scheme, names[0],
+                                   '' if port in ('80', '443') else ':' + port)
+    return None
+
+
+# ---------------------------------------------------------------------------------------
+# Docker and nginx
+# ---------------------------------------------------------------------------------------
+
+def docker_version(host):
+    """The version of docker's engine, as a tuple; Failure where it does not answer."""
+    result = host.ask(['docker', 'version'])
+    match = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', result.out, re.S)
+    if not match:
+        raise Failure('docker does not answer: %s' % (
+            plain_line((result.err or result.out).strip().split('\n')[-1]) or 'is it running?'))
+    return tuple(int(part) for part in match.group(1).strip('.').split('.'))
+
+
+def inspect(host, *names):
+    """docker's description of containers and images, as [dict]; unknown names are left out."""
+    import json
+    result = host.ask(('docker', 'inspect') + names)
+    if result.status and 'annot connect' in result.err:
+        raise Failure(command_failed(['docker', 'inspect'], result))
+    try:
+        return json.loads(result.out or '[]')
+    except ValueError:
+        raise Failure(command_failed(['docker', 'inspect'], result))
+
+
+def image_id(host, name):
+    """The id of an image, None where there is none. `name` has a tag."""
+    found = inspect(host, name)
+    return str(found[0]['Id']) if found else None
+
+
+def running_containers(host, images):
+    """docker's description of the running containers of these images (by id), newest first."""
+    ids = host.run(['docker', 'ps', '-q', '--no-trunc']).split()
+    found = [each for each in (inspect(host, *ids) if ids else []) if each['Image'] in images]
+    return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
+
+
+def build_image(host, folder, tag, *options):
+    """Build an image from a folder; docker's output goes to the pusher as it comes."""
+    heard = []
+
+    def each(line):
+        if line and not line.startswith(('DEPRECATED', '            Install the buildx')):
+            heard.append(line)
+            del heard[:-200]
+            detail(line)
+    result = host.ask(('docker', 'build', '--force-rm', '-t', tag) + options + (folder,),
+                      env={'HOME': '/root'}, each=each)
+    if result.status:
+        raise Failure('the build failed%s' % build_trouble('\n'.join(heard), result.status))
+
+
+def build_trouble(heard, status):
+    """What the output of a failed build means, in words."""
+    if status == 137 or re.search(r'code:? 137\b', heard):
+        return ': out of memory (137): the kernel killed it; give the server swap or memory'
+    if 'exec format error' in heard:
+        return ': exec format error: an image for another processor than this server\'s'
+    return ''
+
+
+def tag_image(host, source, target):
+    """Move a tag."""
+    result = host.ask(['docker', 'tag', source, target])
+    if result.status and 'is already' in result.err:        # docker before 1.10
+        host.run(['docker', 'tag', '-f', source, target])
+    elif result.status:
+        raise Failure(command_failed(['docker', 'tag', source, target], result))
+
+
+def remove_image_tag(host, tag):
+    if image_id(host, tag):
+        host.run(['docker', 'rmi', tag])
+
+
+def nginx_version(host):
+    match = re.search(r'nginx/(\d+)\.(\d+)\.(\d+)', host.ask(['nginx', '-v']).err)
+    return tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
+
+
+def proxy_files(host):
+    """{path: text} of nginx's files in conf.d and sites-enabled, but for our catch-all."""
+    found = {}
+    for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', '')):
+        if not os.path.isdir(host.path(folder)):
+            continue
+        for name in sorted(os.listdir(host.path(folder))):
+            text = read_file(host.path(folder, name)) if not name.startswith('.') else None
+            if text is not None and name.endswith(ending):
+                found[folder + '/' + name] = text
+    found.pop(CATCH_ALL, None)
+    return found
+
+
+def catch_all_text(host, files):
+    listens = [listen for text in files.values() for server in servers_of(text)
+               for listen in server.listens]
+    ipv6 = os.path.exists(host.path('/proc/net/if_inet6'))
+    return render_catch_all(listens, nginx_version(host), ipv6)
+
+
+def check_proxy_file(host, app, text):
+    """Failure where this proxy file clashes with another, or nginx refuses it."""
+    own = PROXIES + '/%s.conf' % app
+    others = proxy_files(host)
+    others.pop(own, None)
+    check_proxy(servers_of(text), dict(
+        (path, servers_of(other)) for path, other in others.items()))
+    problem = try_nginx(host, app, text)
+    if problem and try_nginx(host, app, read_file(host.path(own))):
+        raise Failure("nginx's configuration was broken before this push, mend it first: "
+                      + problem)
+    if problem:
+        raise Failure(problem if 'nginx-proxy.conf:' in problem else
+                      'nginx-proxy.conf clashes with another file: ' + problem)
+
+
+def try_nginx(host, app, text):
+    """What nginx says against a proxy file in the place of the app's own; None if nothing.
+
+    It is tested in a staged copy of nginx's configuration: what lies in conf.d is valid
+    at every moment.
+    """
+    own = PROXIES + '/%s.conf' % app
+    files = dict((path, path) for path in proxy_files(host) if path.startswith(PROXIES))
+    files.pop(own, None)
+    candidate, catch_all, staged = ['%s/.dockhand-%s.%s' % (NGINX, app, part)
+                                    for part in ('candidate', 'catch-all', 'nginx')]
+    texts = proxy_files(host)
+    texts.pop(own, None)
+    if text is not None:
+        files[own] = candidate
+        texts[own] = text
+    order = [catch_all] + [files[path] for path in sorted(files)]
+    try:
+        replace_file(host.path(candidate), text or '')
+        replace_file(host.path(catch_all), catch_all_text(host, texts))
+        replace_file(host.path(staged), stage_nginx_conf(
+            read_file(host.path(NGINX, 'nginx.conf')) or '', order, staged + '.pid'))
+        result = host.ask(['nginx', '-t', '-q', '-c', staged])
+        return nginx_problem(result.err, candidate, catch_all) if result.status else None
+    finally:
+        for path in (candidate, catch_all, staged, staged + '.pid'):
+            remove_file(host.path(path))
+
+
+def nginx_problem(err, candidate, catch_all):
+    """The first thing that `nginx -t` calls an error, in the terms of the repository."""
+    lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err) or [
+        err.strip() or 'nginx -t failed']
+    text = plain_line(lines[0]).replace(catch_all, CATCH_ALL)
+
+    def in_repository(match):
+        return 'nginx-proxy.conf:%d' % (int(match.group(1)) - 1)     # our header is line 1
+    text, count = re.subn(r'(?:in )?%s:(\d+)' % re.escape(candidate), in_repository, text)
+    if count:
+        text = re.sub(r'^(.*) (nginx-proxy\.conf:\d+)\Z', r'\2: \1', text)
+    return text
+
+
+def install_proxy(host, app, text, certain=False):
+    """Put an app's proxy file in place, or take it away, and make nginx follow.
+
+    certain  it was live before: it is not checked again, and nginx reloads in any case
+    """
+    path = host.path(PROXIES, app + '.conf')
+    with host_lock(host, app):
+        found = read_file(path)
+        if text is not None and text != found and not certain:
+            check_proxy_file(host, app, text)
+        if text is not None:
+            changed = replace_file(path, text)
+        else:
+            changed = is_ours(found or '', app) and remove_file(path)
+        if write_catch_all(host) or changed or (certain and text is not None):
+            reload_nginx(host)
+
+
+def host_lock(host, app):
+    """What apps share (names, nginx) changes under this lock; taken after the app's own."""
+    return Lock(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
+
+
+def write_catch_all(host):
+    return replace_file(host.path(CATCH_ALL), catch_all_text(host, proxy_files(host)))
+
+
+def reload_nginx(host):
+    """Make nginx take up its configuration; Failure unless it really has.
+
+    `nginx -t` and the reload both succeed while a taken port keeps the old configuration:
+    it counts when every earlier worker has gone or says that it is shutting down.
+    """
+    master = nginx_master(host)
+    if master is None:
+        return start_nginx(host)
+    earlier = nginx_workers(host, master)
+    host.run(['nginx', '-s', 'reload'])
+    deadline = monotonic() + RELOAD_TIMEOUT
+    while set(earlier) & set(nginx_workers(host, master)):
+        if monotonic() > deadline:
+            raise Failure('nginx keeps its old configuration: ' + nginx_log(host))
+        time.sleep(0.01)
+
+
+def start_nginx(host):
+    if os.path.isdir(host.path('/run/systemd/system')):
+        host.run(['systemctl', 'start', 'nginx'])
+    else:
+        host.run(['nginx'])
+
+
+def nginx_master(host):
+    """The process id of nginx's master, None where it does not run."""
+    match = re.search(r'(?m)^\s*pid\s+([^;]+);', read_file(host.path(NGINX, 'nginx.conf')) or '')
+    for path in (match.group(1) if match else '/run/nginx.pid', '/run/nginx.pid'):
+        pid = (read_file(host.path(path)) or '').strip()
+        if pid.isdigit() and 'nginx' in process_title(host, pid):
+            return pid
+    return None
+
+
+def nginx_workers(host, master):
+    """The workers that still take requests, as [process id]."""
+    return [pid for pid in child_processes(host, master)
+            if 'shutting down' not in process_title(host, pid)]
+
+
+def child_processes(host, parent):
+    found = []
+    for pid in os.listdir(host.path('/proc')):
+        status = read_process(host, pid, 'stat') if pid.isdigit() else ''
+        if status.rpartition(')')[2].split()[1:2] == [parent]:
+            found.append(pid)
+    return found
+
+
+def process_title(host, pid):
+    return read_process(host, pid, 'cmdline').replace('\0', ' ')
+
+
+def read_process(host, pid, name):
+    """A file of /proc/PID, '' when the process is gone."""
+    try:
+        return read_file(host.path('/proc', pid, name)) or ''
+    except EnvironmentError:
+        return ''
+
+
+def nginx_log(host):
+    """The last trouble in nginx's error log."""
+    log = read_file(host.path('/var/log/nginx/error.log')) or ''
+    lines = [line for line in log.splitlines() if '[emerg]' in line or '[alert]' in line]
+    return plain_line(lines[-1]) if lines else 'see /var/log/nginx/error.log'
+
+
+# ---------------------------------------------------------------------------------------
+# The two engines: what keeps an app running
+# ---------------------------------------------------------------------------------------
+
+# What the health check looks at. alive: True, False, or None while it is still starting;
+# identity changes when the app is started anew; ports: [(address, tcp port)].
+State = namedtuple('State', 'alive identity ports health text')
+
+
+def choose_engine(host):
+    return Upstart(host) if is_upstart(host) else Containers(host)
+
+
+def is_upstart(host):
+    """Whether PID 1 is Upstart (its tools may lie beside another init)."""
+    if os.path.isdir(host.path('/run/systemd/system')) or not find_program(host, 'initctl'):
+        return False
+    return 'upstart' in host.ask(['initctl', 'version']).out
+
+
+def container_state(found):
+    """The State of a container from docker's description."""
+    state = found['State']
+    alive = state['Running'] and not state.get('Restarting')
+    health = (state.get('Health') or {}).get('Status') or ''
+    text = 'running' if alive else 'exited with %s' % state.get('ExitCode')
+    identity = (found['Id'], state['StartedAt'], found.get('RestartCount'))
+    return State(bool(alive), identity, container_ports(found), str(health), text)
+
+
+def container_ports(found):
+    """[(address, port)]: where the published tcp ports of a container really are."""
+    settings = found.get('NetworkSettings') or {}
+    networks = settings.get('Networks') or {}
+    addresses = [each.get('IPAddress') for each in networks.values()]
+    addresses = [each for each in addresses + [settings.get('IPAddress')] if each][:1]
+    published = (found.get('HostConfig') or {}).get('PortBindings') or {}
+    return [(str(address), int(port.split('/')[0])) for address in addresses
+            for port in sorted(published) if port.endswith('/tcp')]
+
+
+class Containers(object):
+    """Docker itself keeps the app running: one container a release, named APP--N."""
+
+    name = 'docker'
+
+    def __init__(self, host):
+        self.host = host
+
+    def check(self, release):
+        """Failure where the release cannot run here, before anything is touched."""
+        container_of(parse_job(release.job), release.app)
+        if docker_version(self.host) < (1, 10):
+            raise Failure('docker 1.10 or later is needed where init is not Upstart')
+
+    def prepare(self, release):
+        """Create the container, so that the gap is a stop and a start, no more."""
+        name = container_name(release)
+        found = inspect(self.host, name)
+        if found and found[0]['Image'] == release.image:
+            return
+        if found:
+            raise Failure('a container %s is in the way that is not of this release: docker '
+                          'rm -f %s' % (name, name))
+        self.host.run(self.create_command(release), env=self.job(release).env,
+                      cwd=self.job(release).folder)
+
+    def create_command(self, release):
+        job = self.job(release)
+        options = list(job.options)
+        if not any(option.startswith('--log-') for option in options):
+            options += ['--log-driver=json-file', '--log-opt=max-size=10m',
+                        '--log-opt=max-file=3']
+        image = release.image if is_image_of(release.app, job.image) else job.image
+        return ['docker', 'create', '--name', container_name(release)] + options + \
+            [image] + job.command
+
+    def job(self, release):
+        return container_of(parse_job(release.job), release.app)
+
+    def place(self, release):
+        self.prepare(release)
+
+    def start(self, release):
+        self.host.run(['docker', 'start', container_name(release)])
+
+    def stop(self, release):
+        if inspect(self.host, container_name(release)):
+            self.host.run(['docker', 'stop', '-t', self.job(release).grace,
+                           container_name(release)])
+
+    def settle(self, release, stopped=False):
+        """From now on docker starts it again by itself, at boot too."""
+        policy = 'unless-stopped' if self.job(release).at_boot else 'on-failure'
+        self.host.run(['docker', 'update', '--restart', policy, container_name(release)])
+
+    def discard(self, release):
+        """Take away what only this release had."""
+        if inspect(self.host, container_name(release)):
+            self.host.run(['docker', 'rm', '-f', '-v', container_name(release)])
+
+    def state(self, release):
+        found = inspect(self.host, container_name(release))
+        if not found:
+            return State(False, None, [], '', 'its container is gone')
+        return container_state(found[0])
+
+    def logs_command(self, release, lines, follow):
+        return ['docker', 'logs', '--tail', str(lines)] + (['-f'] if follow else []) + [
+            container_name(release)]
+
+
+def container_name(release):
+    return '%s--%d' % (release.app, release.number)
+
+
+class Upstart(object):
+    """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
+
+    name = 'Upstart'
+
+    def __init__(self, host):
+        self.host = host
+
+    def check(self, release):
+        docker_version(self.host)
+
+    def prepare(self, release):
+        """Nothing can be made ready: a job of this name runs the old release."""
+
+    def place(self, release):
+        """Upstart sees a new file at once; `manual` keeps a reboot from starting a mixture."""
+        self.hold(release)
+        replace_file(self.job_path(release), release.job)
+
+    def job_path(self, release):
+        return self.host.path(JOBS, release.app + '.conf')
+
+    def override_path(self, release):
+        return self.host.path(JOBS, release.app + '.override')
+
+    def hold(self, release):
+        replace_file(self.override_path(release), 'manual\n')
+
+    def start(self, release):
+        result = self.host.ask(['timeout', '60', 'start', release.app])
+        if result.status and 'already running' not in result.err + result.out:
+            raise Failure(command_failed(['start', release.app], result))
+
+    def stop(self, release):
+        """Stop the job, and the containers that init leaves behind when they ignore it."""
+        self.hold(release)
+        result = self.host.ask(['stop', release.app])
+        said = result.err + result.out
+        if result.status and 'Unknown instance' not in said and 'Unknown job' not in said:
+            raise Failure(command_failed(['stop', release.app], result))
+        for found in running_containers(self.host, [release.image]):
+            self.host.run(['docker', 'stop', '-t', '1', found['Id']])
+
+    def settle(self, release, stopped=False):
+        if not stopped:
+            remove_file(self.override_path(release))
+
+    def discard(self, release):
+        if is_ours(read_file(self.job_path(release)) or '', release.app):
+            remove_file(self.job_path(release))
+        remove_file(self.override_path(release))
+
+    def state(self, release):
+        said = self.host.ask(['status', release.app])
+        text = (said.out or said.err).strip()
+        match = re.search(r'(start|stop)/([\w-]+)(?:, process (\d+))?', text)
+        if not match or match.group(1) == 'stop':
+            return State(False, None, [], '', printable(text) or 'no such job')
+        if match.group(2) != 'running':
+            return State(None, None, [], '', text)
+        identity = (match.group(3),)
+        found = running_containers(self.host, [release.image])
+        if not found:
+            alone = not any(is_image_of(release.app, run.image)
+                            for run in runs_of(parse_job(release.job)))
+            return State(True if alone else None, identity, [], '', text)
+        state = container_state(found[0])
+        return state._replace(identity=identity + state.identity, text=text)
+
+    def logs_command(self, release, lines, follow):
+        log = self.host.path(JOB_LOGS, release.app + '.log')
+        return ['tail', '-n', str(lines)] + (['-f'] if follow else []) + [log]
+
+
+def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
+    """Wait until a release answers and keeps running; Failure as soon as it will not.
+
+    It answers when its HEALTHCHECK says healthy, or, without one, when each published tcp
+    port accepts a connection at the container's own address (docker's proxy accepts on the
+    host's port whatever is behind it).
+    """
+    begun = since = monotonic()
+    identity, deaths = None, 0
+    while True:
+        state = engine.state(release)
+        if state.alive is False:
+            raise Failure('it does not run: ' + state.text)
+        if state.health == 'unhealthy':
+            raise Failure('its HEALTHCHECK says unhealthy')
+        if state.identity != identity:
+            deaths += identity is not None
+            identity, since = state.identity, monotonic()
+        if deaths > 3:
+            raise Failure('it keeps dying and being started again')
+        missing = silent_ports(state)
+        if state.alive and not missing and monotonic() - since >= steady:
+            return
+        if monotonic() - begun > timeout:
+            raise Failure('after %d s %s' % (timeout, missing or 'it is not running yet'))
+        time.sleep(0.1)
+
+
+def silent_ports(state):
+    """What does not answer yet, in words; '' when all does."""
+    if state.health:
+        return '' if state.health == 'healthy' else 'its HEALTHCHECK is still ' + state.health
+    for address, port in state.ports:
+        if not accepts(address, port):
+            return 'nothing listens on port %d of the container' % port
+    return ''
+
+
+def accepts(address, port):
+    """Whether something takes a TCP connection there, within a second."""
+    import socket
+    try:
+        socket.create_connection((address, port), 1).close()
+        return True
+    except (EnvironmentError, socket.error):
+        return False
+
+
+# ---------------------------------------------------------------------------------------
+# Releases: the store, apply, deploy, recover
+# ---------------------------------------------------------------------------------------
+
+# number: counted from 1, never used again. image: its id. job, proxy: the files as they
+# are installed, or None. time: seconds since 1970.
+Release = namedtuple('Release', 'app number commit branch key time image job proxy')
+
+
+def app_folder(host, app, *parts):
+    return host.path(STATE, 'apps', app, *parts)
+
+
+def release_folder(host, app, number):
+    return app_folder(host, app, 'releases', str(number))
+
+
+def list_apps(host):
+    folder = host.path(STATE, 'apps')
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def list_releases(host, app):
+    """The numbers of an app's releases, failed ones included, as [int]."""
+    folder = app_folder(host, app, 'releases')
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def load_release(host, app, number):
+    """A Release from the store, None where it is not there whole."""
+    import json
+    folder = release_folder(host, app, number)
+    text = read_file(os.path.join(folder, 'release.json'))
+    record = json.loads(text) if text else {'failed': ''}
+    if 'failed' in record:
+        return None
+    values = dict((name, native(record[name])) for name in Release._fields
+                  if name in record)
+    return Release(job=read_file(os.path.join(folder, 'upstart.conf')),
+                   proxy=read_file(os.path.join(folder, 'nginx-proxy.conf')), **values)
+
+
+def native(value):
+    """Python 2.7's json gives unicode."""
+    return str(value) if isinstance(value, type(u'')) else value
+
+
+def save_release(host, release):
+    """Write a release down whole: its record comes last."""
+    folder = release_folder(host, release.app, release.number)
+    make_folder(app_folder(host, release.app), 0o700)
+    make_folder(folder)
+    for name, text in (('upstart.conf', release.job), ('nginx-proxy.conf', release.proxy)):
+        if text is not None:
+            replace_file(os.path.join(folder, name), text)
+    record = dict(release._asdict())
+    del record['job'], record['proxy']
+    write_record(folder, record)
+
+
+def write_record(folder, record):
+    import json
+    replace_file(os.path.join(folder, 'release.json'),
+                 json.dumps(record, indent=1, sort_keys=True) + '\n')
+
+
+def save_failure(host, release, reason):
+    """What remains of a failed release: its number and why."""
+    folder = release_folder(host, release.app, release.number)
+    for name in ('upstart.conf', 'nginx-proxy.conf'):
+        remove_file(os.path.join(folder, name))
+    make_folder(app_folder(host, release.app), 0o700)
+    make_folder(folder)
+    write_record(folder, {'number': release.number, 'commit': release.commit,
+                          'key': release.key, 'time': release.time, 'failed': reason})
+
+
+def linked_release(host, app, link):
+    """The Release that `live` or `pending` points to, or None."""
+    try:
+        number = os.path.basename(os.readlink(app_folder(host, app, link)))
+    except OSError:
+        return None
+    return load_release(host, app, int(number))
+
+
+def live_release(host, app):
+    return linked_release(host, app, 'live')
+
+
+def set_link(host, app, link, release):
+    replace_link(app_folder(host, app, link), 'releases/%d' % release.number)
+
+
+def is_stopped(host, app):
+    """Whether a person said `dockhand stop`; it lasts until a start or a push."""
+    return os.path.exists(app_folder(host, app, 'stopped'))
+
+
+def app_lock(host, app, purpose):
+    return Lock(host.path(LOCKS, app), purpose)
+
+
+def switch_steps(host, old, new, run=True, certain=False):
+    """What makes the host go from one release to another, as [(function, *args)].
+
+    old, new  a Release or None: a first deploy, or its undoing
+    run       whether the new one is started
+    certain   the new one was live before
+    """
+    engine = choose_engine(host)
+    steps = [(engine.stop, old)] if old else []
+    if new:
+        steps += [(tag_image, host, image_tag(new), new.app + ':latest'), (engine.place, new)]
+        steps += [(engine.start, new)] if run else []
+    steps += [(install_proxy, host, (new or old).app, new.proxy if new else None, certain)]
+    if old and not new:
+        steps += [(remove_image_tag, host, old.app + ':latest')]
+    return steps
+
+
+def image_tag(release):
+    return '%s:%d' % (release.app, release.number)
+
+
+def apply(host, old, new):
+    """Make the host match a release, or put the old one back and raise.
+
+    The one place that changes a running app. `pending` says what is being switched to;
+    moving `live` is the commit point.
+    """
+    engine = choose_engine(host)
+    with Transaction() as transaction:
+        transaction.undo(put_back, host, new, old)
+        set_link(host, new.app, 'pending', new)
+        engine.prepare(new)
+        for function_and_args in switch_steps(host, old, new):
+            function_and_args[0](*function_and_args[1:])
+        check_or_show_log(host, new, engine)
+        set_link(host, new.app, 'live', new)
+    finish(host, new, engine)
+
+
+def finish(host, release, engine):
+    """What follows the commit point: the app comes back by itself from now on."""
+    try:
+        remove_file(app_folder(host, release.app, 'stopped'))
+        engine.settle(release)
+        remove_file(app_folder(host, release.app, 'pending'))
+    except (Failure, EnvironmentError) as error:
+        say('dockhand: %s is live, but: %s; `dockhand recover` tries again'
+            % (release.app, error))
+
+
+def check_or_show_log(host, release, engine):
+    try:
+        check_health(release, engine)
+    except Failure as failure:
+        command = engine.logs_command(release, LOG_LINES, False)
+        step('The last lines of its log:')
+        host.ask(command, each=detail)
+        raise Failure('release %d failed its health check: %s' % (release.number, failure))
+
+
+def put_back(host, new, old):
+    """Undo a switch, whatever was done of it. Each part that can be put back is."""
+    if live_release(host, new.app) == new:
+        return finish(host, new, choose_engine(host))
+    engine = choose_engine(host)
+    run = old is not None and not is_stopped(host, new.app)
+    steps = switch_steps(host, new, old, run, certain=True) + [(engine.discard, new)]
+    if old:
+        steps += [(engine.place, old)] if engine.name == 'Upstart' else []
+        steps += [(engine.settle, old, not run)]
+    steps += [(check_health, old, engine, 20, 0)] if run else []
+    left = []
+    for function_and_args in steps:
+        try:
+            function_and_args[0](*function_and_args[1:])
+        except (Failure, EnvironmentError) as error:
+            left.append(str(error))
+    for problem in left:
+        say('dockhand: could not be put back: ' + problem)
+    if left:
+        say('dockhand: mend that, then: sudo dockhand recover')
+        return
+    remove_file(app_folder(host, new.app, 'pending'))
+    step('Release %d runs as before' % old.number if run else 'Nothing of it is left')
+
+
+def recover_app(host, app):
+    """Finish or undo what a crash left of a deploy; under the app's lock."""
+    pending = linked_release(host, app, 'pending')
+    if pending is None:
+        remove_file(app_folder(host, app, 'pending'))
+        return
+    step('%s: release %d was interrupted' % (app, pending.number))
+    put_back(host, pending, live_release(host, app))
+
+
+def put_right(host, app):
+    """Start a live app that should run and does not: after a boot, a prune."""
+    release = live_release(host, app)
+    if release is None or is_stopped(host, app):
+        return
+    engine = choose_engine(host)
+    if engine.state(release).alive is False:
+        step('%s: release %d did not run; starting it' % (app, release.number))
+        engine.place(release)
+        engine.start(release)
+        engine.settle(release)
+
+
+def read_pushed(folder, name):
+    """The text of a pushed file, None where there is none; Failure unless it is plain."""
+    path = os.path.join(folder, name)
+    try:
+        kind = os.lstat(path).st_mode
+    except OSError:
+        return None
+    if not stat.S_ISREG(kind):
+        raise Failure('%s is a %s: commit a plain file'
+                      % (name, 'link' if stat.S_ISLNK(kind) else 'folder'))
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
+        data = source.read(FILE_LIMIT + 1)
+    if len(data) > FILE_LIMIT:
+        raise Failure('%s is larger than %d KB' % (name, FILE_LIMIT // 1024))
+    if b'\0' in data:
+        raise Failure('%s holds a NUL byte: it is no text' % name)
+    if not data.strip() and name != '.dockerignore':
+        raise Failure('%s is empty' % name)
+    return to_text(data)
+
+
+def git(host, app, *args, **options):
+    """Run git in an app's repository, with the git user's rights only."""
+    repository = os.path.join(host.home(), app + '.git')
+    return host.run(('git', '--git-dir=' + repository) + args,
+                    account=host.account(), env={'GIT_NO_REPLACE_OBJECTS': '1'}, **options)
+
+
+def commit_of(host, app, ref):
+    """The id of the commit a ref points to, '' where there is none."""
+    return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
+
+
+def check_out(host, app, commit):
+    """Fill the app's build folder with a commit's files; the folder."""
+    folder = host.path(STATE, 'build', app)
+    account = host.account()
+    empty_build_folder(host, app)
+    host.run(['mkdir', folder], account=account)
+    repository = os.path.join(host.home(), app + '.git')
+    host.run(['tar', '-x', '-C', folder], account=account,
+             env={'GIT_NO_REPLACE_OBJECTS': '1'},
+             feed=['git', '--git-dir=' + repository, 'archive', '--format=tar', commit])
+    return folder
+
+
+def empty_build_folder(host, app):
+    host.run(['rm', '-rf', '--', host.path(STATE, 'build', app)], account=host.account())
+
+
+Pushed = namedtuple('Pushed', 'folder job proxy')       # what a commit brings, as installed
+
+
+def check_files(host, app, folder):
+    """Read and check what was pushed; Pushed(folder, job, proxy)."""
+    if read_pushed(folder, 'Dockerfile') is None:
+        raise Failure('no Dockerfile in this commit: it says how to build the app')
+    read_pushed(folder, '.dockerignore')
+    job, proxy = read_pushed(folder, 'upstart.conf'), read_pushed(folder, 'nginx-proxy.conf')
+    if job is None:
+        raise Failure('no upstart.conf in this commit: it says how to run the app, as in '
+                      '`exec docker run --rm %s`' % app)
+    for name, sign in (('.gitmodules', ''), ('.gitattributes', 'filter=lfs')):
+        if sign in (read_file(os.path.join(folder, name)) or sign + '?') and \
+                os.path.isfile(os.path.join(folder, name)):
+            step('Note: %s' % (sign and 'files kept by git LFS come as pointers only'
+                               or 'submodules are not part of a push: their folders are empty'))
+    if proxy and proxy.startswith(BYTE_ORDER_MARK):
+        raise Failure('nginx-proxy.conf:1: begins with a byte order mark: save it without')
+    job, old_words = modernize_job(job)
+    if old_words:
+        step('Written for docker as it is today: -%s' % ', -'.join(old_words))
+    report_findings(check_job(parse_job(job), app, proxied_ports(proxy)))
+    return Pushed(folder, job_header(app) + job, proxy and proxy_header(app) + proxy)
+
+
+def report_findings(findings):
+    """Say each; Failure with the first that is an error."""
+    errors = [each for each in findings if each.level == 'error']
+    for each in findings:
+        if each is not (errors or [None])[0]:
+            step('%s:%d: %s: %s' % (each.file, each.line, each.level, each.text))
+    if errors:
+        raise Failure('%s:%d: %s' % errors[0][1:])
+
+
+def check_host_names(host, app):
+    """Failure where the server has something of that name that dockhand did not write."""
+    if app in list_apps(host):
+        return
+    check_unit_names(host, app)
+    for folder in (JOBS, PROXIES):
+        path = '%s/%s.conf' % (folder, app)
+        if not is_ours(read_file(host.path(path)) or "# dockhand: %s's" % app, app):
+            raise Failure('%s is on this server already, and not dockhand\'s: rename the app, '
+                          'or the file' % path)
+
+
+def check_unit_names(host, app):
+    for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
+        if os.path.exists(host.path(path)):
+            raise Failure('"%s" is a service of this server (%s): choose another name'
+                          % (app, path))
+
+
+def check_image_name(host, app):
+    """Before a first release: an image of that name is somebody else's."""
+    if image_id(host, app + ':latest'):
+        raise Failure('an image %s is on this server, and dockhand did not build it: rename '
+                      'the app, or `docker rmi %s`' % (app, app))
+
+
+def check_edited(host, app, live, pushed):
+    """Failure where a file was changed by hand on the host since the last release."""
+    found = [('nginx-proxy.conf', PROXIES, live.proxy, pushed.proxy)]
+    if is_upstart(host):
+        found.append(('upstart.conf', JOBS, live.job, pushed.job))
+    for name, folder, ours, new in found:
+        path = '%s/%s.conf' % (folder, app)
+        text = read_file(host.path(path))
+        if text is None or text in (ours, new):
+            continue
+        step('%s was changed on the server:' % path)
+        detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
+        raise Failure('to keep that, commit it in %s and push; to drop it: '
+                      'sudo rm %s, and push again' % (name, path))
+
+
+def diff_text(old, new, old_name, new_name):
+    """A unified diff."""
+    import difflib
+    return '\n'.join(line.rstrip('\r\n') for line in difflib.unified_diff(
+        old.splitlines(), new.splitlines(), old_name, new_name, lineterm=''))
+
+
+def deploy(host, app, key, ref, old, new):
+    """Decide about one pushed ref and deploy it; Failure refuses it."""
+    with app_lock(host, app, 'a push of %s by %s' % (app, key)):
+        recover_app(host, app)
+        live = live_release(host, app)
+        verdict = judge_ref(ref, new, live.branch if live else first_branch(host, app))
+        if verdict == 'store':
+            return
+        branch = ref[len('refs/heads/'):]
+        if verdict == 'deploy':
+            if live and live.commit == new:
+                return
+            check_race(host, app, live, branch, old)
+        make_release(host, app, key, branch, new, live, plan_only=verdict == 'plan')
+
+
+def first_branch(host, app):
+    """The deploy branch of an app without a release: what its repository has already."""
+    for branch in DEFAULT_BRANCHES:
+        if commit_of(host, app, 'refs/heads/' + branch):
+            return branch
+    return None
+
+
+def check_race(host, app, live, branch, old):
+    """Failure where the branch is no longer what the pusher saw.
+
+    A push that has just gone live has its branch moved by git in a moment; where that does
+    not come, a crash came between, and the branch is set to what is live.
+    """
+    ref, deadline = 'refs/heads/' + branch, monotonic() + 3
+    found = commit_of(host, app, ref)
+    while live and found != live.commit and monotonic() < deadline:
+        if not has_commit(host, app, live.commit):
+            break
+        time.sleep(0.05)
+        found = commit_of(host, app, ref)
+    if live and found != live.commit and has_commit(host, app, live.commit):
+        remove_file(os.path.join(host.home(), app + '.git', ref + '.lock'))
+        git(host, app, 'update-ref', ref, live.commit)
+        found = live.commit
+    if found != old.strip('0') and (found or old.strip('0')):
+        raise Failure('another push went live: pull, then push again')
+
+
+def has_commit(host, app, commit):
+    try:
+        return bool(git(host, app, 'cat-file', '-t', commit))
+    except Failure:
+        return False
+
+
+def make_release(host, app, key, branch, commit, live, plan_only=False, options=()):
+    """Check, build and plan a commit's release, and apply it; Failure changes nothing."""
+    begun = monotonic()
+    check_host_names(host, app)
+    number = (list_releases(host, app) or [0])[-1] + 1
+    release = Release(app, number, commit, branch, key, int(time.time()), None, None, None)
+    step('Checking %s' % commit[:10])
+    with Transaction() as transaction:
+        transaction.undo(forget, host, release, live, plan_only)
+        try:
+            pushed = check_files(host, app, check_out(host, app, commit))
+            release = build_release(host, release, pushed, live, options)
+        finally:
+            empty_build_folder(host, app)
+        if plan_only:
+            show_plan(host, live, release)
+            raise Failure('this was a plan, nothing has changed; to deploy it: '
+                          'git push REMOTE BRANCH:%s' % (live.branch if live else 'main'))
+        save_release(host, release)
+        built = monotonic()
+        step('Switching to release %d' % release.number)
+        apply(host, live, release)
+    step('Release %d is live: built in %.1f s, switched in %.1f s' % (
+        release.number, built - begun, monotonic() - built))
+    return release
+
+
+def build_release(host, release, pushed, live, options):
+    """The Release with its image built and all that can be checked before a switch."""
+    app = release.app
+    engine = choose_engine(host)
+    release = release._replace(job=pushed.job, proxy=pushed.proxy)
+    engine.check(release)
+    if live:
+        check_edited(host, app, live, pushed)
+    else:
+        check_image_name(host, app)
+    if pushed.proxy:
+        with host_lock(host, app):
+            check_proxy_file(host, app, pushed.proxy)
+    step('Building %s' % image_tag(release))
+    build_image(host, pushed.folder, image_tag(release), *options)
+    image = inspect(host, image_tag(release))[0]
+    volumes = (image.get('Config') or {}).get('Volumes') or {}
+    report_findings(check_volumes(parse_job(pushed.job), app, [str(v) for v in volumes]))
+    return release._replace(image=str(image['Id']))
+
+
+def forget(host, release, live, plan_only):
+    """Clean up after a release that did not become live."""
+    if live_release(host, release.app) == release:
+        return
+    reason = str(sys.exc_info()[1])
+    remove_image_tag(host, image_tag(release))
+    if live is None and not os.path.exists(app_folder(host, release.app, 'pending')):
+        host.run(['rm', '-rf', '--', app_folder(host, release.app)])
+    elif not plan_only:
+        save_failure(host, release, reason)
+
+
+def show_plan(host, live, release):
+    """What a push of this would change, for the pusher."""
+    step('What a push of this would change:')
+    for name, old, new in (('upstart.conf', live and live.job, release.job),
+                           ('nginx-proxy.conf', live and live.proxy, release.proxy)):
+        detail(diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
+               or '%s: no change' % name)
+    was, now = ports_text(live), ports_text(release)
+    detail('ports: %s' % (now if was == now else '%s, now %s' % (now, was)))
+    sizes = [found['Size'] / 1e6 for found in inspect(host, image_tag(release))]
+    detail('image: %s (%.1f MB)%s' % (release.image[:19], sizes[0], ', as it is live'
+                                      if live and live.image == release.image else ''))
+    detail('gap: one stop and one start of the service' if live else 'gap: none, it is new')
+    space = os.statvfs(host.path(STATE))
+    detail('space: %.0f MB free' % (space.f_bavail * space.f_frsize / 1e6))
+
+
+def ports_text(release):
+    ports = published_ports(parse_job(release.job)) if release else []
+    return ', '.join('%s%s -> %s/%s' % (p.address and p.address + ':', p.host or 'any',
+                                        p.container, p.protocol) for p in ports) or 'none'
+
+
+def address_text(release):
+    """Where an app answers, in words."""
+    return (release.proxy and proxy_address(servers_of(release.proxy))) or (
+        'ports ' + ports_text(release))
+
+
+# ---------------------------------------------------------------------------------------
+# Receiving: serve and the two hooks
+# ---------------------------------------------------------------------------------------
+
+def serve(host, name, *apps):
+    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
+    verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
+    if apps and app not in apps:
+        raise Failure('the key "%s" has no right to %s: it may reach %s'
+                      % (name, app, ', '.join(apps)))
+    repository = os.path.join(host.home(), app + '.git')
+    if not os.path.isdir(repository):
+        if verb == 'upload-pack':
+            raise Failure('there is no app %s here; a first push makes it' % app)
+        check_host_names(host, app)
+        make_repository(host, app, repository)
+    kept = ('PATH', 'HOME', 'USER', 'LOGNAME', 'LANG', 'SSH_CONNECTION', 'GIT_PROTOCOL')
+    env = dict((word, os.environ[word]) for word in kept if word in os.environ)
+    env.update(DOCKHAND_APP=app, DOCKHAND_KEY=name)
+    os.execvpe('git', ['git', verb, repository], env)
+
+
+def make_repository(host, app, repository):
+    """A bare repository with our hooks, there whole or not at all."""
+    temporary = os.path.join(host.home(), '.%s.%d' % (app, os.getpid()))
+    host.run(['git', '-c', 'init.defaultBranch=main', 'init', '-q', '--bare',
+              '--template=' + host.path(TEMPLATE), temporary], cwd=host.home())
+    try:
+        os.rename(temporary, repository)
+    except OSError:                         # another first push was faster
+        host.run(['rm', '-rf', '--', temporary])
+
+
+def receive(host, hook, app='', key='', *ref):
+    """Run as root by the hooks of a repository: sudo receive update|post-receive|check."""
+    if hook == 'check':
+        return
+    if not app or not key:
+        raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
+    check_app_name(app)
+    check_key_name(key)
+    if hook == 'update' and len(ref) == 3 and OBJECT_ID.match(ref[1]) \
+            and OBJECT_ID.match(ref[2]):
+        deploy(host, app, key, *ref)
+    elif hook == 'post-receive' and not ref:
+        after_push(host, app)
+    else:
+        raise Failure('this is for the hooks of a repository')
+
+
+def after_push(host, app):
+    """Once the branch has moved: say where the app answers. Nothing depends on it."""
+    live = live_release(host, app)
+    if live is None:
+        return
+    head = 'refs/heads/' + live.branch
+    if git(host, app, 'symbolic-ref', 'HEAD').strip() != head:
+        git(host, app, 'symbolic-ref', 'HEAD', head)
+    step('%s: %s' % (app, address_text(live)))
+
+
+# ---------------------------------------------------------------------------------------
+# Installing: what dockhand puts on a machine, and whether it is there
+# ---------------------------------------------------------------------------------------
+
+Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the git user's
+
+
+def installed_parts(host):
+    """Every file that `install` writes, but for nginx's, as [Part]."""
+    source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
+    parts = [
+        Part(LIBRARY + '/dockhand.py', source, 0o644, False),
+        Part(PROGRAM, launcher(host, 'dockhand'), 0o755, False),
+        Part(RECEIVE, launcher(host, 'receive'), 0o755, False),
+        Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644, False),
+        Part(TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644, False),
+        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440, False)]
+    parts += [Part(TEMPLATE + '/hooks/' + name, text, 0o755, False)
+              for name, text in hook_texts()]
+    if os.path.isdir(host.path('/run/systemd/system')):
+        parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644, False))
+    elif is_upstart(host):
+        parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644, False))
+    return parts + hook_parts(host)
+
+
+def hook_texts():
+    return [(hook, HOOK.format(receive=RECEIVE, hook=hook, rest=rest))
+            for hook, rest in (('update', ' "$@"'), ('post-receive', ''))]
+
+
+def hook_parts(host):
+    """The hooks of the repositories that are there already."""
+    home = host.home()
+    return [Part('%s/%s.git/hooks/%s' % (home, app, name), text, 0o755, True)
+            for app in list_apps(host) for name, text in hook_texts()
+            if os.path.isdir(host.path(home, app + '.git'))]
+
+
+def launcher(host, role):
+    """A script of a few lines for the interpreter that runs now, isolated."""
+    return LAUNCHER.format(python=sys.executable, library=LIBRARY, role=role, user=host.user,
+                           flags='-Es' if sys.version_info[0] == 2 else '-IS')
+
+
+def missing_requirements(host):
+    """[(what is missing, the command that brings it)]."""
+    packages = (('git', 'git'), ('docker', 'docker.io'), ('nginx', 'nginx'),
+                ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
+                ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'), ('tar', 'tar'))
+    found = [(name, 'apt-get install ' + package) for name, package in packages
+             if not find_program(host, name)]
+    docker = find_program(host, 'docker')
+    if docker and os.path.realpath(docker).startswith('/snap'):
+        found.append(('docker, but not from a snap (it cannot read /var/lib)',
+                      'snap remove docker; apt-get install docker.io'))
+    elif docker and 'podman' in ' '.join(host.ask(['docker', 'version'])[1:]).lower():
+        found.append(('docker itself, not podman', 'apt-get install docker.io'))
+    elif docker:
+        try:
+            docker_version(host)
+        except Failure as failure:
+            found.append((str(failure), start_docker_command(host)))
+    return found
+
+
+def start_docker_command(host):
+    if os.path.isdir(host.path('/run/systemd/system')):
+        return 'systemctl start docker'
+    return 'start docker' if is_upstart(host) else 'service docker start, or dockerd &'
+
+
+def ensure_user(host):
+    """The git user; True if it was made or changed."""
+    account = host.account()
+    if account is None:
+        host.run(['useradd', '-m', '-d', '/home/' + host.user, '-s', '/bin/sh', '-p', '*',
+                  host.user])
+        tell('made the user ' + host.user)
+        return True
+    if account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
+        raise Failure('the user %s is somebody else\'s (its shell is %s): dockhand.py install '
+                      '--user NAME takes another' % (account.name, account.shell))
+    shadow = read_file(host.path('/etc/shadow')) or ''
+    if re.search(r'(?m)^%s:!' % re.escape(host.user), shadow):
+        host.run(['usermod', '-p', '*', host.user])
+        tell('unlocked the user %s for keys (no password works)' % host.user)
+        return True
+    return False
+
+
+def install_part(host, part):
+    path = host.path(part.path)
+    make_folder(os.path.dirname(path)) if not os.path.isdir(os.path.dirname(path)) else None
+    check = (lambda new: host.run(['visudo', '-c', '-q', '-f', new])) \
+        if part.path == SUDOERS else None
+    account = host.account() if part.git else None
+    changed = replace_file(path, part.text, part.mode, account, check)
+    if changed:
+        tell('wrote ' + part.path)
+    return changed
+
+
+def install_library(host):
+    """Compile the script, so that a start costs the same at any length."""
+    import py_compile
+    source = host.path(LIBRARY, 'dockhand.py')
+    py_compile.compile(source, dfile=LIBRARY + '/dockhand.py', doraise=True)
+
+
+def disable_default_site(host):
+    """The distribution's default site claims `default_server`; taken out if untouched."""
+    link = host.path(NGINX, 'sites-enabled/default')
+    if os.path.islink(link) and is_untouched(host, NGINX + '/sites-available/default'):
+        remove_file(link)
+        tell('disabled nginx\'s default site (sites-available/default is left)')
+        return True
+    packaged = PROXIES + '/default.conf'
+    if is_untouched(host, packaged):
+        os.rename(host.path(packaged), host.path(packaged + '.disabled'))
+        tell('disabled nginx\'s default site (%s.disabled)' % packaged)
+        return True
+    return False
+
+
+def is_untouched(host, path):
+    """Whether a configuration file is as its package brought it (dpkg's own checksum)."""
+    import hashlib
+    text = read_file(host.path(path))
+    if text is None or not find_program(host, 'dpkg-query'):
+        return False
+    known = host.ask(['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']).out
+    return '%s %s' % (path, hashlib.md5(to_bytes(text)).hexdigest()) in known
+
+
+def install_nginx(host):
+    """The catch-all, tested before it is in place; True if something changed."""
+    changed = disable_default_site(host)
+    if not os.path.exists(host.path(CATCH_ALL)):
+        problem = try_nginx(host, '000-dockhand', None)
+        if problem:
+            raise Failure("nginx's configuration is broken, mend it first: " + problem)
+    changed = write_catch_all(host) or changed
+    if changed or nginx_master(host) is None:
+        reload_nginx(host)
+    return changed
+
+
+def install_boot_job(host):
+    wanted = host.path('/etc/systemd/system/multi-user.target.wants/dockhand-recover.service')
+    if os.path.isdir(host.path('/run/systemd/system')) and not os.path.islink(wanted):
+        host.run(['systemctl', 'daemon-reload'])
+        host.run(['systemctl', 'enable', '-q', 'dockhand-recover'])
+        return True
+    return False
+
+
+def check_sudo(host):
+    """Run the one command as the git user, as a hook will."""
+    result = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
+    if result.status:
+        raise Failure('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
+                      '`#includedir /etc/sudoers.d`' % (
+                          host.user, RECEIVE, plain_line(result.err.strip())))
+
+
+# ---------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------
+
+def install(host, user=None):
+    """make this machine ready, or bring it up to date"""
+    if user:
+        host.user = check_app_name(user) if user != 'git' else user
+    missing = missing_requirements(host)
+    for what, command in missing:
+        tell('missing: %s\n         to bring it: %s' % (what, command))
+    if missing:
+        raise Failure('%d requirement(s) missing, nothing was changed' % len(missing))
+    changed = ensure_user(host)
+    account = host.account()
+    for path, mode, owner in ((STATE, 0o755, None), (STATE + '/apps', 0o755, None),
+                              (STATE + '/build', 0o700, account)):
+        changed = make_folder(host.path(path), mode, owner) or changed
+    for part in installed_parts(host):
+        changed = install_part(host, part) or changed
+    install_library(host)
+    changed = replace_link(host.path(OLDER_NAME), PROGRAM) or changed
+    changed = install_nginx(host) or changed
+    changed = install_boot_job(host) or changed
+    check_sudo(host)
+    tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
+         '"sudo dockhand upload-key NAME"' if changed else 'nothing changed')
+
+
+def keys_path(host):
+    return host.path(host.home(), '.ssh/authorized_keys')
+
+
+def write_keys(host, before, keys, after):
+    account = host.account()
+    make_folder(os.path.dirname(keys_path(host)), 0o700, account)
+    return replace_file(keys_path(host), render_authorized_keys(before, keys, after),
+                        0o600, account)
+
+
+def upload_key(host, name, *apps):
+    """let the public keys on standard input push (to these apps only)"""
+    check_key_name(name)
+    for app in apps:
+        check_app_name(app)
+    data = sys.stdin if sys.version_info[0] == 2 else sys.stdin.buffer
+    text = to_text(data.read(FILE_LIMIT + 1))
+    if len(text) > FILE_LIMIT:
+        raise Failure('this is no key file: it is larger than %d KB' % (FILE_LIMIT // 1024))
+    uploaded = parse_public_keys(text)
+    for kind, blob in uploaded:
+        check_key_type(host, kind, blob)
+    if host.account() is None:
+        raise Failure('dockhand is not installed here: python3 dockhand.py install')
+    with Lock(host.path(LOCKS, '.keys'), 'a change of keys'):
+        before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
+        changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
+    for kind, blob in uploaded:
+        tell('%s %s %s may push %s' % (name, kind, fingerprint(blob),
+                                       ', '.join(apps) or 'every app'))
+    if not changed:
+        tell('nothing changed')
+
+
+def check_key_type(host, kind, blob):
+    """This server's own ssh-keygen decides whether its sshd will know the key."""
+    import tempfile
+    with tempfile.NamedTemporaryFile(suffix='.pub') as file:
+        file.write(to_bytes('%s %s\n' % (kind, blob)))
+        file.flush()
+        if host.ask(['ssh-keygen', '-l', '-f', file.name]).status:
+            raise Failure("this server's OpenSSH knows no %s keys like this: make one with "
+                          'ssh-keygen -t ecdsa' % printable(kind))
+
+
+def list_keys(host):
+    """list who may push, and which apps"""
+    _, keys, _ = split_authorized_keys(read_file(keys_path(host)) or '')
+    for key in keys:
+        tell('%-20s %-20s %s %s' % (key.name, key.type, fingerprint(key.blob),
+                                    ' '.join(key.apps) or '(every app)'))
+
+
+def remove_key(host, name):
+    """take the right to push away from a key"""
+    with Lock(host.path(LOCKS, '.keys'), 'a change of keys'):
+        before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
+        kept = [key for key in keys if key.name != name]
+        if kept == keys:
+            raise Failure('no key is named "%s": see dockhand keys' % printable(name))
+        write_keys(host, before, kept, after)
+    tell('%s may push no longer' % name)
+
+
+def known_app(host, app):
+    """The live Release of an app; Failure where there is none."""
+    live = live_release(host, check_app_name(app))
+    if live is None:
+        raise Failure('no app %s is live here: see dockhand apps' % app)
+    return live
+
+
+def apps(host):
+    """list the apps: state, commit, since when, by whom, address"""
+    engine = choose_engine(host)
+    for app in list_apps(host):
+        live = live_release(host, app)
+        if live is None:
+            tell('%-16s not live' % app)
+            continue
+        alive = engine.state(live).alive
+        state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
+        since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
+        tell('%-16s %-8s %s  %s  %-10s %s' % (app, state, live.commit[:10], since, live.key,
+                                              address_text(live)))
+
+
+def logs(host, app, n='100', f=False):
+    """show what an app prints; -f goes on, -n N shows the last N lines"""
+    if not n.isdigit():
+        raise Failure('-n wants a number')
+    command = choose_engine(host).logs_command(known_app(host, app), int(n), f)
+    os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
+
+
+def restart(host, app):
+    """stop an app and start it again"""
+    with app_lock(host, app, 'dockhand restart ' + app):
+        recover_app(host, app)
+        known_app(host, app)
+        run_app(host, app, stop_first=True)
+    tell('%s runs' % app)
+
+
+def start(host, app):
+    """start an app that was stopped"""
+    with app_lock(host, app, 'dockhand start ' + app):
+        recover_app(host, app)
+        run_app(host, app, stop_first=False)
+    tell('%s runs' % app)
+
+
+def run_app(host, app, stop_first):
+    live = known_app(host, app)
+    engine = choose_engine(host)
+    if stop_first:
+        engine.stop(live)
+    engine.place(live)
+    engine.start(live)
+    check_or_show_log(host, live, engine)
+    finish(host, live, engine)
+
+
+def stop(host, app):
+    """stop an app; it stays so over a reboot, until a start or a push"""
+    with app_lock(host, app, 'dockhand stop ' + app):
+        recover_app(host, app)
+        live = known_app(host, app)
+        replace_file(app_folder(host, app, 'stopped'), '')
+        choose_engine(host).stop(live)
+    tell('%s is stopped' % app)
+
+
+def rebuild(host, app, pull=False):
+    """build the live commit again as a new release; --pull fetches newer base images"""
+    with app_lock(host, check_app_name(app), 'dockhand rebuild ' + app):
+        recover_app(host, app)
+        live = known_app(host, app)
+        make_release(host, app, live.key, live.branch, live.commit, live,
+                     options=['--pull'] if pull else [])
+    tell('%s: %s' % (app, address_text(live_release(host, app))))
+
+
+def recover(host):
+    """put right what a crash left of a deploy; runs at boot"""
+    for app in list_apps(host):
+        with app_lock(host, app, 'dockhand recover'):
+            recover_app(host, app)
+            put_right(host, app)
+
+
+def destroy(host, app, force=False):
+    """remove an app: its containers, images, files and repository"""
+    check_app_name(app)
+    repository = os.path.join(host.home(), app + '.git')
+    if app not in list_apps(host) and not os.path.isdir(repository):
+        raise Failure('no app %s here: see dockhand apps' % app)
+    if not force:
+        raise Failure('this removes %s and its repository for good; if you are sure: '
+                      'dockhand destroy %s --force' % (app, app))
+    with app_lock(host, app, 'dockhand destroy ' + app):
+        recover_app(host, app)
+        engine = choose_engine(host)
+        releases = [load_release(host, app, number) for number in list_releases(host, app)]
+        for release in [each for each in releases if each]:
+            engine.stop(release)
+            engine.discard(release)
+            remove_image_tag(host, image_tag(release))
+        install_proxy(host, app, None)
+        remove_image_tag(host, app + ':latest')
+        host.run(['rm', '-rf', '--', app_folder(host, app), repository])
+    tell('%s is removed' % app)
+
+
+def doctor(host):
+    """check every part of the installation, and say what to type"""
+    checks = [(what, command) for what, command in missing_requirements(host)]
+    checks += doctor_parts(host) + doctor_ssh(host) + doctor_nginx(host) + doctor_apps(host)
+    for what, command in checks:
+        tell('WRONG  %s\n       type: %s' % (what, command))
+    if checks:
+        raise Failure('%d thing(s) to mend' % len(checks))
+    tell('all is well')
+
+
+def doctor_parts(host):
+    """What `install` would write again."""
+    again = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
+    if host.account() is None:
+        return [('there is no user ' + host.user, again)]
+    found = [('%s is not as installed' % part.path, again) for part in installed_parts(host)
+             if read_file(host.path(part.path)) != part.text]
+    try:
+        check_sudo(host)
+    except Failure as failure:
+        found.append((str(failure), 'visudo'))
+    return found
+
+
+def doctor_ssh(host):
+    """What keeps sshd from letting the git user in."""
+    settings = {}
+    for line in host.ask(['sshd', '-T']).out.splitlines():
+        name, _, value = line.partition(' ')
+        settings.setdefault(name.lower(), []).append(value)
+    edit = 'edit /etc/ssh/sshd_config, then reload ssh'
+    found = []
+    users = ' '.join(settings.get('allowusers', [])).split()
+    if users and host.user not in users:
+        found.append(('AllowUsers of sshd leaves out ' + host.user, edit))
+    if settings.get('allowgroups'):
+        found.append(('AllowGroups of sshd may leave out ' + host.user, edit))
+    files = ' '.join(settings.get('authorizedkeysfile', ['.ssh/authorized_keys']))
+    if '.ssh/authorized_keys' not in files:
+        found.append(('AuthorizedKeysFile of sshd is ' + files, edit))
+    if not os.path.exists(keys_path(host)):
+        found.append(('no key may push', 'dockhand upload-key NAME < id_ed25519.pub'))
+    return found
+
+
+def doctor_nginx(host):
+    result = host.ask(['nginx', '-t', '-q'])
+    if result.status:
+        return [(nginx_problem(result.err, '', ''), 'edit that file, then nginx -t')]
+    if nginx_master(host) is None:
+        return [('nginx does not run', 'systemctl start nginx, or service nginx start')]
+    if read_file(host.path(CATCH_ALL)) != catch_all_text(host, proxy_files(host)):
+        return [(CATCH_ALL + ' is not as it should be', 'sudo dockhand recover')]
+    return []
+
+
+def doctor_apps(host):
+    found, engine = [], choose_engine(host)
+    for app in list_apps(host):
+        live = live_release(host, app)
+        if os.path.lexists(app_folder(host, app, 'pending')):
+            found.append(('a deploy of %s was interrupted' % app, 'sudo dockhand recover'))
+        elif live and not image_id(host, image_tag(live)):
+            found.append(('the image of %s is gone' % app, 'sudo dockhand rebuild ' + app))
+        elif live and not is_stopped(host, app) and not engine.state(live).alive:
+            found.append(('%s does not run' % app, 'sudo dockhand start ' + app))
+    return found
+
+
+# The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
+COMMANDS = [
+    ('install', install, '[--user NAME]'),
+    ('upload-key', upload_key, 'NAME [APP...]'),
+    ('keys', list_keys, ''),
+    ('remove-key', remove_key, 'NAME'),
+    ('apps', apps, ''),
+    ('logs', logs, 'APP [-f] [-n N]'),
+    ('restart', restart, 'APP'),
+    ('stop', stop, 'APP'),
+    ('start', start, 'APP'),
+    ('rebuild', rebuild, 'APP [--pull]'),
+    ('destroy', destroy, 'APP [--force]'),
+    ('recover', recover, ''),
+    ('doctor', doctor, '')]
+
+
+class Usage(Exception):
+    """A command line that is none; the exit status is 2."""
+
+
+def usage():
+    lines = ['dockhand: git push deploys anything that fits in a container', '']
+    for name, function, words in COMMANDS:
+        lines.append('  dockhand %-28s %s' % (name + ' ' + words, function.__doc__))
+    return '\n'.join(lines)
+
+
+def parse_arguments(pattern, words):
+    """(positional words, {option: value}) by a pattern of the command table; or Usage."""
+    options = dict(re.findall(r'\[--?([a-z]+)(?: ([A-Z]+))?\]', pattern))
+    wanted = re.sub(r'\[.*?\]', '', pattern).split()
+    given, found, words = [], {}, list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.lstrip('-').partition('=')
+        if not word.startswith('-') or word == '-':
+            given.append(word)
+        elif name not in options or (equals and not options[name]):
+            raise Usage('unknown option ' + printable(word))
+        elif not options[name]:
+            found[name] = True
+        elif not equals and not words:
+            raise Usage('%s wants a value' % word)
+        else:
+            found[name] = value if equals else words.pop(0)
+    if len(given) < len(wanted) or (len(given) > len(wanted) and '...' not in pattern):
+        raise Usage('wanted: ' + (pattern or 'no words'))
+    return given, found
+
+
+def run_command(host, words):
+    """Find and run a command that a person typed."""
+    if not words or words[0] in ('help', '-h', '--help'):
+        return tell(usage())
+    for name, function, pattern in COMMANDS:
+        if name == words[0]:
+            given, options = parse_arguments(pattern, words[1:])
+            if os.geteuid() != 0:
+                raise Failure('root only: sudo dockhand ' + name)
+            return function(host, *given, **options)
+    raise Usage('no command "%s"; `dockhand` alone lists them' % printable(words[0]))
+
+
+def installed_user(host):
+    """The git user of the installation at hand, for a script that is run directly."""
+    match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", read_file(host.path(PROGRAM)) or '')
+    return match.group(1) if match else 'git'
+
+
+def main(role, user):
+    """Run as one of dockhand's names; ends the process."""
+    exit_on_signals()
+    host, words = Host(user=user), sys.argv[1:]
+    try:
+        if role == 'receive':
+            receive(host, *words or [''])
+        elif words[:1] == ['serve'] and len(words) > 1:
+            serve(host, *words[1:])
+        else:
+            run_command(host, words)
+    except Usage as problem:
+        say('dockhand: %s' % problem)
+        sys.exit(2)
+    except Failure as failure:
+        say('dockhand: %s' % failure)
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main('dockhand', installed_user(Host()))
