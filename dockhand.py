@@ -32,6 +32,8 @@ import stat
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager
+from functools import partial
 
 
 # ---------------------------------------------------------------------------------------
@@ -90,12 +92,12 @@ STEADY = 2.0                    # seconds that an app must keep running
 RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
 LOG_LINES = 20                  # of a failed app, shown to the pusher
 DEFAULT_BRANCHES = ('main', 'master')
-HTTP_PORTS = (80, 8080, 8000, 5000, 3000, 443)
+HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
 
 ENVIRONMENT = {
     'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
     'HOME': '/root', 'LC_ALL': 'C',
-    'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
+    'GIT_NO_REPLACE_OBJECTS': '1', 'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
 # Images that Dockerfiles start from: an app of that name would poison their FROM.
 BASE_IMAGES = set('''
@@ -123,6 +125,7 @@ REPOSITORY_CONFIG = '''[core]
 \thooksPath = hooks
 [receive]
 \tshallowUpdate = true
+\tdenyDeleteCurrent = ignore
 [transfer]
 \thideRefs = refs/dockhand
 '''
@@ -154,7 +157,6 @@ KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,n
 class Failure(Exception):
     """One line for a person: what is wrong and what to do. The exit status is 1."""
 
-
 class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
 
@@ -185,20 +187,16 @@ class Voice(object):
         self.patience = 0
         return 0
 
-
 say = Voice(2)
-
 
 def step(text):
     """A step of a deploy, as the pusher sees it."""
     say('-----> ' + text)
 
-
 def detail(text):
     """Lines that belong to the step before."""
     for line in text.splitlines():
         say('       ' + line)
-
 
 def tell(text):
     """A line on standard output, for the commands that people run."""
@@ -206,18 +204,15 @@ def tell(text):
     while data:
         data = data[os.write(1, data):]
 
-
 def printable(text, limit=80):
     """What a stranger sent, fit for a message: printable ASCII, not too long."""
     text = re.sub(r'[^ -~]', '?', text)
     return text if len(text) <= limit else text[:limit] + '...'
 
-
 def plain_line(text):
     """A line of a command's output without control characters and colours."""
     text = re.sub(r'\x1b\[[0-9;?]*[ -/]*[@-~]', '', text)
     return re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '', text).rstrip()
-
 
 def retry(call, *args):
     """Call again when a signal interrupts it, as Python 3 does by itself."""
@@ -228,10 +223,8 @@ def retry(call, *args):
             if error.args[0] != errno.EINTR:
                 raise
 
-
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
-
 
 def execute(argv, env=None, cwd='/', account=None, stdin=None, feed=None, each=None):
     """Run a command, never through a shell; a Result(status, out, err).
@@ -255,11 +248,13 @@ def execute(argv, env=None, cwd='/', account=None, stdin=None, feed=None, each=N
             if each:
                 read_lines(process.stdout.fileno(), each)
             out, err = process.communicate(None if stdin is None else to_bytes(stdin))
+        except BaseException:
+            process.kill()
+            raise
         finally:
-            end_processes([process] + ([source] if source else []))
-    status = process.returncode or (source.returncode if source else 0)
+            process.wait()
+    status = process.returncode or (source.wait() if source else 0)
     return Result(status, to_text(out), to_text(err or b''))
-
 
 def spawner(subprocess, env, cwd, account):
     """A function that starts a command with nothing of ours but the streams it is given."""
@@ -283,19 +278,6 @@ def spawner(subprocess, env, cwd, account):
             raise Failure('%s: %s' % (argv[0], error.strerror))
     return spawn
 
-
-def end_processes(processes):
-    """No child outlives the command that started it."""
-    for process in processes:
-        if process.stdout:
-            process.stdout.close()
-        try:
-            if process.poll() is None and sys.exc_info()[0]:
-                process.kill()
-        finally:
-            process.wait()
-
-
 def read_lines(fd, each, silence=20):
     """Give each line that comes from a pipe to `each`; a sign of life when none does."""
     begun, rest = monotonic(), b''
@@ -310,7 +292,6 @@ def read_lines(fd, each, silence=20):
             each(plain_line(to_text(line)))
         if not data:
             return
-
 
 class Host(object):
     """The machine: where its files are, and how a command is run there.
@@ -347,13 +328,11 @@ class Host(object):
         account = self.account()
         return account.home if account else '/home/' + self.user
 
-
 def command_failed(argv, result):
     """`docker start blog--3 failed (1): the last line that it said`."""
     lines = [line for line in (result.err or result.out).splitlines() if line.strip()]
     said = ': ' + plain_line(lines[-1]) if lines else ''
     return '%s failed (%d)%s' % (' '.join(argv[:4]), result.status, said)
-
 
 def find_program(host, name):
     """The path of a program that root would run, or None."""
@@ -362,7 +341,6 @@ def find_program(host, name):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
     return None
-
 
 def read_file(path):
     """The text of a file; None where there is none."""
@@ -373,7 +351,6 @@ def read_file(path):
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
         raise
-
 
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole, so that a crash leaves the old or the new; True if it changed.
@@ -402,7 +379,6 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
     sync_folder(os.path.dirname(path))
     return True
 
-
 def replace_link(path, target):
     """Point a symbolic link somewhere else in one step; True if it changed."""
     if os.path.islink(path) and os.readlink(path) == target:
@@ -413,7 +389,6 @@ def replace_link(path, target):
     os.rename(temporary, path)
     sync_folder(os.path.dirname(path))
     return True
-
 
 def remove_file(path):
     """Remove a file or a link; True if there was one."""
@@ -426,7 +401,6 @@ def remove_file(path):
     sync_folder(os.path.dirname(path))
     return True
 
-
 def sync_folder(path):
     """Make what was renamed or removed in a folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
@@ -434,7 +408,6 @@ def sync_folder(path):
         os.fsync(fd)
     finally:
         os.close(fd)
-
 
 def make_folder(path, mode=0o755, account=None):
     """Make a folder and those above it; True if it was not there as asked."""
@@ -449,30 +422,24 @@ def make_folder(path, mode=0o755, account=None):
     os.chown(path, *owner)
     return True
 
-
-class Lock(object):
-    """A lock of root's on a file that is never deleted; the holder's words are in it."""
-    def __init__(self, path, purpose):
-        self.path, self.purpose = path, purpose
-
-    def __enter__(self):
-        make_folder(os.path.dirname(self.path))
-        self.file = open(self.path, 'a+')
-        fcntl.fcntl(self.file, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+@contextmanager
+def locked(path, purpose):
+    """Hold a lock of root's on a file that is never deleted; the purpose is written in it."""
+    make_folder(os.path.dirname(path))
+    with open(path, 'a+') as holder:
+        fcntl.fcntl(holder, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except EnvironmentError:
-            holder = (read_file(self.path) or '').strip() or 'another command'
-            step('Waiting for ' + holder)
-            retry(fcntl.flock, self.file, fcntl.LOCK_EX)
-        self.file.truncate(0)
-        self.file.write('%s, since %s\n' % (self.purpose, time.strftime('%H:%M:%S')))
-        self.file.flush()
-
-    def __exit__(self, *raised):
-        self.file.truncate(0)
-        self.file.close()
-
+            step('Waiting for ' + ((read_file(path) or '').strip() or 'another command'))
+            retry(fcntl.flock, holder, fcntl.LOCK_EX)
+        holder.truncate(0)
+        holder.write('%s, since %s\n' % (purpose, time.strftime('%H:%M:%S')))
+        holder.flush()
+        try:
+            yield
+        finally:
+            holder.truncate(0)
 
 class Transaction(object):
     """What is registered with `undo` happens, last first, if the block raises."""
@@ -495,14 +462,12 @@ class Transaction(object):
             except (Failure, EnvironmentError) as error:
                 say('dockhand: while undoing: %s' % error)
 
-
 def exit_on_signals():
     """SIGTERM becomes an exit, so that what was begun is undone; so does SIGHUP."""
     def leave(number, frame):
         raise Failure('stopped by signal %d' % number)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, leave)
-
 
 def ignore_signals():
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -517,7 +482,6 @@ APP_NAME = re.compile(r'[a-z][a-z0-9]*(?:[._-][a-z0-9]+)*\Z')
 KEY_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z')
 OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 
-
 def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
     if not 2 <= len(name) <= 40 or not APP_NAME.match(name) or name.endswith('.git'):
@@ -530,14 +494,12 @@ def check_app_name(name):
         raise Failure('"%s" is a name that the server itself uses: choose another' % name)
     return name
 
-
 def check_key_name(name):
     """A key's name as it is, or Failure."""
     if not KEY_NAME.match(name):
         raise Failure('"%s" is no name for a key: up to 64 of a-z, A-Z, 0-9, and "._@-" after '
                       'the first' % printable(name))
     return name
-
 
 def parse_ssh_command(command):
     """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
@@ -553,7 +515,6 @@ def parse_ssh_command(command):
                       % printable(command))
     verb, name = match.groups()
     return verb, check_app_name(name[:-4] if name.endswith('.git') else name)
-
 
 def judge_ref(ref, new, branch):
     """What a pushed ref asks for: 'deploy', 'plan' or 'store'; Failure otherwise.
@@ -576,9 +537,7 @@ def judge_ref(ref, new, branch):
                       % (wanted, printable(name), branch or DEFAULT_BRANCHES[0]))
     return 'deploy'
 
-
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
-
 
 def parse_public_keys(text):
     """The keys of an uploaded text, as [(type, base64 blob)]; Failure for anything else.
@@ -595,7 +554,6 @@ def parse_public_keys(text):
     if not found:
         raise Failure('no key among these lines')
     return found
-
 
 def parse_public_key(line):
     """(type, base64 blob) of one line."""
@@ -614,14 +572,12 @@ def parse_public_key(line):
                       'id_ed25519.pub' % printable(line, 40))
     return words[0], words[1]
 
-
 def fingerprint(blob):
     """SHA256 of a key as OpenSSH prints it since 6.8."""
     import base64
     import hashlib
     digest = hashlib.sha256(base64.b64decode(to_bytes(blob))).digest()
     return 'SHA256:' + to_text(base64.b64encode(digest)).rstrip('=')
-
 
 def split_authorized_keys(text):
     """(lines before our marks, our keys, lines after) of an authorized_keys file."""
@@ -633,7 +589,6 @@ def split_authorized_keys(text):
     keys = [parse_key_line(line) for line in lines[first + 1:last]]
     return lines[:first], [key for key in keys if key], lines[last + 1:]
 
-
 def parse_key_line(line):
     """The Key of a line that render_key wrote; None for another."""
     match = re.match(r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)', line)
@@ -641,7 +596,6 @@ def parse_key_line(line):
         return None
     name, apps, kind, blob = match.groups()
     return Key(kind, blob, name, tuple(apps.split()))
-
 
 def render_key(key):
     """A line of authorized_keys: whoever has the key reaches `dockhand serve`, no shell."""
@@ -651,11 +605,9 @@ def render_key(key):
         raise Failure('too many apps for one key: sshd reads lines of up to 8192 bytes')
     return line
 
-
 def render_authorized_keys(before, keys, after):
     marked = [KEYS_BEGIN] + [render_key(key) for key in keys] + [KEYS_END]
     return '\n'.join(before + marked + after) + '\n'
-
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name already."""
@@ -682,18 +634,32 @@ Word = namedtuple('Word', 'text value line offset')         # value: without its
 Command = namedtuple('Command', 'words line operator')      # operator: what ends it
 Option = namedtuple('Option', 'name value word')            # of docker run, by its long name
 Run = namedtuple('Run', 'options image command line')
-Finding = namedtuple('Finding', 'level file line text')     # level: error, warning, note
 Published = namedtuple('Published', 'address host container protocol')
 
-# init(5) of Upstart 1.5, and what came later. A pair such as `kill signal` is one name.
-STANZAS = set('''
-    description author version usage instance env export emits manual exec script
-    expect task respawn console umask nice oom limit chroot chdir setuid setgid debug
-    apparmor cgroup'''.split())
-STANZA_PAIRS = {
-    'start': 'on', 'stop': 'on', 'normal': 'exit', 'reload': 'signal',
-    'kill': 'signal timeout', 'pre-start': 'exec script', 'post-start': 'exec script',
-    'pre-stop': 'exec script', 'post-stop': 'exec script'}
+# One stanza of init(5), as of Upstart 1.13: a line, which a backslash at its end continues,
+# and in `start on` and `stop on` an open parenthesis; scripts end with `end script`.
+STANZA = re.compile(r'''[ \t]*(?:
+    (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*\n
+        (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script
+  | (?P<event>(?:start|stop)[ \t]+on)\b
+        (?P<when>(?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
+  | (?P<name>(?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
+      |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
+      |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
+      |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
+        (?P<value>(?:\\\r?\n|[^\n])*)
+  | (?P<comment>\#[^\n]*)?
+  )[ \t\r]*(?:\n|\Z)''', re.VERBOSE)
+
+REFUSED_STANZAS = {
+    'task': 'dockhand runs services that go on; use cron for what ends',
+    'instance': 'one app is one service; push it under several names',
+    'expect': 'docker run does not fork, and init would wait for ever; remove it'}
+REFUSED_OPTIONS = {
+    'detach': 'a detached container leaves init nothing to watch; remove it',
+    'interactive': 'a service has no terminal; remove it',
+    'tty': 'a service has no terminal; remove it',
+    'lxc-conf': 'docker has had no such option since 1.10; remove it'}
 
 # Options of `docker run` that take no value, and the letters for those with and without.
 FLAGS = set('''
@@ -703,10 +669,9 @@ LETTERS = {
     'a': 'attach', 'c': 'cpu-shares', 'd': 'detach', 'e': 'env', 'h': 'hostname',
     'i': 'interactive', 'l': 'label', 'm': 'memory', 'p': 'publish', 'P': 'publish-all',
     'q': 'quiet', 't': 'tty', 'u': 'user', 'v': 'volume', 'w': 'workdir'}
-# What docker before 1.10 took with a single dash, and what of it is gone for good.
-SINGLE_DASH = set('''
-    rm name sig-proxy privileged cidfile entrypoint link expose dns volumes-from'''.split())
-GONE_OPTIONS = ('lxc-conf',)
+# What docker before 1.10 took with a single dash.
+SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
+    volumes-from lxc-conf'''.split())
 
 SHELL_TOKEN = re.compile(r'''
     (?P<blank>[ \t\r]+|\\\r?\n)
@@ -715,151 +680,97 @@ SHELL_TOKEN = re.compile(r'''
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)''', re.VERBOSE | re.DOTALL)
 
-
-def parse_job(text):
-    """The stanzas of an upstart.conf, in their order; Failure with file and line.
-
-    The format is that of init(5): a stanza a line, `\\` at a line's end continues it, and
-    so does an open parenthesis; `script` blocks end with `end script`.
-    """
-    if text.startswith(BYTE_ORDER_MARK):
-        raise job_failure(1, 'begins with a byte order mark: save it as UTF-8 without one')
-    stanzas, lines, at = [], logical_lines(text), 0
-    while at < len(lines):
-        line, offset, content = lines[at]
-        at += 1
-        words = content.split(None, 2)
-        if not words or words[0].startswith('#'):
-            continue
-        name, rest = stanza_name(words, content, line)
-        if name.endswith('script'):
-            first = at
-            while at < len(lines) and lines[at][2].split() != ['end', 'script']:
-                at += 1
-            if at == len(lines):
-                raise job_failure(line, '`script` without `end script`')
-            begin = lines[first][1]
-            stanzas.append(Stanza(name, text[begin:lines[at][1]], lines[first][0], begin))
-            at += 1
-            continue
-        end = offset + len(content.rstrip())
-        stanzas.append(Stanza(name, rest, line, end - len(rest)))
-    return stanzas
-
-
-def logical_lines(text):
-    """[(line number, offset, content)]: lines joined where a backslash or "(" says so.
-
-    Inside scripts nothing is joined that matters: their text is taken whole.
-    """
-    found, number, offset = [], 1, 0
-    for content in text.split('\n'):
-        if found and continues(found[-1][2]):
-            line, begin, before = found.pop()
-            found.append((line, begin, before + '\n' + content))
-        else:
-            found.append((number, offset, content))
-        number += 1
-        offset += len(content) + 1
-    return found
-
-
-def continues(content):
-    """Whether a stanza goes on in the next line."""
-    if content.lstrip().startswith('#'):
-        return False
-    depth = content.count('(') - content.count(')')
-    return content.rstrip('\r').endswith('\\') or (
-        depth > 0 and content.split()[:2] in (['start', 'on'], ['stop', 'on']))
-
-
-def stanza_name(words, content, line):
-    """(name, the rest of the line) of a stanza; Failure where init would not know it."""
-    if words[0] in STANZA_PAIRS:
-        if len(words) < 2 or words[1] not in STANZA_PAIRS[words[0]].split():
-            raise job_failure(line, '`%s` wants one of: %s'
-                              % (words[0], STANZA_PAIRS[words[0]]))
-        name = words[0] + ' ' + words[1]
-    elif words[0] in STANZAS:
-        name = words[0]
-    else:
-        raise job_failure(line, 'unknown stanza `%s`' % printable(words[0]))
-    return name, content.split(None, len(name.split()))[-1].strip() if (
-        len(words) > len(name.split())) else ''
-
-
 def job_failure(line, text):
     return Failure('upstart.conf:%d: %s' % (line, text))
 
+def parse_job(text):
+    """The text of an upstart.conf as [Stanza]; Failure, with the line, where init balks."""
+    stanzas, at = [], 0
+    while at < len(text):
+        match = STANZA.match(text, at)
+        if not match:
+            raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
+        for name, value in (('script', 'body'), ('event', 'when'), ('name', 'value')):
+            if match.group(name):
+                begin = match.start(value)
+                stanzas.append(Stanza(' '.join(match.group(name).split()), match.group(value),
+                                      text.count('\n', 0, begin) + 1, begin))
+        at = match.end()
+    return stanzas
+
+def stanza_trouble(text):
+    """Why init would not read on here."""
+    words = text.split(None, 2)[:2]
+    if text.startswith(BYTE_ORDER_MARK):
+        return 'begins with a byte order mark: save it as UTF-8 without one'
+    if 'script' in words:
+        return '`script` without `end script`'
+    if words[0].startswith(('pre-', 'post-', 'kill', 'normal', 'start', 'stop', 'reload')):
+        return 'unknown stanza `%s`' % printable(' '.join(words))
+    return 'unknown stanza `%s`' % printable(words[0])
 
 def find_stanzas(job, *names):
     return [stanza for stanza in job if stanza.name in names]
 
+def last_value(job, name, default=None):
+    """The value of the last such stanza (init takes the last), without quotes."""
+    values = [stanza.value for stanza in find_stanzas(job, name)]
+    return unquote(re.sub(r'\s#.*', '', values[-1].strip())) if values else default
 
 def commands_of(stanza):
     """The simple commands of an `exec` or `script` stanza, as [Command]."""
     found, words = [], []
     for match in SHELL_TOKEN.finditer(stanza.value):
         line = stanza.line + stanza.value.count('\n', 0, match.start())
-        kind = match.lastgroup
+        text, kind = match.group(), match.lastgroup
         if kind in ('word', 'stray'):
-            word = match.group()
-            words.append(Word(word, unquote(word), line, stanza.offset + match.start()))
+            words.append(Word(text, unquote(text), line, stanza.offset + match.start()))
         elif kind == 'operator':
-            found.append(Command(words, line, match.group()))
+            found.append((words, text))
             words = []
-    found.append(Command(words, stanza.line + stanza.value.count('\n'), ''))
-    return [Command(c.words, c.words[0].line, c.operator) for c in found if c.words]
-
+    found.append((words, ''))
+    return [Command(words, words[0].line, text) for words, text in found if words]
 
 def unquote(word):
     """A shell word without its quotes."""
     import shlex
     try:
-        return ''.join(shlex.split(word))
+        return ' '.join(shlex.split(word))
     except ValueError:
         return word
 
+def docker_words(command):
+    """The words after `docker` and its global options; [] for any other command."""
+    words = list(command.words)
+    while words and (words[0].value == 'exec' or re.match(r'\w+=', words[0].value)):
+        words.pop(0)
+    if not words or os.path.basename(words.pop(0).value) != 'docker':
+        return []
+    while words and words[0].value.startswith('-'):
+        if words.pop(0).value in ('-H', '--host', '-c', '--context', '--config') and words:
+            words.pop(0)
+    return words[1:] if words and words[0].value == 'container' else words
 
-def docker_command(words):
-    """What follows `docker` (its global options skipped), or None for another command."""
-    values = [word.value for word in words]
-    at = 0
-    while at < len(values) and (values[at] == 'exec' or re.match(r'\w+=', values[at])):
-        at += 1
-    if at == len(values) or os.path.basename(values[at]) != 'docker':
-        return None
-    at += 1
-    while at < len(values) and values[at].startswith('-'):
-        at += 2 if values[at] in ('-H', '--host', '-c', '--context', '--config') else 1
-    if values[at:at + 1] == ['container']:
-        at += 1
-    return words[at:]
-
+def docker_verb(command):
+    return docker_words(command)[0].value if docker_words(command) else None
 
 def read_run(words):
-    """The Run that the words after `docker run` describe; None where no image is among them."""
-    options, at = [], 0
-    while at < len(words) and words[at].value.startswith('-'):
-        word = words[at]
-        at += 1
-        if word.value == '--':
-            break
+    """The Run that the words after `docker run` describe; None where they name no image."""
+    options, words = [], list(words)
+    while words and words[0].value.startswith('-'):
+        word = words.pop(0)
         for name, value in split_option(word.value):
             if value is None and name not in FLAGS:
-                value = words[at].value if at < len(words) else ''
-                at += 1
+                value = words.pop(0).value if words else ''
             options.append(Option(name, value, word))
-    if at >= len(words):
+    if not words:
         return None
-    command = [word.value for word in words[at + 1:]]
-    return Run(options, words[at].value, command, words[0].line)
-
+    return Run(options, words[0].value, [word.value for word in words[1:]], words[0].line)
 
 def split_option(text):
     """[(long name, value or None)] of one word: --name=x, -rm, -itp80:80."""
     name, equals, value = text.lstrip('-').partition('=')
-    if text.startswith('--') or name in SINGLE_DASH or name in GONE_OPTIONS:
+    if text.startswith('--') or name in SINGLE_DASH:
         return [(name, value if equals else None)]
     found = []
     for at, letter in enumerate(text[1:], 2):
@@ -869,35 +780,28 @@ def split_option(text):
         found.append((name, None))
     return found
 
-
 def runs_of(job):
     """Every `docker run` of the main process, as [Run]."""
-    found = []
-    for stanza in find_stanzas(job, 'exec', 'script')[-1:]:
-        for command in commands_of(stanza):
-            words = docker_command(command.words)
-            if words and words[0].value == 'run':
-                found.append(read_run(words[1:]))
-    return [run for run in found if run]
-
+    commands = [command for stanza in find_stanzas(job, 'exec', 'script')[-1:]
+                for command in commands_of(stanza)]
+    runs = [read_run(docker_words(command)[1:]) for command in commands
+            if docker_verb(command) == 'run']
+    return [run for run in runs if run]
 
 def option_values(run, name):
     return [option.value for option in run.options if option.name == name]
 
-
-def option_is_on(option):
+def is_on(option):
     """A flag is on unless it says =false."""
     return (option.value or 'true').lower() in ('true', '1', 't')
 
-
 def modernize_job(text):
-    """(text, [old word]): docker's old single-dash long options get their second dash."""
+    """(text, [old words]): docker's old single-dash long options get their second dash."""
     old = [option.word for run in runs_of(parse_job(text)) for option in run.options
            if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
     for word in reversed(old):
         text = text[:word.offset] + '-' + text[word.offset:]
     return text, [word.text for word in old]
-
 
 def parse_published(value):
     """The Published of a `-p` value: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
@@ -906,12 +810,10 @@ def parse_published(value):
     address, _, host = outside.rpartition(':')
     return Published(address, host, container, protocol or 'tcp')
 
-
 def published_ports(job):
     """The Published of every `-p` of the job's last `docker run`."""
-    run = (runs_of(job) or [None])[-1]
-    return [parse_published(value) for value in option_values(run, 'publish')] if run else []
-
+    return [parse_published(value) for run in runs_of(job)[-1:]
+            for value in option_values(run, 'publish')]
 
 def mounted_paths(run):
     """The paths in the container that -v, --mount and --tmpfs put something at."""
@@ -921,119 +823,83 @@ def mounted_paths(run):
         paths += re.findall(r'(?:dst|destination|target)=([^,]+)', value)
     return [path.rstrip('/') for path in paths]
 
+def check_job(job, app, proxied=(), volumes=()):
+    """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
 
-def check_job(job, app, proxied=()):
-    """What is known to kill a deploy, as [Finding].
-
-    proxied  the ports that the app's proxy file passes requests to
+    proxied  the ports on the host that the app's proxy file passes requests to
+    volumes  the paths that the image declares as VOLUME
     """
-    runs = runs_of(job)
-    found = list(check_stanzas(job, app))
-    if not runs and find_stanzas(job, 'exec', 'script'):
-        found.append(Finding('warning', 'upstart.conf', 1, 'no `docker run` in `exec` or '
-                             '`script`: only the job itself can be checked'))
-    for run in runs:
-        found += check_options(run)
-        found += check_container_name(run, job)
-        found += check_image_and_ports(run, app, proxied)
-    return found
-
-
-def check_stanzas(job, app):
-    def finding(level, line, text):
-        return Finding(level, 'upstart.conf', line, text)
     if not find_stanzas(job, 'exec', 'script'):
-        yield finding('error', 1, 'no `exec` or `script`: say how to run the app, as in '
-                      '`exec docker run --rm %s`' % app)
+        raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
+                          '`exec docker run --rm %s`' % app)
     for stanza in job:
-        if stanza.name == 'kill signal' and stanza.value[:1].isdigit():
-            yield finding('error', stanza.line, '`kill signal %s`: a number crashes init 1.5; '
-                          'write its name, as in SIGINT' % stanza.value)
-        elif stanza.name in ('task', 'instance'):
-            yield finding('error', stanza.line, '`%s`: dockhand runs one service that goes '
-                          'on; use cron for what ends' % stanza.name)
-        elif stanza.name == 'expect' and stanza.value != 'none':
-            yield finding('error', stanza.line, '`expect %s`: docker run does not fork, and '
-                          'init would wait for ever; remove it' % stanza.value)
-        elif stanza.name == 'start on' and re.search(
-                r'filesystem\s+and\s+started\s+docker', stanza.value):
-            yield finding('note', stanza.line, 'under Upstart this does not come back when '
-                          'docker is restarted: `start on started docker` and `stop on '
-                          'stopping docker` does')
+        check_stanza(stanza)
+    doubts = [(stanza.line, 'note: under Upstart this does not come back when docker is '
+               'restarted; `start on started docker` and `stop on stopping docker` does')
+              for stanza in find_stanzas(job, 'start on')
+              if re.search(r'filesystem\s+and\s+started\s+docker', stanza.value)]
+    for run in runs_of(job):
+        check_run(run, job)
+        doubts += doubts_of_image(run, app, volumes) + doubts_of_ports(run, proxied)
+    return doubts
 
+def check_stanza(stanza):
+    value = stanza.value.strip()
+    if stanza.name == 'kill signal' and value[:1].isdigit():
+        raise job_failure(stanza.line, '`kill signal %s`: a number crashes init 1.5; write its '
+                          'name, as in SIGINT' % printable(value))
+    if stanza.name in REFUSED_STANZAS and value != 'none':
+        raise job_failure(stanza.line, '`%s`: %s' % (
+            stanza.name, REFUSED_STANZAS[stanza.name]))
 
-def check_options(run):
-    def error(option, text):
-        return Finding('error', 'upstart.conf', option.word.line,
-                       '`%s`: %s' % (option.word.text, text))
+def check_run(run, job):
     for option in run.options:
-        if option.name in GONE_OPTIONS:
-            yield error(option, 'docker has it no longer (1.10)')
-        elif option.name == 'detach' and option_is_on(option):
-            yield error(option, 'a detached container leaves init nothing to watch; remove it')
-        elif option.name in ('interactive', 'tty') and option_is_on(option):
-            yield error(option, 'a service has no terminal; remove it')
-        elif option.name == 'name' and len(option.value) == 1:
-            yield error(option, 'docker wants two characters at least')
+        text, line = option.word.text, option.word.line
+        if option.name in REFUSED_OPTIONS and (option.name not in FLAGS or is_on(option)):
+            raise job_failure(line, '`%s`: %s' % (text, REFUSED_OPTIONS[option.name]))
+        if option.name == 'name' and len(option.value) < 2:
+            raise job_failure(line, '`%s %s`: docker wants two characters at least'
+                              % (text, option.value))
+        if option.name == 'name' and not is_removed(run, job, option.value):
+            raise job_failure(line, '`%s %s` without `--rm`: the next start finds the name '
+                              'taken; add --rm' % (text, option.value))
 
-
-def check_container_name(run, job):
-    """A named container that nothing removes makes every second start fail."""
-    for option in run.options:
-        if option.name == 'name' and not removes_container(run, job, option.value):
-            yield Finding('error', 'upstart.conf', option.word.line, '`--name %s` without '
-                          '`--rm`: the next start finds the name taken; add --rm'
-                          % option.value)
-
-
-def removes_container(run, job, name):
-    if any(option.name == 'rm' and option_is_on(option) for option in run.options):
+def is_removed(run, job, name):
+    """Whether something takes a named container away before it is run again."""
+    if any(option.name == 'rm' and is_on(option) for option in run.options):
         return True
-    stanzas = find_stanzas(job, 'script', 'pre-start exec', 'pre-start script',
-                           'post-stop exec', 'post-stop script')
-    words = [docker_command(command.words) for stanza in stanzas
-             for command in commands_of(stanza)]
-    return any(found and found[0].value == 'rm' and
-               any(word.value == name or '$' in word.value for word in found[1:])
-               for found in words)
+    return any(word.value == name or '$' in word.value
+               for stanza in job if 'exec' in stanza.name or 'script' in stanza.name
+               for command in commands_of(stanza) if docker_verb(command) == 'rm'
+               for word in docker_words(command)[1:])
 
-
-def check_image_and_ports(run, app, proxied):
-    def warning(line, text):
-        return Finding('warning', 'upstart.conf', line, text)
+def doubts_of_image(run, app, volumes):
     if not is_image_of(app, run.image):
-        yield warning(run.line, 'it runs the image `%s`, not what this repository builds, '
-                      '`%s`' % (printable(run.image), app))
-    for option in run.options:
-        if option.name != 'publish':
-            continue
-        port = parse_published(option.value)
-        web = port.host in proxied or port.container in [str(p) for p in HTTP_PORTS]
-        if web and not port.address and port.protocol == 'tcp':
-            yield warning(option.word.line, '`-p %s` is open to the world, past ufw: behind '
-                          'nginx write `-p 127.0.0.1:%s:%s`' % (
-                              option.value, port.host or port.container, port.container))
+        return [(run.line, 'warning: it runs the image `%s`, not what this repository builds, '
+                 '`%s`' % (printable(run.image), app))]
+    if option_values(run, 'volumes-from'):
+        return []
+    return [(run.line, 'warning: VOLUME %s is mounted nowhere, its data goes at every stop; '
+             'to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
+            for path in sorted(set(volumes) - set(mounted_paths(run)))]
 
+def doubts_of_ports(run, proxied):
+    """Docker's published ports pass by the firewall that people know, ufw."""
+    doubts = []
+    for option in run.options:
+        port = parse_published(option.value) if option.name == 'publish' else None
+        if port and not port.address and port.protocol == 'tcp' and (
+                port.host in proxied or port.container in HTTP_PORTS):
+            doubts.append((option.word.line, 'warning: `-p %s` is open to the world, past ufw; '
+                           'behind nginx: `-p 127.0.0.1:%s:%s`' % (
+                               option.value, port.host or port.container, port.container)))
+    return doubts
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
 
-
-def check_volumes(job, app, volumes):
-    """A VOLUME of the image that nothing is mounted at, as [Finding]."""
-    found = []
-    for run in runs_of(job):
-        if not is_image_of(app, run.image) or option_values(run, 'volumes-from'):
-            continue
-        for path in sorted(set(volumes) - set(mounted_paths(run))):
-            found.append(Finding('warning', 'upstart.conf', run.line, 'VOLUME %s is mounted '
-                                 'nowhere: its data goes at every stop; to keep it add '
-                                 '`-v /srv/%s%s:%s`' % (path, app, path, path)))
-    return found
-
-
 # What a job is where docker, not Upstart, keeps it running: the arguments of `docker
-# create` before and after the image, the variables that the job gives its commands.
+# create` before and after the image, and what the job gives its commands.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
 
 DROPPED_OPTIONS = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name',
@@ -1043,72 +909,54 @@ NO_EQUIVALENT = {
     'normal exit': 'docker restarts it whatever it exits with; remove it'}
 HARMLESS = ('true', ':', 'set', 'sleep', 'echo', 'exit')
 
-
 def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
     for stanza in job:
         if stanza.name in NO_EQUIVALENT:
             raise no_equivalent(stanza.line, stanza.name, NO_EQUIVALENT[stanza.name])
         if stanza.name.startswith(('pre-', 'post-')):
-            check_harmless(commands_of(stanza), stanza.name)
-    env = job_environment(job)
+            check_harmless(commands_of(stanza))
+    pairs = [unquote(stanza.value).partition('=') for stanza in find_stanzas(job, 'env')]
+    env = dict((name, value) for name, _, value in pairs)
     run = only_run(job, app, env)
     options = [render_option(option) for option in run.options
                if option.name not in DROPPED_OPTIONS]
-    options += ['--stop-signal=' + stanza.value
-                for stanza in find_stanzas(job, 'kill signal')[-1:]]
+    if last_value(job, 'kill signal'):
+        options.append('--stop-signal=' + last_value(job, 'kill signal'))
     starts = [stanza.name for stanza in find_stanzas(job, 'start on', 'manual')]
-    grace = [stanza.value for stanza in find_stanzas(job, 'kill timeout')] or ['5']
-    folder = [stanza.value for stanza in find_stanzas(job, 'chdir')] or ['/']
-    return Container(options, run.image, run.command, env, unquote(folder[-1]),
-                     starts[-1:] == ['start on'], grace[-1])
-
+    return Container(options, run.image, run.command, env, last_value(job, 'chdir', '/'),
+                     starts[-1:] == ['start on'], last_value(job, 'kill timeout', '5'))
 
 def no_equivalent(line, what, remedy):
-    return job_failure(line, '`%s` has no equivalent where docker runs the app instead of '
-                       'Upstart, as here: %s' % (printable(what), remedy))
+    return job_failure(line, '`%s` cannot be had where docker instead of Upstart runs the app, '
+                       'as here: %s' % (printable(what), remedy))
 
-
-def check_harmless(commands, where):
-    """Refuse what docker does not do anyway around a start and a stop."""
+def check_harmless(commands):
+    """Refuse what does not happen anyway around a container's start and stop."""
     before = ''
     for command in commands:
-        words = docker_command(command.words)
-        known = words and words[0].value in ('rm', 'stop', 'kill', 'pull') or \
+        known = docker_verb(command) in ('rm', 'stop', 'kill', 'pull') or \
             command.words[0].value in HARMLESS or set(before) & set('<>')
         if not known or command.operator == '|':
-            raise no_equivalent(command.line, where + ': ' + command.words[0].text,
-                                'do it in the Dockerfile or when the container starts')
+            raise no_equivalent(command.line, command.words[0].text, 'do it in the Dockerfile, '
+                                'or when the container starts')
         before = command.operator
-
-
-def job_environment(job):
-    """The `env` of a job as a dict."""
-    pairs = [unquote(stanza.value).partition('=') for stanza in find_stanzas(job, 'env')]
-    return dict((name, value) for name, _, value in pairs)
-
 
 def only_run(job, app, env):
     """The one `docker run` of a job whose other commands can be left out."""
-    main = (find_stanzas(job, 'exec', 'script') or [Stanza('exec', '', 1, 0)])[-1]
-    commands, runs = commands_of(main), []
-    for command in commands:
-        words = docker_command(command.words)
-        if words and words[0].value == 'run':
-            if command.operator.strip('\n;') not in ('', '||', '&&'):
-                raise no_equivalent(command.line, command.operator.strip(),
-                                    'docker keeps what it prints: dockhand logs %s' % app)
-            runs.append(expand_words(words[1:], env))
-    check_harmless([command for command in commands
-                    if (docker_command(command.words) or [Word('', '', 0, 0)])[0].value
-                    != 'run'], main.name)
+    main = find_stanzas(job, 'exec', 'script')[-1]
+    commands = commands_of(main)
+    check_harmless([each for each in commands if docker_verb(each) != 'run'])
+    runs = [each for each in commands if docker_verb(each) == 'run']
     if len(runs) != 1:
-        raise no_equivalent(main.line, main.name, 'one `docker run` is wanted')
-    run = read_run(runs[0])
+        raise no_equivalent(main.line, main.name, 'it must hold one `docker run`')
+    if runs[0].operator.strip('\n;') not in ('', '||', '&&'):
+        raise no_equivalent(runs[0].line, runs[0].operator.strip(),
+                            'docker keeps what it prints: dockhand logs ' + app)
+    run = read_run(expand_words(docker_words(runs[0])[1:], env))
     if run is None:
         raise job_failure(main.line, '`docker run` names no image')
     return run
-
 
 def expand_words(words, env):
     """Words with `$NAME` of the job's own env put in, as the shell would."""
@@ -1116,16 +964,12 @@ def expand_words(words, env):
     found = []
     for word in words:
         bare = re.sub(r"'[^']*'|\\.", '', word.text)
-        unknown = [name for name in re.findall(r'\$\{?(\w*)', bare) if name not in env]
-        if '`' in bare or unknown:
+        if '`' in bare or set(re.findall(r'\$\{?(\w*)', bare)) - set(env):
             raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
-        text = re.sub(r'\$(?:\{(\w+)\}|(\w+))',
-                      lambda match: env[match.group(1) or match.group(2)], word.text) \
-            if bare.count('$') else word.text
-        found += [Word(word.text, value, word.line, word.offset)
-                  for value in shlex.split(text)]
+        text = word.text if '$' not in bare else re.sub(
+            r'\$\{?(\w+)\}?', lambda match: env[match.group(1)], word.text)
+        found += [word._replace(value=value) for value in shlex.split(text)]
     return found
-
 
 def render_option(option):
     name = ('--' if len(option.name) > 1 else '-') + option.name
@@ -1145,19 +989,15 @@ NGINX_TOKEN = re.compile(r'''
   | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
   ''', re.VERBOSE | re.DOTALL)
 
-
 def proxy_header(app):
     return "# dockhand: %s's, installed from its repository at each push\n" % app
-
 
 def job_header(app):
     return "# dockhand: %s's job, installed from its repository at each push\n" % app
 
-
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file for this app."""
     return text.startswith("# dockhand: %s's" % app)
-
 
 def parse_nginx(text):
     """An nginx file as [Directive]; lenient, since `nginx -t` has the last word."""
@@ -1178,7 +1018,6 @@ def parse_nginx(text):
                 stack.pop()
     return stack[0]
 
-
 def servers_of(text):
     """The server blocks of a file in conf.d, as [Server]."""
     found = []
@@ -1193,7 +1032,6 @@ def servers_of(text):
             Listen('*', '80', False, directive.line)], names))
     return found
 
-
 def parse_listen(directive):
     """The Listen of `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
     value, options = directive.words[1], directive.words[2:]
@@ -1206,11 +1044,9 @@ def parse_listen(directive):
     return Listen(address, port, bool({'default_server', 'default'} & set(options)),
                   directive.line)
 
-
 def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
-
 
 def server_claims(server):
     """{(port, name): line} that a server block takes; `default_server` is such a name."""
@@ -1222,7 +1058,6 @@ def server_claims(server):
         if listen.default:
             claims[listen.address + ':' + listen.port, 'default_server'] = listen.line
     return claims
-
 
 def check_proxy(servers, others):
     """Failure where a pushed file takes what another has, or can never be reached.
@@ -1243,10 +1078,8 @@ def check_proxy(servers, others):
         check_reachable(server)
         check_addresses(server, others)
 
-
 def claim_text(name):
     return name if name == 'default_server' else 'server_name ' + printable(name)
-
 
 def check_reachable(server):
     """An unknown name on port 80 is answered by 000-dockhand.conf."""
@@ -1255,7 +1088,6 @@ def check_reachable(server):
                          for listen in server.listens):
         raise Failure('nginx-proxy.conf:%d: no request reaches this server: give it a '
                       'server_name, or write `listen 80 default_server;`' % server.line)
-
 
 def check_addresses(server, others):
     """A server on one address of a port gets every request to it, whatever its name."""
@@ -1267,7 +1099,6 @@ def check_addresses(server, others):
             raise Failure('nginx-proxy.conf:%d: `listen %s:%s` would take all requests to '
                           'that address: write `listen %s;`' % (
                               listen.line, listen.address, listen.port, listen.port))
-
 
 def render_catch_all(listens, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
@@ -1292,7 +1123,6 @@ def render_catch_all(listens, version, ipv6):
         text += 'server {\n    ' + '\n    '.join(block) + '\n}\n'
     return text
 
-
 def stage_nginx_conf(text, files, pid):
     """A copy of nginx.conf that includes these files instead of those in conf.d."""
     includes = '\n'.join('include %s;' % path for path in files)
@@ -1303,7 +1133,6 @@ def stage_nginx_conf(text, files, pid):
                       % (NGINX, PROXIES))
     text = re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
     return 'pid %s;\n' % pid + text
-
 
 def proxy_address(servers):
     """The address that a person would type for a web app, or None."""
@@ -1332,7 +1161,6 @@ def docker_version(host):
             plain_line((result.err or result.out).strip().split('\n')[-1]) or 'is it running?'))
     return tuple(int(part) for part in match.group(1).strip('.').split('.'))
 
-
 def inspect(host, *names):
     """docker's description of containers and images, as [dict]; unknown names are left out."""
     import json
@@ -1344,19 +1172,16 @@ def inspect(host, *names):
     except ValueError:
         raise Failure(command_failed(['docker', 'inspect'], result))
 
-
 def image_id(host, name):
     """The id of an image, None where there is none. `name` has a tag."""
     found = inspect(host, name)
     return str(found[0]['Id']) if found else None
 
-
-def running_containers(host, images):
-    """docker's description of the running containers of these images (by id), newest first."""
+def running_containers(host, image):
+    """docker's description of the running containers of an image (by id), newest first."""
     ids = host.run(['docker', 'ps', '-q', '--no-trunc']).split()
-    found = [each for each in (inspect(host, *ids) if ids else []) if each['Image'] in images]
+    found = [each for each in (inspect(host, *ids) if ids else []) if each['Image'] == image]
     return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
-
 
 def build_image(host, folder, tag, *options):
     """Build an image from a folder; docker's output goes to the pusher as it comes."""
@@ -1372,7 +1197,6 @@ def build_image(host, folder, tag, *options):
     if result.status:
         raise Failure('the build failed%s' % build_trouble('\n'.join(heard), result.status))
 
-
 def build_trouble(heard, status):
     """What the output of a failed build means, in words."""
     if status == 137 or re.search(r'code:? 137\b', heard):
@@ -1380,7 +1204,6 @@ def build_trouble(heard, status):
     if 'exec format error' in heard:
         return ': exec format error: an image for another processor than this server\'s'
     return ''
-
 
 def tag_image(host, source, target):
     """Move a tag."""
@@ -1390,16 +1213,13 @@ def tag_image(host, source, target):
     elif result.status:
         raise Failure(command_failed(['docker', 'tag', source, target], result))
 
-
 def remove_image_tag(host, tag):
     if image_id(host, tag):
         host.run(['docker', 'rmi', tag])
 
-
 def nginx_version(host):
     match = re.search(r'nginx/(\d+)\.(\d+)\.(\d+)', host.ask(['nginx', '-v']).err)
     return tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
-
 
 def proxy_files(host):
     """{path: text} of nginx's files in conf.d and sites-enabled, but for our catch-all."""
@@ -1414,13 +1234,11 @@ def proxy_files(host):
     found.pop(CATCH_ALL, None)
     return found
 
-
 def catch_all_text(host, files):
     listens = [listen for text in files.values() for server in servers_of(text)
                for listen in server.listens]
     ipv6 = os.path.exists(host.path('/proc/net/if_inet6'))
     return render_catch_all(listens, nginx_version(host), ipv6)
-
 
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
@@ -1437,7 +1255,6 @@ def check_proxy_file(host, app, text):
         raise Failure(problem if 'nginx-proxy.conf:' in problem else
                       'nginx-proxy.conf clashes with another file: ' + problem)
 
-
 def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own; None if nothing.
 
@@ -1445,41 +1262,37 @@ def try_nginx(host, app, text):
     at every moment.
     """
     own = PROXIES + '/%s.conf' % app
-    files = dict((path, path) for path in proxy_files(host) if path.startswith(PROXIES))
-    files.pop(own, None)
     candidate, catch_all, staged = ['%s/.dockhand-%s.%s' % (NGINX, app, part)
                                     for part in ('candidate', 'catch-all', 'nginx')]
-    texts = proxy_files(host)
-    texts.pop(own, None)
-    if text is not None:
-        files[own] = candidate
-        texts[own] = text
-    order = [catch_all] + [files[path] for path in sorted(files)]
+    files = dict(proxy_files(host), **{own: text})
+    if text is None:
+        del files[own]
+    order = [candidate if path == own else path for path in sorted(files)
+             if path.startswith(PROXIES)]
     try:
         replace_file(host.path(candidate), text or '')
-        replace_file(host.path(catch_all), catch_all_text(host, texts))
+        replace_file(host.path(catch_all), catch_all_text(host, files))
         replace_file(host.path(staged), stage_nginx_conf(
-            read_file(host.path(NGINX, 'nginx.conf')) or '', order, staged + '.pid'))
+            read_file(host.path(NGINX, 'nginx.conf')) or '', [catch_all] + order,
+            staged + '.pid'))
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
-        return nginx_problem(result.err, candidate, catch_all) if result.status else None
+        return in_repository(nginx_error(result.err).replace(catch_all, CATCH_ALL),
+                             candidate) if result.status else None
     finally:
         for path in (candidate, catch_all, staged, staged + '.pid'):
             remove_file(host.path(path))
 
+def nginx_error(err):
+    """The first thing that nginx calls an error."""
+    lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
+    return plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
 
-def nginx_problem(err, candidate, catch_all):
-    """The first thing that `nginx -t` calls an error, in the terms of the repository."""
-    lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err) or [
-        err.strip() or 'nginx -t failed']
-    text = plain_line(lines[0]).replace(catch_all, CATCH_ALL)
-
-    def in_repository(match):
-        return 'nginx-proxy.conf:%d' % (int(match.group(1)) - 1)     # our header is line 1
-    text, count = re.subn(r'(?:in )?%s:(\d+)' % re.escape(candidate), in_repository, text)
-    if count:
-        text = re.sub(r'^(.*) (nginx-proxy\.conf:\d+)\Z', r'\2: \1', text)
-    return text
-
+def in_repository(problem, candidate):
+    """nginx's words about a candidate, as `nginx-proxy.conf:LINE: what`."""
+    match = re.match(r'(.*?)(?: in)? %s:(\d+)' % re.escape(candidate), problem)
+    if not match:
+        return problem
+    return 'nginx-proxy.conf:%d: %s' % (int(match.group(2)) - 1, match.group(1))
 
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow.
@@ -1498,15 +1311,12 @@ def install_proxy(host, app, text, certain=False):
         if write_catch_all(host) or changed or (certain and text is not None):
             reload_nginx(host)
 
-
 def host_lock(host, app):
     """What apps share (names, nginx) changes under this lock; taken after the app's own."""
-    return Lock(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
-
+    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
 
 def write_catch_all(host):
     return replace_file(host.path(CATCH_ALL), catch_all_text(host, proxy_files(host)))
-
 
 def reload_nginx(host):
     """Make nginx take up its configuration; Failure unless it really has.
@@ -1525,13 +1335,11 @@ def reload_nginx(host):
             raise Failure('nginx keeps its old configuration: ' + nginx_log(host))
         time.sleep(0.01)
 
-
 def start_nginx(host):
     if os.path.isdir(host.path('/run/systemd/system')):
         host.run(['systemctl', 'start', 'nginx'])
     else:
         host.run(['nginx'])
-
 
 def nginx_master(host):
     """The process id of nginx's master, None where it does not run."""
@@ -1542,12 +1350,10 @@ def nginx_master(host):
             return pid
     return None
 
-
 def nginx_workers(host, master):
     """The workers that still take requests, as [process id]."""
     return [pid for pid in child_processes(host, master)
             if 'shutting down' not in process_title(host, pid)]
-
 
 def child_processes(host, parent):
     found = []
@@ -1557,10 +1363,8 @@ def child_processes(host, parent):
             found.append(pid)
     return found
 
-
 def process_title(host, pid):
     return read_process(host, pid, 'cmdline').replace('\0', ' ')
-
 
 def read_process(host, pid, name):
     """A file of /proc/PID, '' when the process is gone."""
@@ -1568,7 +1372,6 @@ def read_process(host, pid, name):
         return read_file(host.path('/proc', pid, name)) or ''
     except EnvironmentError:
         return ''
-
 
 def nginx_log(host):
     """The last trouble in nginx's error log."""
@@ -1585,17 +1388,14 @@ def nginx_log(host):
 # identity changes when the app is started anew; ports: [(address, tcp port)].
 State = namedtuple('State', 'alive identity ports health text')
 
-
 def choose_engine(host):
     return Upstart(host) if is_upstart(host) else Containers(host)
-
 
 def is_upstart(host):
     """Whether PID 1 is Upstart (its tools may lie beside another init)."""
     if os.path.isdir(host.path('/run/systemd/system')) or not find_program(host, 'initctl'):
         return False
     return 'upstart' in host.ask(['initctl', 'version']).out
-
 
 def container_state(found):
     """The State of a container from docker's description."""
@@ -1606,7 +1406,6 @@ def container_state(found):
     identity = (found['Id'], state['StartedAt'], found.get('RestartCount'))
     return State(bool(alive), identity, container_ports(found), str(health), text)
 
-
 def container_ports(found):
     """[(address, port)]: where the published tcp ports of a container really are."""
     settings = found.get('NetworkSettings') or {}
@@ -1616,7 +1415,6 @@ def container_ports(found):
     published = (found.get('HostConfig') or {}).get('PortBindings') or {}
     return [(str(address), int(port.split('/')[0])) for address in addresses
             for port in sorted(published) if port.endswith('/tcp')]
-
 
 class Containers(object):
     """Docker itself keeps the app running: one container a release, named APP--N."""
@@ -1644,6 +1442,8 @@ class Containers(object):
         self.host.run(self.create_command(release), env=self.job(release).env,
                       cwd=self.job(release).folder)
 
+    place = prepare
+
     def create_command(self, release):
         job = self.job(release)
         options = list(job.options)
@@ -1657,9 +1457,6 @@ class Containers(object):
     def job(self, release):
         return container_of(parse_job(release.job), release.app)
 
-    def place(self, release):
-        self.prepare(release)
-
     def start(self, release):
         self.host.run(['docker', 'start', container_name(release)])
 
@@ -1668,13 +1465,13 @@ class Containers(object):
             self.host.run(['docker', 'stop', '-t', self.job(release).grace,
                            container_name(release)])
 
-    def settle(self, release, stopped=False):
+    def settle(self, release):
         """From now on docker starts it again by itself, at boot too."""
         policy = 'unless-stopped' if self.job(release).at_boot else 'on-failure'
         self.host.run(['docker', 'update', '--restart', policy, container_name(release)])
 
-    def discard(self, release):
-        """Take away what only this release had."""
+    def discard(self, release, instead=None):
+        """Take away what only this release had, not the one that runs instead."""
         if inspect(self.host, container_name(release)):
             self.host.run(['docker', 'rm', '-f', '-v', container_name(release)])
 
@@ -1688,10 +1485,8 @@ class Containers(object):
         return ['docker', 'logs', '--tail', str(lines)] + (['-f'] if follow else []) + [
             container_name(release)]
 
-
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
-
 
 class Upstart(object):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
@@ -1705,7 +1500,7 @@ class Upstart(object):
         docker_version(self.host)
 
     def prepare(self, release):
-        """Nothing can be made ready: a job of this name runs the old release."""
+        """Nothing can be made ready: the job of this name runs the old release."""
 
     def place(self, release):
         """Upstart sees a new file at once; `manual` keeps a reboot from starting a mixture."""
@@ -1733,17 +1528,17 @@ class Upstart(object):
         said = result.err + result.out
         if result.status and 'Unknown instance' not in said and 'Unknown job' not in said:
             raise Failure(command_failed(['stop', release.app], result))
-        for found in running_containers(self.host, [release.image]):
+        for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
 
-    def settle(self, release, stopped=False):
-        if not stopped:
-            remove_file(self.override_path(release))
-
-    def discard(self, release):
-        if is_ours(read_file(self.job_path(release)) or '', release.app):
-            remove_file(self.job_path(release))
+    def settle(self, release):
+        """From now on a boot starts it."""
         remove_file(self.override_path(release))
+
+    def discard(self, release, instead=None):
+        if instead is None and is_ours(read_file(self.job_path(release)) or '', release.app):
+            remove_file(self.job_path(release))
+            remove_file(self.override_path(release))
 
     def state(self, release):
         said = self.host.ask(['status', release.app])
@@ -1754,7 +1549,7 @@ class Upstart(object):
         if match.group(2) != 'running':
             return State(None, None, [], '', text)
         identity = (match.group(3),)
-        found = running_containers(self.host, [release.image])
+        found = running_containers(self.host, release.image)
         if not found:
             alone = not any(is_image_of(release.app, run.image)
                             for run in runs_of(parse_job(release.job)))
@@ -1765,7 +1560,6 @@ class Upstart(object):
     def logs_command(self, release, lines, follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
         return ['tail', '-n', str(lines)] + (['-f'] if follow else []) + [log]
-
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; Failure as soon as it will not.
@@ -1794,7 +1588,6 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
             raise Failure('after %d s %s' % (timeout, missing or 'it is not running yet'))
         time.sleep(0.1)
 
-
 def silent_ports(state):
     """What does not answer yet, in words; '' when all does."""
     if state.health:
@@ -1803,7 +1596,6 @@ def silent_ports(state):
         if not accepts(address, port):
             return 'nothing listens on port %d of the container' % port
     return ''
-
 
 def accepts(address, port):
     """Whether something takes a TCP connection there, within a second."""
@@ -1823,26 +1615,21 @@ def accepts(address, port):
 # are installed, or None. time: seconds since 1970.
 Release = namedtuple('Release', 'app number commit branch key time image job proxy')
 
-
 def app_folder(host, app, *parts):
     return host.path(STATE, 'apps', app, *parts)
-
 
 def release_folder(host, app, number):
     return app_folder(host, app, 'releases', str(number))
 
-
 def list_apps(host):
     folder = host.path(STATE, 'apps')
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-
 
 def list_releases(host, app):
     """The numbers of an app's releases, failed ones included, as [int]."""
     folder = app_folder(host, app, 'releases')
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name) for name in names if name.isdigit())
-
 
 def load_release(host, app, number):
     """A Release from the store, None where it is not there whole."""
@@ -1857,11 +1644,9 @@ def load_release(host, app, number):
     return Release(job=read_file(os.path.join(folder, 'upstart.conf')),
                    proxy=read_file(os.path.join(folder, 'nginx-proxy.conf')), **values)
 
-
 def native(value):
     """Python 2.7's json gives unicode."""
     return str(value) if isinstance(value, type(u'')) else value
-
 
 def save_release(host, release):
     """Write a release down whole: its record comes last."""
@@ -1875,12 +1660,10 @@ def save_release(host, release):
     del record['job'], record['proxy']
     write_record(folder, record)
 
-
 def write_record(folder, record):
     import json
     replace_file(os.path.join(folder, 'release.json'),
                  json.dumps(record, indent=1, sort_keys=True) + '\n')
-
 
 def save_failure(host, release, reason):
     """What remains of a failed release: its number and why."""
@@ -1892,7 +1675,6 @@ def save_failure(host, release, reason):
     write_record(folder, {'number': release.number, 'commit': release.commit,
                           'key': release.key, 'time': release.time, 'failed': reason})
 
-
 def linked_release(host, app, link):
     """The Release that `live` or `pending` points to, or None."""
     try:
@@ -1901,45 +1683,54 @@ def linked_release(host, app, link):
         return None
     return load_release(host, app, int(number))
 
-
 def live_release(host, app):
     return linked_release(host, app, 'live')
 
-
 def set_link(host, app, link, release):
     replace_link(app_folder(host, app, link), 'releases/%d' % release.number)
-
 
 def is_stopped(host, app):
     """Whether a person said `dockhand stop`; it lasts until a start or a push."""
     return os.path.exists(app_folder(host, app, 'stopped'))
 
-
+@contextmanager
 def app_lock(host, app, purpose):
-    return Lock(host.path(LOCKS, app), purpose)
+    """Hold an app's lock, with what a crash left put right; gives the live Release or None."""
+    with locked(host.path(LOCKS, check_app_name(app)), purpose):
+        recover_app(host, app)
+        yield live_release(host, app)
 
+@contextmanager
+def live_app(host, app, command):
+    """The same for a command that wants an app that is live."""
+    with app_lock(host, app, 'dockhand %s %s' % (command, app)) as live:
+        yield must_be_live(app, live)
+
+def must_be_live(app, live):
+    if live is None:
+        raise Failure('no app %s is live here: see dockhand apps' % app)
+    return live
 
 def switch_steps(host, old, new, run=True, certain=False):
-    """What makes the host go from one release to another, as [(function, *args)].
+    """What makes the host go from one release to another, as functions in their order.
 
     old, new  a Release or None: a first deploy, or its undoing
     run       whether the new one is started
     certain   the new one was live before
     """
     engine = choose_engine(host)
-    steps = [(engine.stop, old)] if old else []
+    steps = [partial(engine.stop, old)] if old else []
     if new:
-        steps += [(tag_image, host, image_tag(new), new.app + ':latest'), (engine.place, new)]
-        steps += [(engine.start, new)] if run else []
-    steps += [(install_proxy, host, (new or old).app, new.proxy if new else None, certain)]
-    if old and not new:
-        steps += [(remove_image_tag, host, old.app + ':latest')]
+        steps += [partial(tag_image, host, image_tag(new), new.app + ':latest'),
+                  partial(engine.place, new)]
+        steps += [partial(engine.start, new)] if run else []
+    steps += [partial(install_proxy, host, (new or old).app, new and new.proxy, certain)]
+    if not new:
+        steps += [partial(remove_image_tag, host, old.app + ':latest')]
     return steps
-
 
 def image_tag(release):
     return '%s:%d' % (release.app, release.number)
-
 
 def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise.
@@ -1952,12 +1743,11 @@ def apply(host, old, new):
         transaction.undo(put_back, host, new, old)
         set_link(host, new.app, 'pending', new)
         engine.prepare(new)
-        for function_and_args in switch_steps(host, old, new):
-            function_and_args[0](*function_and_args[1:])
+        for act in switch_steps(host, old, new):
+            act()
         check_or_show_log(host, new, engine)
         set_link(host, new.app, 'live', new)
     finish(host, new, engine)
-
 
 def finish(host, release, engine):
     """What follows the commit point: the app comes back by itself from now on."""
@@ -1969,7 +1759,6 @@ def finish(host, release, engine):
         say('dockhand: %s is live, but: %s; `dockhand recover` tries again'
             % (release.app, error))
 
-
 def check_or_show_log(host, release, engine):
     try:
         check_health(release, engine)
@@ -1979,55 +1768,45 @@ def check_or_show_log(host, release, engine):
         host.ask(command, each=detail)
         raise Failure('release %d failed its health check: %s' % (release.number, failure))
 
-
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
-    if live_release(host, new.app) == new:
-        return finish(host, new, choose_engine(host))
     engine = choose_engine(host)
+    live = live_release(host, new.app)
+    if live and live.number == new.number:
+        return finish(host, new, engine)
     run = old is not None and not is_stopped(host, new.app)
-    steps = switch_steps(host, new, old, run, certain=True) + [(engine.discard, new)]
-    if old:
-        steps += [(engine.place, old)] if engine.name == 'Upstart' else []
-        steps += [(engine.settle, old, not run)]
-    steps += [(check_health, old, engine, 20, 0)] if run else []
+    steps = switch_steps(host, new, old, run, certain=True)
+    steps += [partial(engine.discard, new, old)]
+    if run:
+        steps += [partial(engine.settle, old), partial(check_health, old, engine, 20, 0)]
     left = []
-    for function_and_args in steps:
+    for act in steps:
         try:
-            function_and_args[0](*function_and_args[1:])
+            act()
         except (Failure, EnvironmentError) as error:
-            left.append(str(error))
-    for problem in left:
-        say('dockhand: could not be put back: ' + problem)
+            left.append('dockhand: could not be put back: %s' % error)
     if left:
-        say('dockhand: mend that, then: sudo dockhand recover')
-        return
+        return say('\n'.join(left + ['dockhand: mend that, then: sudo dockhand recover']))
     remove_file(app_folder(host, new.app, 'pending'))
-    step('Release %d runs as before' % old.number if run else 'Nothing of it is left')
-
+    if run:
+        step('Release %d runs as before' % old.number)
 
 def recover_app(host, app):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
-    pending = linked_release(host, app, 'pending')
-    if pending is None:
-        remove_file(app_folder(host, app, 'pending'))
-        return
-    step('%s: release %d was interrupted' % (app, pending.number))
-    put_back(host, pending, live_release(host, app))
+    pending, live = linked_release(host, app, 'pending'), live_release(host, app)
+    if pending:
+        step('%s: the deploy of release %d was interrupted' % (app, pending.number))
+        put_back(host, pending, live)
+        forget(host, pending, live, 'interrupted')
 
-
-def put_right(host, app):
-    """Start a live app that should run and does not: after a boot, a prune."""
-    release = live_release(host, app)
-    if release is None or is_stopped(host, app):
-        return
+def put_right(host, live):
+    """Start an app that should run and does not: after a boot, a prune."""
     engine = choose_engine(host)
-    if engine.state(release).alive is False:
-        step('%s: release %d did not run; starting it' % (app, release.number))
-        engine.place(release)
-        engine.start(release)
-        engine.settle(release)
-
+    if engine.state(live).alive is False:
+        step('%s: release %d did not run; starting it' % (live.app, live.number))
+        engine.place(live)
+        engine.start(live)
+        engine.settle(live)
 
 def read_pushed(folder, name):
     """The text of a pushed file, None where there is none; Failure unless it is plain."""
@@ -2049,41 +1828,35 @@ def read_pushed(folder, name):
         raise Failure('%s is empty' % name)
     return to_text(data)
 
+def repository(host, app):
+    return host.path(host.home(), app + '.git')
 
-def git(host, app, *args, **options):
-    """Run git in an app's repository, with the git user's rights only."""
-    repository = os.path.join(host.home(), app + '.git')
-    return host.run(('git', '--git-dir=' + repository) + args,
-                    account=host.account(), env={'GIT_NO_REPLACE_OBJECTS': '1'}, **options)
+def git_command(host, app, *args):
+    """A git command in an app's repository: to be run with the git user's rights only."""
+    return ['git', '--git-dir=' + repository(host, app)] + list(args)
 
+def git(host, app, *args):
+    return host.run(git_command(host, app, *args), account=host.account())
 
 def commit_of(host, app, ref):
     """The id of the commit a ref points to, '' where there is none."""
     return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
 
-
 def check_out(host, app, commit):
     """Fill the app's build folder with a commit's files; the folder."""
     folder = host.path(STATE, 'build', app)
-    account = host.account()
     empty_build_folder(host, app)
-    host.run(['mkdir', folder], account=account)
-    repository = os.path.join(host.home(), app + '.git')
-    host.run(['tar', '-x', '-C', folder], account=account,
-             env={'GIT_NO_REPLACE_OBJECTS': '1'},
-             feed=['git', '--git-dir=' + repository, 'archive', '--format=tar', commit])
+    host.run(['mkdir', folder], account=host.account())
+    host.run(['tar', '-x', '-C', folder], account=host.account(),
+             feed=git_command(host, app, 'archive', '--format=tar', commit))
     return folder
-
 
 def empty_build_folder(host, app):
     host.run(['rm', '-rf', '--', host.path(STATE, 'build', app)], account=host.account())
 
-
-Pushed = namedtuple('Pushed', 'folder job proxy')       # what a commit brings, as installed
-
-
-def check_files(host, app, folder):
-    """Read and check what was pushed; Pushed(folder, job, proxy)."""
+def check_files(release, folder):
+    """The Release with its job and proxy file, as they are installed; Failure by line."""
+    app = release.app
     if read_pushed(folder, 'Dockerfile') is None:
         raise Failure('no Dockerfile in this commit: it says how to build the app')
     read_pushed(folder, '.dockerignore')
@@ -2091,29 +1864,18 @@ def check_files(host, app, folder):
     if job is None:
         raise Failure('no upstart.conf in this commit: it says how to run the app, as in '
                       '`exec docker run --rm %s`' % app)
-    for name, sign in (('.gitmodules', ''), ('.gitattributes', 'filter=lfs')):
-        if sign in (read_file(os.path.join(folder, name)) or sign + '?') and \
-                os.path.isfile(os.path.join(folder, name)):
-            step('Note: %s' % (sign and 'files kept by git LFS come as pointers only'
-                               or 'submodules are not part of a push: their folders are empty'))
     if proxy and proxy.startswith(BYTE_ORDER_MARK):
         raise Failure('nginx-proxy.conf:1: begins with a byte order mark: save it without')
+    if os.path.lexists(os.path.join(folder, '.gitmodules')):
+        step('Note: submodules are not part of a push; their folders are empty')
+    if 'filter=lfs' in (read_pushed(folder, '.gitattributes') or ''):
+        step('Note: files kept by git LFS are not part of a push; their pointers are')
     job, old_words = modernize_job(job)
     if old_words:
-        step('Written for docker as it is today: -%s' % ', -'.join(old_words))
-    report_findings(check_job(parse_job(job), app, proxied_ports(proxy)))
-    return Pushed(folder, job_header(app) + job, proxy and proxy_header(app) + proxy)
-
-
-def report_findings(findings):
-    """Say each; Failure with the first that is an error."""
-    errors = [each for each in findings if each.level == 'error']
-    for each in findings:
-        if each is not (errors or [None])[0]:
-            step('%s:%d: %s: %s' % (each.file, each.line, each.level, each.text))
-    if errors:
-        raise Failure('%s:%d: %s' % errors[0][1:])
-
+        step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
+    check_job(parse_job(job), app)
+    return release._replace(job=job_header(app) + job,
+                            proxy=proxy and proxy_header(app) + proxy)
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
@@ -2126,36 +1888,37 @@ def check_host_names(host, app):
             raise Failure('%s is on this server already, and not dockhand\'s: rename the app, '
                           'or the file' % path)
 
-
 def check_unit_names(host, app):
     for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
         if os.path.exists(host.path(path)):
             raise Failure('"%s" is a service of this server (%s): choose another name'
                           % (app, path))
 
-
-def check_image_name(host, app):
-    """Before a first release: an image of that name is somebody else's."""
-    if image_id(host, app + ':latest'):
+def check_against_host(host, live, release):
+    """Failure where something on the server is in the way of a release."""
+    app = release.app
+    if live:
+        check_edited(host, live, release)
+    elif image_id(host, app + ':latest'):
         raise Failure('an image %s is on this server, and dockhand did not build it: rename '
                       'the app, or `docker rmi %s`' % (app, app))
+    if release.proxy:
+        with host_lock(host, app):
+            check_proxy_file(host, app, release.proxy)
 
-
-def check_edited(host, app, live, pushed):
+def check_edited(host, live, release):
     """Failure where a file was changed by hand on the host since the last release."""
-    found = [('nginx-proxy.conf', PROXIES, live.proxy, pushed.proxy)]
+    files = [('nginx-proxy.conf', PROXIES, live.proxy, release.proxy)]
     if is_upstart(host):
-        found.append(('upstart.conf', JOBS, live.job, pushed.job))
-    for name, folder, ours, new in found:
-        path = '%s/%s.conf' % (folder, app)
+        files.append(('upstart.conf', JOBS, live.job, release.job))
+    for name, folder, ours, new in files:
+        path = '%s/%s.conf' % (folder, live.app)
         text = read_file(host.path(path))
-        if text is None or text in (ours, new):
-            continue
-        step('%s was changed on the server:' % path)
-        detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
-        raise Failure('to keep that, commit it in %s and push; to drop it: '
-                      'sudo rm %s, and push again' % (name, path))
-
+        if text not in (None, ours, new):
+            step('%s was changed on the server:' % path)
+            detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
+            raise Failure('to keep that, commit it in %s and push; to drop it: '
+                          'sudo rm %s, and push again' % (name, path))
 
 def diff_text(old, new, old_name, new_name):
     """A unified diff."""
@@ -2163,12 +1926,9 @@ def diff_text(old, new, old_name, new_name):
     return '\n'.join(line.rstrip('\r\n') for line in difflib.unified_diff(
         old.splitlines(), new.splitlines(), old_name, new_name, lineterm=''))
 
-
 def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
-    with app_lock(host, app, 'a push of %s by %s' % (app, key)):
-        recover_app(host, app)
-        live = live_release(host, app)
+    with app_lock(host, app, 'a push of %s by %s' % (app, key)) as live:
         verdict = judge_ref(ref, new, live.branch if live else first_branch(host, app))
         if verdict == 'store':
             return
@@ -2177,8 +1937,8 @@ def deploy(host, app, key, ref, old, new):
             if live and live.commit == new:
                 return
             check_race(host, app, live, branch, old)
-        make_release(host, app, key, branch, new, live, plan_only=verdict == 'plan')
-
+        release = new_release(host, app, key, branch, new)
+        (plan_release if verdict == 'plan' else make_release)(host, live, release)
 
 def first_branch(host, app):
     """The deploy branch of an app without a release: what its repository has already."""
@@ -2186,7 +1946,6 @@ def first_branch(host, app):
         if commit_of(host, app, 'refs/heads/' + branch):
             return branch
     return None
-
 
 def check_race(host, app, live, branch, old):
     """Failure where the branch is no longer what the pusher saw.
@@ -2202,12 +1961,11 @@ def check_race(host, app, live, branch, old):
         time.sleep(0.05)
         found = commit_of(host, app, ref)
     if live and found != live.commit and has_commit(host, app, live.commit):
-        remove_file(os.path.join(host.home(), app + '.git', ref + '.lock'))
+        remove_file(os.path.join(repository(host, app), ref + '.lock'))
         git(host, app, 'update-ref', ref, live.commit)
         found = live.commit
     if found != old.strip('0') and (found or old.strip('0')):
         raise Failure('another push went live: pull, then push again')
-
 
 def has_commit(host, app, commit):
     try:
@@ -2215,66 +1973,65 @@ def has_commit(host, app, commit):
     except Failure:
         return False
 
-
-def make_release(host, app, key, branch, commit, live, plan_only=False, options=()):
-    """Check, build and plan a commit's release, and apply it; Failure changes nothing."""
-    begun = monotonic()
-    check_host_names(host, app)
+def new_release(host, app, key, branch, commit):
+    """The next Release of an app, as far as it is known before the build."""
     number = (list_releases(host, app) or [0])[-1] + 1
-    release = Release(app, number, commit, branch, key, int(time.time()), None, None, None)
-    step('Checking %s' % commit[:10])
+    return Release(app, number, commit, branch, key, int(time.time()), None, None, None)
+
+def make_release(host, live, release, options=()):
+    """Check, build and apply a new release; Failure leaves everything as it was."""
+    begun = monotonic()
     with Transaction() as transaction:
-        transaction.undo(forget, host, release, live, plan_only)
-        try:
-            pushed = check_files(host, app, check_out(host, app, commit))
-            release = build_release(host, release, pushed, live, options)
-        finally:
-            empty_build_folder(host, app)
-        if plan_only:
-            show_plan(host, live, release)
-            raise Failure('this was a plan, nothing has changed; to deploy it: '
-                          'git push REMOTE BRANCH:%s' % (live.branch if live else 'main'))
+        transaction.undo(forget, host, release, live)
+        release = build_release(host, live, release, options)
         save_release(host, release)
         built = monotonic()
         step('Switching to release %d' % release.number)
         apply(host, live, release)
     step('Release %d is live: built in %.1f s, switched in %.1f s' % (
         release.number, built - begun, monotonic() - built))
-    return release
 
+def plan_release(host, live, release):
+    """Tell the pusher what a push of this would change, and change nothing."""
+    try:
+        show_plan(host, live, build_release(host, live, release))
+    finally:
+        remove_image_tag(host, image_tag(release))
+    raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
+                  'BRANCH:%s' % (live.branch if live else DEFAULT_BRANCHES[0]))
 
-def build_release(host, release, pushed, live, options):
-    """The Release with its image built and all that can be checked before a switch."""
+def build_release(host, live, release, options=()):
+    """The Release with its image built, and all checked that can be before a switch."""
     app = release.app
-    engine = choose_engine(host)
-    release = release._replace(job=pushed.job, proxy=pushed.proxy)
-    engine.check(release)
-    if live:
-        check_edited(host, app, live, pushed)
-    else:
-        check_image_name(host, app)
-    if pushed.proxy:
-        with host_lock(host, app):
-            check_proxy_file(host, app, pushed.proxy)
-    step('Building %s' % image_tag(release))
-    build_image(host, pushed.folder, image_tag(release), *options)
+    step('Checking %s' % release.commit[:10])
+    check_host_names(host, app)
+    try:
+        folder = check_out(host, app, release.commit)
+        release = check_files(release, folder)
+        choose_engine(host).check(release)
+        check_against_host(host, live, release)
+        step('Building %s' % image_tag(release))
+        build_image(host, folder, image_tag(release), *options)
+    finally:
+        empty_build_folder(host, app)
     image = inspect(host, image_tag(release))[0]
-    volumes = (image.get('Config') or {}).get('Volumes') or {}
-    report_findings(check_volumes(parse_job(pushed.job), app, [str(v) for v in volumes]))
+    volumes = [str(path) for path in (image.get('Config') or {}).get('Volumes') or {}]
+    for line, text in check_job(parse_job(release.job), app, proxied_ports(release.proxy),
+                                volumes):
+        step('upstart.conf:%d: %s' % (line - 1, text))      # our header is line 1
     return release._replace(image=str(image['Id']))
 
-
-def forget(host, release, live, plan_only):
-    """Clean up after a release that did not become live."""
-    if live_release(host, release.app) == release:
+def forget(host, release, live, reason=None):
+    """Clean up after a release that did not become live: its number and why remain."""
+    app = release.app
+    now = live_release(host, app)
+    if linked_release(host, app, 'pending') or now and now.number == release.number:
         return
-    reason = str(sys.exc_info()[1])
     remove_image_tag(host, image_tag(release))
-    if live is None and not os.path.exists(app_folder(host, release.app, 'pending')):
-        host.run(['rm', '-rf', '--', app_folder(host, release.app)])
-    elif not plan_only:
-        save_failure(host, release, reason)
-
+    if live is None:
+        host.run(['rm', '-rf', '--', app_folder(host, app)])
+    else:
+        save_failure(host, release, reason or str(sys.exc_info()[1]))
 
 def show_plan(host, live, release):
     """What a push of this would change, for the pusher."""
@@ -2292,12 +2049,10 @@ def show_plan(host, live, release):
     space = os.statvfs(host.path(STATE))
     detail('space: %.0f MB free' % (space.f_bavail * space.f_frsize / 1e6))
 
-
 def ports_text(release):
     ports = published_ports(parse_job(release.job)) if release else []
     return ', '.join('%s%s -> %s/%s' % (p.address and p.address + ':', p.host or 'any',
                                         p.container, p.protocol) for p in ports) or 'none'
-
 
 def address_text(release):
     """Where an app answers, in words."""
@@ -2315,28 +2070,26 @@ def serve(host, name, *apps):
     if apps and app not in apps:
         raise Failure('the key "%s" has no right to %s: it may reach %s'
                       % (name, app, ', '.join(apps)))
-    repository = os.path.join(host.home(), app + '.git')
-    if not os.path.isdir(repository):
+    folder = repository(host, app)
+    if not os.path.isdir(folder):
         if verb == 'upload-pack':
             raise Failure('there is no app %s here; a first push makes it' % app)
         check_host_names(host, app)
-        make_repository(host, app, repository)
+        make_repository(host, app, folder)
     kept = ('PATH', 'HOME', 'USER', 'LOGNAME', 'LANG', 'SSH_CONNECTION', 'GIT_PROTOCOL')
     env = dict((word, os.environ[word]) for word in kept if word in os.environ)
     env.update(DOCKHAND_APP=app, DOCKHAND_KEY=name)
-    os.execvpe('git', ['git', verb, repository], env)
+    os.execvpe('git', ['git', verb, folder], env)
 
-
-def make_repository(host, app, repository):
+def make_repository(host, app, folder):
     """A bare repository with our hooks, there whole or not at all."""
     temporary = os.path.join(host.home(), '.%s.%d' % (app, os.getpid()))
     host.run(['git', '-c', 'init.defaultBranch=main', 'init', '-q', '--bare',
               '--template=' + host.path(TEMPLATE), temporary], cwd=host.home())
     try:
-        os.rename(temporary, repository)
+        os.rename(temporary, folder)
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
-
 
 def receive(host, hook, app='', key='', *ref):
     """Run as root by the hooks of a repository: sudo receive update|post-receive|check."""
@@ -2354,7 +2107,6 @@ def receive(host, hook, app='', key='', *ref):
     else:
         raise Failure('this is for the hooks of a repository')
 
-
 def after_push(host, app):
     """Once the branch has moved: say where the app answers. Nothing depends on it."""
     live = live_release(host, app)
@@ -2371,7 +2123,6 @@ def after_push(host, app):
 # ---------------------------------------------------------------------------------------
 
 Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the git user's
-
 
 def installed_parts(host):
     """Every file that `install` writes, but for nginx's, as [Part]."""
@@ -2391,11 +2142,9 @@ def installed_parts(host):
         parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644, False))
     return parts + hook_parts(host)
 
-
 def hook_texts():
     return [(hook, HOOK.format(receive=RECEIVE, hook=hook, rest=rest))
             for hook, rest in (('update', ' "$@"'), ('post-receive', ''))]
-
 
 def hook_parts(host):
     """The hooks of the repositories that are there already."""
@@ -2404,12 +2153,10 @@ def hook_parts(host):
             for app in list_apps(host) for name, text in hook_texts()
             if os.path.isdir(host.path(home, app + '.git'))]
 
-
 def launcher(host, role):
     """A script of a few lines for the interpreter that runs now, isolated."""
     return LAUNCHER.format(python=sys.executable, library=LIBRARY, role=role, user=host.user,
                            flags='-Es' if sys.version_info[0] == 2 else '-IS')
-
 
 def missing_requirements(host):
     """[(what is missing, the command that brings it)]."""
@@ -2431,12 +2178,10 @@ def missing_requirements(host):
             found.append((str(failure), start_docker_command(host)))
     return found
 
-
 def start_docker_command(host):
     if os.path.isdir(host.path('/run/systemd/system')):
         return 'systemctl start docker'
     return 'start docker' if is_upstart(host) else 'service docker start, or dockerd &'
-
 
 def ensure_user(host):
     """The git user; True if it was made or changed."""
@@ -2456,7 +2201,6 @@ def ensure_user(host):
         return True
     return False
 
-
 def install_part(host, part):
     path = host.path(part.path)
     make_folder(os.path.dirname(path)) if not os.path.isdir(os.path.dirname(path)) else None
@@ -2468,13 +2212,11 @@ def install_part(host, part):
         tell('wrote ' + part.path)
     return changed
 
-
 def install_library(host):
     """Compile the script, so that a start costs the same at any length."""
     import py_compile
     source = host.path(LIBRARY, 'dockhand.py')
     py_compile.compile(source, dfile=LIBRARY + '/dockhand.py', doraise=True)
-
 
 def disable_default_site(host):
     """The distribution's default site claims `default_server`; taken out if untouched."""
@@ -2490,7 +2232,6 @@ def disable_default_site(host):
         return True
     return False
 
-
 def is_untouched(host, path):
     """Whether a configuration file is as its package brought it (dpkg's own checksum)."""
     import hashlib
@@ -2499,7 +2240,6 @@ def is_untouched(host, path):
         return False
     known = host.ask(['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']).out
     return '%s %s' % (path, hashlib.md5(to_bytes(text)).hexdigest()) in known
-
 
 def install_nginx(host):
     """The catch-all, tested before it is in place; True if something changed."""
@@ -2513,7 +2253,6 @@ def install_nginx(host):
         reload_nginx(host)
     return changed
 
-
 def install_boot_job(host):
     wanted = host.path('/etc/systemd/system/multi-user.target.wants/dockhand-recover.service')
     if os.path.isdir(host.path('/run/systemd/system')) and not os.path.islink(wanted):
@@ -2521,7 +2260,6 @@ def install_boot_job(host):
         host.run(['systemctl', 'enable', '-q', 'dockhand-recover'])
         return True
     return False
-
 
 def check_sudo(host):
     """Run the one command as the git user, as a hook will."""
@@ -2560,17 +2298,14 @@ def install(host, user=None):
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if changed else 'nothing changed')
 
-
 def keys_path(host):
     return host.path(host.home(), '.ssh/authorized_keys')
-
 
 def write_keys(host, before, keys, after):
     account = host.account()
     make_folder(os.path.dirname(keys_path(host)), 0o700, account)
     return replace_file(keys_path(host), render_authorized_keys(before, keys, after),
                         0o600, account)
-
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
@@ -2586,7 +2321,7 @@ def upload_key(host, name, *apps):
         check_key_type(host, kind, blob)
     if host.account() is None:
         raise Failure('dockhand is not installed here: python3 dockhand.py install')
-    with Lock(host.path(LOCKS, '.keys'), 'a change of keys'):
+    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
         before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
         changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
     for kind, blob in uploaded:
@@ -2594,7 +2329,6 @@ def upload_key(host, name, *apps):
                                        ', '.join(apps) or 'every app'))
     if not changed:
         tell('nothing changed')
-
 
 def check_key_type(host, kind, blob):
     """This server's own ssh-keygen decides whether its sshd will know the key."""
@@ -2606,7 +2340,6 @@ def check_key_type(host, kind, blob):
             raise Failure("this server's OpenSSH knows no %s keys like this: make one with "
                           'ssh-keygen -t ecdsa' % printable(kind))
 
-
 def list_keys(host):
     """list who may push, and which apps"""
     _, keys, _ = split_authorized_keys(read_file(keys_path(host)) or '')
@@ -2614,25 +2347,15 @@ def list_keys(host):
         tell('%-20s %-20s %s %s' % (key.name, key.type, fingerprint(key.blob),
                                     ' '.join(key.apps) or '(every app)'))
 
-
 def remove_key(host, name):
     """take the right to push away from a key"""
-    with Lock(host.path(LOCKS, '.keys'), 'a change of keys'):
+    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
         before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
         kept = [key for key in keys if key.name != name]
         if kept == keys:
             raise Failure('no key is named "%s": see dockhand keys' % printable(name))
         write_keys(host, before, kept, after)
     tell('%s may push no longer' % name)
-
-
-def known_app(host, app):
-    """The live Release of an app; Failure where there is none."""
-    live = live_release(host, check_app_name(app))
-    if live is None:
-        raise Failure('no app %s is live here: see dockhand apps' % app)
-    return live
-
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
@@ -2648,82 +2371,63 @@ def apps(host):
         tell('%-16s %-8s %s  %s  %-10s %s' % (app, state, live.commit[:10], since, live.key,
                                               address_text(live)))
 
-
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     if not n.isdigit():
         raise Failure('-n wants a number')
-    command = choose_engine(host).logs_command(known_app(host, app), int(n), f)
+    command = choose_engine(host).logs_command(
+        must_be_live(app, live_release(host, check_app_name(app))), int(n), f)
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
-
 
 def restart(host, app):
     """stop an app and start it again"""
-    with app_lock(host, app, 'dockhand restart ' + app):
-        recover_app(host, app)
-        known_app(host, app)
-        run_app(host, app, stop_first=True)
-    tell('%s runs' % app)
-
+    with live_app(host, app, 'restart') as live:
+        choose_engine(host).stop(live)
+        run_app(host, live)
 
 def start(host, app):
     """start an app that was stopped"""
-    with app_lock(host, app, 'dockhand start ' + app):
-        recover_app(host, app)
-        run_app(host, app, stop_first=False)
-    tell('%s runs' % app)
+    with live_app(host, app, 'start') as live:
+        run_app(host, live)
 
-
-def run_app(host, app, stop_first):
-    live = known_app(host, app)
+def run_app(host, live):
     engine = choose_engine(host)
-    if stop_first:
-        engine.stop(live)
     engine.place(live)
     engine.start(live)
     check_or_show_log(host, live, engine)
     finish(host, live, engine)
-
+    tell('%s runs' % live.app)
 
 def stop(host, app):
     """stop an app; it stays so over a reboot, until a start or a push"""
-    with app_lock(host, app, 'dockhand stop ' + app):
-        recover_app(host, app)
-        live = known_app(host, app)
+    with live_app(host, app, 'stop') as live:
         replace_file(app_folder(host, app, 'stopped'), '')
         choose_engine(host).stop(live)
     tell('%s is stopped' % app)
 
-
 def rebuild(host, app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
-    with app_lock(host, check_app_name(app), 'dockhand rebuild ' + app):
-        recover_app(host, app)
-        live = known_app(host, app)
-        make_release(host, app, live.key, live.branch, live.commit, live,
-                     options=['--pull'] if pull else [])
+    with live_app(host, app, 'rebuild') as live:
+        make_release(host, live, new_release(host, app, live.key, live.branch, live.commit),
+                     ['--pull'] if pull else [])
     tell('%s: %s' % (app, address_text(live_release(host, app))))
-
 
 def recover(host):
     """put right what a crash left of a deploy; runs at boot"""
     for app in list_apps(host):
-        with app_lock(host, app, 'dockhand recover'):
-            recover_app(host, app)
-            put_right(host, app)
-
+        with app_lock(host, app, 'dockhand recover') as live:
+            if live and not is_stopped(host, app):
+                put_right(host, live)
 
 def destroy(host, app, force=False):
     """remove an app: its containers, images, files and repository"""
     check_app_name(app)
-    repository = os.path.join(host.home(), app + '.git')
-    if app not in list_apps(host) and not os.path.isdir(repository):
+    if app not in list_apps(host) and not os.path.isdir(repository(host, app)):
         raise Failure('no app %s here: see dockhand apps' % app)
     if not force:
         raise Failure('this removes %s and its repository for good; if you are sure: '
                       'dockhand destroy %s --force' % (app, app))
     with app_lock(host, app, 'dockhand destroy ' + app):
-        recover_app(host, app)
         engine = choose_engine(host)
         releases = [load_release(host, app, number) for number in list_releases(host, app)]
         for release in [each for each in releases if each]:
@@ -2732,9 +2436,9 @@ def destroy(host, app, force=False):
             remove_image_tag(host, image_tag(release))
         install_proxy(host, app, None)
         remove_image_tag(host, app + ':latest')
-        host.run(['rm', '-rf', '--', app_folder(host, app), repository])
+        host.run(['rm', '-rf', '--', app_folder(host, app),
+                  repository(host, app)])
     tell('%s is removed' % app)
-
 
 def doctor(host):
     """check every part of the installation, and say what to type"""
@@ -2745,7 +2449,6 @@ def doctor(host):
     if checks:
         raise Failure('%d thing(s) to mend' % len(checks))
     tell('all is well')
-
 
 def doctor_parts(host):
     """What `install` would write again."""
@@ -2759,7 +2462,6 @@ def doctor_parts(host):
     except Failure as failure:
         found.append((str(failure), 'visudo'))
     return found
-
 
 def doctor_ssh(host):
     """What keeps sshd from letting the git user in."""
@@ -2781,30 +2483,27 @@ def doctor_ssh(host):
         found.append(('no key may push', 'dockhand upload-key NAME < id_ed25519.pub'))
     return found
 
-
 def doctor_nginx(host):
     result = host.ask(['nginx', '-t', '-q'])
     if result.status:
-        return [(nginx_problem(result.err, '', ''), 'edit that file, then nginx -t')]
+        return [(nginx_error(result.err), 'edit that file, then nginx -t')]
     if nginx_master(host) is None:
         return [('nginx does not run', 'systemctl start nginx, or service nginx start')]
     if read_file(host.path(CATCH_ALL)) != catch_all_text(host, proxy_files(host)):
         return [(CATCH_ALL + ' is not as it should be', 'sudo dockhand recover')]
     return []
 
-
 def doctor_apps(host):
     found, engine = [], choose_engine(host)
     for app in list_apps(host):
         live = live_release(host, app)
-        if os.path.lexists(app_folder(host, app, 'pending')):
+        if linked_release(host, app, 'pending'):
             found.append(('a deploy of %s was interrupted' % app, 'sudo dockhand recover'))
         elif live and not image_id(host, image_tag(live)):
             found.append(('the image of %s is gone' % app, 'sudo dockhand rebuild ' + app))
         elif live and not is_stopped(host, app) and not engine.state(live).alive:
             found.append(('%s does not run' % app, 'sudo dockhand start ' + app))
     return found
-
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
@@ -2822,17 +2521,14 @@ COMMANDS = [
     ('recover', recover, ''),
     ('doctor', doctor, '')]
 
-
 class Usage(Exception):
     """A command line that is none; the exit status is 2."""
-
 
 def usage():
     lines = ['dockhand: git push deploys anything that fits in a container', '']
     for name, function, words in COMMANDS:
         lines.append('  dockhand %-28s %s' % (name + ' ' + words, function.__doc__))
     return '\n'.join(lines)
-
 
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
@@ -2856,7 +2552,6 @@ def parse_arguments(pattern, words):
         raise Usage('wanted: ' + (pattern or 'no words'))
     return given, found
 
-
 def run_command(host, words):
     """Find and run a command that a person typed."""
     if not words or words[0] in ('help', '-h', '--help'):
@@ -2869,12 +2564,10 @@ def run_command(host, words):
             return function(host, *given, **options)
     raise Usage('no command "%s"; `dockhand` alone lists them' % printable(words[0]))
 
-
 def installed_user(host):
     """The git user of the installation at hand, for a script that is run directly."""
     match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", read_file(host.path(PROGRAM)) or '')
     return match.group(1) if match else 'git'
-
 
 def main(role, user):
     """Run as one of dockhand's names; ends the process."""
@@ -2893,7 +2586,6 @@ def main(role, user):
     except Failure as failure:
         say('dockhand: %s' % failure)
         sys.exit(1)
-
 
 if __name__ == '__main__':
     main('dockhand', installed_user(Host()))
