@@ -567,7 +567,7 @@ def parse_public_key(line):
     kind = to_bytes(words[0])
     inside = b'\0\0\0' + bytes(bytearray([len(kind) % 256])) + kind
     if not re.match(r'[a-z0-9.@-]+\Z', words[0]) or not blob.startswith(inside) \
-            or not re.match(r'[A-Za-z0-9+/]+=*\Z', words[1]):
+            or to_text(base64.b64encode(blob)) != words[1]:
         raise Failure('"%s" is no public key: a line of TYPE BASE64 COMMENT is, as in '
                       'id_ed25519.pub' % printable(line, 40))
     return words[0], words[1]
@@ -581,13 +581,14 @@ def fingerprint(blob):
 
 def split_authorized_keys(text):
     """(lines before our marks, our keys, lines after) of an authorized_keys file."""
-    lines = text.splitlines()
+    lines = text.split('\n')[:-1] if text.endswith('\n') else text.split('\n')
     if KEYS_BEGIN not in lines:
-        return lines, [], []
-    first = lines.index(KEYS_BEGIN)
-    last = lines.index(KEYS_END, first) if KEYS_END in lines[first:] else len(lines)
-    keys = [parse_key_line(line) for line in lines[first + 1:last]]
-    return lines[:first], [key for key in keys if key], lines[last + 1:]
+        return [line for line in lines if line], [], []
+    first = last = lines.index(KEYS_BEGIN) + 1
+    while last < len(lines) and parse_key_line(lines[last]):
+        last += 1
+    keys = [parse_key_line(line) for line in lines[first:last]]
+    return lines[:first - 1], keys, [line for line in lines[last:] if line != KEYS_END]
 
 def parse_key_line(line):
     """The Key of a line that render_key wrote; None for another."""
@@ -639,8 +640,8 @@ Published = namedtuple('Published', 'address host container protocol')
 # One stanza of init(5), as of Upstart 1.13: a line, which a backslash at its end continues,
 # and in `start on` and `stop on` an open parenthesis; scripts end with `end script`.
 STANZA = re.compile(r'''[ \t]*(?:
-    (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*\n
-        (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script
+    (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
+        (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
   | (?P<event>(?:start|stop)[ \t]+on)\b
         (?P<when>(?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
   | (?P<name>(?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
@@ -669,6 +670,9 @@ LETTERS = {
     'a': 'attach', 'c': 'cpu-shares', 'd': 'detach', 'e': 'env', 'h': 'hostname',
     'i': 'interactive', 'l': 'label', 'm': 'memory', 'p': 'publish', 'P': 'publish-all',
     'q': 'quiet', 't': 'tty', 'u': 'user', 'v': 'volume', 'w': 'workdir'}
+# What may stand before `docker`, and its own options that take a value.
+BEFORE_DOCKER = ('exec', 'sudo', 'then', 'do', 'else', '!', '{')
+DOCKER_OPTIONS = ('-H', '--host', '-c', '--context', '--config', '-l', '--log-level')
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
@@ -679,6 +683,9 @@ SHELL_TOKEN = re.compile(r'''
   | (?P<operator>\n|[;&|<>()]+)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)''', re.VERBOSE | re.DOTALL)
+
+VARIABLE = re.compile(
+    r"(?P<kept>'[^']*'|\\.)|\$\{(?P<long>\w+)\}|\$(?P<short>\w+)|[$`]", re.DOTALL)
 
 def job_failure(line, text):
     return Failure('upstart.conf:%d: %s' % (line, text))
@@ -695,6 +702,8 @@ def parse_job(text):
                 begin = match.start(value)
                 stanzas.append(Stanza(' '.join(match.group(name).split()), match.group(value),
                                       text.count('\n', 0, begin) + 1, begin))
+        if match.group('name') and not is_quoted_well(stanzas[-1].value):
+            raise job_failure(stanzas[-1].line, 'a quote is not closed')
         at = match.end()
     return stanzas
 
@@ -712,10 +721,18 @@ def stanza_trouble(text):
 def find_stanzas(job, *names):
     return [stanza for stanza in job if stanza.name in names]
 
+def plain_value(stanza):
+    """The value of a stanza without its comment and quotes."""
+    return unquote(''.join(match.group() for match in SHELL_TOKEN.finditer(stanza.value)
+                           if match.lastgroup != 'comment').strip())
+
+def is_quoted_well(value):
+    return not any(match.lastgroup == 'stray' and match.group() in '"\''
+                   for match in SHELL_TOKEN.finditer(value))
+
 def last_value(job, name, default=None):
-    """The value of the last such stanza (init takes the last), without quotes."""
-    values = [stanza.value for stanza in find_stanzas(job, name)]
-    return unquote(re.sub(r'\s#.*', '', values[-1].strip())) if values else default
+    """The value of the last such stanza: init takes the last."""
+    return ([default] + [plain_value(stanza) for stanza in find_stanzas(job, name)])[-1]
 
 def commands_of(stanza):
     """The simple commands of an `exec` or `script` stanza, as [Command]."""
@@ -742,12 +759,12 @@ def unquote(word):
 def docker_words(command):
     """The words after `docker` and its global options; [] for any other command."""
     words = list(command.words)
-    while words and (words[0].value == 'exec' or re.match(r'\w+=', words[0].value)):
+    while words and (words[0].value in BEFORE_DOCKER or re.match(r'\w+=', words[0].value)):
         words.pop(0)
     if not words or os.path.basename(words.pop(0).value) != 'docker':
         return []
     while words and words[0].value.startswith('-'):
-        if words.pop(0).value in ('-H', '--host', '-c', '--context', '--config') and words:
+        if words.pop(0).value in DOCKER_OPTIONS and words:
             words.pop(0)
     return words[1:] if words and words[0].value == 'container' else words
 
@@ -755,16 +772,18 @@ def docker_verb(command):
     return docker_words(command)[0].value if docker_words(command) else None
 
 def read_run(words):
-    """The Run that the words after `docker run` describe; None where they name no image."""
-    options, words = [], list(words)
+    """The Run that the words from `run` on describe."""
+    options, line, words = [], words[0].line, list(words[1:])
     while words and words[0].value.startswith('-'):
         word = words.pop(0)
+        if word.value == '--':
+            break
         for name, value in split_option(word.value):
             if value is None and name not in FLAGS:
                 value = words.pop(0).value if words else ''
             options.append(Option(name, value, word))
     if not words:
-        return None
+        raise job_failure(line, '`docker run` names no image')
     return Run(options, words[0].value, [word.value for word in words[1:]], words[0].line)
 
 def split_option(text):
@@ -775,18 +794,16 @@ def split_option(text):
     found = []
     for at, letter in enumerate(text[1:], 2):
         name = LETTERS.get(letter, letter)
-        if name not in FLAGS:
+        if name not in FLAGS or text[at:at + 1] == '=':
             return found + [(name, text[at:].lstrip('=') or None)]
         found.append((name, None))
     return found
 
 def runs_of(job):
     """Every `docker run` of the main process, as [Run]."""
-    commands = [command for stanza in find_stanzas(job, 'exec', 'script')[-1:]
-                for command in commands_of(stanza)]
-    runs = [read_run(docker_words(command)[1:]) for command in commands
-            if docker_verb(command) == 'run']
-    return [run for run in runs if run]
+    return [read_run(docker_words(command))
+            for stanza in find_stanzas(job, 'exec', 'script')[-1:]
+            for command in commands_of(stanza) if docker_verb(command) == 'run']
 
 def option_values(run, name):
     return [option.value for option in run.options if option.name == name]
@@ -817,8 +834,8 @@ def published_ports(job):
 
 def mounted_paths(run):
     """The paths in the container that -v, --mount and --tmpfs put something at."""
-    paths = [(value.split(':') + [value])[1] if ':' in value else value
-             for value in option_values(run, 'volume') + option_values(run, 'tmpfs')]
+    paths = [value.split(':')[0] for value in option_values(run, 'tmpfs')]
+    paths += [(value.split(':') + [''])[1] or value for value in option_values(run, 'volume')]
     for value in option_values(run, 'mount'):
         paths += re.findall(r'(?:dst|destination|target)=([^,]+)', value)
     return [path.rstrip('/') for path in paths]
@@ -844,7 +861,11 @@ def check_job(job, app, proxied=(), volumes=()):
     return doubts
 
 def check_stanza(stanza):
-    value = stanza.value.strip()
+    value = plain_value(stanza)
+    if stanza.name in ('exec', 'kill timeout') and not re.match(
+            r'.' if stanza.name == 'exec' else r'\d+\Z', value):
+        raise job_failure(stanza.line, '`%s` wants %s' % (
+            stanza.name, 'a command' if stanza.name == 'exec' else 'a number of seconds'))
     if stanza.name == 'kill signal' and value[:1].isdigit():
         raise job_failure(stanza.line, '`kill signal %s`: a number crashes init 1.5; write its '
                           'name, as in SIGINT' % printable(value))
@@ -869,7 +890,7 @@ def is_removed(run, job, name):
     if any(option.name == 'rm' and is_on(option) for option in run.options):
         return True
     return any(word.value == name or '$' in word.value
-               for stanza in job if 'exec' in stanza.name or 'script' in stanza.name
+               for stanza in job if stanza.name.split()[-1] in ('exec', 'script')
                for command in commands_of(stanza) if docker_verb(command) == 'rm'
                for word in docker_words(command)[1:])
 
@@ -881,7 +902,8 @@ def doubts_of_image(run, app, volumes):
         return []
     return [(run.line, 'warning: VOLUME %s is mounted nowhere, its data goes at every stop; '
              'to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
-            for path in sorted(set(volumes) - set(mounted_paths(run)))]
+            for path in sorted(set(path.rstrip('/') for path in volumes)
+                               - set(mounted_paths(run)))]
 
 def doubts_of_ports(run, proxied):
     """Docker's published ports pass by the firewall that people know, ufw."""
@@ -916,7 +938,7 @@ def container_of(job, app):
             raise no_equivalent(stanza.line, stanza.name, NO_EQUIVALENT[stanza.name])
         if stanza.name.startswith(('pre-', 'post-')):
             check_harmless(commands_of(stanza))
-    pairs = [unquote(stanza.value).partition('=') for stanza in find_stanzas(job, 'env')]
+    pairs = [plain_value(stanza).partition('=') for stanza in find_stanzas(job, 'env')]
     env = dict((name, value) for name, _, value in pairs)
     run = only_run(job, app, env)
     options = [render_option(option) for option in run.options
@@ -946,30 +968,36 @@ def only_run(job, app, env):
     """The one `docker run` of a job whose other commands can be left out."""
     main = find_stanzas(job, 'exec', 'script')[-1]
     commands = commands_of(main)
-    check_harmless([each for each in commands if docker_verb(each) != 'run'])
     runs = [each for each in commands if docker_verb(each) == 'run']
     if len(runs) != 1:
         raise no_equivalent(main.line, main.name, 'it must hold one `docker run`')
     if runs[0].operator.strip('\n;') not in ('', '||', '&&'):
         raise no_equivalent(runs[0].line, runs[0].operator.strip(),
                             'docker keeps what it prints: dockhand logs ' + app)
-    run = read_run(expand_words(docker_words(runs[0])[1:], env))
-    if run is None:
-        raise job_failure(main.line, '`docker run` names no image')
-    return run
+    check_harmless([each for each in commands if docker_verb(each) != 'run'])
+    return read_run(expand_words(docker_words(runs[0]), env))
 
 def expand_words(words, env):
     """Words with `$NAME` of the job's own env put in, as the shell would."""
+    return [word._replace(value=value) for word in words for value in expand_word(word, env)]
+
+def expand_word(word, env):
     import shlex
-    found = []
-    for word in words:
-        bare = re.sub(r"'[^']*'|\\.", '', word.text)
-        if '`' in bare or set(re.findall(r'\$\{?(\w*)', bare)) - set(env):
-            raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
-        text = word.text if '$' not in bare else re.sub(
-            r'\$\{?(\w+)\}?', lambda match: env[match.group(1)], word.text)
-        found += [word._replace(value=value) for value in shlex.split(text)]
-    return found
+
+    def mark(match):
+        if match.group('kept'):
+            return match.group()
+        if match.group('long') in env or match.group('short') in env:
+            return '\0%s\0' % (match.group('long') or match.group('short'))
+        raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
+    marked = VARIABLE.sub(mark, word.text)
+    if re.match(r'\0\w+\0\Z', marked):                # alone and unquoted: the shell splits it
+        return env[marked.strip('\0')].split()
+    try:
+        return [re.sub('\0(\\w+)\0', lambda match: env[match.group(1)], value)
+                for value in shlex.split(marked)]
+    except ValueError:
+        raise job_failure(word.line, 'a quote is not closed')
 
 def render_option(option):
     name = ('--' if len(option.name) > 1 else '-') + option.name
@@ -1052,7 +1080,7 @@ def server_claims(server):
     """{(port, name): line} that a server block takes; `default_server` is such a name."""
     claims = {}
     for listen in server.listens:
-        for name in server.names:
+        for name in server.names or ['']:
             spread = (name[1:], '*' + name) if name.startswith('.') else (name,)
             claims.update(((listen.port, each), server.line) for each in spread)
         if listen.default:
@@ -1079,7 +1107,7 @@ def check_proxy(servers, others):
         check_addresses(server, others)
 
 def claim_text(name):
-    return name if name == 'default_server' else 'server_name ' + printable(name)
+    return name if name == 'default_server' else 'server_name "%s"' % printable(name)
 
 def check_reachable(server):
     """An unknown name on port 80 is answered by 000-dockhand.conf."""
@@ -1964,7 +1992,7 @@ def check_race(host, app, live, branch, old):
         remove_file(os.path.join(repository(host, app), ref + '.lock'))
         git(host, app, 'update-ref', ref, live.commit)
         found = live.commit
-    if found != old.strip('0') and (found or old.strip('0')):
+    if found != (old if old.strip('0') else ''):
         raise Failure('another push went live: pull, then push again')
 
 def has_commit(host, app, commit):
@@ -2212,7 +2240,7 @@ def install_part(host, part):
         tell('wrote ' + part.path)
     return changed
 
-def install_library(host):
+def compile_library(host):
     """Compile the script, so that a start costs the same at any length."""
     import py_compile
     source = host.path(LIBRARY, 'dockhand.py')
@@ -2288,9 +2316,10 @@ def install(host, user=None):
     for path, mode, owner in ((STATE, 0o755, None), (STATE + '/apps', 0o755, None),
                               (STATE + '/build', 0o700, account)):
         changed = make_folder(host.path(path), mode, owner) or changed
-    for part in installed_parts(host):
-        changed = install_part(host, part) or changed
-    install_library(host)
+    parts = [part for part in installed_parts(host) if install_part(host, part)]
+    if LIBRARY + '/dockhand.py' in [part.path for part in parts]:
+        compile_library(host)
+    changed = bool(parts) or changed
     changed = replace_link(host.path(OLDER_NAME), PROGRAM) or changed
     changed = install_nginx(host) or changed
     changed = install_boot_job(host) or changed
