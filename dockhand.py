@@ -334,14 +334,6 @@ def command_failed(argv, result):
     said = ': ' + plain_line(lines[-1]) if lines else ''
     return '%s failed (%d)%s' % (' '.join(argv[:4]), result.status, said)
 
-def find_program(host, name):
-    """The path of a program that root would run, or None."""
-    for folder in ENVIRONMENT['PATH'].split(':'):
-        path = host.path(folder, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
 def read_file(path):
     """The text of a file; None where there is none."""
     try:
@@ -581,9 +573,11 @@ def fingerprint(blob):
 
 def split_authorized_keys(text):
     """(lines before our marks, our keys, lines after) of an authorized_keys file."""
-    lines = text.split('\n')[:-1] if text.endswith('\n') else text.split('\n')
+    lines = text.split('\n')
+    if not lines[-1]:
+        lines.pop()
     if KEYS_BEGIN not in lines:
-        return [line for line in lines if line], [], []
+        return lines, [], []
     first = last = lines.index(KEYS_BEGIN) + 1
     while last < len(lines) and parse_key_line(lines[last]):
         last += 1
@@ -866,6 +860,9 @@ def check_stanza(stanza):
             r'.' if stanza.name == 'exec' else r'\d+\Z', value):
         raise job_failure(stanza.line, '`%s` wants %s' % (
             stanza.name, 'a command' if stanza.name == 'exec' else 'a number of seconds'))
+    if stanza.name.endswith('script') and '\r' in stanza.value:
+        raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes for '
+                          'text: save it with Unix ones')
     if stanza.name == 'kill signal' and value[:1].isdigit():
         raise job_failure(stanza.line, '`kill signal %s`: a number crashes init 1.5; write its '
                           'name, as in SIGINT' % printable(value))
@@ -1017,11 +1014,8 @@ NGINX_TOKEN = re.compile(r'''
   | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
   ''', re.VERBOSE | re.DOTALL)
 
-def proxy_header(app):
-    return "# dockhand: %s's, installed from its repository at each push\n" % app
-
-def job_header(app):
-    return "# dockhand: %s's job, installed from its repository at each push\n" % app
+def header(app, what):
+    return "# dockhand: %s's %s, installed from its repository at each push\n" % (app, what)
 
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file for this app."""
@@ -1241,9 +1235,9 @@ def tag_image(host, source, target):
     elif result.status:
         raise Failure(command_failed(['docker', 'tag', source, target], result))
 
-def remove_image_tag(host, tag):
+def remove_image_tag(host, tag, *options):
     if image_id(host, tag):
-        host.run(['docker', 'rmi', tag])
+        host.run(('docker', 'rmi') + options + (tag,))
 
 def nginx_version(host):
     match = re.search(r'nginx/(\d+)\.(\d+)\.(\d+)', host.ask(['nginx', '-v']).err)
@@ -1363,8 +1357,11 @@ def reload_nginx(host):
             raise Failure('nginx keeps its old configuration: ' + nginx_log(host))
         time.sleep(0.01)
 
+def is_systemd(host):
+    return os.path.isdir(host.path('/run/systemd/system'))
+
 def start_nginx(host):
-    if os.path.isdir(host.path('/run/systemd/system')):
+    if is_systemd(host):
         host.run(['systemctl', 'start', 'nginx'])
     else:
         host.run(['nginx'])
@@ -1421,9 +1418,8 @@ def choose_engine(host):
 
 def is_upstart(host):
     """Whether PID 1 is Upstart (its tools may lie beside another init)."""
-    if os.path.isdir(host.path('/run/systemd/system')) or not find_program(host, 'initctl'):
-        return False
-    return 'upstart' in host.ask(['initctl', 'version']).out
+    return not is_systemd(host) and os.path.exists(host.path('/sbin/initctl')) and (
+        'upstart' in host.ask(['initctl', 'version']).out)
 
 def container_state(found):
     """The State of a container from docker's description."""
@@ -1676,32 +1672,19 @@ def native(value):
     """Python 2.7's json gives unicode."""
     return str(value) if isinstance(value, type(u'')) else value
 
-def save_release(host, release):
+def save_release(host, release, **more):
     """Write a release down whole: its record comes last."""
+    import json
     folder = release_folder(host, release.app, release.number)
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
     for name, text in (('upstart.conf', release.job), ('nginx-proxy.conf', release.proxy)):
-        if text is not None:
-            replace_file(os.path.join(folder, name), text)
-    record = dict(release._asdict())
+        path = os.path.join(folder, name)
+        remove_file(path) if text is None else replace_file(path, text)
+    record = dict(release._asdict(), **more)
     del record['job'], record['proxy']
-    write_record(folder, record)
-
-def write_record(folder, record):
-    import json
     replace_file(os.path.join(folder, 'release.json'),
                  json.dumps(record, indent=1, sort_keys=True) + '\n')
-
-def save_failure(host, release, reason):
-    """What remains of a failed release: its number and why."""
-    folder = release_folder(host, release.app, release.number)
-    for name in ('upstart.conf', 'nginx-proxy.conf'):
-        remove_file(os.path.join(folder, name))
-    make_folder(app_folder(host, release.app), 0o700)
-    make_folder(folder)
-    write_record(folder, {'number': release.number, 'commit': release.commit,
-                          'key': release.key, 'time': release.time, 'failed': reason})
 
 def linked_release(host, app, link):
     """The Release that `live` or `pending` points to, or None."""
@@ -1791,9 +1774,10 @@ def check_or_show_log(host, release, engine):
     try:
         check_health(release, engine)
     except Failure as failure:
-        command = engine.logs_command(release, LOG_LINES, False)
-        step('The last lines of its log:')
-        host.ask(command, each=detail)
+        lines = []
+        host.ask(engine.logs_command(release, LOG_LINES, False), each=lines.append)
+        step('The last lines of its log:' if any(lines) else 'It printed nothing')
+        detail('\n'.join(lines))
         raise Failure('release %d failed its health check: %s' % (release.number, failure))
 
 def put_back(host, new, old):
@@ -1902,8 +1886,8 @@ def check_files(release, folder):
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
     check_job(parse_job(job), app)
-    return release._replace(job=job_header(app) + job,
-                            proxy=proxy and proxy_header(app) + proxy)
+    return release._replace(job=header(app, 'job') + job,
+                            proxy=proxy and header(app, 'proxy file') + proxy)
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
@@ -1982,16 +1966,15 @@ def check_race(host, app, live, branch, old):
     not come, a crash came between, and the branch is set to what is live.
     """
     ref, deadline = 'refs/heads/' + branch, monotonic() + 3
+    wanted = live and has_commit(host, app, live.commit) and live.commit
     found = commit_of(host, app, ref)
-    while live and found != live.commit and monotonic() < deadline:
-        if not has_commit(host, app, live.commit):
-            break
+    while wanted and found != wanted and monotonic() < deadline:
         time.sleep(0.05)
         found = commit_of(host, app, ref)
-    if live and found != live.commit and has_commit(host, app, live.commit):
+    if wanted and found != wanted:
         remove_file(os.path.join(repository(host, app), ref + '.lock'))
-        git(host, app, 'update-ref', ref, live.commit)
-        found = live.commit
+        git(host, app, 'update-ref', ref, wanted)
+        found = wanted
     if found != (old if old.strip('0') else ''):
         raise Failure('another push went live: pull, then push again')
 
@@ -2055,11 +2038,12 @@ def forget(host, release, live, reason=None):
     now = live_release(host, app)
     if linked_release(host, app, 'pending') or now and now.number == release.number:
         return
-    remove_image_tag(host, image_tag(release))
+    remove_image_tag(host, image_tag(release), '--no-prune')     # the build cache stays
     if live is None:
         host.run(['rm', '-rf', '--', app_folder(host, app)])
     else:
-        save_failure(host, release, reason or str(sys.exc_info()[1]))
+        save_release(host, release._replace(job=None, proxy=None),
+                     failed=reason or str(sys.exc_info()[1]))
 
 def show_plan(host, live, release):
     """What a push of this would change, for the pusher."""
@@ -2164,7 +2148,7 @@ def installed_parts(host):
         Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440, False)]
     parts += [Part(TEMPLATE + '/hooks/' + name, text, 0o755, False)
               for name, text in hook_texts()]
-    if os.path.isdir(host.path('/run/systemd/system')):
+    if is_systemd(host):
         parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644, False))
     elif is_upstart(host):
         parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644, False))
@@ -2192,8 +2176,8 @@ def missing_requirements(host):
                 ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
                 ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'), ('tar', 'tar'))
     found = [(name, 'apt-get install ' + package) for name, package in packages
-             if not find_program(host, name)]
-    docker = find_program(host, 'docker')
+             if not where_is(host, name)]
+    docker = where_is(host, 'docker')
     if docker and os.path.realpath(docker).startswith('/snap'):
         found.append(('docker, but not from a snap (it cannot read /var/lib)',
                       'snap remove docker; apt-get install docker.io'))
@@ -2206,8 +2190,11 @@ def missing_requirements(host):
             found.append((str(failure), start_docker_command(host)))
     return found
 
+def where_is(host, program):
+    return host.ask(['which', program]).out.strip()
+
 def start_docker_command(host):
-    if os.path.isdir(host.path('/run/systemd/system')):
+    if is_systemd(host):
         return 'systemctl start docker'
     return 'start docker' if is_upstart(host) else 'service docker start, or dockerd &'
 
@@ -2264,10 +2251,8 @@ def is_untouched(host, path):
     """Whether a configuration file is as its package brought it (dpkg's own checksum)."""
     import hashlib
     text = read_file(host.path(path))
-    if text is None or not find_program(host, 'dpkg-query'):
-        return False
-    known = host.ask(['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']).out
-    return '%s %s' % (path, hashlib.md5(to_bytes(text)).hexdigest()) in known
+    known = text and host.ask(['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']).out
+    return bool(known) and '%s %s' % (path, hashlib.md5(to_bytes(text)).hexdigest()) in known
 
 def install_nginx(host):
     """The catch-all, tested before it is in place; True if something changed."""
@@ -2283,7 +2268,7 @@ def install_nginx(host):
 
 def install_boot_job(host):
     wanted = host.path('/etc/systemd/system/multi-user.target.wants/dockhand-recover.service')
-    if os.path.isdir(host.path('/run/systemd/system')) and not os.path.islink(wanted):
+    if is_systemd(host) and not os.path.islink(wanted):
         host.run(['systemctl', 'daemon-reload'])
         host.run(['systemctl', 'enable', '-q', 'dockhand-recover'])
         return True
