@@ -252,8 +252,8 @@ def execute(argv, env=None, cwd='/', account=None, stdin=None, feed=None, each=N
             process.kill()
             raise
         finally:
-            process.wait()
-    status = process.returncode or (source.wait() if source else 0)
+            statuses = [process.wait(), source.wait() if source else 0]
+    status = statuses[0] or statuses[1]
     return Result(status, to_text(out), to_text(err or b''))
 
 def spawner(subprocess, env, cwd, account):
