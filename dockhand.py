@@ -5,13 +5,13 @@ One file, copied to the server, is the installer, the key uploader and the handl
 every push. It calls git, docker, nginx and init, and writes their own plain files: no
 daemon, no database. Take it away and every app goes on running and comes back at boot.
 
-    python3 dockhand.py install             make this machine ready (safe to repeat)
-    dockhand upload-key NAME < id.pub       who may push; also `gitreceive upload-key NAME`
-    git push git@HOST:APP.git main          deploy: build, check, switch, or change nothing
+    python3 dockhand.py install          make this machine ready (safe to repeat)
+    dockhand upload-key NAME < id.pub    who may push; also `gitreceive upload-key NAME`
+    git push git@HOST:APP.git main       deploy: build, check, switch, or change nothing
 
 A repository holds a Dockerfile, an upstart.conf and, for a web app, an nginx-proxy.conf.
 `dockhand` alone lists the commands that people run. sshd runs `dockhand serve KEY`; the
-hooks of the repositories run `sudo receive update ...` and `sudo receive post-receive ...`.
+repositories' hooks run `sudo receive update ...` and `sudo receive post-receive ...`.
 
 What it writes:
     /usr/local/lib/dockhand, /usr/local/bin/dockhand (and gitreceive, a link to it)
@@ -20,7 +20,7 @@ What it writes:
     /var/lib/dockhand: the releases of each app
     for each app: /etc/init/APP.conf or a container, /etc/nginx/conf.d/APP.conf, an image
 
-Copyright the dockhand authors. MIT licence: do what you like, keep this line, no warranty.
+Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
 import errno
 import fcntl
@@ -34,32 +34,25 @@ import time
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 
 
 # ---------------------------------------------------------------------------------------
 # Python 2.7 and 3
 # ---------------------------------------------------------------------------------------
 
-if sys.version_info[0] == 2:
-    def to_text(data):
-        """Bytes from a disk or a pipe as the native str."""
-        return data
+PYTHON_2 = sys.version_info[0] == 2
+monotonic = time.time if PYTHON_2 else time.monotonic
 
-    def to_bytes(text):
-        """The native str as bytes for a disk or a pipe."""
-        return text.encode('utf-8') if isinstance(text, type(u'')) else text
+def to_text(data):
+    """Bytes from a disk or a pipe as the native str."""
+    return data if PYTHON_2 else data.decode('utf-8', 'surrogateescape')
 
-    monotonic = time.time
-else:
-    def to_text(data):
-        """Bytes from a disk or a pipe as the native str."""
-        return data.decode('utf-8', 'surrogateescape')
-
-    def to_bytes(text):
-        """The native str as bytes for a disk or a pipe."""
-        return text.encode('utf-8', 'surrogateescape')
-
-    monotonic = time.monotonic
+def to_bytes(text):
+    """The native str (or 2.7's unicode) as bytes for a disk or a pipe."""
+    if isinstance(text, bytes):
+        return text
+    return text.encode('utf-8', 'strict' if PYTHON_2 else 'surrogateescape')
 
 BYTE_ORDER_MARK = to_text(b'\xef\xbb\xbf')
 
@@ -96,20 +89,21 @@ HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
 
 ENVIRONMENT = {
     'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
-    'HOME': '/root', 'LC_ALL': 'C',
-    'GIT_NO_REPLACE_OBJECTS': '1', 'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
+    'HOME': '/root', 'LC_ALL': 'C', 'GIT_NO_REPLACE_OBJECTS': '1',
+    'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
 # Images that Dockerfiles start from: an app of that name would poison their FROM.
 BASE_IMAGES = set('''
-    almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos clojure
-    composer consul couchdb debian docker dotnet elasticsearch elixir erlang fedora gcc
-    ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia kong
-    mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl php
-    postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
+    almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos
+    clojure composer consul couchdb debian docker dotnet elasticsearch elixir erlang
+    fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia
+    kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
+    php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
     solr swift tomcat traefik ubuntu varnish wordpress'''.split())
 SYSTEM_NAMES = set('''
     apt avahi-daemon containerd cron dbus default docker git gitreceive init mail network
-    networking nginx plan receive root rsyslog ssh sshd sudo systemd udev upstart'''.split())
+    networking nginx plan receive root rsyslog ssh sshd sudo systemd udev upstart
+    '''.split())
 
 LAUNCHER = '''#!{python} {flags}
 import sys
@@ -145,6 +139,7 @@ start on started docker
 task
 exec {program} recover
 '''
+KEYS = '.ssh/authorized_keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
@@ -160,9 +155,8 @@ class Failure(Exception):
 class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
 
-    git leaves its end of the pipe open and unread when the pusher is gone: a plain write
-    would block for ever after 64 KB. After `patience` seconds of waiting in all it falls
-    silent, and the work goes on.
+    git leaves its end of the pipe open and unread then: a plain write would block for
+    ever after 64 KB. After `patience` seconds of waiting in all it is silent.
     """
     def __init__(self, fd, patience=PATIENCE):
         self.fd, self.patience = fd, patience
@@ -226,38 +220,39 @@ def retry(call, *args):
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
 
-def execute(argv, env=None, cwd='/', account=None, stdin=None, feed=None, each=None):
-    """Run a command, never through a shell; a Result(status, out, err).
+def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
+    """Run a command, never through a shell, as an Account; a Result(status, out, err).
 
-    env      variables added to ENVIRONMENT
-    account  the Account to run as
-    stdin    text for its standard input
-    feed     a command whose output becomes its standard input (its failure counts)
-    each     a function that gets each line of its output, both streams, as it comes
+    env    variables added to ENVIRONMENT
+    feed   a command whose output it reads, and whose failure counts
+    each   a function that gets each line of its output, both streams, as it comes
     """
-    import subprocess
-    with open(os.devnull, 'r+b') as null:
-        spawn = spawner(subprocess, env, cwd, account)
-        source = spawn(feed, null, subprocess.PIPE, null) if feed else None
-        given = source.stdout if source else subprocess.PIPE if stdin is not None else null
-        error = subprocess.STDOUT if each else subprocess.PIPE
-        process = spawn(argv, given, subprocess.PIPE, error)
-        try:
-            if source:
-                source.stdout.close()
-            if each:
-                read_lines(process.stdout.fileno(), each)
-            out, err = process.communicate(None if stdin is None else to_bytes(stdin))
-        except BaseException:
+    from subprocess import PIPE, STDOUT
+    spawn, processes = spawner(env, cwd, account), []
+    try:
+        with open(os.devnull, 'r+b') as null:
+            if feed:
+                processes.append(spawn(feed, null, PIPE, null))
+            given = processes[0].stdout if feed else null
+            processes.append(spawn(argv, given, PIPE, STDOUT if each else PIPE))
+        if feed:
+            given.close()
+        if each:
+            read_lines(processes[-1].stdout.fileno(), each)
+        out, err = processes[-1].communicate()
+    except BaseException:
+        for process in processes:
             process.kill()
-            raise
-        finally:
-            statuses = [process.wait(), source.wait() if source else 0]
-    status = statuses[0] or statuses[1]
+            process.stdout.close()
+        raise
+    finally:
+        statuses = [process.wait() for process in processes]
+    status = statuses[-1] or statuses[0]
     return Result(status, to_text(out), to_text(err or b''))
 
-def spawner(subprocess, env, cwd, account):
-    """A function that starts a command with nothing of ours but the streams it is given."""
+def spawner(env, cwd, account):
+    """A function that starts a command, which gets nothing of ours but its streams."""
+    from subprocess import Popen
     variables = dict(ENVIRONMENT, **(env or {}))
     if account:
         variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
@@ -271,9 +266,8 @@ def spawner(subprocess, env, cwd, account):
 
     def spawn(argv, stdin, stdout, stderr):
         try:
-            return subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr,
-                                    env=variables, cwd=cwd, close_fds=True,
-                                    preexec_fn=prepare)
+            return Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=variables,
+                         cwd=cwd, close_fds=True, preexec_fn=prepare)
         except OSError as error:
             raise Failure('%s: %s' % (argv[0], error.strerror))
     return spawn
@@ -294,10 +288,7 @@ def read_lines(fd, each, silence=20):
             return
 
 class Host(object):
-    """The machine: where its files are, and how a command is run there.
-
-    Tests give another root and a `run` of their own; nothing else needs replacing.
-    """
+    """Where the machine's files are, how a command is run there: the seam for tests."""
     def __init__(self, root='/', run=execute, user='git'):
         self.root, self.execute, self.user = root, run, user
 
@@ -314,6 +305,13 @@ class Host(object):
         if result.status:
             raise Failure(command_failed(argv, result))
         return result.out
+
+    def run_unless(self, pattern, argv):
+        """Run a command; False where it fails with words that match, as is expected."""
+        result = self.ask(argv)
+        if result.status and not re.search(pattern, result.err + result.out):
+            raise Failure(command_failed(argv, result))
+        return not result.status
 
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
@@ -345,16 +343,18 @@ def read_file(path):
         raise
 
 def replace_file(path, text, mode=0o644, account=None, check=None):
-    """Replace a file whole, so that a crash leaves the old or the new; True if it changed.
+    """Replace a file whole: a crash leaves the old or the new; True if it changed.
 
     check  a function that gets the path of the new file before it takes the old one's
            place, and raises Failure where it will not do
     """
     if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
         return False
-    temporary = os.path.join(os.path.dirname(path), '.' + os.path.basename(path) + '.new')
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, '.' + name + '.new')
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(temporary, flags, 0o600)
         with os.fdopen(fd, 'wb') as target:
             target.write(to_bytes(text))
             target.flush()
@@ -368,7 +368,7 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
     except BaseException:
         remove_file(temporary)
         raise
-    sync_folder(os.path.dirname(path))
+    sync_folder(folder)
     return True
 
 def replace_link(path, target):
@@ -401,10 +401,15 @@ def sync_folder(path):
     finally:
         os.close(fd)
 
+def list_folder(path):
+    """The names in a folder, in their order; [] where there is none."""
+    return sorted(os.listdir(path)) if os.path.isdir(path) else []
+
 def make_folder(path, mode=0o755, account=None):
-    """Make a folder and those above it; True if it was not there as asked."""
+    """Make a folder, and those above it that are missing; True if it was not as asked."""
     if not os.path.isdir(path):
-        make_folder(os.path.dirname(path))
+        if not os.path.isdir(os.path.dirname(path)):
+            make_folder(os.path.dirname(path))
         os.mkdir(path)
     found = os.stat(path)
     owner = (account.uid, account.gid) if account else (found.st_uid, found.st_gid)
@@ -416,7 +421,7 @@ def make_folder(path, mode=0o755, account=None):
 
 @contextmanager
 def locked(path, purpose):
-    """Hold a lock of root's on a file that is never deleted; the purpose is written in it."""
+    """Hold a lock on a file that is never deleted; the purpose is written in it."""
     make_folder(os.path.dirname(path))
     with open(path, 'a+') as holder:
         fcntl.fcntl(holder, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
@@ -447,7 +452,7 @@ class Transaction(object):
     def __exit__(self, kind, value, trace):
         if kind is None:
             return
-        ignore_signals()
+        on_signals(signal.SIG_IGN)
         for function, args in reversed(self.undos):
             try:
                 function(*args)
@@ -455,15 +460,14 @@ class Transaction(object):
                 say('dockhand: while undoing: %s' % error)
 
 def exit_on_signals():
-    """SIGTERM becomes an exit, so that what was begun is undone; so does SIGHUP."""
+    """What would end the process becomes a Failure, so that what was begun is undone."""
     def leave(number, frame):
         raise Failure('stopped by signal %d' % number)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, leave)
+    on_signals(leave)
 
-def ignore_signals():
+def on_signals(action):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, action)
 
 
 # ---------------------------------------------------------------------------------------
@@ -477,8 +481,8 @@ OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
     if not 2 <= len(name) <= 40 or not APP_NAME.match(name) or name.endswith('.git'):
-        raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9, and single "-", "_" '
-                      'or "." between them, a letter first' % printable(name))
+        raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9, and single "-", '
+                      '"_" or "." between them, a letter first' % printable(name))
     if name in BASE_IMAGES:
         raise Failure('"%s" is an image that Dockerfiles start from; an app of that name '
                       'would take its place: choose another name' % name)
@@ -489,15 +493,15 @@ def check_app_name(name):
 def check_key_name(name):
     """A key's name as it is, or Failure."""
     if not KEY_NAME.match(name):
-        raise Failure('"%s" is no name for a key: up to 64 of a-z, A-Z, 0-9, and "._@-" after '
-                      'the first' % printable(name))
+        raise Failure('"%s" is no name for a key: up to 64 of a-z, A-Z, 0-9, and "._@-" '
+                      'after the first' % printable(name))
     return name
 
 def parse_ssh_command(command):
     """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
 
-    git sends `git-receive-pack 'app.git'` for a push and `git-upload-pack 'app.git'` for a
-    clone or a fetch (git-receive-pack(1)); with an ssh:// address the path begins with "/".
+    git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
+    clone or fetch (git-receive-pack(1)); with an ssh:// address the path begins with "/".
     """
     if not command:
         raise Failure('no shell here: git push git@HOST:APP.git main')
@@ -509,10 +513,7 @@ def parse_ssh_command(command):
     return verb, check_app_name(name[:-4] if name.endswith('.git') else name)
 
 def judge_ref(ref, new, branch):
-    """What a pushed ref asks for: 'deploy', 'plan' or 'store'; Failure otherwise.
-
-    branch  the app's deploy branch, None before its first push
-    """
+    """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
     wanted = branch or ' or '.join(DEFAULT_BRANCHES)
     if ref.startswith('refs/tags/'):
         return 'store'
@@ -525,22 +526,20 @@ def judge_ref(ref, new, branch):
     if name == 'plan':
         return 'plan'
     if name != branch and (branch or name not in DEFAULT_BRANCHES):
-        raise Failure('only %s is deployed; to deploy this: git push REMOTE %s:%s'
-                      % (wanted, printable(name), branch or DEFAULT_BRANCHES[0]))
+        raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s'
+                      % (wanted, branch or DEFAULT_BRANCHES[0]))
     return 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
 
 def parse_public_keys(text):
-    """The keys of an uploaded text, as [(type, base64 blob)]; Failure for anything else.
-
-    One `TYPE BASE64 [comment]` a line: authorized_keys of sshd(8), without its options.
-    """
+    """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
     if not text.strip():
         raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
                       'ssh HOST "sudo dockhand upload-key NAME"')
     if 'PRIVATE KEY' in text:
-        raise Failure('this is a private key: keep it, and send the file that ends in .pub')
+        raise Failure('this is a private key: keep it, and send the file that ends in '
+                      '.pub')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
     found = [parse_public_key(line) for line in lines if line and line[0] != '#']
     if not found:
@@ -578,11 +577,10 @@ def split_authorized_keys(text):
         lines.pop()
     if KEYS_BEGIN not in lines:
         return lines, [], []
-    first = last = lines.index(KEYS_BEGIN) + 1
-    while last < len(lines) and parse_key_line(lines[last]):
-        last += 1
-    keys = [parse_key_line(line) for line in lines[first:last]]
-    return lines[:first - 1], keys, [line for line in lines[last:] if line != KEYS_END]
+    first = lines.index(KEYS_BEGIN)
+    keys = list(takewhile(bool, map(parse_key_line, lines[first + 1:])))
+    after = [line for line in lines[first + 1 + len(keys):] if line != KEYS_END]
+    return lines[:first], keys, after
 
 def parse_key_line(line):
     """The Key of a line that render_key wrote; None for another."""
@@ -593,9 +591,9 @@ def parse_key_line(line):
     return Key(kind, blob, name, tuple(apps.split()))
 
 def render_key(key):
-    """A line of authorized_keys: whoever has the key reaches `dockhand serve`, no shell."""
+    """A line of authorized_keys: who has the key reaches `dockhand serve`, no shell."""
     command = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
-    line = 'command="%s",%s %s %s %s' % (command, KEY_OPTIONS, key.type, key.blob, key.name)
+    line = 'command="%s",%s %s' % (command, KEY_OPTIONS, ' '.join(key[:3]))
     if len(line) > 8000:
         raise Failure('too many apps for one key: sshd reads lines of up to 8192 bytes')
     return line
@@ -605,12 +603,12 @@ def render_authorized_keys(before, keys, after):
     return '\n'.join(before + marked + after) + '\n'
 
 def add_keys(keys, uploaded, name, apps):
-    """The keys with those uploaded under a name; Failure if one has another name already."""
+    """The keys with those uploaded under a name; Failure if one has another name."""
     blobs = [blob for _, blob in uploaded]
     for key in keys:
         if key.blob in blobs and key.name != name:
-            raise Failure('this key is known as "%s": dockhand remove-key %s first, or go on '
-                          'using it' % (key.name, key.name))
+            raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
+                          'go on using it' % (key.name, key.name))
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
     known = [key.blob for key in kept]
     for kind, blob in uploaded:
@@ -627,12 +625,12 @@ def add_keys(keys, uploaded, name, apps):
 Stanza = namedtuple('Stanza', 'name value line offset')     # offset: of value in the file
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Command = namedtuple('Command', 'words line operator')      # operator: what ends it
-Option = namedtuple('Option', 'name value word')            # of docker run, by its long name
+Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 Run = namedtuple('Run', 'options image command line')
 Published = namedtuple('Published', 'address host container protocol')
 
-# One stanza of init(5), as of Upstart 1.13: a line, which a backslash at its end continues,
-# and in `start on` and `stop on` an open parenthesis; scripts end with `end script`.
+# One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
+# in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
 STANZA = re.compile(r'''[ \t]*(?:
     (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
@@ -646,6 +644,10 @@ STANZA = re.compile(r'''[ \t]*(?:
   | (?P<comment>\#[^\n]*)?
   )[ \t\r]*(?:\n|\Z)''', re.VERBOSE)
 
+# The first of two words: what to call a stanza that is none.
+TWO_WORDS = ('pre-', 'post-', 'kill', 'normal', 'start', 'stop', 'reload')
+WANTED_VALUES = {'exec': (r'(?s).', 'a command'),
+                 'kill timeout': (r'\d+\Z', 'a number of seconds')}
 REFUSED_STANZAS = {
     'task': 'dockhand runs services that go on; use cron for what ends',
     'instance': 'one app is one service; push it under several names',
@@ -665,7 +667,7 @@ LETTERS = {
     'i': 'interactive', 'l': 'label', 'm': 'memory', 'p': 'publish', 'P': 'publish-all',
     'q': 'quiet', 't': 'tty', 'u': 'user', 'v': 'volume', 'w': 'workdir'}
 # What may stand before `docker`, and its own options that take a value.
-BEFORE_DOCKER = ('exec', 'sudo', 'then', 'do', 'else', '!', '{')
+BEFORE_DOCKER = r'(?:exec|sudo|then|do|else|!|\{)\Z|\w+='
 DOCKER_OPTIONS = ('-H', '--host', '-c', '--context', '--config', '-l', '--log-level')
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
@@ -685,18 +687,19 @@ def job_failure(line, text):
     return Failure('upstart.conf:%d: %s' % (line, text))
 
 def parse_job(text):
-    """The text of an upstart.conf as [Stanza]; Failure, with the line, where init balks."""
+    """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
     stanzas, at = [], 0
     while at < len(text):
         match = STANZA.match(text, at)
         if not match:
             raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
-        for name, value in (('script', 'body'), ('event', 'when'), ('name', 'value')):
-            if match.group(name):
-                begin = match.start(value)
-                stanzas.append(Stanza(' '.join(match.group(name).split()), match.group(value),
-                                      text.count('\n', 0, begin) + 1, begin))
-        if match.group('name') and not is_quoted_well(stanzas[-1].value):
+        for group, value in (('script', 'body'), ('event', 'when'), ('name', 'value')):
+            if match.group(group):
+                name, begin = ' '.join(match.group(group).split()), match.start(value)
+                line = text.count('\n', 0, begin) + 1
+                stanzas.append(Stanza(name, match.group(value), line, begin))
+        tokens = SHELL_TOKEN.finditer(match.group('value') or '')
+        if any(each.lastgroup == 'stray' and each.group() in '"\'' for each in tokens):
             raise job_failure(stanzas[-1].line, 'a quote is not closed')
         at = match.end()
     return stanzas
@@ -708,9 +711,9 @@ def stanza_trouble(text):
         return 'begins with a byte order mark: save it as UTF-8 without one'
     if 'script' in words:
         return '`script` without `end script`'
-    if words[0].startswith(('pre-', 'post-', 'kill', 'normal', 'start', 'stop', 'reload')):
-        return 'unknown stanza `%s`' % printable(' '.join(words))
-    return 'unknown stanza `%s`' % printable(words[0])
+    if not words[0].startswith(TWO_WORDS):
+        words = words[:1]
+    return 'unknown stanza `%s`' % printable(' '.join(words))
 
 def find_stanzas(job, *names):
     return [stanza for stanza in job if stanza.name in names]
@@ -719,10 +722,6 @@ def plain_value(stanza):
     """The value of a stanza without its comment and quotes."""
     return unquote(''.join(match.group() for match in SHELL_TOKEN.finditer(stanza.value)
                            if match.lastgroup != 'comment').strip())
-
-def is_quoted_well(value):
-    return not any(match.lastgroup == 'stray' and match.group() in '"\''
-                   for match in SHELL_TOKEN.finditer(value))
 
 def last_value(job, name, default=None):
     """The value of the last such stanza: init takes the last."""
@@ -753,7 +752,7 @@ def unquote(word):
 def docker_words(command):
     """The words after `docker` and its global options; [] for any other command."""
     words = list(command.words)
-    while words and (words[0].value in BEFORE_DOCKER or re.match(r'\w+=', words[0].value)):
+    while words and re.match(BEFORE_DOCKER, words[0].value):
         words.pop(0)
     if not words or os.path.basename(words.pop(0).value) != 'docker':
         return []
@@ -807,7 +806,7 @@ def is_on(option):
     return (option.value or 'true').lower() in ('true', '1', 't')
 
 def modernize_job(text):
-    """(text, [old words]): docker's old single-dash long options get their second dash."""
+    """(text, [old words]): docker's old single-dash options get their second dash."""
     old = [option.word for run in runs_of(parse_job(text)) for option in run.options
            if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
     for word in reversed(old):
@@ -829,7 +828,8 @@ def published_ports(job):
 def mounted_paths(run):
     """The paths in the container that -v, --mount and --tmpfs put something at."""
     paths = [value.split(':')[0] for value in option_values(run, 'tmpfs')]
-    paths += [(value.split(':') + [''])[1] or value for value in option_values(run, 'volume')]
+    for value in option_values(run, 'volume'):
+        paths.append((value.split(':') + [''])[1] or value)
     for value in option_values(run, 'mount'):
         paths += re.findall(r'(?:dst|destination|target)=([^,]+)', value)
     return [path.rstrip('/') for path in paths]
@@ -855,20 +855,18 @@ def check_job(job, app, proxied=(), volumes=()):
     return doubts
 
 def check_stanza(stanza):
-    value = plain_value(stanza)
-    if stanza.name in ('exec', 'kill timeout') and not re.match(
-            r'.' if stanza.name == 'exec' else r'\d+\Z', value):
-        raise job_failure(stanza.line, '`%s` wants %s' % (
-            stanza.name, 'a command' if stanza.name == 'exec' else 'a number of seconds'))
-    if stanza.name.endswith('script') and '\r' in stanza.value:
-        raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes for '
+    name, line, value = stanza.name, stanza.line, plain_value(stanza)
+    pattern, wanted = WANTED_VALUES.get(name, ('', ''))
+    if not re.match(pattern, value):
+        raise job_failure(line, '`%s` wants %s' % (name, wanted))
+    if name.endswith('script') and '\r' in stanza.value:
+        raise job_failure(line, 'a script with Windows line ends, which sh takes for '
                           'text: save it with Unix ones')
-    if stanza.name == 'kill signal' and value[:1].isdigit():
-        raise job_failure(stanza.line, '`kill signal %s`: a number crashes init 1.5; write its '
+    if name == 'kill signal' and value[:1].isdigit():
+        raise job_failure(line, '`kill signal %s`: a number crashes init 1.5; write its '
                           'name, as in SIGINT' % printable(value))
-    if stanza.name in REFUSED_STANZAS and value != 'none':
-        raise job_failure(stanza.line, '`%s`: %s' % (
-            stanza.name, REFUSED_STANZAS[stanza.name]))
+    if name in REFUSED_STANZAS and value != 'none':
+        raise job_failure(line, '`%s`: %s' % (name, REFUSED_STANZAS[name]))
 
 def check_run(run, job):
     for option in run.options:
@@ -879,8 +877,8 @@ def check_run(run, job):
             raise job_failure(line, '`%s %s`: docker wants two characters at least'
                               % (text, option.value))
         if option.name == 'name' and not is_removed(run, job, option.value):
-            raise job_failure(line, '`%s %s` without `--rm`: the next start finds the name '
-                              'taken; add --rm' % (text, option.value))
+            raise job_failure(line, '`%s %s` without `--rm`: the next start finds the '
+                              'name taken; add --rm' % (text, option.value))
 
 def is_removed(run, job, name):
     """Whether something takes a named container away before it is run again."""
@@ -893,25 +891,25 @@ def is_removed(run, job, name):
 
 def doubts_of_image(run, app, volumes):
     if not is_image_of(app, run.image):
-        return [(run.line, 'warning: it runs the image `%s`, not what this repository builds, '
-                 '`%s`' % (printable(run.image), app))]
+        return [(run.line, 'warning: it runs the image `%s`, not what this repository '
+                 'builds, `%s`' % (printable(run.image), app))]
     if option_values(run, 'volumes-from'):
         return []
-    return [(run.line, 'warning: VOLUME %s is mounted nowhere, its data goes at every stop; '
-             'to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
-            for path in sorted(set(path.rstrip('/') for path in volumes)
-                               - set(mounted_paths(run)))]
+    lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
+    return [(run.line, 'warning: VOLUME %s is mounted nowhere, its data goes at every '
+             'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
+            for path in sorted(lost)]
 
 def doubts_of_ports(run, proxied):
     """Docker's published ports pass by the firewall that people know, ufw."""
     doubts = []
-    for option in run.options:
-        port = parse_published(option.value) if option.name == 'publish' else None
-        if port and not port.address and port.protocol == 'tcp' and (
-                port.host in proxied or port.container in HTTP_PORTS):
-            doubts.append((option.word.line, 'warning: `-p %s` is open to the world, past ufw; '
-                           'behind nginx: `-p 127.0.0.1:%s:%s`' % (
-                               option.value, port.host or port.container, port.container)))
+    for option in [each for each in run.options if each.name == 'publish']:
+        address, outside, inside, protocol = parse_published(option.value)
+        if not address and protocol == 'tcp' and (
+                outside in proxied or inside in HTTP_PORTS):
+            doubts.append((option.word.line, 'warning: `-p %s` is open to the world, '
+                           'past ufw; behind nginx: `-p 127.0.0.1:%s:%s`'
+                           % (option.value, outside or inside, inside)))
     return doubts
 
 def is_image_of(app, image):
@@ -947,8 +945,8 @@ def container_of(job, app):
                      starts[-1:] == ['start on'], last_value(job, 'kill timeout', '5'))
 
 def no_equivalent(line, what, remedy):
-    return job_failure(line, '`%s` cannot be had where docker instead of Upstart runs the app, '
-                       'as here: %s' % (printable(what), remedy))
+    return job_failure(line, '`%s` cannot be had where docker instead of Upstart runs '
+                       'the app, as here: %s' % (printable(what), remedy))
 
 def check_harmless(commands):
     """Refuse what does not happen anyway around a container's start and stop."""
@@ -957,8 +955,8 @@ def check_harmless(commands):
         known = docker_verb(command) in ('rm', 'stop', 'kill', 'pull') or \
             command.words[0].value in HARMLESS or set(before) & set('<>')
         if not known or command.operator == '|':
-            raise no_equivalent(command.line, command.words[0].text, 'do it in the Dockerfile, '
-                                'or when the container starts')
+            raise no_equivalent(command.line, command.words[0].text, 'do it in the '
+                                'Dockerfile, or when the container starts')
         before = command.operator
 
 def only_run(job, app, env):
@@ -972,23 +970,22 @@ def only_run(job, app, env):
         raise no_equivalent(runs[0].line, runs[0].operator.strip(),
                             'docker keeps what it prints: dockhand logs ' + app)
     check_harmless([each for each in commands if docker_verb(each) != 'run'])
-    return read_run(expand_words(docker_words(runs[0]), env))
-
-def expand_words(words, env):
-    """Words with `$NAME` of the job's own env put in, as the shell would."""
-    return [word._replace(value=value) for word in words for value in expand_word(word, env)]
+    return read_run([word._replace(value=value) for word in docker_words(runs[0])
+                     for value in expand_word(word, env)])
 
 def expand_word(word, env):
+    """The values of a word, `$NAME` of the job's own env put in as the shell would."""
     import shlex
 
     def mark(match):
+        name = match.group('long') or match.group('short')
         if match.group('kept'):
             return match.group()
-        if match.group('long') in env or match.group('short') in env:
-            return '\0%s\0' % (match.group('long') or match.group('short'))
+        if name in env:
+            return '\0%s\0' % name
         raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
     marked = VARIABLE.sub(mark, word.text)
-    if re.match(r'\0\w+\0\Z', marked):                # alone and unquoted: the shell splits it
+    if re.match(r'\0\w+\0\Z', marked):          # alone and unquoted: the shell splits it
         return env[marked.strip('\0')].split()
     try:
         return [re.sub('\0(\\w+)\0', lambda match: env[match.group(1)], value)
@@ -1014,8 +1011,11 @@ NGINX_TOKEN = re.compile(r'''
   | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
   ''', re.VERBOSE | re.DOTALL)
 
+HOST_NAME = re.compile(r'[a-z0-9][a-z0-9.-]*\Z')
+
 def header(app, what):
-    return "# dockhand: %s's %s, installed from its repository at each push\n" % (app, what)
+    return ("# dockhand: %s's %s, installed from its repository at each push\n"
+            % (app, what))
 
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file for this app."""
@@ -1031,10 +1031,9 @@ def parse_nginx(text):
         elif match.lastgroup == 'mark':
             mark = match.group()
             if words:
-                block = [] if mark == '{' else None
-                stack[-1].append(Directive(line, words, block))
+                stack[-1].append(Directive(line, words, [] if mark == '{' else None))
                 if mark == '{':
-                    stack.append(block)
+                    stack.append(stack[-1][-1].block)
             words = []
             if mark == '}' and len(stack) > 1:
                 stack.pop()
@@ -1043,15 +1042,14 @@ def parse_nginx(text):
 def servers_of(text):
     """The server blocks of a file in conf.d, as [Server]."""
     found = []
-    for directive in parse_nginx(text):
-        if directive.words != ['server'] or directive.block is None:
-            continue
-        inside = [d for d in directive.block if d.words[0] in ('listen', 'server_name')]
-        listens = [parse_listen(d) for d in inside if d.words[0] == 'listen' and d.words[1:]]
-        names = [name.lower() for d in inside if d.words[0] == 'server_name'
-                 for name in d.words[1:]]
-        found.append(Server(directive.line, listens or [
-            Listen('*', '80', False, directive.line)], names))
+    for line, words, block in parse_nginx(text):
+        if words == ['server'] and block is not None:
+            listens = [parse_listen(each) for each in block
+                       if each.words[0] == 'listen' and each.words[1:]]
+            names = [name.lower() for each in block if each.words[0] == 'server_name'
+                     for name in each.words[1:]]
+            default = Listen('*', '80', False, line)
+            found.append(Server(line, listens or [default], names))
     return found
 
 def parse_listen(directive):
@@ -1062,9 +1060,8 @@ def parse_listen(directive):
         address, port = match.group(1) or '*', match.group(2)
     else:
         address, port = value, '' if value.startswith('unix:') else '80'
-    address = '*' if address == '0.0.0.0' else address
-    return Listen(address, port, bool({'default_server', 'default'} & set(options)),
-                  directive.line)
+    default = bool({'default_server', 'default'} & set(options))
+    return Listen('*' if address == '0.0.0.0' else address, port, default, directive.line)
 
 def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
@@ -1082,45 +1079,48 @@ def server_claims(server):
     return claims
 
 def check_proxy(servers, others):
-    """Failure where a pushed file takes what another has, or can never be reached.
-
-    others  {path: [Server]} of nginx's other files
-    """
+    """Failure where it takes what `others`, {path: [Server]}, have, or is unreachable."""
     taken = {}
     for path in sorted(others):
         for server in others[path]:
             for claim, line in server_claims(server).items():
                 taken.setdefault(claim, '%s:%d' % (path, line))
     for server in servers:
-        for claim, line in sorted(server_claims(server).items()):
-            if claim in taken:
-                raise Failure('nginx-proxy.conf:%d: %s is taken on port %s, by %s: choose '
-                              'another name' % (line, claim_text(claim[1]),
-                                                claim[0].rpartition(':')[2], taken[claim]))
+        for (port, name), line in sorted(server_claims(server).items()):
+            if (port, name) in taken:
+                raise proxy_failure(line, claim_text(name) % (
+                    port.rpartition(':')[2], taken[port, name]))
         check_reachable(server)
         check_addresses(server, others)
 
 def claim_text(name):
-    return name if name == 'default_server' else 'server_name "%s"' % printable(name)
+    """What to say when a name is taken, with places for the port and who has it."""
+    if name == 'default_server':
+        return 'default_server is taken on port %s, by %s: take it out of one of the two'
+    if not name:
+        return 'no request reaches a server without a name on port %s, because of %s'
+    return 'server_name "' + printable(name).replace('%', '%%') + (
+        '" is taken on port %s, by %s: choose another')
+
+def proxy_failure(line, text):
+    return Failure('nginx-proxy.conf:%d: %s' % (line, text))
 
 def check_reachable(server):
     """An unknown name on port 80 is answered by 000-dockhand.conf."""
     named = [name for name in server.names if name not in ('', '_')]
     if not named and all(listen.port in ('80', '443') and not listen.default
                          for listen in server.listens):
-        raise Failure('nginx-proxy.conf:%d: no request reaches this server: give it a '
-                      'server_name, or write `listen 80 default_server;`' % server.line)
+        raise proxy_failure(server.line, 'no request reaches this server: give it a '
+                            'server_name, or write `listen 80 default_server;`')
 
 def check_addresses(server, others):
     """A server on one address of a port gets every request to it, whatever its name."""
     shared = set(listen.port for found in others.values() for other in found
                  for listen in other.listens if listen.address in ('*', '[::]'))
-    for listen in server.listens:
-        if listen.address not in ('*', '[::]') and listen.port in shared | set(['80']) \
-                and listen.port:
-            raise Failure('nginx-proxy.conf:%d: `listen %s:%s` would take all requests to '
-                          'that address: write `listen %s;`' % (
-                              listen.line, listen.address, listen.port, listen.port))
+    for address, port, _, line in server.listens:
+        if address not in ('*', '[::]') and port and port in shared | set(['80']):
+            raise proxy_failure(line, '`listen %s:%s` would take all requests to that '
+                                'address: write `listen %s;`' % (address, port, port))
 
 def render_catch_all(listens, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
@@ -1134,16 +1134,15 @@ def render_catch_all(listens, version, ipv6):
     flag = ' default_server' if version < (1, 3, 10) and not claimed else ''
     plain = ['listen 80%s;' % flag]
     if ipv6 and ('[::]', '80') in used:
-        plain.append('listen [::]:80%s;' % (' ipv6only=on' if version < (1, 3, 4) else ''))
+        only = ' ipv6only=on' if version < (1, 3, 4) else ''
+        plain.append('listen [::]:80%s;' % only)
     blocks = [plain + ['server_name _;', 'return 404;']]
-    secure = ['listen %s443 ssl;' % prefix for address, prefix in (('*', ''), ('[::]', '[::]:'))
-              if (address, '443') in used]
+    secure = ['listen %s443 ssl;' % ('' if address == '*' else address + ':')
+              for address in ('*', '[::]') if (address, '443') in used]
     if secure and version >= (1, 19, 4):
         blocks.append(secure + ['server_name _;', 'ssl_reject_handshake on;'])
-    text = '# dockhand: what no app answers to; written anew when the apps change\n'
-    for block in blocks:
-        text += 'server {\n    ' + '\n    '.join(block) + '\n}\n'
-    return text
+    return '# dockhand: what no app answers to; written anew when the apps change\n' + \
+        ''.join('server {\n    %s\n}\n' % '\n    '.join(block) for block in blocks)
 
 def stage_nginx_conf(text, files, pid):
     """A copy of nginx.conf that includes these files instead of those in conf.d."""
@@ -1151,22 +1150,21 @@ def stage_nginx_conf(text, files, pid):
     text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
                           lambda match: includes, text)
     if not count:
-        raise Failure('%s/nginx.conf has no `include %s/*.conf;`: add it to its http block'
-                      % (NGINX, PROXIES))
-    text = re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
-    return 'pid %s;\n' % pid + text
+        raise Failure('%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
+                      'block' % (NGINX, PROXIES))
+    return 'pid %s;\n' % pid + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
 def proxy_address(servers):
     """The address that a person would type for a web app, or None."""
     for server in servers:
         port = server.listens[0].port
-        names = [name for name in server.names if re.match(r'[a-z0-9][a-z0-9.-]*\Z', name)]
-        if server.listens[0].default and not names:
-            names = [os.uname()[1]]
+        names = [name for name in server.names if HOST_NAME.match(name)]
+        if server.listens[0].default:
+            names.append(os.uname()[1])
         if names and port:
             scheme = 'https' if port == '443' else 'http'
-            return '%s://%s%s/' % (scheme, names[0],
-                                   '' if port in ('80', '443') else ':' + port)
+            shown = '' if port in ('80', '443') else ':' + port
+            return '%s://%s%s/' % (scheme, names[0], shown)
     return None
 
 
@@ -1176,15 +1174,15 @@ def proxy_address(servers):
 
 def docker_version(host):
     """The version of docker's engine, as a tuple; Failure where it does not answer."""
-    result = host.ask(['docker', 'version'])
-    match = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', result.out, re.S)
+    _, out, err = host.ask(['docker', 'version'])
+    match = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
     if not match:
-        raise Failure('docker does not answer: %s' % (
-            plain_line((result.err or result.out).strip().split('\n')[-1]) or 'is it running?'))
+        said = plain_line((err or out).strip().split('\n')[-1])
+        raise Failure('docker does not answer: ' + (said or 'is it running?'))
     return tuple(int(part) for part in match.group(1).strip('.').split('.'))
 
 def inspect(host, *names):
-    """docker's description of containers and images, as [dict]; unknown names are left out."""
+    """docker's description of containers and images, as [dict]; no unknown names."""
     import json
     result = host.ask(('docker', 'inspect') + names)
     if result.status and 'annot connect' in result.err:
@@ -1200,10 +1198,11 @@ def image_id(host, name):
     return str(found[0]['Id']) if found else None
 
 def running_containers(host, image):
-    """docker's description of the running containers of an image (by id), newest first."""
+    """docker's description of the containers that run an image (by id), newest first."""
     ids = host.run(['docker', 'ps', '-q', '--no-trunc']).split()
-    found = [each for each in (inspect(host, *ids) if ids else []) if each['Image'] == image]
-    return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
+    found = inspect(host, *ids) if ids else []
+    return sorted([each for each in found if each['Image'] == image],
+                  key=lambda each: each['State']['StartedAt'], reverse=True)
 
 def build_image(host, folder, tag, *options):
     """Build an image from a folder; docker's output goes to the pusher as it comes."""
@@ -1217,44 +1216,39 @@ def build_image(host, folder, tag, *options):
     result = host.ask(('docker', 'build', '--force-rm', '-t', tag) + options + (folder,),
                       env={'HOME': '/root'}, each=each)
     if result.status:
-        raise Failure('the build failed%s' % build_trouble('\n'.join(heard), result.status))
+        raise Failure('the build failed: '
+                      + build_trouble('\n'.join(heard), result.status))
 
 def build_trouble(heard, status):
     """What the output of a failed build means, in words."""
     if status == 137 or re.search(r'code:? 137\b', heard):
-        return ': out of memory (137): the kernel killed it; give the server swap or memory'
+        return 'out of memory (137), the kernel killed it: give the server swap or memory'
     if 'exec format error' in heard:
-        return ': exec format error: an image for another processor than this server\'s'
-    return ''
+        return "exec format error: an image for another processor than this server's"
+    if 'annot connect to the Docker daemon' in heard:
+        return 'docker does not answer; nothing has changed'
+    return 'nothing has changed; mend it and push again'
 
 def tag_image(host, source, target):
-    """Move a tag."""
-    result = host.ask(['docker', 'tag', source, target])
-    if result.status and 'is already' in result.err:        # docker before 1.10
+    """Move a tag; docker before 1.10 wants to be told that it may."""
+    if not host.run_unless('is already', ['docker', 'tag', source, target]):
         host.run(['docker', 'tag', '-f', source, target])
-    elif result.status:
-        raise Failure(command_failed(['docker', 'tag', source, target], result))
 
 def remove_image_tag(host, tag, *options):
-    if image_id(host, tag):
-        host.run(('docker', 'rmi') + options + (tag,))
+    host.run_unless('No such image', ['docker', 'rmi'] + list(options) + [tag])
 
 def nginx_version(host):
     match = re.search(r'nginx/(\d+)\.(\d+)\.(\d+)', host.ask(['nginx', '-v']).err)
     return tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
 
 def proxy_files(host):
-    """{path: text} of nginx's files in conf.d and sites-enabled, but for our catch-all."""
-    found = {}
-    for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', '')):
-        if not os.path.isdir(host.path(folder)):
-            continue
-        for name in sorted(os.listdir(host.path(folder))):
-            text = read_file(host.path(folder, name)) if not name.startswith('.') else None
-            if text is not None and name.endswith(ending):
-                found[folder + '/' + name] = text
-    found.pop(CATCH_ALL, None)
-    return found
+    """{path: text} of nginx's files in conf.d and sites-enabled, not our catch-all."""
+    paths = [folder + '/' + name
+             for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
+             for name in list_folder(host.path(folder))
+             if name.endswith(ending) and os.path.isfile(host.path(folder, name))]
+    files = [(path, read_file(host.path(path))) for path in paths if path != CATCH_ALL]
+    return dict((path, text) for path, text in files if text is not None)
 
 def catch_all_text(host, files):
     listens = [listen for text in files.values() for server in servers_of(text)
@@ -1265,10 +1259,8 @@ def catch_all_text(host, files):
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
     own = PROXIES + '/%s.conf' % app
-    others = proxy_files(host)
-    others.pop(own, None)
-    check_proxy(servers_of(text), dict(
-        (path, servers_of(other)) for path, other in others.items()))
+    check_proxy(servers_of(text), dict((path, servers_of(other)) for path, other
+                                       in proxy_files(host).items() if path != own))
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
         raise Failure("nginx's configuration was broken before this push, mend it first: "
@@ -1278,7 +1270,7 @@ def check_proxy_file(host, app, text):
                       'nginx-proxy.conf clashes with another file: ' + problem)
 
 def try_nginx(host, app, text):
-    """What nginx says against a proxy file in the place of the app's own; None if nothing.
+    """What nginx says against a proxy file in the place of the app's own, or None.
 
     It is tested in a staged copy of nginx's configuration: what lies in conf.d is valid
     at every moment.
@@ -1291,18 +1283,20 @@ def try_nginx(host, app, text):
         del files[own]
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
+    staged_text = stage_nginx_conf(nginx_conf(host), [catch_all] + order, staged + '.pid')
     try:
         replace_file(host.path(candidate), text or '')
         replace_file(host.path(catch_all), catch_all_text(host, files))
-        replace_file(host.path(staged), stage_nginx_conf(
-            read_file(host.path(NGINX, 'nginx.conf')) or '', [catch_all] + order,
-            staged + '.pid'))
+        replace_file(host.path(staged), staged_text)
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
-        return in_repository(nginx_error(result.err).replace(catch_all, CATCH_ALL),
-                             candidate) if result.status else None
+        said = nginx_error(result.err).replace(catch_all, CATCH_ALL)
+        return in_repository(said, candidate) if result.status else None
     finally:
         for path in (candidate, catch_all, staged, staged + '.pid'):
             remove_file(host.path(path))
+
+def nginx_conf(host):
+    return read_file(host.path(NGINX, 'nginx.conf')) or ''
 
 def nginx_error(err):
     """The first thing that nginx calls an error."""
@@ -1312,9 +1306,8 @@ def nginx_error(err):
 def in_repository(problem, candidate):
     """nginx's words about a candidate, as `nginx-proxy.conf:LINE: what`."""
     match = re.match(r'(.*?)(?: in)? %s:(\d+)' % re.escape(candidate), problem)
-    if not match:
-        return problem
-    return 'nginx-proxy.conf:%d: %s' % (int(match.group(2)) - 1, match.group(1))
+    return problem if not match else str(
+        proxy_failure(int(match.group(2)) - 1, match.group(1)))
 
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow.
@@ -1334,7 +1327,7 @@ def install_proxy(host, app, text, certain=False):
             reload_nginx(host)
 
 def host_lock(host, app):
-    """What apps share (names, nginx) changes under this lock; taken after the app's own."""
+    """What apps share (names, nginx) changes under this lock, taken after the app's."""
     return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
 
 def write_catch_all(host):
@@ -1348,11 +1341,12 @@ def reload_nginx(host):
     """
     master = nginx_master(host)
     if master is None:
-        return start_nginx(host)
-    earlier = nginx_workers(host, master)
+        host.run(['systemctl', 'start', 'nginx'] if is_systemd(host) else ['nginx'])
+        return
+    earlier = set(nginx_workers(host, master))
     host.run(['nginx', '-s', 'reload'])
     deadline = monotonic() + RELOAD_TIMEOUT
-    while set(earlier) & set(nginx_workers(host, master)):
+    while earlier & set(nginx_workers(host, master)):
         if monotonic() > deadline:
             raise Failure('nginx keeps its old configuration: ' + nginx_log(host))
         time.sleep(0.01)
@@ -1360,16 +1354,10 @@ def reload_nginx(host):
 def is_systemd(host):
     return os.path.isdir(host.path('/run/systemd/system'))
 
-def start_nginx(host):
-    if is_systemd(host):
-        host.run(['systemctl', 'start', 'nginx'])
-    else:
-        host.run(['nginx'])
-
 def nginx_master(host):
     """The process id of nginx's master, None where it does not run."""
-    match = re.search(r'(?m)^\s*pid\s+([^;]+);', read_file(host.path(NGINX, 'nginx.conf')) or '')
-    for path in (match.group(1) if match else '/run/nginx.pid', '/run/nginx.pid'):
+    for path in re.findall(r'(?m)^\s*pid\s+([^;]+);', nginx_conf(host))[:1] + [
+            '/run/nginx.pid']:
         pid = (read_file(host.path(path)) or '').strip()
         if pid.isdigit() and 'nginx' in process_title(host, pid):
             return pid
@@ -1381,12 +1369,8 @@ def nginx_workers(host, master):
             if 'shutting down' not in process_title(host, pid)]
 
 def child_processes(host, parent):
-    found = []
-    for pid in os.listdir(host.path('/proc')):
-        status = read_process(host, pid, 'stat') if pid.isdigit() else ''
-        if status.rpartition(')')[2].split()[1:2] == [parent]:
-            found.append(pid)
-    return found
+    return [pid for pid in os.listdir(host.path('/proc')) if pid.isdigit() and
+            read_process(host, pid, 'stat').rpartition(')')[2].split()[1:2] == [parent]]
 
 def process_title(host, pid):
     return read_process(host, pid, 'cmdline').replace('\0', ' ')
@@ -1440,54 +1424,46 @@ def container_ports(found):
     return [(str(address), int(port.split('/')[0])) for address in addresses
             for port in sorted(published) if port.endswith('/tcp')]
 
-class Containers(object):
+class Containers(namedtuple('Containers', 'host')):
     """Docker itself keeps the app running: one container a release, named APP--N."""
-
-    name = 'docker'
-
-    def __init__(self, host):
-        self.host = host
 
     def check(self, release):
         """Failure where the release cannot run here, before anything is touched."""
-        container_of(parse_job(release.job), release.app)
-        if docker_version(self.host) < (1, 10):
-            raise Failure('docker 1.10 or later is needed where init is not Upstart')
+        self.job(release)
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more."""
-        name = container_name(release)
-        found = inspect(self.host, name)
-        if found and found[0]['Image'] == release.image:
-            return
-        if found:
-            raise Failure('a container %s is in the way that is not of this release: docker '
-                          'rm -f %s' % (name, name))
-        self.host.run(self.create_command(release), env=self.job(release).env,
-                      cwd=self.job(release).folder)
+        job = self.job(release)
+        self.host.run(self.create_command(release), env=job.env, cwd=job.folder)
 
-    place = prepare
+    def place(self, release):
+        """Nothing: the container is there, or start() makes it again."""
 
     def create_command(self, release):
         job = self.job(release)
-        options = list(job.options)
-        if not any(option.startswith('--log-') for option in options):
-            options += ['--log-driver=json-file', '--log-opt=max-size=10m',
-                        '--log-opt=max-file=3']
+        log = [] if any(each.startswith('--log-') for each in job.options) else [
+            '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
-        return ['docker', 'create', '--name', container_name(release)] + options + \
-            [image] + job.command
+        return ['docker', 'create', '--name', container_name(release)] + \
+            job.options + log + [image] + job.command
 
     def job(self, release):
         return container_of(parse_job(release.job), release.app)
 
     def start(self, release):
-        self.host.run(['docker', 'start', container_name(release)])
+        """Start the container; one that was pruned away is made again."""
+        command = ['docker', 'start', container_name(release)]
+        if not self.host.run_unless('No such container', command):
+            self.prepare(release)
+            self.host.run(command)
 
     def stop(self, release):
-        if inspect(self.host, container_name(release)):
-            self.host.run(['docker', 'stop', '-t', self.job(release).grace,
-                           container_name(release)])
+        self.host.run_unless('No such container', [
+            'docker', 'stop', '-t', self.job(release).grace, container_name(release)])
+
+    def revives(self, release):
+        """Whether one that does not run is to be started, after a boot or a prune."""
+        return self.job(release).at_boot
 
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too."""
@@ -1496,14 +1472,13 @@ class Containers(object):
 
     def discard(self, release, instead=None):
         """Take away what only this release had, not the one that runs instead."""
-        if inspect(self.host, container_name(release)):
-            self.host.run(['docker', 'rm', '-f', '-v', container_name(release)])
+        self.host.run_unless('No such container', [
+            'docker', 'rm', '-f', '-v', container_name(release)])
 
     def state(self, release):
-        found = inspect(self.host, container_name(release))
-        if not found:
-            return State(False, None, [], '', 'its container is gone')
-        return container_state(found[0])
+        for found in inspect(self.host, container_name(release)):
+            return container_state(found)
+        return State(False, None, [], '', 'its container is gone')
 
     def logs_command(self, release, lines, follow):
         return ['docker', 'logs', '--tail', str(lines)] + (['-f'] if follow else []) + [
@@ -1512,74 +1487,66 @@ class Containers(object):
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
 
-class Upstart(object):
+class Upstart(namedtuple('Upstart', 'host')):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
 
-    name = 'Upstart'
-
-    def __init__(self, host):
-        self.host = host
-
     def check(self, release):
-        docker_version(self.host)
+        """Whatever init(5) allows, Upstart runs."""
 
     def prepare(self, release):
         """Nothing can be made ready: the job of this name runs the old release."""
 
     def place(self, release):
-        """Upstart sees a new file at once; `manual` keeps a reboot from starting a mixture."""
+        """Upstart sees a new file at once."""
         self.hold(release)
-        replace_file(self.job_path(release), release.job)
+        replace_file(self.path(release, '.conf'), release.job)
 
-    def job_path(self, release):
-        return self.host.path(JOBS, release.app + '.conf')
-
-    def override_path(self, release):
-        return self.host.path(JOBS, release.app + '.override')
+    def path(self, release, ending):
+        return self.host.path(JOBS, release.app + ending)
 
     def hold(self, release):
-        replace_file(self.override_path(release), 'manual\n')
+        """`manual` keeps a reboot from starting a mixture."""
+        replace_file(self.path(release, '.override'), 'manual\n')
 
     def start(self, release):
-        result = self.host.ask(['timeout', '60', 'start', release.app])
-        if result.status and 'already running' not in result.err + result.out:
-            raise Failure(command_failed(['start', release.app], result))
+        self.host.run_unless('already running', ['timeout', '60', 'start', release.app])
 
     def stop(self, release):
-        """Stop the job, and the containers that init leaves behind when they ignore it."""
+        """Stop the job, and the containers that init leaves behind."""
         self.hold(release)
-        result = self.host.ask(['stop', release.app])
-        said = result.err + result.out
-        if result.status and 'Unknown instance' not in said and 'Unknown job' not in said:
-            raise Failure(command_failed(['stop', release.app], result))
+        self.host.run_unless('Unknown (instance|job)', ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
 
+    def revives(self, release):
+        """Never: that is init's own work."""
+
     def settle(self, release):
         """From now on a boot starts it."""
-        remove_file(self.override_path(release))
+        remove_file(self.path(release, '.override'))
 
     def discard(self, release, instead=None):
-        if instead is None and is_ours(read_file(self.job_path(release)) or '', release.app):
-            remove_file(self.job_path(release))
-            remove_file(self.override_path(release))
+        job = self.path(release, '.conf')
+        if instead is None:
+            remove_file(self.path(release, '.override'))
+        if instead is None and is_ours(read_file(job) or '', release.app):
+            remove_file(job)
 
     def state(self, release):
-        said = self.host.ask(['status', release.app])
-        text = (said.out or said.err).strip()
+        _, out, err = self.host.ask(['status', release.app])
+        text = (out or err).strip()
         match = re.search(r'(start|stop)/([\w-]+)(?:, process (\d+))?', text)
         if not match or match.group(1) == 'stop':
             return State(False, None, [], '', printable(text) or 'no such job')
         if match.group(2) != 'running':
             return State(None, None, [], '', text)
         identity = (match.group(3),)
-        found = running_containers(self.host, release.image)
-        if not found:
-            alone = not any(is_image_of(release.app, run.image)
-                            for run in runs_of(parse_job(release.job)))
-            return State(True if alone else None, identity, [], '', text)
-        state = container_state(found[0])
-        return state._replace(identity=identity + state.identity, text=text)
+        for found in running_containers(self.host, release.image):
+            state = container_state(found)
+            return state._replace(identity=identity + state.identity, text=text)
+        waits = any(is_image_of(release.app, run.image)
+                    for run in runs_of(parse_job(release.job)))
+        return State(None if waits else True, identity, [], '', text)
 
     def logs_command(self, release, lines, follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
@@ -1589,8 +1556,8 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; Failure as soon as it will not.
 
     It answers when its HEALTHCHECK says healthy, or, without one, when each published tcp
-    port accepts a connection at the container's own address (docker's proxy accepts on the
-    host's port whatever is behind it).
+    port accepts a connection at the container's own address (docker's proxy accepts on
+    the host's port whatever is behind it).
     """
     begun = since = monotonic()
     identity, deaths = None, 0
@@ -1614,8 +1581,10 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
 
 def silent_ports(state):
     """What does not answer yet, in words; '' when all does."""
+    if state.health == 'healthy':
+        return ''
     if state.health:
-        return '' if state.health == 'healthy' else 'its HEALTHCHECK is still ' + state.health
+        return 'its HEALTHCHECK is still ' + state.health
     for address, port in state.ports:
         if not accepts(address, port):
             return 'nothing listens on port %d of the container' % port
@@ -1642,31 +1611,26 @@ Release = namedtuple('Release', 'app number commit branch key time image job pro
 def app_folder(host, app, *parts):
     return host.path(STATE, 'apps', app, *parts)
 
-def release_folder(host, app, number):
-    return app_folder(host, app, 'releases', str(number))
-
 def list_apps(host):
-    folder = host.path(STATE, 'apps')
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return list_folder(host.path(STATE, 'apps'))
 
 def list_releases(host, app):
     """The numbers of an app's releases, failed ones included, as [int]."""
-    folder = app_folder(host, app, 'releases')
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = list_folder(app_folder(host, app, 'releases'))
     return sorted(int(name) for name in names if name.isdigit())
 
 def load_release(host, app, number):
     """A Release from the store, None where it is not there whole."""
     import json
-    folder = release_folder(host, app, number)
-    text = read_file(os.path.join(folder, 'release.json'))
+    folder = app_folder(host, app, 'releases', str(number))
+    text = read_file(folder + '/release.json')
     record = json.loads(text) if text else {'failed': ''}
     if 'failed' in record:
         return None
     values = dict((name, native(record[name])) for name in Release._fields
                   if name in record)
-    return Release(job=read_file(os.path.join(folder, 'upstart.conf')),
-                   proxy=read_file(os.path.join(folder, 'nginx-proxy.conf')), **values)
+    return Release(job=read_file(folder + '/upstart.conf'),
+                   proxy=read_file(folder + '/nginx-proxy.conf'), **values)
 
 def native(value):
     """Python 2.7's json gives unicode."""
@@ -1675,15 +1639,14 @@ def native(value):
 def save_release(host, release, **more):
     """Write a release down whole: its record comes last."""
     import json
-    folder = release_folder(host, release.app, release.number)
+    folder = app_folder(host, release.app, 'releases', str(release.number))
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
-    for name, text in (('upstart.conf', release.job), ('nginx-proxy.conf', release.proxy)):
-        path = os.path.join(folder, name)
-        remove_file(path) if text is None else replace_file(path, text)
     record = dict(release._asdict(), **more)
-    del record['job'], record['proxy']
-    replace_file(os.path.join(folder, 'release.json'),
+    for path, text in ((folder + '/upstart.conf', record.pop('job')),
+                       (folder + '/nginx-proxy.conf', record.pop('proxy'))):
+        remove_file(path) if text is None else replace_file(path, text)
+    replace_file(folder + '/release.json',
                  json.dumps(record, indent=1, sort_keys=True) + '\n')
 
 def linked_release(host, app, link):
@@ -1706,7 +1669,7 @@ def is_stopped(host, app):
 
 @contextmanager
 def app_lock(host, app, purpose):
-    """Hold an app's lock, with what a crash left put right; gives the live Release or None."""
+    """Hold an app's lock, what a crash left put right; gives the live Release or None."""
     with locked(host.path(LOCKS, check_app_name(app)), purpose):
         recover_app(host, app)
         yield live_release(host, app)
@@ -1729,19 +1692,17 @@ def switch_steps(host, old, new, run=True, certain=False):
     run       whether the new one is started
     certain   the new one was live before
     """
-    engine = choose_engine(host)
+    engine, app = choose_engine(host), (new or old).app
     steps = [partial(engine.stop, old)] if old else []
     if new:
-        steps += [partial(tag_image, host, image_tag(new), new.app + ':latest'),
+        steps += [partial(tag_image, host, image_tag(new), app + ':latest'),
                   partial(engine.place, new)]
         steps += [partial(engine.start, new)] if run else []
-    steps += [partial(install_proxy, host, (new or old).app, new and new.proxy, certain)]
-    if not new:
-        steps += [partial(remove_image_tag, host, old.app + ':latest')]
-    return steps
+    steps += [partial(install_proxy, host, app, new and new.proxy, certain)]
+    return steps + ([] if new else [partial(remove_image_tag, host, app + ':latest')])
 
 def image_tag(release):
-    return '%s:%d' % (release.app, release.number)
+    return '%s:%s' % (release.app, release.number)
 
 def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise.
@@ -1778,7 +1739,8 @@ def check_or_show_log(host, release, engine):
         host.ask(engine.logs_command(release, LOG_LINES, False), each=lines.append)
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
-        raise Failure('release %d failed its health check: %s' % (release.number, failure))
+        raise Failure('release %d failed its health check: %s'
+                      % (release.number, failure))
 
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
@@ -1806,6 +1768,10 @@ def put_back(host, new, old):
 def recover_app(host, app):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     pending, live = linked_release(host, app, 'pending'), live_release(host, app)
+    if not pending and not live and app in list_apps(host):
+        for number in list_releases(host, app):
+            remove_image_tag(host, '%s:%d' % (app, number))
+        host.run(['rm', '-rf', '--', app_folder(host, app)])
     if pending:
         step('%s: the deploy of release %d was interrupted' % (app, pending.number))
         put_back(host, pending, live)
@@ -1814,7 +1780,7 @@ def recover_app(host, app):
 def put_right(host, live):
     """Start an app that should run and does not: after a boot, a prune."""
     engine = choose_engine(host)
-    if engine.state(live).alive is False:
+    if engine.revives(live) and engine.state(live).alive is False:
         step('%s: release %d did not run; starting it' % (live.app, live.number))
         engine.place(live)
         engine.start(live)
@@ -1832,19 +1798,19 @@ def read_pushed(folder, name):
                       % (name, 'link' if stat.S_ISLNK(kind) else 'folder'))
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
         data = source.read(FILE_LIMIT + 1)
-    if len(data) > FILE_LIMIT:
-        raise Failure('%s is larger than %d KB' % (name, FILE_LIMIT // 1024))
-    if b'\0' in data:
-        raise Failure('%s holds a NUL byte: it is no text' % name)
-    if not data.strip() and name != '.dockerignore':
-        raise Failure('%s is empty' % name)
+    for wrong, what in (
+            (len(data) > FILE_LIMIT, 'is larger than %d KB' % (FILE_LIMIT // 1024)),
+            (b'\0' in data, 'holds a NUL byte: it is no text'),
+            (not data.strip() and not name.startswith('.'), 'is empty')):
+        if wrong:
+            raise Failure(name + ' ' + what)
     return to_text(data)
 
 def repository(host, app):
     return host.path(host.home(), app + '.git')
 
 def git_command(host, app, *args):
-    """A git command in an app's repository: to be run with the git user's rights only."""
+    """A git command for an app's repository, to be run as the git user only."""
     return ['git', '--git-dir=' + repository(host, app)] + list(args)
 
 def git(host, app, *args):
@@ -1872,12 +1838,13 @@ def check_files(release, folder):
     if read_pushed(folder, 'Dockerfile') is None:
         raise Failure('no Dockerfile in this commit: it says how to build the app')
     read_pushed(folder, '.dockerignore')
-    job, proxy = read_pushed(folder, 'upstart.conf'), read_pushed(folder, 'nginx-proxy.conf')
+    job, proxy = (read_pushed(folder, 'upstart.conf'),
+                  read_pushed(folder, 'nginx-proxy.conf'))
     if job is None:
         raise Failure('no upstart.conf in this commit: it says how to run the app, as in '
                       '`exec docker run --rm %s`' % app)
     if proxy and proxy.startswith(BYTE_ORDER_MARK):
-        raise Failure('nginx-proxy.conf:1: begins with a byte order mark: save it without')
+        raise proxy_failure(1, 'begins with a byte order mark: save it without')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
     if 'filter=lfs' in (read_pushed(folder, '.gitattributes') or ''):
@@ -1893,47 +1860,49 @@ def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
     if app in list_apps(host):
         return
-    check_unit_names(host, app)
-    for folder in (JOBS, PROXIES):
-        path = '%s/%s.conf' % (folder, app)
-        if not is_ours(read_file(host.path(path)) or "# dockhand: %s's" % app, app):
-            raise Failure('%s is on this server already, and not dockhand\'s: rename the app, '
-                          'or the file' % path)
-
-def check_unit_names(host, app):
     for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
         if os.path.exists(host.path(path)):
             raise Failure('"%s" is a service of this server (%s): choose another name'
                           % (app, path))
+    for path in [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
+        text = read_file(host.path(path))
+        if text and not is_ours(text, app):
+            raise Failure("%s is on this server already, and not dockhand's: rename the "
+                          'app, or the file' % path)
 
 def check_against_host(host, live, release):
     """Failure where something on the server is in the way of a release."""
     app = release.app
     if live:
         check_edited(host, live, release)
-    elif image_id(host, app + ':latest'):
-        raise Failure('an image %s is on this server, and dockhand did not build it: rename '
-                      'the app, or `docker rmi %s`' % (app, app))
     if release.proxy:
         with host_lock(host, app):
             check_proxy_file(host, app, release.proxy)
 
+def edited_files(host, live, new=None):
+    """{path: (name in the repository, live text, text found)} of files changed by hand.
+
+    new  a Release that may be on its way: what is as it says counts as unchanged
+    """
+    files = [('nginx-proxy.conf', PROXIES, live.proxy, new and new.proxy)]
+    if is_upstart(host):
+        files.append(('upstart.conf', JOBS, live.job, new and new.job))
+    paths = [('%s/%s.conf' % (folder, live.app), name, ours, to_be)
+             for name, folder, ours, to_be in files]
+    texts = [(path, name, ours, to_be, read_file(host.path(path)))
+             for path, name, ours, to_be in paths]
+    return dict((path, (name, ours, text)) for path, name, ours, to_be, text in texts
+                if text not in (None, ours, to_be))
+
 def check_edited(host, live, release):
     """Failure where a file was changed by hand on the host since the last release."""
-    files = [('nginx-proxy.conf', PROXIES, live.proxy, release.proxy)]
-    if is_upstart(host):
-        files.append(('upstart.conf', JOBS, live.job, release.job))
-    for name, folder, ours, new in files:
-        path = '%s/%s.conf' % (folder, live.app)
-        text = read_file(host.path(path))
-        if text not in (None, ours, new):
-            step('%s was changed on the server:' % path)
-            detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
-            raise Failure('to keep that, commit it in %s and push; to drop it: '
-                          'sudo rm %s, and push again' % (name, path))
+    for path, (name, ours, text) in sorted(edited_files(host, live, release).items()):
+        step('%s was changed on the server:' % path)
+        detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
+        raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
+                      'and push again' % (name, path))
 
 def diff_text(old, new, old_name, new_name):
-    """A unified diff."""
     import difflib
     return '\n'.join(line.rstrip('\r\n') for line in difflib.unified_diff(
         old.splitlines(), new.splitlines(), old_name, new_name, lineterm=''))
@@ -1949,8 +1918,9 @@ def deploy(host, app, key, ref, old, new):
             if live and live.commit == new:
                 return
             check_race(host, app, live, branch, old)
-        release = new_release(host, app, key, branch, new)
-        (plan_release if verdict == 'plan' else make_release)(host, live, release)
+        if verdict == 'plan':
+            plan_release(host, live, new_release(host, app, key, branch, new, 'plan'))
+        make_release(host, live, new_release(host, app, key, branch, new))
 
 def first_branch(host, app):
     """The deploy branch of an app without a release: what its repository has already."""
@@ -1962,7 +1932,7 @@ def first_branch(host, app):
 def check_race(host, app, live, branch, old):
     """Failure where the branch is no longer what the pusher saw.
 
-    A push that has just gone live has its branch moved by git in a moment; where that does
+    git moves the branch of a push that has just gone live in a moment; where that does
     not come, a crash came between, and the branch is set to what is live.
     """
     ref, deadline = 'refs/heads/' + branch, monotonic() + 3
@@ -1979,21 +1949,21 @@ def check_race(host, app, live, branch, old):
         raise Failure('another push went live: pull, then push again')
 
 def has_commit(host, app, commit):
-    try:
-        return bool(git(host, app, 'cat-file', '-t', commit))
-    except Failure:
-        return False
+    command = git_command(host, app, 'cat-file', '-t', commit)
+    return not host.ask(command, account=host.account()).status
 
-def new_release(host, app, key, branch, commit):
+def new_release(host, app, key, branch, commit, number=None):
     """The next Release of an app, as far as it is known before the build."""
-    number = (list_releases(host, app) or [0])[-1] + 1
+    number = number or (list_releases(host, app) or [0])[-1] + 1
     return Release(app, number, commit, branch, key, int(time.time()), None, None, None)
 
 def make_release(host, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was."""
     begun = monotonic()
+    check_free(host, live, release)
     with Transaction() as transaction:
         transaction.undo(forget, host, release, live)
+        save_release(host, release, failed='interrupted')
         release = build_release(host, live, release, options)
         save_release(host, release)
         built = monotonic()
@@ -2009,13 +1979,22 @@ def plan_release(host, live, release):
     finally:
         remove_image_tag(host, image_tag(release))
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
-                  'BRANCH:%s' % (live.branch if live else DEFAULT_BRANCHES[0]))
+                  'HEAD:%s' % (live.branch if live else DEFAULT_BRANCHES[0]))
+
+def check_free(host, live, release):
+    """Failure where docker has something of a name that this release needs."""
+    check_host_names(host, release.app)
+    names = [image_tag(release), container_name(release)]
+    for name in names + ([] if live else [release.app + ':latest']):
+        if inspect(host, name):
+            command = 'rm' if '--' in name else 'rmi'
+            raise Failure('docker has %s already, and not from dockhand: rename the app, '
+                          'or docker %s %s' % (name, command, name))
 
 def build_release(host, live, release, options=()):
     """The Release with its image built, and all checked that can be before a switch."""
     app = release.app
     step('Checking %s' % release.commit[:10])
-    check_host_names(host, app)
     try:
         folder = check_out(host, app, release.commit)
         release = check_files(release, folder)
@@ -2027,8 +2006,10 @@ def build_release(host, live, release, options=()):
         empty_build_folder(host, app)
     image = inspect(host, image_tag(release))[0]
     volumes = [str(path) for path in (image.get('Config') or {}).get('Volumes') or {}]
-    for line, text in check_job(parse_job(release.job), app, proxied_ports(release.proxy),
-                                volumes):
+    ports = proxied_ports(release.proxy)
+    for line, text in check_job(parse_job(release.job), app, ports, volumes):
+        if 'under Upstart' in text and not is_upstart(host):
+            continue
         step('upstart.conf:%d: %s' % (line - 1, text))      # our header is line 1
     return release._replace(image=str(image['Id']))
 
@@ -2054,10 +2035,11 @@ def show_plan(host, live, release):
                or '%s: no change' % name)
     was, now = ports_text(live), ports_text(release)
     detail('ports: %s' % (now if was == now else '%s, now %s' % (now, was)))
-    sizes = [found['Size'] / 1e6 for found in inspect(host, image_tag(release))]
-    detail('image: %s (%.1f MB)%s' % (release.image[:19], sizes[0], ', as it is live'
-                                      if live and live.image == release.image else ''))
-    detail('gap: one stop and one start of the service' if live else 'gap: none, it is new')
+    same = ', as it is live' if live and live.image == release.image else ''
+    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
+    detail('image: %s (%.1f MB)%s' % (release.image[:19], size, same))
+    detail('gap: ' + ('one stop and one start of the service' if live else
+                      'none, it is new'))
     space = os.statvfs(host.path(STATE))
     detail('space: %.0f MB free' % (space.f_bavail * space.f_frsize / 1e6))
 
@@ -2095,24 +2077,24 @@ def serve(host, name, *apps):
 
 def make_repository(host, app, folder):
     """A bare repository with our hooks, there whole or not at all."""
-    temporary = os.path.join(host.home(), '.%s.%d' % (app, os.getpid()))
+    home = os.path.dirname(folder)
+    temporary = os.path.join(home, '.%s.%d' % (app, os.getpid()))
     host.run(['git', '-c', 'init.defaultBranch=main', 'init', '-q', '--bare',
-              '--template=' + host.path(TEMPLATE), temporary], cwd=host.home())
+              '--template=' + host.path(TEMPLATE), temporary], cwd=home)
     try:
         os.rename(temporary, folder)
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
 
 def receive(host, hook, app='', key='', *ref):
-    """Run as root by the hooks of a repository: sudo receive update|post-receive|check."""
+    """Run as root by a repository's hooks: sudo receive update|post-receive|check."""
     if hook == 'check':
         return
     if not app or not key:
         raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(app)
     check_key_name(key)
-    if hook == 'update' and len(ref) == 3 and OBJECT_ID.match(ref[1]) \
-            and OBJECT_ID.match(ref[2]):
+    if hook == 'update' and len(ref) == 3 and all(map(OBJECT_ID.match, ref[1:])):
         deploy(host, app, key, *ref)
     elif hook == 'post-receive' and not ref:
         after_push(host, app)
@@ -2139,45 +2121,39 @@ Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the 
 def installed_parts(host):
     """Every file that `install` writes, but for nginx's, as [Part]."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
+    hooks = [('/hooks/' + hook, HOOK.format(receive=RECEIVE, hook=hook, rest=rest), 0o755)
+             for hook, rest in (('update', ' "$@"'), ('post-receive', ''))]
     parts = [
-        Part(LIBRARY + '/dockhand.py', source, 0o644, False),
-        Part(PROGRAM, launcher(host, 'dockhand'), 0o755, False),
-        Part(RECEIVE, launcher(host, 'receive'), 0o755, False),
-        Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644, False),
-        Part(TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644, False),
-        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440, False)]
-    parts += [Part(TEMPLATE + '/hooks/' + name, text, 0o755, False)
-              for name, text in hook_texts()]
+        (LIBRARY + '/dockhand.py', source, 0o644),
+        (PROGRAM, launcher(host, 'dockhand'), 0o755),
+        (RECEIVE, launcher(host, 'receive'), 0o755),
+        (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
+        (TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
+        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
+    parts += [(TEMPLATE + path, text, mode) for path, text, mode in hooks]
     if is_systemd(host):
-        parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644, False))
+        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
-        parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644, False))
-    return parts + hook_parts(host)
-
-def hook_texts():
-    return [(hook, HOOK.format(receive=RECEIVE, hook=hook, rest=rest))
-            for hook, rest in (('update', ' "$@"'), ('post-receive', ''))]
-
-def hook_parts(host):
-    """The hooks of the repositories that are there already."""
-    home = host.home()
-    return [Part('%s/%s.git/hooks/%s' % (home, app, name), text, 0o755, True)
-            for app in list_apps(host) for name, text in hook_texts()
-            if os.path.isdir(host.path(home, app + '.git'))]
+        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
+    folders = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
+    return [Part(*part, git=False) for part in parts] + [
+        Part(folder + path, text, mode, git=True) for folder in folders
+        if os.path.isdir(host.path(folder)) for path, text, mode in hooks]
 
 def launcher(host, role):
     """A script of a few lines for the interpreter that runs now, isolated."""
-    return LAUNCHER.format(python=sys.executable, library=LIBRARY, role=role, user=host.user,
-                           flags='-Es' if sys.version_info[0] == 2 else '-IS')
+    return LAUNCHER.format(python=sys.executable, flags='-Es' if PYTHON_2 else '-IS',
+                           library=LIBRARY, role=role, user=host.user)
+
+PACKAGES = (('git', 'git'), ('docker', 'docker.io'), ('nginx', 'nginx'),
+            ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
+            ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'), ('tar', 'tar'))
 
 def missing_requirements(host):
     """[(what is missing, the command that brings it)]."""
-    packages = (('git', 'git'), ('docker', 'docker.io'), ('nginx', 'nginx'),
-                ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
-                ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'), ('tar', 'tar'))
-    found = [(name, 'apt-get install ' + package) for name, package in packages
-             if not where_is(host, name)]
-    docker = where_is(host, 'docker')
+    found = [(name, 'apt-get install ' + package) for name, package in PACKAGES
+             if not host.ask(['which', name]).out.strip()]
+    docker = host.ask(['which', 'docker']).out.strip()
     if docker and os.path.realpath(docker).startswith('/snap'):
         found.append(('docker, but not from a snap (it cannot read /var/lib)',
                       'snap remove docker; apt-get install docker.io'))
@@ -2185,18 +2161,14 @@ def missing_requirements(host):
         found.append(('docker itself, not podman', 'apt-get install docker.io'))
     elif docker:
         try:
-            docker_version(host)
+            if docker_version(host) < (1, 10) and not is_upstart(host):
+                found.append(('docker 1.10 or later, where init is not Upstart',
+                              'apt-get install docker.io'))
         except Failure as failure:
-            found.append((str(failure), start_docker_command(host)))
+            start = 'systemctl start docker' if is_systemd(host) else 'start docker' \
+                if is_upstart(host) else 'service docker start, or dockerd &'
+            found.append((str(failure), start))
     return found
-
-def where_is(host, program):
-    return host.ask(['which', program]).out.strip()
-
-def start_docker_command(host):
-    if is_systemd(host):
-        return 'systemctl start docker'
-    return 'start docker' if is_upstart(host) else 'service docker start, or dockerd &'
 
 def ensure_user(host):
     """The git user; True if it was made or changed."""
@@ -2207,8 +2179,8 @@ def ensure_user(host):
         tell('made the user ' + host.user)
         return True
     if account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
-        raise Failure('the user %s is somebody else\'s (its shell is %s): dockhand.py install '
-                      '--user NAME takes another' % (account.name, account.shell))
+        raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
+                      'install --user NAME takes another' % (account.name, account.shell))
     shadow = read_file(host.path('/etc/shadow')) or ''
     if re.search(r'(?m)^%s:!' % re.escape(host.user), shadow):
         host.run(['usermod', '-p', '*', host.user])
@@ -2217,21 +2189,17 @@ def ensure_user(host):
     return False
 
 def install_part(host, part):
+    def check(new):
+        if part.path == SUDOERS:
+            host.run(['visudo', '-c', '-q', '-f', new])
     path = host.path(part.path)
-    make_folder(os.path.dirname(path)) if not os.path.isdir(os.path.dirname(path)) else None
-    check = (lambda new: host.run(['visudo', '-c', '-q', '-f', new])) \
-        if part.path == SUDOERS else None
+    if not os.path.isdir(os.path.dirname(path)):
+        make_folder(os.path.dirname(path))
     account = host.account() if part.git else None
     changed = replace_file(path, part.text, part.mode, account, check)
     if changed:
         tell('wrote ' + part.path)
     return changed
-
-def compile_library(host):
-    """Compile the script, so that a start costs the same at any length."""
-    import py_compile
-    source = host.path(LIBRARY, 'dockhand.py')
-    py_compile.compile(source, dfile=LIBRARY + '/dockhand.py', doraise=True)
 
 def disable_default_site(host):
     """The distribution's default site claims `default_server`; taken out if untouched."""
@@ -2248,11 +2216,11 @@ def disable_default_site(host):
     return False
 
 def is_untouched(host, path):
-    """Whether a configuration file is as its package brought it (dpkg's own checksum)."""
+    """Whether a file is as its package brought it (dpkg's own checksum)."""
     import hashlib
     text = read_file(host.path(path))
     known = text and host.ask(['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']).out
-    return bool(known) and '%s %s' % (path, hashlib.md5(to_bytes(text)).hexdigest()) in known
+    return bool(known) and path + ' ' + hashlib.md5(to_bytes(text)).hexdigest() in known
 
 def install_nginx(host):
     """The catch-all, tested before it is in place; True if something changed."""
@@ -2267,12 +2235,13 @@ def install_nginx(host):
     return changed
 
 def install_boot_job(host):
-    wanted = host.path('/etc/systemd/system/multi-user.target.wants/dockhand-recover.service')
-    if is_systemd(host) and not os.path.islink(wanted):
-        host.run(['systemctl', 'daemon-reload'])
-        host.run(['systemctl', 'enable', '-q', 'dockhand-recover'])
-        return True
-    return False
+    folder, name = os.path.split(UNIT)
+    wanted = host.path(folder, 'multi-user.target.wants', name)
+    if not is_systemd(host) or os.path.islink(wanted):
+        return False
+    host.run(['systemctl', 'daemon-reload'])
+    host.run(['systemctl', 'enable', '-q', 'dockhand-recover'])
+    return True
 
 def check_sudo(host):
     """Run the one command as the git user, as a hook will."""
@@ -2289,6 +2258,7 @@ def check_sudo(host):
 
 def install(host, user=None):
     """make this machine ready, or bring it up to date"""
+    import py_compile
     if user:
         host.user = check_app_name(user) if user != 'git' else user
     missing = missing_requirements(host)
@@ -2296,24 +2266,21 @@ def install(host, user=None):
         tell('missing: %s\n         to bring it: %s' % (what, command))
     if missing:
         raise Failure('%d requirement(s) missing, nothing was changed' % len(missing))
-    changed = ensure_user(host)
-    account = host.account()
-    for path, mode, owner in ((STATE, 0o755, None), (STATE + '/apps', 0o755, None),
-                              (STATE + '/build', 0o700, account)):
-        changed = make_folder(host.path(path), mode, owner) or changed
-    parts = [part for part in installed_parts(host) if install_part(host, part)]
-    if LIBRARY + '/dockhand.py' in [part.path for part in parts]:
-        compile_library(host)
-    changed = bool(parts) or changed
-    changed = replace_link(host.path(OLDER_NAME), PROGRAM) or changed
-    changed = install_nginx(host) or changed
-    changed = install_boot_job(host) or changed
+    changes = [ensure_user(host),
+               make_folder(host.path(STATE)), make_folder(host.path(STATE, 'apps')),
+               make_folder(host.path(STATE, 'build'), 0o700, host.account())]
+    changes += [part.path for part in installed_parts(host) if install_part(host, part)]
+    script = LIBRARY + '/dockhand.py'
+    if script in changes:               # a start then costs the same at any length
+        py_compile.compile(host.path(script), dfile=script, doraise=True)
+    changes += [replace_link(host.path(OLDER_NAME), PROGRAM), install_nginx(host),
+                install_boot_job(host)]
     check_sudo(host)
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
-         '"sudo dockhand upload-key NAME"' if changed else 'nothing changed')
+         '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
 
 def keys_path(host):
-    return host.path(host.home(), '.ssh/authorized_keys')
+    return host.path(host.home(), KEYS)
 
 def write_keys(host, before, keys, after):
     account = host.account()
@@ -2326,10 +2293,11 @@ def upload_key(host, name, *apps):
     check_key_name(name)
     for app in apps:
         check_app_name(app)
-    data = sys.stdin if sys.version_info[0] == 2 else sys.stdin.buffer
-    text = to_text(data.read(FILE_LIMIT + 1))
+    source = sys.stdin if PYTHON_2 else sys.stdin.buffer
+    text = '' if source.isatty() else to_text(source.read(FILE_LIMIT + 1))
     if len(text) > FILE_LIMIT:
-        raise Failure('this is no key file: it is larger than %d KB' % (FILE_LIMIT // 1024))
+        raise Failure('this is no key file: it is larger than %d KB' 
+                      % (FILE_LIMIT // 1024))
     uploaded = parse_public_keys(text)
     for kind, blob in uploaded:
         check_key_type(host, kind, blob)
@@ -2351,8 +2319,8 @@ def check_key_type(host, kind, blob):
         file.write(to_bytes('%s %s\n' % (kind, blob)))
         file.flush()
         if host.ask(['ssh-keygen', '-l', '-f', file.name]).status:
-            raise Failure("this server's OpenSSH knows no %s keys like this: make one with "
-                          'ssh-keygen -t ecdsa' % printable(kind))
+            raise Failure("this server's OpenSSH knows no %s keys like this: make one "
+                          'with ssh-keygen -t ecdsa' % printable(kind))
 
 def list_keys(host):
     """list who may push, and which apps"""
@@ -2374,7 +2342,12 @@ def remove_key(host, name):
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
     engine = choose_engine(host)
-    for app in list_apps(host):
+    repositories = [name[:-4] for name in list_folder(host.path(host.home()))
+                    if name.endswith('.git')]
+    names = sorted(set(list_apps(host) + repositories))
+    if not names:
+        tell('no apps yet')
+    for app in names:
         live = live_release(host, app)
         if live is None:
             tell('%-16s not live' % app)
@@ -2382,8 +2355,8 @@ def apps(host):
         alive = engine.state(live).alive
         state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
         since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
-        tell('%-16s %-8s %s  %s  %-10s %s' % (app, state, live.commit[:10], since, live.key,
-                                              address_text(live)))
+        tell('%-16s %-8s %s  %s  %-10s %s' % (
+            app, state, live.commit[:10], since, live.key, address_text(live)))
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
@@ -2422,9 +2395,9 @@ def stop(host, app):
 def rebuild(host, app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
     with live_app(host, app, 'rebuild') as live:
-        make_release(host, live, new_release(host, app, live.key, live.branch, live.commit),
-                     ['--pull'] if pull else [])
-    tell('%s: %s' % (app, address_text(live_release(host, app))))
+        release = new_release(host, app, live.key, live.branch, live.commit)
+        make_release(host, live, release, ['--pull'] if pull else [])
+    step('%s: %s' % (app, address_text(live_release(host, app))))
 
 def recover(host):
     """put right what a crash left of a deploy; runs at boot"""
@@ -2443,33 +2416,36 @@ def destroy(host, app, force=False):
                       'dockhand destroy %s --force' % (app, app))
     with app_lock(host, app, 'dockhand destroy ' + app):
         engine = choose_engine(host)
-        releases = [load_release(host, app, number) for number in list_releases(host, app)]
-        for release in [each for each in releases if each]:
+        numbers = list_releases(host, app)
+        for release in filter(None, [load_release(host, app, each) for each in numbers]):
             engine.stop(release)
             engine.discard(release)
             remove_image_tag(host, image_tag(release))
         install_proxy(host, app, None)
         remove_image_tag(host, app + ':latest')
-        host.run(['rm', '-rf', '--', app_folder(host, app),
-                  repository(host, app)])
+        host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
     tell('%s is removed' % app)
 
 def doctor(host):
     """check every part of the installation, and say what to type"""
-    checks = [(what, command) for what, command in missing_requirements(host)]
-    checks += doctor_parts(host) + doctor_ssh(host) + doctor_nginx(host) + doctor_apps(host)
+    checks = missing_requirements(host)
+    checks += [] if checks else doctor_apps(host)
+    checks += doctor_parts(host) + doctor_ssh(host) + doctor_nginx(host)
     for what, command in checks:
         tell('WRONG  %s\n       type: %s' % (what, command))
     if checks:
         raise Failure('%d thing(s) to mend' % len(checks))
     tell('all is well')
 
+def install_again():
+    return 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
+
 def doctor_parts(host):
     """What `install` would write again."""
-    again = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
+    again = install_again()
     if host.account() is None:
         return [('there is no user ' + host.user, again)]
-    found = [('%s is not as installed' % part.path, again) for part in installed_parts(host)
+    found = [(part.path + ' is not as installed', again) for part in installed_parts(host)
              if read_file(host.path(part.path)) != part.text]
     try:
         check_sudo(host)
@@ -2483,19 +2459,16 @@ def doctor_ssh(host):
     for line in host.ask(['sshd', '-T']).out.splitlines():
         name, _, value = line.partition(' ')
         settings.setdefault(name.lower(), []).append(value)
-    edit = 'edit /etc/ssh/sshd_config, then reload ssh'
-    found = []
     users = ' '.join(settings.get('allowusers', [])).split()
-    if users and host.user not in users:
-        found.append(('AllowUsers of sshd leaves out ' + host.user, edit))
-    if settings.get('allowgroups'):
-        found.append(('AllowGroups of sshd may leave out ' + host.user, edit))
-    files = ' '.join(settings.get('authorizedkeysfile', ['.ssh/authorized_keys']))
-    if '.ssh/authorized_keys' not in files:
-        found.append(('AuthorizedKeysFile of sshd is ' + files, edit))
-    if not os.path.exists(keys_path(host)):
-        found.append(('no key may push', 'dockhand upload-key NAME < id_ed25519.pub'))
-    return found
+    files = ' '.join(settings.get('authorizedkeysfile', [KEYS]))
+    edit = 'edit /etc/ssh/sshd_config, then reload ssh'
+    upload = 'dockhand upload-key NAME < id_ed25519.pub'
+    user = host.user
+    return [(what, command) for wrong, what, command in (
+        (users and user not in users, 'AllowUsers of sshd leaves out ' + user, edit),
+        ('allowgroups' in settings, 'AllowGroups of sshd may leave out ' + user, edit),
+        (KEYS not in files, 'AuthorizedKeysFile of sshd is ' + files, edit),
+        (not os.path.exists(keys_path(host)), 'no key may push', upload)) if wrong]
 
 def doctor_nginx(host):
     result = host.ask(['nginx', '-t', '-q'])
@@ -2504,7 +2477,7 @@ def doctor_nginx(host):
     if nginx_master(host) is None:
         return [('nginx does not run', 'systemctl start nginx, or service nginx start')]
     if read_file(host.path(CATCH_ALL)) != catch_all_text(host, proxy_files(host)):
-        return [(CATCH_ALL + ' is not as it should be', 'sudo dockhand recover')]
+        return [(CATCH_ALL + ' is not as it should be', install_again())]
     return []
 
 def doctor_apps(host):
@@ -2512,12 +2485,14 @@ def doctor_apps(host):
     for app in list_apps(host):
         live = live_release(host, app)
         if linked_release(host, app, 'pending'):
-            found.append(('a deploy of %s was interrupted' % app, 'sudo dockhand recover'))
+            found.append(('a deploy of %s was interrupted' % app, 'recover'))
         elif live and not image_id(host, image_tag(live)):
-            found.append(('the image of %s is gone' % app, 'sudo dockhand rebuild ' + app))
+            found.append(('the image of %s is gone' % app, 'rebuild ' + app))
         elif live and not is_stopped(host, app) and not engine.state(live).alive:
-            found.append(('%s does not run' % app, 'sudo dockhand start ' + app))
-    return found
+            found.append(('%s does not run' % app, 'start ' + app))
+        for path in edited_files(host, live) if live else []:
+            found.append((path + ' was changed by hand: the next push will ask', 'apps'))
+    return [(what, 'sudo dockhand ' + command) for what, command in found]
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
@@ -2539,10 +2514,9 @@ class Usage(Exception):
     """A command line that is none; the exit status is 2."""
 
 def usage():
-    lines = ['dockhand: git push deploys anything that fits in a container', '']
-    for name, function, words in COMMANDS:
-        lines.append('  dockhand %-28s %s' % (name + ' ' + words, function.__doc__))
-    return '\n'.join(lines)
+    return 'dockhand: git push deploys anything that fits in a container\n' + ''.join(
+        '\n  dockhand %-28s %s' % (name + ' ' + words, function.__doc__)
+        for name, function, words in COMMANDS)
 
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
@@ -2567,7 +2541,6 @@ def parse_arguments(pattern, words):
     return given, found
 
 def run_command(host, words):
-    """Find and run a command that a person typed."""
     if not words or words[0] in ('help', '-h', '--help'):
         return tell(usage())
     for name, function, pattern in COMMANDS:
@@ -2580,7 +2553,8 @@ def run_command(host, words):
 
 def installed_user(host):
     """The git user of the installation at hand, for a script that is run directly."""
-    match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", read_file(host.path(PROGRAM)) or '')
+    text = read_file(host.path(PROGRAM)) or ''
+    match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", text)
     return match.group(1) if match else 'git'
 
 def main(role, user):
@@ -2594,12 +2568,9 @@ def main(role, user):
             serve(host, *words[1:])
         else:
             run_command(host, words)
-    except Usage as problem:
+    except (Failure, Usage) as problem:
         say('dockhand: %s' % problem)
-        sys.exit(2)
-    except Failure as failure:
-        say('dockhand: %s' % failure)
-        sys.exit(1)
+        sys.exit(2 if isinstance(problem, Usage) else 1)
 
 if __name__ == '__main__':
     main('dockhand', installed_user(Host()))
