@@ -37,9 +37,7 @@ from functools import partial
 from itertools import takewhile
 
 
-# ---------------------------------------------------------------------------------------
-# Python 2.7 and 3
-# ---------------------------------------------------------------------------------------
+# ---- Python 2.7 and 3 ------------------------------------------------------------------
 
 PYTHON_2 = sys.version_info[0] == 2
 monotonic = time.time if PYTHON_2 else time.monotonic
@@ -57,9 +55,7 @@ def to_bytes(text):
 BYTE_ORDER_MARK = to_text(b'\xef\xbb\xbf')
 
 
-# ---------------------------------------------------------------------------------------
-# Constants: paths, limits, templates
-# ---------------------------------------------------------------------------------------
+# ---- Constants: paths, limits, templates -----------------------------------------------
 
 LIBRARY = '/usr/local/lib/dockhand'
 PROGRAM = '/usr/local/bin/dockhand'
@@ -145,9 +141,7 @@ KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 
 
-# ---------------------------------------------------------------------------------------
-# The little OS layer
-# ---------------------------------------------------------------------------------------
+# ---- The little OS layer ---------------------------------------------------------------
 
 class Failure(Exception):
     """One line for a person: what is wrong and what to do. The exit status is 1."""
@@ -470,9 +464,7 @@ def on_signals(action):
         signal.signal(number, action)
 
 
-# ---------------------------------------------------------------------------------------
-# What is pushed: names, ssh commands, refs, keys (pure functions)
-# ---------------------------------------------------------------------------------------
+# ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
 
 APP_NAME = re.compile(r'[a-z][a-z0-9]*(?:[._-][a-z0-9]+)*\Z')
 KEY_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z')
@@ -618,9 +610,7 @@ def add_keys(keys, uploaded, name, apps):
     return kept
 
 
-# ---------------------------------------------------------------------------------------
-# Jobs: upstart.conf read and checked, its `docker run` understood (pure functions)
-# ---------------------------------------------------------------------------------------
+# ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
 Stanza = namedtuple('Stanza', 'name value line offset')     # offset: of value in the file
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
@@ -998,9 +988,7 @@ def render_option(option):
     return name if option.value is None else name + '=' + option.value
 
 
-# ---------------------------------------------------------------------------------------
-# Proxy files (pure functions)
-# ---------------------------------------------------------------------------------------
+# ---- Proxy files (pure functions) ------------------------------------------------------
 
 Directive = namedtuple('Directive', 'line words block')     # block: [Directive] or None
 Server = namedtuple('Server', 'line listens names')
@@ -1168,9 +1156,7 @@ def proxy_address(servers):
     return None
 
 
-# ---------------------------------------------------------------------------------------
-# Docker and nginx
-# ---------------------------------------------------------------------------------------
+# ---- Docker and nginx ------------------------------------------------------------------
 
 def docker_version(host):
     """The version of docker's engine, as a tuple; Failure where it does not answer."""
@@ -1389,9 +1375,7 @@ def nginx_log(host):
     return plain_line(lines[-1]) if lines else 'see /var/log/nginx/error.log'
 
 
-# ---------------------------------------------------------------------------------------
-# The two engines: what keeps an app running
-# ---------------------------------------------------------------------------------------
+# ---- The two engines: what keeps an app running ----------------------------------------
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
 # identity changes when the app is started anew; ports: [(address, tcp port)].
@@ -1600,9 +1584,7 @@ def accepts(address, port):
         return False
 
 
-# ---------------------------------------------------------------------------------------
-# Releases: the store, apply, deploy, recover
-# ---------------------------------------------------------------------------------------
+# ---- Releases: the store, apply, deploy, recover ---------------------------------------
 
 # number: counted from 1, never used again. image: its id. job, proxy: the files as they
 # are installed, or None. time: seconds since 1970.
@@ -1880,23 +1862,22 @@ def check_against_host(host, live, release):
             check_proxy_file(host, app, release.proxy)
 
 def edited_files(host, live, new=None):
-    """{path: (name in the repository, live text, text found)} of files changed by hand.
+    """[(name, path, live text, text found)] of what was changed by hand on the host.
 
-    new  a Release that may be on its way: what is as it says counts as unchanged
+    new  a Release on its way: a file that is as it says counts as unchanged
     """
-    files = [('nginx-proxy.conf', PROXIES, live.proxy, new and new.proxy)]
+    files, found = [('nginx-proxy.conf', PROXIES, live.proxy, new and new.proxy)], []
     if is_upstart(host):
         files.append(('upstart.conf', JOBS, live.job, new and new.job))
-    paths = [('%s/%s.conf' % (folder, live.app), name, ours, to_be)
-             for name, folder, ours, to_be in files]
-    texts = [(path, name, ours, to_be, read_file(host.path(path)))
-             for path, name, ours, to_be in paths]
-    return dict((path, (name, ours, text)) for path, name, ours, to_be, text in texts
-                if text not in (None, ours, to_be))
+    for name, folder, ours, to_be in files:
+        path = '%s/%s.conf' % (folder, live.app)
+        text = read_file(host.path(path))
+        if text not in (None, ours, to_be):
+            found.append((name, path, ours, text))
+    return found
 
 def check_edited(host, live, release):
-    """Failure where a file was changed by hand on the host since the last release."""
-    for path, (name, ours, text) in sorted(edited_files(host, live, release).items()):
+    for name, path, ours, text in edited_files(host, live, release):
         step('%s was changed on the server:' % path)
         detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
         raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
@@ -2054,9 +2035,7 @@ def address_text(release):
         'ports ' + ports_text(release))
 
 
-# ---------------------------------------------------------------------------------------
-# Receiving: serve and the two hooks
-# ---------------------------------------------------------------------------------------
+# ---- Receiving: serve and the two hooks ------------------------------------------------
 
 def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
@@ -2112,9 +2091,7 @@ def after_push(host, app):
     step('%s: %s' % (app, address_text(live)))
 
 
-# ---------------------------------------------------------------------------------------
-# Installing: what dockhand puts on a machine, and whether it is there
-# ---------------------------------------------------------------------------------------
+# ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
 Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the git user's
 
@@ -2252,9 +2229,7 @@ def check_sudo(host):
                           host.user, RECEIVE, plain_line(result.err.strip())))
 
 
-# ---------------------------------------------------------------------------------------
-# Commands
-# ---------------------------------------------------------------------------------------
+# ---- Commands --------------------------------------------------------------------------
 
 def install(host, user=None):
     """make this machine ready, or bring it up to date"""
@@ -2296,7 +2271,7 @@ def upload_key(host, name, *apps):
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
     text = '' if source.isatty() else to_text(source.read(FILE_LIMIT + 1))
     if len(text) > FILE_LIMIT:
-        raise Failure('this is no key file: it is larger than %d KB' 
+        raise Failure('this is no key file: it is larger than %d KB'
                       % (FILE_LIMIT // 1024))
     uploaded = parse_public_keys(text)
     for kind, blob in uploaded:
@@ -2490,7 +2465,7 @@ def doctor_apps(host):
             found.append(('the image of %s is gone' % app, 'rebuild ' + app))
         elif live and not is_stopped(host, app) and not engine.state(live).alive:
             found.append(('%s does not run' % app, 'start ' + app))
-        for path in edited_files(host, live) if live else []:
+        for _, path, _, _ in edited_files(host, live) if live else []:
             found.append((path + ' was changed by hand: the next push will ask', 'apps'))
     return [(what, 'sudo dockhand ' + command) for what, command in found]
 
