@@ -1005,6 +1005,10 @@ def header(app, what):
     return ("# dockhand: %s's %s, installed from its repository at each push\n"
             % (app, what))
 
+def without_header(text):
+    """A job or proxy file as it was pushed: its lines are counted from here."""
+    return text.partition('\n')[2]
+
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file for this app."""
     return text.startswith("# dockhand: %s's" % app)
@@ -1245,8 +1249,9 @@ def catch_all_text(host, files):
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
     own = PROXIES + '/%s.conf' % app
-    check_proxy(servers_of(text), dict((path, servers_of(other)) for path, other
-                                       in proxy_files(host).items() if path != own))
+    others = dict((path, servers_of(other)) for path, other in proxy_files(host).items()
+                  if path != own)
+    check_proxy(servers_of(without_header(text)), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
         raise Failure("nginx's configuration was broken before this push, mend it first: "
@@ -1432,7 +1437,7 @@ class Containers(namedtuple('Containers', 'host')):
             job.options + log + [image] + job.command
 
     def job(self, release):
-        return container_of(parse_job(release.job), release.app)
+        return container_of(job_of(release), release.app)
 
     def start(self, release):
         """Start the container; one that was pruned away is made again."""
@@ -1467,6 +1472,9 @@ class Containers(namedtuple('Containers', 'host')):
     def logs_command(self, release, lines, follow):
         return ['docker', 'logs', '--tail', str(lines)] + (['-f'] if follow else []) + [
             container_name(release)]
+
+def job_of(release):
+    return parse_job(without_header(release.job))
 
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
@@ -1529,7 +1537,7 @@ class Upstart(namedtuple('Upstart', 'host')):
             state = container_state(found)
             return state._replace(identity=identity + state.identity, text=text)
         waits = any(is_image_of(release.app, run.image)
-                    for run in runs_of(parse_job(release.job)))
+                    for run in runs_of(job_of(release)))
         return State(None if waits else True, identity, [], '', text)
 
     def logs_command(self, release, lines, follow):
@@ -1988,10 +1996,10 @@ def build_release(host, live, release, options=()):
     image = inspect(host, image_tag(release))[0]
     volumes = [str(path) for path in (image.get('Config') or {}).get('Volumes') or {}]
     ports = proxied_ports(release.proxy)
-    for line, text in check_job(parse_job(release.job), app, ports, volumes):
+    for line, text in check_job(job_of(release), app, ports, volumes):
         if 'under Upstart' in text and not is_upstart(host):
             continue
-        step('upstart.conf:%d: %s' % (line - 1, text))      # our header is line 1
+        step('upstart.conf:%d: %s' % (line, text))
     return release._replace(image=str(image['Id']))
 
 def forget(host, release, live, reason=None):
@@ -2025,7 +2033,7 @@ def show_plan(host, live, release):
     detail('space: %.0f MB free' % (space.f_bavail * space.f_frsize / 1e6))
 
 def ports_text(release):
-    ports = published_ports(parse_job(release.job)) if release else []
+    ports = published_ports(job_of(release)) if release else []
     return ', '.join('%s%s -> %s/%s' % (p.address and p.address + ':', p.host or 'any',
                                         p.container, p.protocol) for p in ports) or 'none'
 
