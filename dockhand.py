@@ -31,7 +31,7 @@ import signal
 import stat
 import sys
 import time
-from collections import namedtuple
+from collections import deque, namedtuple
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
@@ -72,6 +72,7 @@ CATCH_ALL = PROXIES + '/000-dockhand.conf'
 SUDOERS = '/etc/sudoers.d/dockhand'
 UNIT = '/etc/systemd/system/dockhand-recover.service'
 BOOT_JOB = JOBS + '/dockhand-recover.conf'
+INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
 
 FILE_LIMIT = 256 * 1024         # bytes of a Dockerfile, a job, a proxy file
@@ -96,10 +97,9 @@ BASE_IMAGES = set('''
     kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
     php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
     solr swift tomcat traefik ubuntu varnish wordpress'''.split())
-SYSTEM_NAMES = set('''
-    apt avahi-daemon containerd cron dbus default docker git gitreceive init mail network
-    networking nginx plan receive root rsyslog ssh sshd sudo systemd udev upstart
-    '''.split())
+SYSTEM_NAMES = set('''apt avahi-daemon containerd cron dbus default docker git
+    gitreceive init mail network networking nginx plan receive root rsyslog ssh sshd
+    sudo systemd udev upstart'''.split())
 
 LAUNCHER = '''#!{python} {flags}
 import sys
@@ -150,30 +150,23 @@ class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
 
     git leaves its end of the pipe open and unread then: a plain write would block for
-    ever after 64 KB. After `patience` seconds of waiting in all it is silent.
-    """
+    ever after 64 KB. After `patience` seconds of waiting in all it is silent."""
     def __init__(self, fd, patience=PATIENCE):
         self.fd, self.patience = fd, patience
 
     def __call__(self, text):
-        data = to_bytes(text + '\n')
-        while data and self.patience > 0:
-            data = data[self.write(data[:4096]):]
-
-    def write(self, data):
-        """Write what fits without blocking; the number of bytes written."""
-        begun = monotonic()
-        poll = select.poll()
+        data, poll = to_bytes(text + '\n'), select.poll()
         poll.register(self.fd, select.POLLOUT)
-        ready = retry(poll.poll, self.patience * 1000)
-        self.patience -= monotonic() - begun
-        if ready and ready[0][1] & select.POLLOUT:
+        while data and self.patience > 0:
+            begun = monotonic()
+            ready = retry(poll.poll, self.patience * 1000)
+            self.patience -= monotonic() - begun
             try:
-                return os.write(self.fd, data)
+                if not ready or not ready[0][1] & select.POLLOUT:
+                    raise EnvironmentError('nobody reads')
+                data = data[os.write(self.fd, data[:4096]):]
             except EnvironmentError:
-                pass
-        self.patience = 0
-        return 0
+                self.patience = 0
 
 say = Voice(2)
 
@@ -219,8 +212,7 @@ def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
 
     env    variables added to ENVIRONMENT
     feed   a command whose output it reads, and whose failure counts
-    each   a function that gets each line of its output, both streams, as it comes
-    """
+    each   a function that gets each line of its output, both streams, as it comes"""
     from subprocess import PIPE, STDOUT
     spawn, processes = spawner(env, cwd, account), []
     try:
@@ -338,10 +330,7 @@ def read_file(path):
 
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
-
-    check  a function that gets the path of the new file before it takes the old one's
-           place, and raises Failure where it will not do
-    """
+    `check` gets the path of the new file beforehand, to raise if it will not do."""
     if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
         return False
     folder, name = os.path.split(path)
@@ -493,8 +482,7 @@ def parse_ssh_command(command):
     """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
 
     git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
-    clone or fetch (git-receive-pack(1)); with an ssh:// address the path begins with "/".
-    """
+    clone or fetch (git-receive-pack(1)); after ssh://HOST the path has a "/" first."""
     if not command:
         raise Failure('no shell here: git push git@HOST:APP.git main')
     match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*)'\Z", command)
@@ -634,8 +622,6 @@ STANZA = re.compile(r'''[ \t]*(?:
   | (?P<comment>\#[^\n]*)?
   )[ \t\r]*(?:\n|\Z)''', re.VERBOSE)
 
-# The first of two words: what to call a stanza that is none.
-TWO_WORDS = ('pre-', 'post-', 'kill', 'normal', 'start', 'stop', 'reload')
 WANTED_VALUES = {'exec': (r'(?s).', 'a command'),
                  'kill timeout': (r'\d+\Z', 'a number of seconds')}
 REFUSED_STANZAS = {
@@ -664,12 +650,9 @@ SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose
     volumes-from lxc-conf'''.split())
 
 SHELL_TOKEN = re.compile(r'''
-    (?P<blank>[ \t\r]+|\\\r?\n)
-  | (?P<comment>\#[^\n]*)
-  | (?P<operator>\n|[;&|<>()]+)
+    (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)''', re.VERBOSE | re.DOTALL)
-
 VARIABLE = re.compile(
     r"(?P<kept>'[^']*'|\\.)|\$\{(?P<long>\w+)\}|\$(?P<short>\w+)|[$`]", re.DOTALL)
 
@@ -701,7 +684,7 @@ def stanza_trouble(text):
         return 'begins with a byte order mark: save it as UTF-8 without one'
     if 'script' in words:
         return '`script` without `end script`'
-    if not words[0].startswith(TWO_WORDS):
+    if not re.match('pre-|post-|kill|normal|start|stop|reload', words[0]):
         words = words[:1]
     return 'unknown stanza `%s`' % printable(' '.join(words))
 
@@ -828,8 +811,7 @@ def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
 
     proxied  the ports on the host that the app's proxy file passes requests to
-    volumes  the paths that the image declares as VOLUME
-    """
+    volumes  the paths that the image declares as VOLUME"""
     if not find_stanzas(job, 'exec', 'script'):
         raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
                           '`exec docker run --rm %s`' % app)
@@ -923,8 +905,7 @@ def container_of(job, app):
             raise no_equivalent(stanza.line, stanza.name, NO_EQUIVALENT[stanza.name])
         if stanza.name.startswith(('pre-', 'post-')):
             check_harmless(commands_of(stanza))
-    pairs = [plain_value(stanza).partition('=') for stanza in find_stanzas(job, 'env')]
-    env = dict((name, value) for name, _, value in pairs)
+    env = dict(plain_value(each).partition('=')[::2] for each in find_stanzas(job, 'env'))
     run = only_run(job, app, env)
     options = [render_option(option) for option in run.options
                if option.name not in DROPPED_OPTIONS]
@@ -998,7 +979,6 @@ NGINX_TOKEN = re.compile(r'''
     (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
   | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
   ''', re.VERBOSE | re.DOTALL)
-
 HOST_NAME = re.compile(r'[a-z0-9][a-z0-9.-]*\Z')
 
 def header(app, what):
@@ -1048,12 +1028,11 @@ def parse_listen(directive):
     """The Listen of `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
     value, options = directive.words[1], directive.words[2:]
     match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', value)
-    if match:
-        address, port = match.group(1) or '*', match.group(2)
-    else:
-        address, port = value, '' if value.startswith('unix:') else '80'
+    address, port = match.groups() if match else (
+        value, '' if value.startswith('unix:') else '80')
+    shown = '*' if address in (None, '0.0.0.0') else address
     default = bool({'default_server', 'default'} & set(options))
-    return Listen('*' if address == '0.0.0.0' else address, port, default, directive.line)
+    return Listen(shown, port, default, directive.line)
 
 def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
@@ -1116,10 +1095,7 @@ def check_addresses(server, others):
 
 def render_catch_all(listens, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
-
-    listens  every Listen of nginx's other files
-    version  of nginx, as a tuple
-    """
+    listens: every Listen of nginx's other files; version: nginx's, as a tuple"""
     used = set((listen.address, listen.port) for listen in listens)
     claimed = any(listen.default and listen.port == '80' for listen in listens)
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
@@ -1182,11 +1158,6 @@ def inspect(host, *names):
     except ValueError:
         raise Failure(command_failed(['docker', 'inspect'], result))
 
-def image_id(host, name):
-    """The id of an image, None where there is none. `name` has a tag."""
-    found = inspect(host, name)
-    return str(found[0]['Id']) if found else None
-
 def running_containers(host, image):
     """docker's description of the containers that run an image (by id), newest first."""
     ids = host.run(['docker', 'ps', '-q', '--no-trunc']).split()
@@ -1196,12 +1167,11 @@ def running_containers(host, image):
 
 def build_image(host, folder, tag, *options):
     """Build an image from a folder; docker's output goes to the pusher as it comes."""
-    heard = []
+    heard = deque(maxlen=200)
 
     def each(line):
         if line and not line.startswith(('DEPRECATED', '            Install the buildx')):
             heard.append(line)
-            del heard[:-200]
             detail(line)
     result = host.ask(('docker', 'build', '--force-rm', '-t', tag) + options + (folder,),
                       env={'HOME': '/root'}, each=each)
@@ -1262,10 +1232,7 @@ def check_proxy_file(host, app, text):
 
 def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own, or None.
-
-    It is tested in a staged copy of nginx's configuration: what lies in conf.d is valid
-    at every moment.
-    """
+    It is tested in a staged copy: what lies in conf.d is valid at every moment."""
     own = PROXIES + '/%s.conf' % app
     candidate, catch_all, staged = ['%s/.dockhand-%s.%s' % (NGINX, app, part)
                                     for part in ('candidate', 'catch-all', 'nginx')]
@@ -1301,10 +1268,8 @@ def in_repository(problem, candidate):
         proxy_failure(int(match.group(2)) - 1, match.group(1)))
 
 def install_proxy(host, app, text, certain=False):
-    """Put an app's proxy file in place, or take it away, and make nginx follow.
-
-    certain  it was live before: it is not checked again, and nginx reloads in any case
-    """
+    """Put an app's proxy file in place, or take it away, and make nginx follow. What is
+    certain was live before: it is not checked again, and nginx reloads in any case."""
     path = host.path(PROXIES, app + '.conf')
     with host_lock(host, app):
         found = read_file(path)
@@ -1328,8 +1293,7 @@ def reload_nginx(host):
     """Make nginx take up its configuration; Failure unless it really has.
 
     `nginx -t` and the reload both succeed while a taken port keeps the old configuration:
-    it counts when every earlier worker has gone or says that it is shutting down.
-    """
+    it counts when every earlier worker has gone or says that it is shutting down."""
     master = nginx_master(host)
     if master is None:
         host.run(['systemctl', 'start', 'nginx'] if is_systemd(host) else ['nginx'])
@@ -1356,12 +1320,9 @@ def nginx_master(host):
 
 def nginx_workers(host, master):
     """The workers that still take requests, as [process id]."""
-    return [pid for pid in child_processes(host, master)
-            if 'shutting down' not in process_title(host, pid)]
-
-def child_processes(host, parent):
     return [pid for pid in os.listdir(host.path('/proc')) if pid.isdigit() and
-            read_process(host, pid, 'stat').rpartition(')')[2].split()[1:2] == [parent]]
+            read_process(host, pid, 'stat').rpartition(')')[2].split()[1:2] == [master]
+            and 'shutting down' not in process_title(host, pid)]
 
 def process_title(host, pid):
     return read_process(host, pid, 'cmdline').replace('\0', ' ')
@@ -1406,9 +1367,8 @@ def container_state(found):
 def container_ports(found):
     """[(address, port)]: where the published tcp ports of a container really are."""
     settings = found.get('NetworkSettings') or {}
-    networks = settings.get('Networks') or {}
-    addresses = [each.get('IPAddress') for each in networks.values()]
-    addresses = [each for each in addresses + [settings.get('IPAddress')] if each][:1]
+    places = list((settings.get('Networks') or {}).values()) + [settings]
+    addresses = [each['IPAddress'] for each in places if each.get('IPAddress')][:1]
     published = (found.get('HostConfig') or {}).get('PortBindings') or {}
     return [(str(address), int(port.split('/')[0])) for address in addresses
             for port in sorted(published) if port.endswith('/tcp')]
@@ -1423,18 +1383,14 @@ class Containers(namedtuple('Containers', 'host')):
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more."""
         job = self.job(release)
-        self.host.run(self.create_command(release), env=job.env, cwd=job.folder)
-
-    def place(self, release):
-        """Nothing: the container is there, or start() makes it again."""
-
-    def create_command(self, release):
-        job = self.job(release)
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
-        return ['docker', 'create', '--name', container_name(release)] + \
-            job.options + log + [image] + job.command
+        command = ['docker', 'create', '--name', container_name(release)] + job.options
+        self.host.run(command + log + [image] + job.command, env=job.env, cwd=job.folder)
+
+    def place(self, release):
+        """Nothing: the container is there, or start() makes it again."""
 
     def job(self, release):
         return container_of(job_of(release), release.app)
@@ -1549,8 +1505,7 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
 
     It answers when its HEALTHCHECK says healthy, or, without one, when each published tcp
     port accepts a connection at the container's own address (docker's proxy accepts on
-    the host's port whatever is behind it).
-    """
+    the host's port whatever is behind it)."""
     begun = since = monotonic()
     identity, deaths = None, 0
     while True:
@@ -1617,14 +1572,11 @@ def load_release(host, app, number):
     record = json.loads(text) if text else {'failed': ''}
     if 'failed' in record:
         return None
-    values = dict((name, native(record[name])) for name in Release._fields
-                  if name in record)
+    unicode = type(u'')         # what Python 2.7's json gives
+    values = dict((name, str(value) if isinstance(value, unicode) else value)
+                  for name, value in record.items() if name in Release._fields)
     return Release(job=read_file(folder + '/upstart.conf'),
                    proxy=read_file(folder + '/nginx-proxy.conf'), **values)
-
-def native(value):
-    """Python 2.7's json gives unicode."""
-    return str(value) if isinstance(value, type(u'')) else value
 
 def save_release(host, release, **more):
     """Write a release down whole: its record comes last."""
@@ -1678,10 +1630,8 @@ def must_be_live(app, live):
 def switch_steps(host, old, new, run=True, certain=False):
     """What makes the host go from one release to another, as functions in their order.
 
-    old, new  a Release or None: a first deploy, or its undoing
-    run       whether the new one is started
-    certain   the new one was live before
-    """
+    old, new      a Release or None: a first deploy, or its undoing
+    run, certain  whether the new one is started; whether it was live before"""
     engine, app = choose_engine(host), (new or old).app
     steps = [partial(engine.stop, old)] if old else []
     if new:
@@ -1698,8 +1648,7 @@ def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise.
 
     The one place that changes a running app. `pending` says what is being switched to;
-    moving `live` is the commit point.
-    """
+    moving `live` is the commit point."""
     engine = choose_engine(host)
     with Transaction() as transaction:
         transaction.undo(put_back, host, new, old)
@@ -1724,13 +1673,12 @@ def finish(host, release, engine):
 def check_or_show_log(host, release, engine):
     try:
         check_health(release, engine)
-    except Failure as failure:
+    except Failure as error:
         lines = []
         host.ask(engine.logs_command(release, LOG_LINES, False), each=lines.append)
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
-        raise Failure('release %d failed its health check: %s'
-                      % (release.number, failure))
+        raise Failure('release %d failed its health check: %s' % (release.number, error))
 
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
@@ -1860,20 +1808,9 @@ def check_host_names(host, app):
             raise Failure("%s is on this server already, and not dockhand's: rename the "
                           'app, or the file' % path)
 
-def check_against_host(host, live, release):
-    """Failure where something on the server is in the way of a release."""
-    app = release.app
-    if live:
-        check_edited(host, live, release)
-    if release.proxy:
-        with host_lock(host, app):
-            check_proxy_file(host, app, release.proxy)
-
 def edited_files(host, live, new=None):
     """[(name, path, live text, text found)] of what was changed by hand on the host.
-
-    new  a Release on its way: a file that is as it says counts as unchanged
-    """
+    A file that is as a new Release on its way says counts as unchanged."""
     files, found = [('nginx-proxy.conf', PROXIES, live.proxy, new and new.proxy)], []
     if is_upstart(host):
         files.append(('upstart.conf', JOBS, live.job, new and new.job))
@@ -1913,17 +1850,14 @@ def deploy(host, app, key, ref, old, new):
 
 def first_branch(host, app):
     """The deploy branch of an app without a release: what its repository has already."""
-    for branch in DEFAULT_BRANCHES:
-        if commit_of(host, app, 'refs/heads/' + branch):
-            return branch
-    return None
+    return next((branch for branch in DEFAULT_BRANCHES
+                 if commit_of(host, app, 'refs/heads/' + branch)), None)
 
 def check_race(host, app, live, branch, old):
     """Failure where the branch is no longer what the pusher saw.
 
     git moves the branch of a push that has just gone live in a moment; where that does
-    not come, a crash came between, and the branch is set to what is live.
-    """
+    not come, a crash came between, and the branch is set to what is live."""
     ref, deadline = 'refs/heads/' + branch, monotonic() + 3
     wanted = live and has_commit(host, app, live.commit) and live.commit
     found = commit_of(host, app, ref)
@@ -1982,21 +1916,24 @@ def check_free(host, live, release):
 
 def build_release(host, live, release, options=()):
     """The Release with its image built, and all checked that can be before a switch."""
-    app = release.app
     step('Checking %s' % release.commit[:10])
     try:
-        folder = check_out(host, app, release.commit)
+        folder = check_out(host, release.app, release.commit)
         release = check_files(release, folder)
         choose_engine(host).check(release)
-        check_against_host(host, live, release)
+        if live:
+            check_edited(host, live, release)
+        if release.proxy:
+            with host_lock(host, release.app):
+                check_proxy_file(host, release.app, release.proxy)
         step('Building %s' % image_tag(release))
         build_image(host, folder, image_tag(release), *options)
     finally:
-        empty_build_folder(host, app)
+        empty_build_folder(host, release.app)
     image = inspect(host, image_tag(release))[0]
     volumes = [str(path) for path in (image.get('Config') or {}).get('Volumes') or {}]
     ports = proxied_ports(release.proxy)
-    for line, text in check_job(job_of(release), app, ports, volumes):
+    for line, text in check_job(job_of(release), release.app, ports, volumes):
         if 'under Upstart' in text and not is_upstart(host):
             continue
         step('upstart.conf:%d: %s' % (line, text))
@@ -2004,8 +1941,7 @@ def build_release(host, live, release, options=()):
 
 def forget(host, release, live, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
-    app = release.app
-    now = live_release(host, app)
+    app, now = release.app, live_release(host, release.app)
     if linked_release(host, app, 'pending') or now and now.number == release.number:
         return
     remove_image_tag(host, image_tag(release), '--no-prune')     # the build cache stays
@@ -2027,10 +1963,9 @@ def show_plan(host, live, release):
     same = ', as it is live' if live and live.image == release.image else ''
     size = inspect(host, image_tag(release))[0]['Size'] / 1e6
     detail('image: %s (%.1f MB)%s' % (release.image[:19], size, same))
-    detail('gap: ' + ('one stop and one start of the service' if live else
-                      'none, it is new'))
+    gap = 'one stop and one start of the service' if live else 'none, it is new'
     space = os.statvfs(host.path(STATE))
-    detail('space: %.0f MB free' % (space.f_bavail * space.f_frsize / 1e6))
+    detail('gap: %s\nspace: %.0f MB free' % (gap, space.f_bavail * space.f_frsize / 1e6))
 
 def ports_text(release):
     ports = published_ports(job_of(release)) if release else []
@@ -2180,20 +2115,18 @@ def install_part(host, part):
     path = host.path(part.path)
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
-    account = host.account() if part.git else None
-    changed = replace_file(path, part.text, part.mode, account, check)
+    changed = replace_file(path, part.text, part.mode, part.git and host.account(), check)
     if changed:
         tell('wrote ' + part.path)
     return changed
 
 def disable_default_site(host):
     """The distribution's default site claims `default_server`; taken out if untouched."""
-    link = host.path(NGINX, 'sites-enabled/default')
+    link, packaged = host.path(NGINX, 'sites-enabled/default'), PROXIES + '/default.conf'
     if os.path.islink(link) and is_untouched(host, NGINX + '/sites-available/default'):
         remove_file(link)
         tell('disabled nginx\'s default site (sites-available/default is left)')
         return True
-    packaged = PROXIES + '/default.conf'
     if is_untouched(host, packaged):
         os.rename(host.path(packaged), host.path(packaged + '.disabled'))
         tell('disabled nginx\'s default site (%s.disabled)' % packaged)
@@ -2420,16 +2353,13 @@ def doctor(host):
         raise Failure('%d thing(s) to mend' % len(checks))
     tell('all is well')
 
-def install_again():
-    return 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
-
 def doctor_parts(host):
     """What `install` would write again."""
-    again = install_again()
     if host.account() is None:
-        return [('there is no user ' + host.user, again)]
-    found = [(part.path + ' is not as installed', again) for part in installed_parts(host)
-             if read_file(host.path(part.path)) != part.text]
+        return [('there is no user ' + host.user, INSTALL_AGAIN)]
+    changed = [part.path for part in installed_parts(host)
+               if read_file(host.path(part.path)) != part.text]
+    found = [(path + ' is not as installed', INSTALL_AGAIN) for path in changed]
     try:
         check_sudo(host)
     except Failure as failure:
@@ -2444,9 +2374,8 @@ def doctor_ssh(host):
         settings.setdefault(name.lower(), []).append(value)
     users = ' '.join(settings.get('allowusers', [])).split()
     files = ' '.join(settings.get('authorizedkeysfile', [KEYS]))
-    edit = 'edit /etc/ssh/sshd_config, then reload ssh'
+    user, edit = host.user, 'edit /etc/ssh/sshd_config, then reload ssh'
     upload = 'dockhand upload-key NAME < id_ed25519.pub'
-    user = host.user
     return [(what, command) for wrong, what, command in (
         (users and user not in users, 'AllowUsers of sshd leaves out ' + user, edit),
         ('allowgroups' in settings, 'AllowGroups of sshd may leave out ' + user, edit),
@@ -2460,7 +2389,7 @@ def doctor_nginx(host):
     if nginx_master(host) is None:
         return [('nginx does not run', 'systemctl start nginx, or service nginx start')]
     if read_file(host.path(CATCH_ALL)) != catch_all_text(host, proxy_files(host)):
-        return [(CATCH_ALL + ' is not as it should be', install_again())]
+        return [(CATCH_ALL + ' is not as it should be', INSTALL_AGAIN)]
     return []
 
 def doctor_apps(host):
@@ -2469,7 +2398,7 @@ def doctor_apps(host):
         live = live_release(host, app)
         if linked_release(host, app, 'pending'):
             found.append(('a deploy of %s was interrupted' % app, 'recover'))
-        elif live and not image_id(host, image_tag(live)):
+        elif live and not inspect(host, image_tag(live)):
             found.append(('the image of %s is gone' % app, 'rebuild ' + app))
         elif live and not is_stopped(host, app) and not engine.state(live).alive:
             found.append(('%s does not run' % app, 'start ' + app))
