@@ -1152,7 +1152,7 @@ def inspect(host, *names):
     import json
     result = host.ask(('docker', 'inspect') + names)
     if result.status and 'annot connect' in result.err:
-        raise Failure(command_failed(['docker', 'inspect'], result))
+        raise Failure('docker does not answer: ' + plain_line(result.err.strip()))
     try:
         return json.loads(result.out or '[]')
     except ValueError:
