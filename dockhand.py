@@ -2337,8 +2337,9 @@ def destroy(host, app, force=False):
             engine.stop(release)
             engine.discard(release)
             remove_image_tag(host, image_tag(release))
+        if numbers:
+            remove_image_tag(host, app + ':latest')
         install_proxy(host, app, None)
-        remove_image_tag(host, app + ':latest')
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
     tell('%s is removed' % app)
 

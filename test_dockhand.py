@@ -1197,6 +1197,8 @@ class Machine(object):
     def docker_build(self, *words):
         folder, tag = words[-1], words[words.index('-t') + 1]
         text = dh.read_file(os.path.join(folder, 'Dockerfile'))
+        record = '/var/lib/dockhand/apps/blog/releases/%s/release.json' % tag[5:]
+        assert tag == 'blog:plan' or 'interrupted' in self.read(record)
         self.each('Step 1/1 : ' + text)
         self.images[tag] = image(text)
         if 'fail' in text:
@@ -1265,6 +1267,7 @@ class Machine(object):
             return Result(1, '', 'start: Job is already running: %s\n' % app)
         if self.read('/etc/init/%s.conf' % app) is None:
             return Result(1, '', 'start: Unknown job: %s\n' % app)
+        assert self.read('/etc/init/%s.override' % app) == 'manual\n'
         image = self.images[app + ':latest']['Id']
         if 'dies' not in image:
             name = self.jobs[app] = 'job%d' % self.next()
@@ -1598,6 +1601,16 @@ def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
     assert machine.init == 'upstart' or (
         machine.containers['blog--2']['policy'] == 'unless-stopped')
 
+def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
+    machine.nginx()
+    dh.write_catch_all(machine.host)
+    dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
+    before = machine.whole()
+    release = machine.release(1, SHA, FILES)
+    dh.save_release(machine.host, release, failed='interrupted')
+    dh.recover(machine.host)
+    assert machine.changed(before) == []
+
 @pytest.mark.parametrize('name, text, said', [
     ('docker', None, 'no Dockerfile in this commit'), ('docker', '\n', 'file is empty'),
     ('docker', 'a\0', 'file holds a NUL byte'), ('job', '', 'upstart.conf is empty'),
@@ -1739,6 +1752,13 @@ def test_doubts_are_told_by_the_line_of_the_repository(plain, capfd):
     assert '-----> upstart.conf:2: ' + OPEN % ('8000:80', '127.0.0.1:8000:80') in err
     assert '-----> upstart.conf:2: ' + GOES % ('/data', '/srv/blog/data:/data') in err
 
+def test_a_note_about_upstart_is_for_those_who_have_it(machine, capfd):
+    machine.lives(FILES)
+    job = JOB.replace('started', 'filesystem and started')
+    refusal(machine.push, dict(but('docker', 'FROM dies'), **{'upstart.conf': job}))
+    found = '-----> upstart.conf:1: ' + NOTE in capfd.readouterr().err
+    assert found == (machine.init == 'upstart')
+
 def test_what_is_not_part_of_a_push_is_noted(plain, capfd):
     plain.lives(FILES)
     refusal(plain.push, dict(but('docker', 'FROM dies'), **{
@@ -1788,6 +1808,27 @@ def test_removing_an_app_leaves_nothing_of_it(machine):
     assert machine.images == machine.containers == machine.jobs == machine.served == {}
     assert not [path for path in machine.files() if 'blog' in path]
     assert 'no app blog here' in refusal(dh.destroy, machine.host, 'blog', True)
+
+@contextmanager
+def ssh_command(text):
+    os.environ['SSH_ORIGINAL_COMMAND'] = text
+    try:
+        yield
+    finally:
+        del os.environ['SSH_ORIGINAL_COMMAND']
+
+@table('command, name, apps, said', '''
+    git-receive-pack 'blog' => bob => wiki wikis => the key "bob" has no right to blog: it
+    git-upload-pack 'blog'  => bob => wiki       => the key "bob" has no right to blog: it
+    git-upload-pack 'blog'  => bob => blog       => there is no app blog here
+    git-receive-pack 'etc'  => bob =>            => /etc/init/etc.conf is on this server
+    git-receive-pack 'ssh'  => bob =>            => the server itself
+    id                      => bob =>            => "id" is not for this key''')
+def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, said):
+    plain.write('/etc/init/etc.conf', 'not ours')
+    with ssh_command(command):
+        assert said in refusal(dh.serve, plain.host, name, *apps.split())
+    assert os.listdir(plain.host.path('/home/git')) == [] and plain.done == []
 
 @table('words', r'''
     update
@@ -3141,3 +3182,13 @@ def test_real_destroy_leaves_nothing_of_an_app(server):
     server.ok('dockhand destroy passing --force')
     assert look() ^ before == set()
     assert server.get('passing.test') != 'two'
+
+@pytest.mark.parametrize('command', [
+    'vagrant validate -p', 'shellcheck configure-system.sh .ci/run .ci/server'])
+def test_real_what_other_tools_read_is_valid_to_them(command, tmpdir):
+    words = command.split()
+    if not any(os.access(os.path.join(folder, words[0]), os.X_OK)
+               for folder in os.environ['PATH'].split(':')):
+        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)('no ' + words[0])
+    env = dict(os.environ, VAGRANT_DOTFILE_PATH=str(tmpdir), VAGRANT_HOME=str(tmpdir))
+    assert run(words, cwd=HERE, env=env).status == 0
