@@ -1785,8 +1785,12 @@ def check_files(release, folder):
         raise proxy_failure(1, 'begins with a byte order mark: save it without')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
-    if 'filter=lfs' in (read_pushed(folder, '.gitattributes') or ''):
+    attributes = read_pushed(folder, '.gitattributes') or ''
+    if 'filter=lfs' in attributes:
         step('Note: files kept by git LFS are not part of a push; their pointers are')
+    if re.search(r'(?m)^/?Dockerfile\s(.*\s)?export-ignore(\s|\Z)', attributes):
+        raise Failure('.gitattributes makes Dockerfile export-ignore: it is what is built '
+                      'here; take that out')
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))

@@ -2646,11 +2646,12 @@ def test_real_a_plan_shows_the_difference_and_changes_nothing(server):
     assert app.branch('plan') == ''
 
 @everywhere
-def test_real_a_dockerfile_cannot_be_left_out_of_the_build(server):
+def test_real_what_is_export_ignore_is_built_all_the_same_but_a_dockerfile_is_refused(server):
     """.gitattributes would keep it from git archive, but info/attributes is stronger."""
     app = server.app('shop')
-    app.deploy({'.gitattributes': 'Dockerfile export-ignore\nwww export-ignore\n'})
+    app.deploy({'.gitattributes': 'www export-ignore\n'})
     app.change('exported all the same')
+    refused(app, {'.gitattributes': 'Dockerfile export-ignore\n'}, 'Dockerfile export-ignore')
 
 @everywhere
 def test_real_an_app_with_a_healthcheck_waits_for_it(server):
