@@ -1789,8 +1789,8 @@ def check_files(release, folder):
     if 'filter=lfs' in attributes:
         step('Note: files kept by git LFS are not part of a push; their pointers are')
     if re.search(r'(?m)^/?Dockerfile\s(.*\s)?export-ignore(\s|\Z)', attributes):
-        raise Failure('.gitattributes makes Dockerfile export-ignore: it is what is built '
-                      'here; take that out')
+        raise Failure('.gitattributes makes Dockerfile export-ignore: it is needed here; '
+                      'take that out')
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
@@ -1912,11 +1912,12 @@ def check_free(host, live, release):
     """Failure where docker has something of a name that this release needs."""
     check_host_names(host, release.app)
     names = [image_tag(release), container_name(release)]
-    for name in names + ([] if live else [release.app + ':latest']):
+    names += [] if live else [release.app + ':latest']
+    for name in names if inspect(host, *names) else []:
         if inspect(host, name):
-            command = 'rm' if '--' in name else 'rmi'
+            verb = 'rm' if '--' in name else 'rmi'
             raise Failure('docker has %s already, and not from dockhand: rename the app, '
-                          'or docker %s %s' % (name, command, name))
+                          'or docker %s %s' % (name, verb, name))
 
 def build_release(host, live, release, options=()):
     """The Release with its image built, and all checked that can be before a switch."""
