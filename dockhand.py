@@ -985,6 +985,10 @@ def header(app, what):
     return ("# dockhand: %s's %s, installed from its repository at each push\n"
             % (app, what))
 
+def headed(line, text):
+    """A pushed file under our line, which one copied from the server has already."""
+    return text if text.startswith(line) else line + text
+
 def without_header(text):
     """A job or proxy file as it was pushed: its lines are counted from here."""
     return text.partition('\n')[2]
@@ -1795,8 +1799,8 @@ def check_files(release, folder):
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
     check_job(parse_job(job), app)
-    return release._replace(job=header(app, 'job') + job,
-                            proxy=proxy and header(app, 'proxy file') + proxy)
+    return release._replace(job=headed(header(app, 'job'), job),
+                            proxy=proxy and headed(header(app, 'proxy file'), proxy))
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""

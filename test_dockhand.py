@@ -261,6 +261,11 @@ def test_rights_longer_than_sshd_reads_are_refused():
     key = Key('ssh-rsa', RSA, 'anna', ('a' * 40,) * 200)
     assert 'too many apps' in refusal(dh.render_key, key)
 
+def test_a_file_copied_from_the_server_gets_no_second_header():
+    line = dh.header('blog', 'job')
+    assert dh.headed(line, 'exec x\n') == line + 'exec x\n'
+    assert dh.headed(line, line + 'exec x\n') == line + 'exec x\n'
+
 # ---- Jobs ------------------------------------------------------------------------------
 
 def parsed(text):
