@@ -607,9 +607,10 @@ Option = namedtuple('Option', 'name value word')            # of docker run; its
 Run = namedtuple('Run', 'options image command line')
 Published = namedtuple('Published', 'address host container protocol')
 
+# Patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
 # in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
-STANZA = re.compile(r'''[ \t]*(?:
+STANZA = r'''(?x)[ \t]*(?:
     (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
   | (?P<event>(?:start|stop)[ \t]+on)\b
@@ -620,7 +621,7 @@ STANZA = re.compile(r'''[ \t]*(?:
       |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
         (?P<value>(?:\\\r?\n|[^\n])*)
   | (?P<comment>\#[^\n]*)?
-  )[ \t\r]*(?:\n|\Z)''', re.VERBOSE)
+  )[ \t\r]*(?:\n|\Z)'''
 
 WANTED_VALUES = {'exec': (r'(?s).', 'a command'),
                  'kill timeout': (r'\d+\Z', 'a number of seconds')}
@@ -649,10 +650,10 @@ DOCKER_OPTIONS = ('-H', '--host', '-c', '--context', '--config', '-l', '--log-le
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
 
-SHELL_TOKEN = re.compile(r'''
+SHELL_TOKEN = r'''(?xs)
     (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
-  | (?P<stray>.)''', re.VERBOSE | re.DOTALL)
+  | (?P<stray>.)'''
 VARIABLE = re.compile(
     r"(?P<kept>'[^']*'|\\.)|\$\{(?P<long>\w+)\}|\$(?P<short>\w+)|[$`]", re.DOTALL)
 
@@ -663,7 +664,7 @@ def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
     stanzas, at = [], 0
     while at < len(text):
-        match = STANZA.match(text, at)
+        match = re.compile(STANZA).match(text, at)
         if not match:
             raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
         for group, value in (('script', 'body'), ('event', 'when'), ('name', 'value')):
@@ -671,7 +672,7 @@ def parse_job(text):
                 name, begin = ' '.join(match.group(group).split()), match.start(value)
                 line = text.count('\n', 0, begin) + 1
                 stanzas.append(Stanza(name, match.group(value), line, begin))
-        tokens = SHELL_TOKEN.finditer(match.group('value') or '')
+        tokens = re.finditer(SHELL_TOKEN, match.group('value') or '')
         if any(each.lastgroup == 'stray' and each.group() in '"\'' for each in tokens):
             raise job_failure(stanzas[-1].line, 'a quote is not closed')
         at = match.end()
@@ -693,8 +694,9 @@ def find_stanzas(job, *names):
 
 def plain_value(stanza):
     """The value of a stanza without its comment and quotes."""
-    return unquote(''.join(match.group() for match in SHELL_TOKEN.finditer(stanza.value)
-                           if match.lastgroup != 'comment').strip())
+    tokens = re.finditer(SHELL_TOKEN, stanza.value)
+    return unquote(''.join(token.group() for token in tokens
+                           if token.lastgroup != 'comment').strip())
 
 def last_value(job, name, default=None):
     """The value of the last such stanza: init takes the last."""
@@ -703,7 +705,7 @@ def last_value(job, name, default=None):
 def commands_of(stanza):
     """The simple commands of an `exec` or `script` stanza, as [Command]."""
     found, words = [], []
-    for match in SHELL_TOKEN.finditer(stanza.value):
+    for match in re.finditer(SHELL_TOKEN, stanza.value):
         line = stanza.line + stanza.value.count('\n', 0, match.start())
         text, kind = match.group(), match.lastgroup
         if kind in ('word', 'stray'):
@@ -975,10 +977,10 @@ Directive = namedtuple('Directive', 'line words block')     # block: [Directive]
 Server = namedtuple('Server', 'line listens names')
 Listen = namedtuple('Listen', 'address port default line')
 
-NGINX_TOKEN = re.compile(r'''
+NGINX_TOKEN = r'''(?xs)
     (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
   | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
-  ''', re.VERBOSE | re.DOTALL)
+  '''
 HOST_NAME = re.compile(r'[a-z0-9][a-z0-9.-]*\Z')
 
 def header(app, what):
@@ -1000,7 +1002,7 @@ def is_ours(text, app):
 def parse_nginx(text):
     """An nginx file as [Directive]; lenient, since `nginx -t` has the last word."""
     stack, words, line = [[]], [], 1
-    for match in NGINX_TOKEN.finditer(text):
+    for match in re.finditer(NGINX_TOKEN, text):
         if match.lastgroup == 'word':
             line = line if words else text.count('\n', 0, match.start()) + 1
             words.append(match.group().strip('"\''))
