@@ -36,7 +36,6 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 
-
 # ---- Python 2.7 and 3 ------------------------------------------------------------------
 
 PYTHON_2 = sys.version_info[0] == 2
@@ -53,7 +52,6 @@ def to_bytes(text):
     return text.encode('utf-8', 'strict' if PYTHON_2 else 'surrogateescape')
 
 BYTE_ORDER_MARK = to_text(b'\xef\xbb\xbf')
-
 
 # ---- Constants: paths, limits, templates -----------------------------------------------
 
@@ -102,10 +100,11 @@ SYSTEM_NAMES = set('''apt avahi-daemon containerd cron dbus default docker git
     sudo systemd udev upstart'''.split())
 
 LAUNCHER = '''#!{python} {flags}
-import sys
+import gc, os, sys
+gc.disable()
 sys.path.insert(0, '{library}')
 import dockhand
-dockhand.main({role!r}, {user!r})
+os._exit(dockhand.main({role!r}, {user!r}))
 '''
 HOOK = '''#!/bin/sh
 exec sudo -n {receive} {hook} "$DOCKHAND_APP" "$DOCKHAND_KEY"{rest}
@@ -139,7 +138,6 @@ KEYS = '.ssh/authorized_keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
-
 
 # ---- The little OS layer ---------------------------------------------------------------
 
@@ -452,7 +450,6 @@ def on_signals(action):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, action)
 
-
 # ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
 
 APP_NAME = re.compile(r'[a-z][a-z0-9]*(?:[._-][a-z0-9]+)*\Z')
@@ -596,7 +593,6 @@ def add_keys(keys, uploaded, name, apps):
             known.append(blob)
             kept.append(Key(kind, blob, name, apps))
     return kept
-
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
@@ -970,7 +966,6 @@ def render_option(option):
     name = ('--' if len(option.name) > 1 else '-') + option.name
     return name if option.value is None else name + '=' + option.value
 
-
 # ---- Proxy files (pure functions) ------------------------------------------------------
 
 Directive = namedtuple('Directive', 'line words block')     # block: [Directive] or None
@@ -1140,7 +1135,6 @@ def proxy_address(servers):
             shown = '' if port in ('80', '443') else ':' + port
             return '%s://%s%s/' % (scheme, names[0], shown)
     return None
-
 
 # ---- Docker and nginx ------------------------------------------------------------------
 
@@ -1346,7 +1340,6 @@ def nginx_log(host):
     lines = [line for line in log.splitlines() if '[emerg]' in line or '[alert]' in line]
     return plain_line(lines[-1]) if lines else 'see /var/log/nginx/error.log'
 
-
 # ---- The two engines: what keeps an app running ----------------------------------------
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
@@ -1551,7 +1544,6 @@ def accepts(address, port):
         return True
     except (EnvironmentError, socket.error):
         return False
-
 
 # ---- Releases: the store, apply, deploy, recover ---------------------------------------
 
@@ -1988,7 +1980,6 @@ def address_text(release):
     return (release.proxy and proxy_address(servers_of(release.proxy))) or (
         'ports ' + ports_text(release))
 
-
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
 def serve(host, name, *apps):
@@ -2044,7 +2035,6 @@ def after_push(host, app):
         git(host, app, 'symbolic-ref', 'HEAD', head)
     step('%s: %s' % (app, address_text(live)))
 
-
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
 Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the git user's
@@ -2072,7 +2062,8 @@ def installed_parts(host):
         if os.path.isdir(host.path(folder)) for path, text, mode in hooks]
 
 def launcher(host, role):
-    """A script of a few lines for the interpreter that runs now, isolated."""
+    """A script of a few lines for the interpreter that runs now, isolated. It neither
+    collects garbage nor takes the interpreter down: 7 of a start's 30 ms."""
     return LAUNCHER.format(python=sys.executable, flags='-Es' if PYTHON_2 else '-IS',
                            library=LIBRARY, role=role, user=host.user)
 
@@ -2179,7 +2170,6 @@ def check_sudo(host):
         raise Failure('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
                       '`#includedir /etc/sudoers.d`' % (
                           host.user, RECEIVE, plain_line(result.err.strip())))
-
 
 # ---- Commands --------------------------------------------------------------------------
 
@@ -2482,7 +2472,7 @@ def installed_user(host):
     return match.group(1) if match else 'git'
 
 def main(role, user):
-    """Run as one of dockhand's names; ends the process."""
+    """Run as one of dockhand's names; the exit status."""
     exit_on_signals()
     host, words = Host(user=user), sys.argv[1:]
     try:
@@ -2494,7 +2484,8 @@ def main(role, user):
             run_command(host, words)
     except (Failure, Usage) as problem:
         say('dockhand: %s' % problem)
-        sys.exit(2 if isinstance(problem, Usage) else 1)
+        return 2 if isinstance(problem, Usage) else 1
+    return 0
 
 if __name__ == '__main__':
-    main('dockhand', installed_user(Host()))
+    sys.exit(main('dockhand', installed_user(Host())))

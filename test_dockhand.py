@@ -1913,10 +1913,11 @@ def test_an_app_answers_when_each_port_takes_a_connection():
 # ---------------------------------------------------------------------------------------
 
 LAUNCHER = '''#!%s %s
-import sys
+import gc, os, sys
+gc.disable()
 sys.path.insert(0, '/usr/local/lib/dockhand')
 import dockhand
-dockhand.main('{0}', 'git')
+os._exit(dockhand.main('{0}', 'git'))
 ''' % (sys.executable, '-Es' if sys.version_info[0] == 2 else '-IS')
 RECEIVE = '/usr/local/lib/dockhand/receive'
 HOOK = '#!/bin/sh\nexec sudo -n %s {0} "$DOCKHAND_APP" "$DOCKHAND_KEY"{1}\n' % RECEIVE
@@ -1981,7 +1982,7 @@ def test_install_makes_the_user(plain):
     dh.install(plain.host, user='push')
     assert 'useradd -m -d /home/push -s /bin/sh -p * push' in plain.done
     assert plain.read('/etc/sudoers.d/dockhand').startswith('push ALL=(root)')
-    assert plain.read('/usr/local/bin/dockhand').endswith("('dockhand', 'push')\n")
+    assert plain.read('/usr/local/bin/dockhand').endswith("('dockhand', 'push'))\n")
     assert dh.installed_user(plain.host) == 'push'
 
 @table('line', '''
