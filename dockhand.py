@@ -603,7 +603,7 @@ Option = namedtuple('Option', 'name value word')            # of docker run; its
 Run = namedtuple('Run', 'options image command line')
 Published = namedtuple('Published', 'address host container protocol')
 
-# Patterns are compiled where they are used: a push starts this file three times.
+# Long patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
 # in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
 STANZA = r'''(?x)[ \t]*(?:
