@@ -312,9 +312,13 @@ class Host(object):
 
 def command_failed(argv, result):
     """`docker start blog--3 failed (1): the last line that it said`."""
-    lines = [line for line in (result.err or result.out).splitlines() if line.strip()]
-    said = ': ' + plain_line(lines[-1]) if lines else ''
-    return '%s failed (%d)%s' % (' '.join(argv[:4]), result.status, said)
+    said = last_line(result.err or result.out)
+    return '%s failed (%d)%s' % (
+        ' '.join(argv[:4]), result.status, said and ': ' + said)
+
+def last_line(text):
+    """The last line that a command said: docker repeats itself for each name."""
+    return plain_line(text.strip().rpartition('\n')[2])
 
 def read_file(path):
     """The text of a file; None where there is none."""
@@ -1143,8 +1147,8 @@ def docker_version(host):
     _, out, err = host.ask(['docker', 'version'])
     match = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
     if not match:
-        said = plain_line((err or out).strip().split('\n')[-1])
-        raise Failure('docker does not answer: ' + (said or 'is it running?'))
+        said = last_line(err or out) or 'is it running?'
+        raise Failure('docker does not answer: ' + said)
     return tuple(int(part) for part in match.group(1).strip('.').split('.'))
 
 def inspect(host, *names):
@@ -1152,7 +1156,7 @@ def inspect(host, *names):
     import json
     result = host.ask(('docker', 'inspect') + names)
     if result.status and 'annot connect' in result.err:
-        raise Failure('docker does not answer: ' + plain_line(result.err.strip()))
+        raise Failure('docker does not answer: ' + last_line(result.err))
     try:
         return json.loads(result.out or '[]')
     except ValueError:
@@ -2169,7 +2173,7 @@ def check_sudo(host):
     if result.status:
         raise Failure('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
                       '`#includedir /etc/sudoers.d`' % (
-                          host.user, RECEIVE, plain_line(result.err.strip())))
+                          host.user, RECEIVE, last_line(result.err)))
 
 # ---- Commands --------------------------------------------------------------------------
 
