@@ -79,6 +79,9 @@ HEALTH_TIMEOUT = 60             # seconds for an app to answer
 STEADY = 2.0                    # seconds that an app must keep running
 RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
 LOG_LINES = 20                  # of a failed app, shown to the pusher
+KEPT = 5                        # releases that one can go back to, the live one included
+LISTED = 50                     # numbers for which a failed release is remembered
+SPACE = 512                     # MB that must be free before a build
 DEFAULT_BRANCHES = ('main', 'master')
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
 
@@ -144,6 +147,9 @@ KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,n
 class Failure(Exception):
     """One line for a person: what is wrong and what to do. The exit status is 1."""
 
+class Stopped(Failure):
+    """A signal came that would have ended the process."""
+
 class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
 
@@ -182,6 +188,12 @@ def tell(text):
     data = to_bytes(text + '\n')
     while data:
         data = data[os.write(1, data):]
+
+def log(text):
+    """A line in the system's log: who changed what, or was refused."""
+    import syslog
+    syslog.openlog('dockhand')
+    syslog.syslog(printable(text, 500))
 
 def printable(text, limit=80):
     """What a stranger sent, fit for a message: printable ASCII, not too long."""
@@ -290,9 +302,9 @@ class Host(object):
             raise Failure(command_failed(argv, result))
         return result.out
 
-    def run_unless(self, pattern, argv):
+    def run_unless(self, pattern, argv, **options):
         """Run a command; False where it fails with words that match, as is expected."""
-        result = self.ask(argv)
+        result = self.ask(argv, **options)
         if result.status and not re.search(pattern, result.err + result.out):
             raise Failure(command_failed(argv, result))
         return not result.status
@@ -447,7 +459,7 @@ class Transaction(object):
 def exit_on_signals():
     """What would end the process becomes a Failure, so that what was begun is undone."""
     def leave(number, frame):
-        raise Failure('stopped by signal %d' % number)
+        raise Stopped('stopped by signal %d' % number)
     on_signals(leave)
 
 def on_signals(action):
@@ -1199,7 +1211,37 @@ def tag_image(host, source, target):
         host.run(['docker', 'tag', '-f', source, target])
 
 def remove_image_tag(host, tag, *options):
-    host.run_unless('No such image', ['docker', 'rmi'] + list(options) + [tag])
+    """Take a tag away, and its image where nothing else uses it."""
+    host.run_unless('No such image|container', ['docker', 'rmi'] + list(options) + [tag])
+
+def written_files(host, container):
+    """What a container wrote outside its volumes, as [path], without what is passing."""
+    out = host.ask(['docker', 'diff', container]).out
+    paths = sorted((line[2:] + '/' for line in out.splitlines()))
+    return [path[:-1] for path, following in zip(paths, paths[1:] + [''])
+            if not following.startswith(path)
+            and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)]
+
+def check_space(host):
+    """Failure where too little is free for a build."""
+    for path in (images_folder(host), '/var/lib/containerd', STATE):
+        if free_bytes(host, path) < SPACE * 1e6:
+            raise Failure('%d MB are free on %s, a build wants %d: docker image prune '
+                          'removes what nobody uses' % (
+                              free_bytes(host, path) // 1e6, path, SPACE))
+
+def images_folder(host):
+    """Where docker keeps its images."""
+    settings = read_file(host.path('/etc/docker/daemon.json')) or ''
+    moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
+    return (moved + ['/var/lib/docker'])[0]
+
+def free_bytes(host, path):
+    """The bytes free on the disk of a folder, which may not be there yet."""
+    while not os.path.isdir(host.path(path)):
+        path = os.path.dirname(path)
+    found = os.statvfs(host.path(path))
+    return found.f_bavail * found.f_frsize
 
 def nginx_version(host):
     match = re.search(r'nginx/(\d+)\.(\d+)\.(\d+)', host.ask(['nginx', '-v']).err)
@@ -1384,13 +1426,15 @@ class Containers(namedtuple('Containers', 'host')):
         self.job(release)
 
     def prepare(self, release):
-        """Create the container, so that the gap is a stop and a start, no more."""
+        """Create the container, so that the gap is a stop and a start, no more. That of a
+        kept release is there: its log goes on, and going back to it is as fast."""
         job = self.job(release)
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
         command = ['docker', 'create', '--name', container_name(release)] + job.options
-        self.host.run(command + log + [image] + job.command, env=job.env, cwd=job.folder)
+        self.host.run_unless('already in use', command + log + [image] + job.command,
+                             env=job.env, cwd=job.folder)
 
     def place(self, release):
         """Nothing: the container is there, or start() makes it again."""
@@ -1406,8 +1450,12 @@ class Containers(namedtuple('Containers', 'host')):
             self.host.run(command)
 
     def stop(self, release):
+        name, job = container_name(release), self.job(release)
+        if not job.at_boot:     # docker starts `on-failure` again when it starts itself
+            self.host.run_unless('No such container', [
+                'docker', 'update', '--restart', 'no', name])
         self.host.run_unless('No such container', [
-            'docker', 'stop', '-t', self.job(release).grace, container_name(release)])
+            'docker', 'stop', '-t', job.grace, name])
 
     def revives(self, release):
         """Whether one that does not run is to be started, after a boot or a prune."""
@@ -1418,10 +1466,8 @@ class Containers(namedtuple('Containers', 'host')):
         policy = 'unless-stopped' if self.job(release).at_boot else 'on-failure'
         self.host.run(['docker', 'update', '--restart', policy, container_name(release)])
 
-    def discard(self, release, instead=None):
-        """Take away what only this release had, not the one that runs instead."""
-        self.host.run_unless('No such container', [
-            'docker', 'rm', '-f', '-v', container_name(release)])
+    def withdraw(self, release):
+        """Nothing: an app that is gone has no release, and so no container."""
 
     def state(self, release):
         for found in inspect(self.host, container_name(release)):
@@ -1476,12 +1522,11 @@ class Upstart(namedtuple('Upstart', 'host')):
         """From now on a boot starts it."""
         remove_file(self.path(release, '.override'))
 
-    def discard(self, release, instead=None):
-        job = self.path(release, '.conf')
-        if instead is None:
-            remove_file(self.path(release, '.override'))
-        if instead is None and is_ours(read_file(job) or '', release.app):
-            remove_file(job)
+    def withdraw(self, release):
+        """Take the job of an app away that is gone."""
+        if is_ours(read_file(self.path(release, '.conf')) or '', release.app):
+            remove_file(self.path(release, '.conf'))
+        remove_file(self.path(release, '.override'))
 
     def state(self, release):
         _, out, err = self.host.ask(['status', release.app])
@@ -1504,13 +1549,14 @@ class Upstart(namedtuple('Upstart', 'host')):
         return ['tail', '-n', str(lines)] + (['-f'] if follow else []) + [log]
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
-    """Wait until a release answers and keeps running; Failure as soon as it will not.
+    """Wait until a release answers and keeps running; the moment of its first answer.
+    Failure as soon as it is known that it will not.
 
     It answers when its HEALTHCHECK says healthy, or, without one, when each published tcp
     port accepts a connection at the container's own address (docker's proxy accepts on
     the host's port whatever is behind it)."""
     begun = since = monotonic()
-    identity, deaths = None, 0
+    identity, deaths, answered = None, 0, None
     while True:
         state = engine.state(release)
         if state.alive is False:
@@ -1519,12 +1565,14 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
             raise Failure('its HEALTHCHECK says unhealthy')
         if state.identity != identity:
             deaths += identity is not None
-            identity, since = state.identity, monotonic()
+            identity, since, answered = state.identity, monotonic(), None
         if deaths > 3:
             raise Failure('it keeps dying and being started again')
         missing = silent_ports(state)
-        if state.alive and not missing and monotonic() - since >= steady:
-            return
+        if state.alive and not missing:
+            answered = answered or monotonic()
+            if monotonic() - since >= steady:
+                return answered
         if monotonic() - begun > timeout:
             raise Failure('after %d s %s' % (timeout, missing or 'it is not running yet'))
         time.sleep(0.1)
@@ -1551,12 +1599,17 @@ def accepts(address, port):
 
 # ---- Releases: the store, apply, deploy, recover ---------------------------------------
 
-# number: counted from 1, never used again. image: its id. job, proxy: the files as they
-# are installed, or None. time: seconds since 1970.
-Release = namedtuple('Release', 'app number commit branch key time image job proxy')
+# number: counted from 1, never used again. time: of its push, in seconds since 1970.
+# seconds: that the deploy took, None until it is through. failed: why it never was live,
+# or None. image: its id. job, proxy: the files as they are installed, or None.
+Release = namedtuple('Release', 'app number commit branch key time seconds failed image '
+                     'job proxy')
 
 def app_folder(host, app, *parts):
     return host.path(STATE, 'apps', app, *parts)
+
+def release_folder(host, app, number):
+    return app_folder(host, app, 'releases', str(number))
 
 def list_apps(host):
     return list_folder(host.path(STATE, 'apps'))
@@ -1567,26 +1620,28 @@ def list_releases(host, app):
     return sorted(int(name) for name in names if name.isdigit())
 
 def load_release(host, app, number):
-    """A Release from the store, None where it is not there whole."""
+    """A Release from the store; what is not written down of it yet is None."""
     import json
-    folder = app_folder(host, app, 'releases', str(number))
-    text = read_file(folder + '/release.json')
-    record = json.loads(text) if text else {'failed': ''}
-    if 'failed' in record:
-        return None
-    unicode = type(u'')         # what Python 2.7's json gives
-    values = dict((name, str(value) if isinstance(value, unicode) else value)
-                  for name, value in record.items() if name in Release._fields)
-    return Release(job=read_file(folder + '/upstart.conf'),
-                   proxy=read_file(folder + '/nginx-proxy.conf'), **values)
+    folder = release_folder(host, app, number)
+    found, unicode = json.loads(read_file(folder + '/release.json') or '{}'), type(u'')
+    found.update(app=app, number=number, job=read_file(folder + '/upstart.conf'),
+                 proxy=read_file(folder + '/nginx-proxy.conf'))
+    values = [found.get(field) for field in Release._fields]
+    return Release(*[to_text(to_bytes(value)) if isinstance(value, unicode) else value
+                     for value in values])      # Python 2.7's json gives unicode
 
-def save_release(host, release, **more):
+def kept_releases(host, app):
+    """The releases that one can go back to, the newest first."""
+    found = [load_release(host, app, number) for number in list_releases(host, app)]
+    return [release for release in reversed(found) if release.seconds is not None]
+
+def save_release(host, release):
     """Write a release down whole: its record comes last."""
     import json
-    folder = app_folder(host, release.app, 'releases', str(release.number))
+    folder = release_folder(host, release.app, release.number)
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
-    record = dict(release._asdict(), **more)
+    record = release._asdict()
     for path, text in ((folder + '/upstart.conf', record.pop('job')),
                        (folder + '/nginx-proxy.conf', record.pop('proxy'))):
         remove_file(path) if text is None else replace_file(path, text)
@@ -1641,7 +1696,8 @@ def switch_steps(host, old, new, run=True, certain=False):
                   partial(engine.place, new)]
         steps += [partial(engine.start, new)] if run else []
     steps += [partial(install_proxy, host, app, new and new.proxy, certain)]
-    return steps + ([] if new else [partial(remove_image_tag, host, app + ':latest')])
+    return steps + ([] if new else [partial(engine.withdraw, old),
+                                    partial(remove_image_tag, host, app + ':latest')])
 
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
@@ -1650,31 +1706,48 @@ def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise.
 
     The one place that changes a running app. `pending` says what is being switched to;
-    moving `live` is the commit point."""
-    engine = choose_engine(host)
+    moving `live` is the commit point. Gives what there is to report, in words."""
+    engine, begun = choose_engine(host), monotonic()
+    served = old and not is_stopped(host, new.app)
     with Transaction() as transaction:
         transaction.undo(put_back, host, new, old)
         set_link(host, new.app, 'pending', new)
         engine.prepare(new)
+        stopped = monotonic()
         for act in switch_steps(host, old, new):
             act()
-        check_or_show_log(host, new, engine)
+        switched = monotonic()
+        answered = check_or_show_log(host, new, engine)
+        checked = monotonic()
         set_link(host, new.app, 'live', new)
-    finish(host, new, engine)
+    finish(host, new, engine, new.seconds is not None)
+    return 'switched in %.1f s, checked in %.1f s' % (
+        switched - begun, checked - switched) + (
+            ', down for %.1f s' % (answered - stopped) if served else '')
 
-def finish(host, release, engine):
-    """What follows the commit point: the app comes back by itself from now on."""
+def finish(host, release, engine, follow):
+    """What follows the commit point: the app comes back by itself from now on, and where
+    git does not move the branch, as after a push, it follows."""
     try:
         remove_file(app_folder(host, release.app, 'stopped'))
         engine.settle(release)
+        if follow:
+            git(host, release.app, 'update-ref', 'refs/heads/' + release.branch,
+                release.commit)
+        if release.seconds is None:
+            took = max(0, round(time.time() - release.time, 1))
+            save_release(host, release._replace(seconds=took))
         remove_file(app_folder(host, release.app, 'pending'))
     except (Failure, EnvironmentError) as error:
         say('dockhand: %s is live, but: %s; `dockhand recover` tries again'
             % (release.app, error))
 
 def check_or_show_log(host, release, engine):
+    """The moment of a release's first answer; its log for the pusher if none comes."""
     try:
-        check_health(release, engine)
+        return check_health(release, engine)
+    except Stopped:
+        raise
     except Failure as error:
         lines = []
         host.ask(engine.logs_command(release, LOG_LINES, False), each=lines.append)
@@ -1687,10 +1760,9 @@ def put_back(host, new, old):
     engine = choose_engine(host)
     live = live_release(host, new.app)
     if live and live.number == new.number:
-        return finish(host, new, engine)
+        return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
     steps = switch_steps(host, new, old, run, certain=True)
-    steps += [partial(engine.discard, new, old)]
     if run:
         steps += [partial(engine.settle, old), partial(check_health, old, engine, 20, 0)]
     left = []
@@ -1708,23 +1780,45 @@ def put_back(host, new, old):
 def recover_app(host, app):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     pending, live = linked_release(host, app, 'pending'), live_release(host, app)
-    if not pending and not live and app in list_apps(host):
-        for number in list_releases(host, app):
-            remove_image_tag(host, '%s:%d' % (app, number))
-        host.run(['rm', '-rf', '--', app_folder(host, app)])
     if pending:
-        step('%s: the deploy of release %d was interrupted' % (app, pending.number))
+        step('%s: the switch to release %d was interrupted' % (app, pending.number))
         put_back(host, pending, live)
-        forget(host, pending, live, 'interrupted')
+    for number in list_releases(host, app)[-1:]:
+        last = load_release(host, app, number)
+        if last.seconds is None and last.failed is None:
+            forget(host, last, live, 'interrupted')
+    if app in list_apps(host) and not list_releases(host, app):
+        host.run(['rm', '-rf', '--', app_folder(host, app)])
 
 def put_right(host, live):
-    """Start an app that should run and does not: after a boot, a prune."""
-    engine = choose_engine(host)
-    if engine.revives(live) and engine.state(live).alive is False:
-        step('%s: release %d did not run; starting it' % (live.app, live.number))
+    """Bring back what is gone of a live release: tags, files, its container."""
+    engine, app = choose_engine(host), live.app
+    for tag in (image_tag(live), app + ':latest'):
+        if [each['Id'] for each in inspect(host, tag)] != [live.image]:
+            if not inspect(host, live.image):
+                raise Failure('the image of release %d is gone: sudo dockhand rebuild %s'
+                              % (live.number, app))
+            step('%s: tagging release %d as %s again' % (app, live.number, tag))
+            tag_image(host, live.image, tag)
+    gone = [name for name, path, _ in installed_files(host, live)
+            if not os.path.exists(host.path(path))]
+    if 'nginx-proxy.conf' in gone:
+        step('%s: installing its proxy file again' % app)
+        install_proxy(host, app, live.proxy, True)
+    revives = 'upstart.conf' in gone or engine.revives(live)
+    if revives and not is_stopped(host, app) and engine.state(live).alive is False:
+        step('%s: release %d did not run; starting it' % (app, live.number))
         engine.place(live)
         engine.start(live)
         engine.settle(live)
+
+def installed_files(host, release):
+    """[(name in the repository, path on the host, text)] of what a release installs."""
+    files = [('nginx-proxy.conf', PROXIES, release.proxy)]
+    if is_upstart(host):
+        files.append(('upstart.conf', JOBS, release.job))
+    return [(name, '%s/%s.conf' % (folder, release.app), text)
+            for name, folder, text in files if text is not None]
 
 def read_pushed(folder, name):
     """The text of a pushed file, None where there is none; Failure unless it is plain."""
@@ -1817,22 +1911,17 @@ def check_host_names(host, app):
 def edited_files(host, live, new=None):
     """[(name, path, live text, text found)] of what was changed by hand on the host.
     A file that is as a new Release on its way says counts as unchanged."""
-    files, found = [('nginx-proxy.conf', PROXIES, live.proxy, new and new.proxy)], []
-    if is_upstart(host):
-        files.append(('upstart.conf', JOBS, live.job, new and new.job))
-    for name, folder, ours, to_be in files:
-        path = '%s/%s.conf' % (folder, live.app)
-        text = read_file(host.path(path))
-        if text not in (None, ours, to_be):
-            found.append((name, path, ours, text))
-    return found
+    to_be = [text for _, _, text in installed_files(host, new or live)]
+    found = [(name, path, text, read_file(host.path(path)))
+             for name, path, text in installed_files(host, live)]
+    return [each for each in found if each[3] not in [None, each[2]] + to_be]
 
 def check_edited(host, live, release):
     for name, path, ours, text in edited_files(host, live, release):
         step('%s was changed on the server:' % path)
-        detail(diff_text(ours or '', text, 'as pushed', 'on the server'))
+        detail(diff_text(ours, text, 'as pushed', 'on the server'))
         raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
-                      'and push again' % (name, path))
+                      'and try again' % (name, path))
 
 def diff_text(old, new, old_name, new_name):
     import difflib
@@ -1884,22 +1973,31 @@ def has_commit(host, app, commit):
 def new_release(host, app, key, branch, commit, number=None):
     """The next Release of an app, as far as it is known before the build."""
     number = number or (list_releases(host, app) or [0])[-1] + 1
-    return Release(app, number, commit, branch, key, int(time.time()), None, None, None)
+    return Release(app, number, commit, branch, key, round(time.time(), 2), *[None] * 5)
 
 def make_release(host, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was."""
-    begun = monotonic()
+    check_space(host)
     check_free(host, live, release)
+    begun, app, free = monotonic(), release.app, free_bytes(host, images_folder(host))
     with Transaction() as transaction:
         transaction.undo(forget, host, release, live)
-        save_release(host, release, failed='interrupted')
-        release = build_release(host, live, release, options)
         save_release(host, release)
-        built = monotonic()
+        release = build_release(host, live, release, options)
+        git(host, app, 'update-ref', commit_ref(release), release.commit)
+        save_release(host, release)
+        built = monotonic() - begun
         step('Switching to release %d' % release.number)
-        apply(host, live, release)
-    step('Release %d is live: built in %.1f s, switched in %.1f s' % (
-        release.number, built - begun, monotonic() - built))
+        report = apply(host, live, release)
+    step('Release %d is live: built in %.1f s, %s' % (release.number, built, report))
+    more = free - free_bytes(host, images_folder(host))
+    detail('disk: %.1f MB %s' % (abs(more) / 1e6, 'more' if more > 0 else 'less'))
+    log('%s: release %d of %s by %s is live' % (
+        app, release.number, release.commit, release.key))
+
+def commit_ref(release):
+    """A ref that is not advertised: git keeps the commit that one can go back to."""
+    return 'refs/dockhand/%d' % release.number
 
 def plan_release(host, live, release):
     """Tell the pusher what a push of this would change, and change nothing."""
@@ -1927,12 +2025,7 @@ def build_release(host, live, release, options=()):
     try:
         folder = check_out(host, release.app, release.commit)
         release = check_files(release, folder)
-        choose_engine(host).check(release)
-        if live:
-            check_edited(host, live, release)
-        if release.proxy:
-            with host_lock(host, release.app):
-                check_proxy_file(host, release.app, release.proxy)
+        check_switch(host, live, release)
         step('Building %s' % image_tag(release))
         build_image(host, folder, image_tag(release), *options)
     finally:
@@ -1946,17 +2039,57 @@ def build_release(host, live, release, options=()):
         step('upstart.conf:%d: %s' % (line, text))
     return release._replace(image=str(image['Id']))
 
+def check_switch(host, live, release):
+    """Failure where this release cannot take the place of the live one."""
+    choose_engine(host).check(release)
+    if live:
+        check_edited(host, live, release)
+    if release.proxy:
+        with host_lock(host, release.app):
+            check_proxy_file(host, release.app, release.proxy)
+
 def forget(host, release, live, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
     app, now = release.app, live_release(host, release.app)
     if linked_release(host, app, 'pending') or now and now.number == release.number:
         return
-    remove_image_tag(host, image_tag(release), '--no-prune')     # the build cache stays
+    drop(host, release, '--no-prune')           # the mended push builds on what is there
     if live is None:
         host.run(['rm', '-rf', '--', app_folder(host, app)])
+    elif release.commit is None:                # killed before it was written down
+        host.run(['rm', '-rf', '--', release_folder(host, app, release.number)])
     else:
-        save_release(host, release._replace(job=None, proxy=None),
-                     failed=reason or str(sys.exc_info()[1]))
+        why = printable(reason or str(sys.exc_info()[1]), 300)
+        save_release(host, release._replace(failed=why, image=None, job=None, proxy=None))
+
+def drop(host, release, *options):
+    """Take away what a release has outside the store: container, image tag, commit."""
+    host.run_unless('No such container', [
+        'docker', 'rm', '-f', '-v', container_name(release)])
+    remove_image_tag(host, image_tag(release), *options)
+    host.ask(git_command(host, release.app, 'update-ref', '-d', commit_ref(release)),
+             account=host.account())
+
+def clean_up(host, live):
+    """Remove what is older than the last releases; only what the store names is ours."""
+    app, numbers = live.app, list_releases(host, live.app)
+    others = [each.number for each in kept_releases(host, app)
+              if each.number != live.number]
+    kept, old = others[:KEPT - 1] + [live.number], numbers[:-LISTED] + others[KEPT - 1:]
+    for number in sorted(set(old) - set(kept)):
+        release = load_release(host, app, number)
+        free = free_bytes(host, images_folder(host))
+        written = written_files(host, container_name(release))
+        drop(host, release)
+        if inspect(host, image_tag(release)):
+            step('Release %d stays: a container uses its image' % number)
+            continue
+        host.run(['rm', '-rf', '--', release_folder(host, app, number)])
+        step('Release %d is removed, %.1f MB freed' % (
+            number, max(0, free_bytes(host, images_folder(host)) - free) / 1e6))
+        if written:
+            detail('with what its container wrote outside volumes: %s%s' % (
+                ', '.join(written[:5]), ' ...' if written[5:] else ''))
 
 def show_plan(host, live, release):
     """What a push of this would change, for the pusher."""
@@ -1983,6 +2116,59 @@ def address_text(release):
     """Where an app answers, in words."""
     return (release.proxy and proxy_address(servers_of(release.proxy))) or (
         'ports ' + ports_text(release))
+
+def show_address(host, release):
+    """Tell where an app answers; a web app's address is fetched through nginx first."""
+    address = address_text(release)
+    match = re.match(r'http://([^:/]+):?(\d*)/', address)
+    if not match:
+        return step('%s: %s' % (release.app, address))
+    name, port = match.groups()
+    status = fetch_status(name, int(port or 80))
+    if leads_here(host, name):
+        return step('%s: %s answers %s' % (release.app, address, status))
+    step("%s answers %s: curl -H 'Host: %s' http://%s%s/" % (
+        release.app, status, name, own_address(), port and ':' + port))
+    detail('the name does not lead here: point it to this server in DNS, or give the app '
+           'every name: `listen 80 default_server;`')
+
+def fetch_status(name, port):
+    """What nginx on this machine answers to a request for a host name: `200`."""
+    import socket
+    request = 'GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % name
+    try:
+        connection = socket.create_connection(('127.0.0.1', port), 5)
+        connection.sendall(to_bytes(request))
+        answer = to_text(connection.makefile('rb').readline(100))
+        connection.close()
+    except (EnvironmentError, socket.error) as error:
+        return 'nothing (%s)' % error
+    return (answer.split() + ['', 'nothing'])[1]
+
+def leads_here(host, name):
+    """Whether a name resolves to an address of this machine: one can listen on it."""
+    import socket
+    for line in host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines():
+        address = line.split()[0]
+        family = socket.AF_INET6 if ':' in address else socket.AF_INET
+        try:
+            socket.socket(family, socket.SOCK_DGRAM).bind((address, 0))
+            return True
+        except (EnvironmentError, socket.error):
+            pass
+    return False
+
+def own_address():
+    """The address of this machine that leads outside; no packet is sent."""
+    import socket
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        probe.connect(('192.0.2.1', 9))
+        return probe.getsockname()[0]
+    except (EnvironmentError, socket.error):
+        return os.uname()[1]
+    finally:
+        probe.close()
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
@@ -2030,14 +2216,18 @@ def receive(host, hook, app='', key='', *ref):
         raise Failure('this is for the hooks of a repository')
 
 def after_push(host, app):
-    """Once the branch has moved: say where the app answers. Nothing depends on it."""
+    """Once the branch has moved: say where the app answers, remove what is too old.
+    Nothing depends on it, since it does not run when the pusher is gone."""
     live = live_release(host, app)
     if live is None:
         return
     head = 'refs/heads/' + live.branch
     if git(host, app, 'symbolic-ref', 'HEAD').strip() != head:
         git(host, app, 'symbolic-ref', 'HEAD', head)
-    step('%s: %s' % (app, address_text(live)))
+    show_address(host, live)
+    with app_lock(host, app, 'the clean-up of ' + app) as live:
+        if live:
+            clean_up(host, live)
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
@@ -2230,6 +2420,7 @@ def upload_key(host, name, *apps):
     for kind, blob in uploaded:
         tell('%s %s %s may push %s' % (name, kind, fingerprint(blob),
                                        ', '.join(apps) or 'every app'))
+    log('key %s: may push %s' % (name, ' '.join(apps) or 'every app'))
     if not changed:
         tell('nothing changed')
 
@@ -2258,6 +2449,7 @@ def remove_key(host, name):
         if kept == keys:
             raise Failure('no key is named "%s": see dockhand keys' % printable(name))
         write_keys(host, before, kept, after)
+    log('key %s: removed' % name)
     tell('%s may push no longer' % name)
 
 def apps(host):
@@ -2275,9 +2467,7 @@ def apps(host):
             continue
         alive = engine.state(live).alive
         state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
-        since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
-        tell('%-16s %-8s %s  %s  %-10s %s' % (
-            app, state, live.commit[:10], since, live.key, address_text(live)))
+        tell('%-16s %-8s %s %s' % (app, state, origin_text(live), address_text(live)))
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
@@ -2303,7 +2493,7 @@ def run_app(host, live):
     engine.place(live)
     engine.start(live)
     check_or_show_log(host, live, engine)
-    finish(host, live, engine)
+    finish(host, live, engine, True)
     tell('%s runs' % live.app)
 
 def stop(host, app):
@@ -2318,14 +2508,66 @@ def rebuild(host, app, pull=False):
     with live_app(host, app, 'rebuild') as live:
         release = new_release(host, app, live.key, live.branch, live.commit)
         make_release(host, live, release, ['--pull'] if pull else [])
-    step('%s: %s' % (app, address_text(live_release(host, app))))
+        release = live_release(host, app)
+        clean_up(host, release)
+    show_address(host, release)
+
+def releases(host, app):
+    """list an app's releases: commit, when, by whom, how long it took, live or not"""
+    if app not in list_apps(host):
+        raise Failure('no app %s here: see dockhand apps' % printable(app))
+    live = live_release(host, app)
+    for number in reversed(list_releases(host, app)):
+        release = load_release(host, app, number)
+        state = 'live' if live and live.number == number else (
+            'failed: ' + release.failed if release.failed else
+            'kept' if release.seconds is not None else 'under way')
+        took = '-' if release.seconds is None else '%.1f s' % release.seconds
+        tell('%4d  %s %8s  %s' % (number, origin_text(release), took, state))
+
+def origin_text(release):
+    """Where a release came from: commit, time, key."""
+    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
+    return '%s  %s  %-10s' % (release.commit[:10], since, release.key)
+
+def rollback(host, app, number=None):
+    """go back to the release before the live one, or to another that is kept"""
+    with live_app(host, app, 'rollback') as live:
+        release = earlier_release(host, live, number)
+        check_switch(host, live, release)
+        step('Switching from release %d to %d' % (live.number, release.number))
+        report = apply(host, live, release)
+        step('Release %d is live again: %s' % (release.number, report))
+        log('%s: rolled back from release %d to %d of %s' % (
+            app, live.number, release.number, release.commit))
+    show_address(host, release)
+
+def earlier_release(host, live, number):
+    """The kept Release that a rollback goes to; Failure if it cannot run any more."""
+    found = [each for each in kept_releases(host, live.app) if (
+        each.number < live.number if number is None else str(each.number) == number)]
+    if not found or found[0].number == live.number:
+        raise Failure('release %s is not one to go back to: see dockhand releases %s' % (
+            printable(number or 'before %d' % live.number), live.app))
+    images = inspect(host, image_tag(found[0]))
+    if [each['Id'] for each in images] != [found[0].image]:
+        raise Failure('release %d cannot run again: its image %s was removed; nothing '
+                      'has changed' % (found[0].number, image_tag(found[0])))
+    return found[0]
 
 def recover(host):
-    """put right what a crash left of a deploy; runs at boot"""
+    """put right what a crash or a prune left; runs at boot"""
+    wrong = 0
     for app in list_apps(host):
-        with app_lock(host, app, 'dockhand recover') as live:
-            if live and not is_stopped(host, app):
-                put_right(host, live)
+        try:
+            with app_lock(host, app, 'dockhand recover') as live:
+                if live:
+                    put_right(host, live)
+        except (Failure, EnvironmentError) as error:
+            say('dockhand: %s: %s' % (app, error))
+            wrong += 1
+    if wrong:
+        raise Failure('%d app(s) could not be put right' % wrong)
 
 def destroy(host, app, force=False):
     """remove an app: its containers, images, files and repository"""
@@ -2335,16 +2577,11 @@ def destroy(host, app, force=False):
     if not force:
         raise Failure('this removes %s and its repository for good; if you are sure: '
                       'dockhand destroy %s --force' % (app, app))
-    with app_lock(host, app, 'dockhand destroy ' + app):
-        engine = choose_engine(host)
-        numbers = list_releases(host, app)
-        for release in filter(None, [load_release(host, app, each) for each in numbers]):
-            engine.stop(release)
-            engine.discard(release)
-            remove_image_tag(host, image_tag(release))
-        if numbers:
-            remove_image_tag(host, app + ':latest')
-        install_proxy(host, app, None)
+    with app_lock(host, app, 'dockhand destroy ' + app) as live:
+        for act in switch_steps(host, live, None) if live else []:
+            act()
+        for number in list_releases(host, app):
+            drop(host, load_release(host, app, number))
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
     tell('%s is removed' % app)
 
@@ -2423,6 +2660,8 @@ COMMANDS = [
     ('restart', restart, 'APP'),
     ('stop', stop, 'APP'),
     ('start', start, 'APP'),
+    ('releases', releases, 'APP'),
+    ('rollback', rollback, 'APP [N]'),
     ('rebuild', rebuild, 'APP [--pull]'),
     ('destroy', destroy, 'APP [--force]'),
     ('recover', recover, ''),
@@ -2454,7 +2693,8 @@ def parse_arguments(pattern, words):
             raise Usage('%s wants a value' % word)
         else:
             found[name] = value if equals else words.pop(0)
-    if len(given) < len(wanted) or (len(given) > len(wanted) and '...' not in pattern):
+    most = re.sub(r'\[-.*?\]', '', pattern).split()
+    if len(given) < len(wanted) or (len(given) > len(most) and '...' not in pattern):
         raise Usage('wanted: ' + (pattern or 'no words'))
     return given, found
 
@@ -2486,8 +2726,10 @@ def main(role, user):
             serve(host, *words[1:])
         else:
             run_command(host, words)
-    except (Failure, Usage) as problem:
+    except (Failure, Usage, EnvironmentError) as problem:
         say('dockhand: %s' % problem)
+        if role == 'receive' or words[:1] == ['serve']:
+            log('%s: refused: %s' % (' '.join(words), problem))
         return 2 if isinstance(problem, Usage) else 1
     return 0
 

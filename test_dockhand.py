@@ -799,7 +799,8 @@ def test_each_command_takes_what_its_pattern_promises():
     for _, function, pattern in dh.COMMANDS:
         code = function.__code__
         options = re.findall(r'\[--?([a-z]+)', pattern)
-        words = re.sub(r'\[.*?\]', '', pattern).lower().split()
+        words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
+        words = words.replace('[N]', 'number').strip('[]').lower().split()
         assert sorted(code.co_varnames[1:code.co_argcount]) == sorted(words + options)
         assert function.__doc__ and bool(code.co_flags & 4) == ('...' in pattern)
 
@@ -1203,7 +1204,7 @@ class Machine(object):
         folder, tag = words[-1], words[words.index('-t') + 1]
         text = dh.read_file(os.path.join(folder, 'Dockerfile'))
         record = '/var/lib/dockhand/apps/blog/releases/%s/release.json' % tag[5:]
-        assert tag == 'blog:plan' or 'interrupted' in self.read(record)
+        assert tag == 'blog:plan' or '"seconds": null' in self.read(record)
         self.each('Step 1/1 : ' + text)
         self.images[tag] = image(text)
         if 'fail' in text:
@@ -1218,7 +1219,8 @@ class Machine(object):
             return Result(1, '', 'Error response from daemon: No such image: x\n')
 
     def docker_create(self, *words):
-        assert words[2] not in self.containers
+        if words[2] in self.containers:
+            return Result(1, '', 'Conflict. The name "/x" is already in use by y.\n')
         found = [self.find(word) for word in words if self.find(word)]
         self.containers[words[2]] = self.container('c%d' % self.next(), found[0]['Id'])
 
@@ -1248,6 +1250,9 @@ class Machine(object):
         if name not in self.containers:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
         del self.containers[name]
+
+    def docker_diff(self, _, name):
+        return 'C /srv\nA /srv/kept.db\nC /run\nA /run/x.pid\n'
 
     def docker_ps(self, _, q, no_trunc):
         assert (q, no_trunc) == ('-q', '--no-trunc')
@@ -1338,7 +1343,9 @@ class Machine(object):
             return self.refs.get(words[-1], '') + '\n'
         if verb == 'cat-file':
             return 'commit\n' if words[-1] in self.commits else Result(128, '', 'fatal\n')
-        if verb == 'update-ref':
+        if verb == 'update-ref' and words[0] == '-d':
+            self.refs.pop(words[1], None)
+        elif verb == 'update-ref':
             self.refs[words[0]] = words[1]
 
     def mkdir(self, folder):
@@ -1406,11 +1413,12 @@ class Machine(object):
         return sorted(key for key in set(before) | set(now)
                       if before.get(key, 0) != now.get(key, 0))
 
-    def release(self, number, commit, files):
-        """A Release of these files, built, as a deploy makes it."""
+    def release(self, number, commit, files, seconds=None):
+        """A Release of these files, built, as a deploy makes it before the switch."""
         tag, self.commits[commit] = 'blog:%d' % number, files
         self.images[tag] = image(files['Dockerfile'])
-        release = dh.Release('blog', number, commit, 'main', 'anna', 1,
+        self.refs['refs/dockhand/%d' % number] = commit
+        release = dh.Release('blog', number, commit, 'main', 'anna', 1, seconds, None,
                              self.images[tag]['Id'], JOB_HEADER + files['upstart.conf'],
                              PROXY_HEADER + files['nginx-proxy.conf'])
         dh.save_release(self.host, release)
@@ -1418,7 +1426,7 @@ class Machine(object):
 
     def lives(self, files):
         """Release 1, as a deploy would have left it."""
-        live, engine = self.release(1, SHA, files), dh.choose_engine(self.host)
+        live, engine = self.release(1, SHA, files, 2.5), dh.choose_engine(self.host)
         self.images['blog:latest'] = self.images['blog:1']
         self.refs['refs/heads/main'] = SHA
         dh.set_link(self.host, 'blog', 'live', live)
@@ -1509,7 +1517,8 @@ def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
     said = capfd.readouterr().err
     assert re.findall('-----> (.*)', re.sub(r'\d\.\d s', 'N s', said)) == [
         'Checking 2222222222', 'Building blog:2', 'Switching to release 2',
-        'Release 2 is live: built in N s, switched in N s']
+        'Release 2 is live: built in N s, switched in N s, checked in N s, down for N s']
+    assert re.search(r'\n       disk: \d+\.\d MB (more|less)\n', said)
     assert '       Step 1/1 : FROM two\n' in said
 
 @table('init, broken', '''
@@ -1532,7 +1541,7 @@ def test_a_switch_that_fails_at_any_command_is_put_back(tmpdir, init, broken):
     assert machine.changed(before) == []
     record = machine.read('/var/lib/dockhand/apps/blog/releases/2/release.json')
     assert 'broken on purpose' in json.loads(record)['failed']
-    assert dh.load_release(machine.host, 'blog', 2) is None
+    assert dh.load_release(machine.host, 'blog', 2).image is None
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -1574,7 +1583,7 @@ def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, cap
     machine.broken.clear()
     dh.recover(machine.host)
     assert machine.changed(before) == []
-    assert 'blog: the deploy of release 2 was interrupted' in capfd.readouterr().err
+    assert 'blog: the switch to release 2 was interrupted' in capfd.readouterr().err
 
 def half_deployed(machine, steps=99):
     """A crash after so many steps of a switch to release 2."""
@@ -1601,7 +1610,9 @@ def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
     dh.set_link(machine.host, 'blog', 'live', new)
     dh.recover(machine.host)
     assert machine.running() == ['sha256:FROMtwo']
-    assert dh.live_release(machine.host, 'blog') == new
+    live = dh.live_release(machine.host, 'blog')
+    assert live == new._replace(seconds=live.seconds) and live.seconds > 1
+    assert machine.refs['refs/heads/main'] == SHA_2
     assert not re.search('pending|override', str(machine.files()))
     assert machine.init == 'upstart' or (
         machine.containers['blog--2']['policy'] == 'unless-stopped')
@@ -1611,8 +1622,7 @@ def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     dh.write_catch_all(machine.host)
     dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     before = machine.whole()
-    release = machine.release(1, SHA, FILES)
-    dh.save_release(machine.host, release, failed='interrupted')
+    machine.release(1, SHA, FILES)
     dh.recover(machine.host)
     assert machine.changed(before) == []
 
@@ -1681,7 +1691,7 @@ def test_a_file_edited_on_the_server_is_not_overwritten(tmpdir, capfd, path, nam
     edited = machine.read(path) + '# mine\n'
     machine.write(path, edited)
     assert refusal(machine.push, FILES_2) == (
-        'to keep that, commit it in %s and push; to drop it: sudo rm %s, and push again'
+        'to keep that, commit it in %s and push; to drop it: sudo rm %s, and try again'
         % (name, path))
     assert machine.read(path) == edited and machine.running() == ['sha256:FROMone']
     assert '       +# mine\n' in capfd.readouterr().err
@@ -1703,7 +1713,7 @@ def test_a_branch_that_a_crash_left_behind_is_set_to_what_is_live(plain):
     plain.refs['refs/heads/main'] = SHA_3
     plain.write('/home/git/blog.git/refs/heads/main.lock', '')
     assert 'another push went live' in refusal(lambda: plain.push(FILES_2, old=SHA_3))
-    assert plain.refs == {'refs/heads/main': SHA}
+    assert plain.refs['refs/heads/main'] == SHA
     assert plain.running() == ['sha256:FROMone']
     assert plain.read('/home/git/blog.git/refs/heads/main.lock') is None
 
@@ -1712,7 +1722,7 @@ def test_a_branch_that_a_crash_left_behind_is_set_to_what_is_live(plain):
 def test_a_ref_that_is_refused_builds_nothing(machine, ref, new):
     machine.lives(FILES)
     assert refusal(lambda: machine.push(FILES_2, ref, SHA, new))
-    assert machine.done == [] and machine.refs == {'refs/heads/main': SHA}
+    assert machine.done == [] and machine.refs['refs/heads/main'] == SHA
 
 def test_a_plan_says_what_would_change_and_changes_nothing(machine, capfd):
     machine.lives(FILES)
