@@ -345,10 +345,10 @@ def read_file(path):
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
     `check` gets the path of the new file beforehand, to raise if it will not do."""
+    temporary = temporary_of(path)
     if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
+        remove_file(temporary)
         return False
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, '.' + name + '.new')
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
         fd = os.open(temporary, flags, 0o600)
@@ -365,14 +365,18 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
     except BaseException:
         remove_file(temporary)
         raise
-    sync_folder(folder)
+    sync_folder(os.path.dirname(path))
     return True
+
+def temporary_of(path):
+    """Where a file is written before it gets its name; what a crash may leave."""
+    return os.path.join(os.path.dirname(path), '.%s.new' % os.path.basename(path))
 
 def replace_link(path, target):
     """Point a symbolic link somewhere else in one step; True if it changed."""
     if os.path.islink(path) and os.readlink(path) == target:
         return False
-    temporary = path + '.new'
+    temporary = temporary_of(path)
     remove_file(temporary)
     os.symlink(target, temporary)
     os.rename(temporary, path)
@@ -1222,13 +1226,13 @@ def written_files(host, container):
             if not following.startswith(path)
             and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)]
 
-def check_space(host):
+def check_space(host, wanted=SPACE):
     """Failure where too little is free for a build."""
     for path in (images_folder(host), '/var/lib/containerd', STATE):
-        if free_bytes(host, path) < SPACE * 1e6:
+        free = free_bytes(host, path) // 1000000
+        if free < wanted:
             raise Failure('%d MB are free on %s, a build wants %d: docker image prune '
-                          'removes what nobody uses' % (
-                              free_bytes(host, path) // 1e6, path, SPACE))
+                          'removes what nobody uses' % (free, path, wanted))
 
 def images_folder(host):
     """Where docker keeps its images."""
@@ -1280,14 +1284,13 @@ def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own, or None.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
     own = PROXIES + '/%s.conf' % app
-    candidate, catch_all, staged = ['%s/.dockhand-%s.%s' % (NGINX, app, part)
-                                    for part in ('candidate', 'catch-all', 'nginx')]
+    candidate, catch_all, staged, pid = staged_files(app)
     files = dict(proxy_files(host), **{own: text})
     if text is None:
         del files[own]
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
-    staged_text = stage_nginx_conf(nginx_conf(host), [catch_all] + order, staged + '.pid')
+    staged_text = stage_nginx_conf(nginx_conf(host), [catch_all] + order, pid)
     try:
         replace_file(host.path(candidate), text or '')
         replace_file(host.path(catch_all), catch_all_text(host, files))
@@ -1296,8 +1299,13 @@ def try_nginx(host, app, text):
         said = nginx_error(result.err).replace(catch_all, CATCH_ALL)
         return in_repository(said, candidate) if result.status else None
     finally:
-        for path in (candidate, catch_all, staged, staged + '.pid'):
+        for path in staged_files(app):
             remove_file(host.path(path))
+
+def staged_files(app):
+    """The files of a test of nginx's configuration with a new file for an app."""
+    return ['%s/.dockhand-%s.%s' % (NGINX, app, part)
+            for part in ('candidate', 'catch-all', 'nginx', 'nginx.pid')]
 
 def nginx_conf(host):
     return read_file(host.path(NGINX, 'nginx.conf')) or ''
@@ -1319,7 +1327,9 @@ def install_proxy(host, app, text, certain=False):
     path = host.path(PROXIES, app + '.conf')
     with host_lock(host, app):
         found = read_file(path)
-        if text is not None and text != found and not certain:
+        if text == found and not certain:
+            return
+        if text is not None and not certain:
             check_proxy_file(host, app, text)
         if text is not None:
             changed = replace_file(path, text)
@@ -1427,14 +1437,16 @@ class Containers(namedtuple('Containers', 'host')):
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
-        kept release is there: its log goes on, and going back to it is as fast."""
+        kept release is there. Until it is checked, docker does not start it at boot."""
         job = self.job(release)
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
-        command = ['docker', 'create', '--name', container_name(release)] + job.options
-        self.host.run_unless('already in use', command + log + [image] + job.command,
-                             env=job.env, cwd=job.folder)
+        command = (['docker', 'create', '--name', container_name(release)] + job.options +
+                   log + [image] + job.command)
+        options = dict(env=job.env, cwd=job.folder)
+        if not self.host.run_unless('already in use', command, **options):
+            self.restart_policy(release, 'no')
 
     def place(self, release):
         """Nothing: the container is there, or start() makes it again."""
@@ -1450,12 +1462,15 @@ class Containers(namedtuple('Containers', 'host')):
             self.host.run(command)
 
     def stop(self, release):
-        name, job = container_name(release), self.job(release)
+        job = self.job(release)
         if not job.at_boot:     # docker starts `on-failure` again when it starts itself
-            self.host.run_unless('No such container', [
-                'docker', 'update', '--restart', 'no', name])
+            self.restart_policy(release, 'no')
         self.host.run_unless('No such container', [
-            'docker', 'stop', '-t', job.grace, name])
+            'docker', 'stop', '-t', job.grace, container_name(release)])
+
+    def restart_policy(self, release, policy):
+        self.host.run_unless('No such container', [
+            'docker', 'update', '--restart', policy, container_name(release)])
 
     def revives(self, release):
         """Whether one that does not run is to be started, after a boot or a prune."""
@@ -1463,8 +1478,8 @@ class Containers(namedtuple('Containers', 'host')):
 
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too."""
-        policy = 'unless-stopped' if self.job(release).at_boot else 'on-failure'
-        self.host.run(['docker', 'update', '--restart', policy, container_name(release)])
+        at_boot = self.job(release).at_boot
+        self.restart_policy(release, 'unless-stopped' if at_boot else 'on-failure')
 
     def withdraw(self, release):
         """Nothing: an app that is gone has no release, and so no container."""
@@ -1644,6 +1659,7 @@ def save_release(host, release):
     record = release._asdict()
     for path, text in ((folder + '/upstart.conf', record.pop('job')),
                        (folder + '/nginx-proxy.conf', record.pop('proxy'))):
+        remove_file(temporary_of(path))
         remove_file(path) if text is None else replace_file(path, text)
     replace_file(folder + '/release.json',
                  json.dumps(record, indent=1, sort_keys=True) + '\n')
@@ -1694,10 +1710,11 @@ def switch_steps(host, old, new, run=True, certain=False):
     if new:
         steps += [partial(tag_image, host, image_tag(new), app + ':latest'),
                   partial(engine.place, new)]
-        steps += [partial(engine.start, new)] if run else []
     steps += [partial(install_proxy, host, app, new and new.proxy, certain)]
-    return steps + ([] if new else [partial(engine.withdraw, old),
-                                    partial(remove_image_tag, host, app + ':latest')])
+    if new is None:
+        steps += [partial(engine.withdraw, old),
+                  partial(remove_image_tag, host, app + ':latest')]
+    return steps + ([partial(engine.start, new)] if new and run else [])
 
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
@@ -1709,10 +1726,10 @@ def apply(host, old, new):
     moving `live` is the commit point. Gives what there is to report, in words."""
     engine, begun = choose_engine(host), monotonic()
     served = old and not is_stopped(host, new.app)
+    engine.prepare(new)
     with Transaction() as transaction:
         transaction.undo(put_back, host, new, old)
         set_link(host, new.app, 'pending', new)
-        engine.prepare(new)
         stopped = monotonic()
         for act in switch_steps(host, old, new):
             act()
@@ -1763,7 +1780,8 @@ def put_back(host, new, old):
         return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
     steps = switch_steps(host, new, old, run, certain=True)
-    if run:
+    if run:                     # a stop that was begun by a crashed command goes on
+        steps.insert(0, partial(engine.stop, old))
         steps += [partial(engine.settle, old), partial(check_health, old, engine, 20, 0)]
     left = []
     for act in steps:
@@ -1777,8 +1795,22 @@ def put_back(host, new, old):
     if run:
         step('Release %d runs as before' % old.number)
 
+def sweep(host, app):
+    """Remove the temporary files and the build folder of a command that was killed."""
+    installed = [folder + '/' + app + ending for folder in (JOBS, PROXIES)
+                 for ending in ('.conf', '.override')]
+    links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
+    staged = [host.path(path) for path in staged_files(app)]
+    written = staged + links + [host.path(path) for path in installed]
+    for path in staged + [temporary_of(path) for path in written]:
+        remove_file(path)
+    if os.path.isdir(build_folder(host, app)):
+        empty_build_folder(host, app)
+        remove_image_tag(host, app + ':plan')
+
 def recover_app(host, app):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
+    sweep(host, app)
     pending, live = linked_release(host, app, 'pending'), live_release(host, app)
     if pending:
         step('%s: the switch to release %d was interrupted' % (app, pending.number))
@@ -1854,9 +1886,12 @@ def commit_of(host, app, ref):
     """The id of the commit a ref points to, '' where there is none."""
     return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
 
+def build_folder(host, app):
+    return host.path(STATE, 'build', app)
+
 def check_out(host, app, commit):
     """Fill the app's build folder with a commit's files; the folder."""
-    folder = host.path(STATE, 'build', app)
+    folder = build_folder(host, app)
     empty_build_folder(host, app)
     host.run(['mkdir', folder], account=host.account())
     host.run(['tar', '-x', '-C', folder], account=host.account(),
@@ -1864,7 +1899,7 @@ def check_out(host, app, commit):
     return folder
 
 def empty_build_folder(host, app):
-    host.run(['rm', '-rf', '--', host.path(STATE, 'build', app)], account=host.account())
+    host.run(['rm', '-rf', '--', build_folder(host, app)], account=host.account())
 
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""
@@ -2025,7 +2060,10 @@ def build_release(host, live, release, options=()):
     try:
         folder = check_out(host, release.app, release.commit)
         release = check_files(release, folder)
-        check_switch(host, live, release)
+        choose_engine(host).check(release)
+        if live:
+            check_edited(host, live, release)
+        check_proxy_change(host, release)
         step('Building %s' % image_tag(release))
         build_image(host, folder, image_tag(release), *options)
     finally:
@@ -2039,11 +2077,7 @@ def build_release(host, live, release, options=()):
         step('upstart.conf:%d: %s' % (line, text))
     return release._replace(image=str(image['Id']))
 
-def check_switch(host, live, release):
-    """Failure where this release cannot take the place of the live one."""
-    choose_engine(host).check(release)
-    if live:
-        check_edited(host, live, release)
+def check_proxy_change(host, release):
     if release.proxy:
         with host_lock(host, release.app):
             check_proxy_file(host, release.app, release.proxy)
@@ -2124,13 +2158,14 @@ def show_address(host, release):
     if not match:
         return step('%s: %s' % (release.app, address))
     name, port = match.groups()
-    status = fetch_status(name, int(port or 80))
-    if leads_here(host, name):
+    status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
+    lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
+    if set(line.split()[0] for line in lines) & set(['127.0.0.1', '::1'] + own.split()):
         return step('%s: %s answers %s' % (release.app, address, status))
     step("%s answers %s: curl -H 'Host: %s' http://%s%s/" % (
-        release.app, status, name, own_address(), port and ':' + port))
-    detail('the name does not lead here: point it to this server in DNS, or give the app '
-           'every name: `listen 80 default_server;`')
+        release.app, status, name, own.split(' ')[0], port and ':' + port))
+    detail('%s does not lead here yet: point it here in DNS, or take every name with '
+           '`listen 80 default_server;`' % name)
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
@@ -2144,31 +2179,6 @@ def fetch_status(name, port):
     except (EnvironmentError, socket.error) as error:
         return 'nothing (%s)' % error
     return (answer.split() + ['', 'nothing'])[1]
-
-def leads_here(host, name):
-    """Whether a name resolves to an address of this machine: one can listen on it."""
-    import socket
-    for line in host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines():
-        address = line.split()[0]
-        family = socket.AF_INET6 if ':' in address else socket.AF_INET
-        try:
-            socket.socket(family, socket.SOCK_DGRAM).bind((address, 0))
-            return True
-        except (EnvironmentError, socket.error):
-            pass
-    return False
-
-def own_address():
-    """The address of this machine that leads outside; no packet is sent."""
-    import socket
-    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        probe.connect(('192.0.2.1', 9))
-        return probe.getsockname()[0]
-    except (EnvironmentError, socket.error):
-        return os.uname()[1]
-    finally:
-        probe.close()
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
@@ -2534,7 +2544,9 @@ def rollback(host, app, number=None):
     """go back to the release before the live one, or to another that is kept"""
     with live_app(host, app, 'rollback') as live:
         release = earlier_release(host, live, number)
-        check_switch(host, live, release)
+        check_edited(host, live, release)
+        if release.proxy != live.proxy:
+            check_proxy_change(host, release)
         step('Switching from release %d to %d' % (live.number, release.number))
         report = apply(host, live, release)
         step('Release %d is live again: %s' % (release.number, report))
@@ -2558,9 +2570,11 @@ def earlier_release(host, live, number):
 def recover(host):
     """put right what a crash or a prune left; runs at boot"""
     wrong = 0
-    for app in list_apps(host):
+    for app in sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build')))):
         try:
             with app_lock(host, app, 'dockhand recover') as live:
+                if linked_release(host, app, 'pending'):
+                    raise Failure('it could not be put back')
                 if live:
                     put_right(host, live)
         except (Failure, EnvironmentError) as error:

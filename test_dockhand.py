@@ -932,7 +932,7 @@ def test_bytes_of_any_kind_go_through_a_file(tmpdir):
 
 def test_a_link_is_moved_in_one_step(tmpdir):
     path = str(tmpdir.join('live'))
-    os.symlink('left by a crash', path + '.new')
+    os.symlink('left by a crash', dh.temporary_of(path))
     assert [dh.replace_link(path, to) for to in ('a', 'a', 'b')] == [True, False, True]
     assert os.readlink(path) == 'b' and os.listdir(str(tmpdir)) == ['live']
 
@@ -1137,6 +1137,8 @@ def test_a_path_stays_under_the_root(tmpdir):
 QUERIES = ('docker inspect', 'docker ps', 'docker version', 'docker logs', 'nginx -v',
            'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen')
 
+MAIN = 'refs/heads/main'
+
 class Machine(object):
     """What docker, nginx, git and init do, in small, on files under a root of its own.
 
@@ -1212,7 +1214,7 @@ class Machine(object):
             return Result(1, '', '')
 
     def docker_tag(self, _, source, target):
-        self.images[target] = self.images[source]
+        self.images[target] = self.find(source)
 
     def docker_rmi(self, *words):
         if not self.images.pop(words[-1], None):
@@ -1269,8 +1271,15 @@ class Machine(object):
     def initctl(self, verb):
         return 'init (upstart 1.5)\n'
 
-    def timeout(self, seconds, command, app):
-        return getattr(self, command)(app)
+    def timeout(self, seconds, command, *words):
+        return getattr(self, command)(*words)
+
+    def hostname(self, all_addresses):
+        return '192.0.2.1 192.0.2.2 \n'
+
+    def getent(self, ahosts, name):
+        return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
+                'there.org': '192.0.2.7  STREAM there.org\n'}.get(name, '')
 
     def start(self, app):
         if app in self.jobs:
@@ -1341,6 +1350,9 @@ class Machine(object):
         assert folder == '--git-dir=' + self.host.path('/home/git/blog.git')
         if verb == 'for-each-ref':
             return self.refs.get(words[-1], '') + '\n'
+        if verb == 'symbolic-ref':
+            self.head = words[-1]
+            return 'refs/heads/master\n'
         if verb == 'cat-file':
             return 'commit\n' if words[-1] in self.commits else Result(128, '', 'fatal\n')
         if verb == 'update-ref' and words[0] == '-d':
@@ -1437,7 +1449,7 @@ class Machine(object):
         del self.done[:]
         return live
 
-    def push(self, files, ref='refs/heads/main', old=SHA, new=SHA_2):
+    def push(self, files, ref=MAIN, old=SHA, new=SHA_2):
         self.commits[new] = files
         dh.deploy(self.host, 'blog', 'anna', ref, old, new)
         self.refs[ref] = new
@@ -1491,14 +1503,14 @@ ORDER = {'none': BUILD + '''docker create --name blog--2 --log-driver=json-file 
 --log-opt=max-size=10m --log-opt=max-file=3 sha256:FROMtwo
 docker stop -t 5 blog--1
 docker tag blog:2 blog:latest
-docker start blog--2
 nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
 nginx -s reload
+docker start blog--2
 docker update --restart unless-stopped blog--2''', 'upstart': BUILD + '''stop blog
 docker tag blog:2 blog:latest
-timeout 60 start blog
 nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
-nginx -s reload'''}
+nginx -s reload
+timeout 60 start blog'''}
 
 def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
     machine.lives(FILES)
@@ -1823,6 +1835,173 @@ def test_removing_an_app_leaves_nothing_of_it(machine):
     assert machine.images == machine.containers == machine.jobs == machine.served == {}
     assert not [path for path in machine.files() if 'blog' in path]
     assert 'no app blog here' in refusal(dh.destroy, machine.host, 'blog', True)
+
+# ---- Releases: put back, rolled back, cleaned up ------------------------------------
+
+def pushed(machine, *commits):
+    """Releases of these commits after the first, the last one live."""
+    engine, old = dh.choose_engine(machine.host), machine.lives(FILES)
+    for number, commit in enumerate(commits, 2):
+        files = but('docker', 'FROM ' + commit[:3])
+        new = machine.release(number, commit, files, 2.5)
+        engine.prepare(new)
+        for act in dh.switch_steps(machine.host, old, new):
+            act()
+        engine.settle(new)
+        old = new
+    dh.set_link(machine.host, 'blog', 'live', old)
+    machine.refs[MAIN] = commits[-1]
+    del machine.done[:]
+
+def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
+    machine.lives(FILES)
+    before = machine.whole()
+    machine.push(FILES_2)
+    dh.rollback(machine.host, 'blog')
+    found = machine.whole()
+    for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
+        before.pop(key, None), found.pop(key, None)
+    assert found == before and machine.refs['refs/heads/main'] == SHA
+    assert len([line for line in machine.done if line.startswith('docker build')]) == 1
+    machine.push(FILES_2)
+    assert dh.live_release(machine.host, 'blog').number == 3
+    dh.rollback(machine.host, 'blog', '2')
+    assert machine.running() == ['sha256:FROMtwo'] and machine.refs[
+        'refs/heads/main'] == SHA_2
+
+@table('number, said', '''
+    1 => release 1 cannot run again: its image blog:1 was removed; nothing has changed
+    2 => release 2 is not one to go back to: see dockhand releases blog
+    3 => release 3 is not one to go back to: see dockhand releases blog
+    x => release x is not one to go back to: see dockhand releases blog''')
+def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
+    pushed(machine, SHA_2)
+    assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
+    del machine.images['blog:1']
+    before = machine.whole()
+    assert refusal(dh.rollback, machine.host, 'blog', number) == said
+    assert machine.changed(before) == []
+
+@table('init, broken', '''
+    none    => docker stop
+    none    => docker start
+    none    => nginx -s
+    upstart => stop
+    upstart => timeout 60 start
+    upstart => docker tag''')
+def test_a_rollback_that_fails_is_put_back_and_can_be_tried_again(tmpdir, init, broken):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    machine.push(FILES_2)
+    before = machine.whole()
+    machine.broken[broken] = 1
+    assert 'broken on purpose' in refusal(dh.rollback, machine.host, 'blog')
+    assert machine.changed(before) in ([], ['blog--1'])     # stopped, of either policy
+    dh.rollback(machine.host, 'blog')
+    assert machine.running() == ['sha256:FROMone']
+
+@pytest.mark.parametrize('live', [False, True])
+def test_a_crash_in_a_rollback_leaves_one_whole_release(machine, live):
+    pushed(machine, SHA_2)
+    older = dh.load_release(machine.host, 'blog', 1)
+    dh.set_link(machine.host, 'blog', 'pending', older)
+    if live:
+        dh.set_link(machine.host, 'blog', 'live', older)
+        machine.containers['blog--1'] = machine.container('c1', older.image)
+    dh.recover(machine.host)
+    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [2, 1]
+    assert machine.refs['refs/heads/main'] == (SHA if live else SHA_2)
+
+def test_releases_are_listed_with_what_became_of_them(plain, capfd):
+    pushed(plain, SHA_2)
+    assert refusal(plain.push, but('job', 'x\n'), MAIN, SHA_2, SHA_3)
+    capfd.readouterr()
+    dh.releases(plain.host, 'blog')
+    lines = capfd.readouterr().out.splitlines()
+    assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
+                    'upstart.conf:1: unknown stanza `x`', lines[0])
+    assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
+    assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
+    assert 'no app wiki here' in refusal(dh.releases, plain.host, 'wiki')
+
+def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
+    pushed(machine, *[number * 40 for number in '234567'])
+    dh.set_link(machine.host, 'blog', 'live', dh.load_release(machine.host, 'blog', 3))
+    capfd.readouterr()
+    dh.after_push(machine.host, 'blog')
+    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [
+        7, 6, 5, 4, 3]
+    assert sorted(machine.images) == ['blog:%d' % number for number in range(3, 8)] + [
+        'blog:latest']
+    assert sorted(ref for ref in machine.refs if 'dockhand' in ref) == [
+        'refs/dockhand/%d' % number for number in range(3, 8)]
+    assert machine.init == 'upstart' or sorted(machine.containers) == [
+        'blog--%d' % number for number in range(3, 8)]
+    err = capfd.readouterr().err
+    assert '-----> Release 1 is removed, 0.0 MB freed\n' in err
+    assert 'with what its container wrote outside volumes: /srv/kept.db\n' in err
+
+def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
+    pushed(plain, *[number * 40 for number in '23456'])
+    plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
+    dh.after_push(plain.host, 'blog')
+    assert 'Release 1 stays: a container uses its image\n' in capfd.readouterr().err
+    assert dh.list_releases(plain.host, 'blog') == [1, 2, 3, 4, 5, 6]
+
+def test_what_is_gone_of_a_live_release_is_brought_back(machine):
+    machine.lives(FILES)
+    before = machine.whole()
+    del machine.images['blog:latest']
+    machine.containers.clear()
+    machine.jobs.clear()
+    for path in ('/etc/nginx/conf.d/blog.conf', '/etc/init/blog.conf'):
+        dh.remove_file(machine.host.path(path))
+    for _ in range(2):
+        dh.recover(machine.host)
+        assert machine.changed(before) == []
+
+def test_recover_goes_on_with_the_next_app(plain, capfd):
+    plain.lives(FILES)
+    live = dh.live_release(plain.host, 'blog')._replace(app='alone')
+    dh.save_release(plain.host, live)
+    dh.set_link(plain.host, 'alone', 'live', live)
+    plain.images.clear()
+    assert refusal(dh.recover, plain.host) == '2 app(s) could not be put right'
+    assert re.findall('dockhand: (.*)', capfd.readouterr().err) == [
+        '%s: the image of release 1 is gone: sudo dockhand rebuild %s' % (app, app)
+        for app in ('alone', 'blog')]
+
+def test_a_push_without_room_for_a_build_is_refused(plain):
+    assert re.match(r'\d+ MB are free on /var/lib/docker, a build wants 99999999: ',
+                    refusal(dh.check_space, plain.host, 99999999))
+    plain.write('/etc/docker/daemon.json', '{"data-root": "/mnt/docker"}')
+    assert 'on /mnt/docker' in refusal(dh.check_space, plain.host, 99999999)
+    dh.check_space(plain.host, 1)
+
+@table('name, said', '''
+    here.org  => -----> blog: http://here.org:{0}/ answers 418
+    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://192.0.2.1:{0}/''')
+def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
+    listener = socket.socket()
+    listener.bind(('127.0.0.1', 0))
+    listener.listen(1)
+    port, heard = listener.getsockname()[1], []
+
+    def answer():
+        connection = listener.accept()[0]
+        heard.append(connection.recv(999))
+        connection.sendall(b'HTTP/1.1 418 No\r\n\r\n')
+        connection.close()
+    thread = threading.Thread(target=answer)
+    thread.start()
+    plain.lives(but('proxy', 'server { listen %d; server_name %s; }' % (port, name)))
+    dh.after_push(plain.host, 'blog')
+    thread.join()
+    listener.close()
+    assert said.format(port) in capfd.readouterr().err
+    assert heard == [dh.to_bytes('GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % name)]
+    assert plain.head == 'refs/heads/main'
+    assert dh.fetch_status(name, port).startswith('nothing (')
 
 @contextmanager
 def ssh_command(text):
