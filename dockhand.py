@@ -167,6 +167,7 @@ class Voice(object):
                 self.patience = 0
 
 say = Voice(2)
+tell = Voice(1, patience=3600)      # for the commands that people run, and may page
 
 def step(text):
     """A step of a deploy, as the pusher sees it."""
@@ -176,12 +177,6 @@ def detail(text):
     """Lines that belong to the step before."""
     for line in text.splitlines():
         say('       ' + line)
-
-def tell(text):
-    """A line on standard output, for the commands that people run."""
-    data = to_bytes(text + '\n')
-    while data:
-        data = data[os.write(1, data):]
 
 def printable(text, limit=80):
     """What a stranger sent, fit for a message: printable ASCII, not too long."""
@@ -272,16 +267,14 @@ def read_lines(fd, each, silence=20):
             return
 
 class Host(object):
-    """Where the machine's files are, how a command is run there: the seam for tests."""
+    """Where the machine's files are, how a command is run there: the seam for tests.
+
+    `ask` runs a command that may fail, and gives its Result; options as of execute."""
     def __init__(self, root='/', run=execute, user='git'):
-        self.root, self.execute, self.user = root, run, user
+        self.root, self.ask, self.user = root, run, user
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
-
-    def ask(self, argv, **options):
-        """Run a command that may fail; its Result."""
-        return self.execute(list(argv), **options)
 
     def run(self, argv, **options):
         """Run a command that must succeed; its standard output."""
@@ -495,20 +488,20 @@ def parse_ssh_command(command):
 
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
-    wanted = branch or ' or '.join(DEFAULT_BRANCHES)
+    wanted = [branch] if branch else DEFAULT_BRANCHES
     if ref.startswith('refs/tags/'):
         return 'store'
     if not ref.startswith('refs/heads/'):
         raise Failure('%s is refused: push a branch or a tag' % printable(ref))
-    name = ref[len('refs/heads/'):]
     if not new.strip('0'):
         raise Failure('branches are not deleted here; to remove the app, on the server: '
                       'sudo dockhand destroy APP')
+    name = ref[len('refs/heads/'):]
     if name == 'plan':
         return 'plan'
-    if name != branch and (branch or name not in DEFAULT_BRANCHES):
+    if name not in wanted:
         raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s'
-                      % (wanted, branch or DEFAULT_BRANCHES[0]))
+                      % (' or '.join(wanted), wanted[0]))
     return 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
@@ -519,8 +512,7 @@ def parse_public_keys(text):
         raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
                       'ssh HOST "sudo dockhand upload-key NAME"')
     if 'PRIVATE KEY' in text:
-        raise Failure('this is a private key: keep it, and send the file that ends in '
-                      '.pub')
+        raise Failure('this is a private key: keep it, send the file that ends in .pub')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
     found = [parse_public_key(line) for line in lines if line and line[0] != '#']
     if not found:
@@ -585,16 +577,13 @@ def render_authorized_keys(before, keys, after):
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
-    blobs = [blob for _, blob in uploaded]
     for key in keys:
-        if key.blob in blobs and key.name != name:
+        if key.name != name and (key.type, key.blob) in uploaded:
             raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
                           'go on using it' % (key.name, key.name))
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
-    known = [key.blob for key in kept]
     for kind, blob in uploaded:
-        if blob not in known:
-            known.append(blob)
+        if Key(kind, blob, name, apps) not in kept:
             kept.append(Key(kind, blob, name, apps))
     return kept
 
