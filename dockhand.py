@@ -599,25 +599,28 @@ Published = namedtuple('Published', 'address host container protocol')
 # Long patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
 # in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
+# It matches two groups, a name and a value; none in an empty line or a comment.
 STANZA = r'''(?x)[ \t]*(?:
-    (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
-        (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
-  | (?P<event>(?:start|stop)[ \t]+on)\b
-        (?P<when>(?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
-  | (?P<name>(?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
+    ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
+        ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
+  | ((?:start|stop)[ \t]+on)\b
+        ((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
+  | ((?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
       |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
       |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
       |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
         (?P<value>(?:\\\r?\n|[^\n])*)
-  | (?P<comment>\#[^\n]*)?
+  | (?:\#[^\n]*)?
   )[ \t\r]*(?:\n|\Z)'''
 
-WANTED_VALUES = {'exec': (r'(?s).', 'a command'),
-                 'kill timeout': (r'\d+\Z', 'a number of seconds')}
-REFUSED_STANZAS = {
-    'task': 'dockhand runs services that go on; use cron for what ends',
-    'instance': 'one app is one service; push it under several names',
-    'expect': 'docker run does not fork, and init would wait for ever; remove it'}
+# What a stanza's value must match, and what to say where it does not.
+WANTED_VALUES = {
+    'exec': (r'(?s).', 'a command is wanted'),
+    'kill timeout': (r'\d+\Z', 'a number of seconds is wanted'),
+    'kill signal': (r'\D|\Z', 'a number crashes init 1.5; write its name, as in SIGINT'),
+    'task': (r'none\Z', 'dockhand runs services that go on; use cron for what ends'),
+    'instance': (r'none\Z', 'one app is one service; push it under several names'),
+    'expect': (r'none\Z', 'docker run does not fork, init would wait on; remove it')}
 REFUSED_OPTIONS = {
     'detach': 'a detached container leaves init nothing to watch; remove it',
     'interactive': 'a service has no terminal; remove it',
@@ -656,11 +659,11 @@ def parse_job(text):
         match = re.compile(STANZA).match(text, at)
         if not match:
             raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
-        for group, value in (('script', 'body'), ('event', 'when'), ('name', 'value')):
-            if match.group(group):
-                name, begin = ' '.join(match.group(group).split()), match.start(value)
-                line = text.count('\n', 0, begin) + 1
-                stanzas.append(Stanza(name, match.group(value), line, begin))
+        if match.lastindex:
+            name, value = match.group(match.lastindex - 1, match.lastindex)
+            begin = match.start(match.lastindex)
+            line = text.count('\n', 0, begin) + 1
+            stanzas.append(Stanza(' '.join(name.split()), value, line, begin))
         tokens = re.finditer(SHELL_TOKEN, match.group('value') or '')
         if any(each.lastgroup == 'stray' and each.group() in '"\'' for each in tokens):
             raise job_failure(stanzas[-1].line, 'a quote is not closed')
@@ -762,12 +765,10 @@ def runs_of(job):
             for stanza in find_stanzas(job, 'exec', 'script')[-1:]
             for command in commands_of(stanza) if docker_verb(command) == 'run']
 
-def option_values(run, name):
-    return [option.value for option in run.options if option.name == name]
-
 def is_on(option):
     """A flag is on unless it says =false."""
-    return (option.value or 'true').lower() in ('true', '1', 't')
+    return option.name not in FLAGS or \
+        (option.value or 'true').lower() in ('true', '1', 't')
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
@@ -786,17 +787,16 @@ def parse_published(value):
 
 def published_ports(job):
     """The Published of every `-p` of the job's last `docker run`."""
-    return [parse_published(value) for run in runs_of(job)[-1:]
-            for value in option_values(run, 'publish')]
+    return [parse_published(option.value) for run in runs_of(job)[-1:]
+            for option in run.options if option.name == 'publish']
 
 def mounted_paths(run):
     """The paths in the container that -v, --mount and --tmpfs put something at."""
-    paths = [value.split(':')[0] for value in option_values(run, 'tmpfs')]
-    for value in option_values(run, 'volume'):
-        paths.append((value.split(':') + [''])[1] or value)
-    for value in option_values(run, 'mount'):
-        paths += re.findall(r'(?:dst|destination|target)=([^,]+)', value)
-    return [path.rstrip('/') for path in paths]
+    patterns = {'tmpfs': r'[^:]+', 'volume': r'(?:[^:]*:)?([^:]+)',
+                'mount': r'(?:dst|destination|target)=([^,]+)'}
+    found = [re.findall(patterns[option.name], option.value)[:1]
+             for option in run.options if option.name in patterns]
+    return [path.rstrip('/') for paths in found for path in paths]
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
@@ -814,66 +814,58 @@ def check_job(job, app, proxied=(), volumes=()):
               if re.search(r'filesystem\s+and\s+started\s+docker', stanza.value)]
     for run in runs_of(job):
         check_run(run, job)
-        doubts += doubts_of_image(run, app, volumes) + doubts_of_ports(run, proxied)
+        doubts.extend(doubts_of_image(run, app, volumes))
+        doubts.extend(doubts_of_ports(run, proxied))
     return doubts
 
 def check_stanza(stanza):
-    name, line, value = stanza.name, stanza.line, plain_value(stanza)
-    pattern, wanted = WANTED_VALUES.get(name, ('', ''))
+    pattern, said = WANTED_VALUES.get(stanza.name, ('', ''))
+    value = plain_value(stanza)
     if not re.match(pattern, value):
-        raise job_failure(line, '`%s` wants %s' % (name, wanted))
-    if name.endswith('script') and '\r' in stanza.value:
-        raise job_failure(line, 'a script with Windows line ends, which sh takes for '
-                          'text: save it with Unix ones')
-    if name == 'kill signal' and value[:1].isdigit():
-        raise job_failure(line, '`kill signal %s`: a number crashes init 1.5; write its '
-                          'name, as in SIGINT' % printable(value))
-    if name in REFUSED_STANZAS and value != 'none':
-        raise job_failure(line, '`%s`: %s' % (name, REFUSED_STANZAS[name]))
+        text = printable((stanza.name + ' ' + value).strip())
+        raise job_failure(stanza.line, '`%s`: %s' % (text, said))
+    if stanza.name.endswith('script') and '\r' in stanza.value:
+        raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes '
+                          'for text: save it with Unix ones')
 
 def check_run(run, job):
     for option in run.options:
-        text, line = option.word.text, option.word.line
-        if option.name in REFUSED_OPTIONS and (option.name not in FLAGS or is_on(option)):
-            raise job_failure(line, '`%s`: %s' % (text, REFUSED_OPTIONS[option.name]))
+        wrong = is_on(option) and REFUSED_OPTIONS.get(option.name)
         if option.name == 'name' and len(option.value) < 2:
-            raise job_failure(line, '`%s %s`: docker wants two characters at least'
-                              % (text, option.value))
-        if option.name == 'name' and not is_removed(run, job, option.value):
-            raise job_failure(line, '`%s %s` without `--rm`: the next start finds the '
-                              'name taken; add --rm' % (text, option.value))
+            wrong = 'docker wants a name of two characters at least'
+        elif option.name == 'name' and not is_removed(run, job, option.value):
+            wrong = 'without --rm the next start finds this name taken; add --rm'
+        if wrong:
+            raise job_failure(option.word.line, '`%s`: %s' % (option.word.text, wrong))
 
 def is_removed(run, job, name):
     """Whether something takes a named container away before it is run again."""
-    if any(option.name == 'rm' and is_on(option) for option in run.options):
-        return True
-    return any(word.value == name or '$' in word.value
-               for stanza in job if stanza.name.split()[-1] in ('exec', 'script')
+    removed = [word.value for stanza in job if stanza.name.endswith(('exec', 'script'))
                for command in commands_of(stanza) if docker_verb(command) == 'rm'
-               for word in docker_words(command)[1:])
+               for word in docker_words(command)[1:]]
+    return any(option.name == 'rm' and is_on(option) for option in run.options) or any(
+        value == name or '$' in value for value in removed)
 
 def doubts_of_image(run, app, volumes):
     if not is_image_of(app, run.image):
-        return [(run.line, 'warning: it runs the image `%s`, not what this repository '
-                 'builds, `%s`' % (printable(run.image), app))]
-    if option_values(run, 'volumes-from'):
-        return []
-    lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
-    return [(run.line, 'warning: VOLUME %s is mounted nowhere, its data goes at every '
-             'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
-            for path in sorted(lost)]
+        yield run.line, ('warning: it runs the image `%s`, not what this repository '
+                         'builds, `%s`' % (printable(run.image), app))
+    elif 'volumes-from' not in [option.name for option in run.options]:
+        lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
+        for path in sorted(lost):
+            yield run.line, (
+                'warning: VOLUME %s is mounted nowhere, its data goes at every stop; '
+                'to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
 
 def doubts_of_ports(run, proxied):
     """Docker's published ports pass by the firewall that people know, ufw."""
-    doubts = []
     for option in [each for each in run.options if each.name == 'publish']:
         address, outside, inside, protocol = parse_published(option.value)
-        if not address and protocol == 'tcp' and (
-                outside in proxied or inside in HTTP_PORTS):
-            doubts.append((option.word.line, 'warning: `-p %s` is open to the world, '
-                           'past ufw; behind nginx: `-p 127.0.0.1:%s:%s`'
-                           % (option.value, outside or inside, inside)))
-    return doubts
+        is_web = outside in proxied or inside in HTTP_PORTS
+        if is_web and not address and protocol == 'tcp':
+            yield option.word.line, (
+                'warning: `-p %s` is open to the world, past ufw; behind nginx: '
+                '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
