@@ -314,12 +314,12 @@ def last_line(text):
     return plain_line(text.strip().rpartition('\n')[2])
 
 def read_file(path):
-    """The text of a file; None where there is none."""
+    """The text of a file; None where there is none, or of a process that has gone."""
     try:
         with open(path, 'rb') as source:
             return to_text(source.read())
     except EnvironmentError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH):
             return None
         raise
 
@@ -987,14 +987,14 @@ def parse_nginx(text):
             line = line if words else text.count('\n', 0, match.start()) + 1
             words.append(match.group().strip('"\''))
         elif match.lastgroup == 'mark':
-            mark = match.group()
+            block = [] if match.group() == '{' else None
             if words:
-                stack[-1].append(Directive(line, words, [] if mark == '{' else None))
-                if mark == '{':
-                    stack.append(stack[-1][-1].block)
+                stack[-1].append(Directive(line, words, block))
             words = []
-            if mark == '}' and len(stack) > 1:
-                stack.pop()
+            if match.group() == '{':
+                stack.append(block)
+            elif match.group() == '}':
+                stack[1:] = stack[1:-1]
     return stack[0]
 
 def servers_of(text):
@@ -1025,12 +1025,12 @@ def proxied_ports(text):
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
 
 def server_claims(server):
-    """{(port, name): line} that a server block takes; `default_server` is such a name."""
+    """{(port, what, in words): line} that only one server block of a machine can have."""
     claims = {}
     for listen in server.listens:
         for name in server.names or ['']:
-            spread = (name[1:], '*' + name) if name.startswith('.') else (name,)
-            claims.update(((listen.port, each), server.line) for each in spread)
+            for each in (name[1:], '*' + name) if name.startswith('.') else (name,):
+                claims[listen.port, 'server_name "%s"' % each] = server.line
         if listen.default:
             claims[listen.address + ':' + listen.port, 'default_server'] = listen.line
     return claims
@@ -1043,21 +1043,13 @@ def check_proxy(servers, others):
             for claim, line in server_claims(server).items():
                 taken.setdefault(claim, '%s:%d' % (path, line))
     for server in servers:
-        for (port, name), line in sorted(server_claims(server).items()):
-            if (port, name) in taken:
-                raise proxy_failure(line, claim_text(name) % (
-                    port.rpartition(':')[2], taken[port, name]))
+        for (port, what), line in sorted(server_claims(server).items()):
+            if (port, what) in taken:
+                raise proxy_failure(
+                    line, '%s is taken on port %s, by %s: change one of the two' % (
+                        printable(what), port.rpartition(':')[2], taken[port, what]))
         check_reachable(server)
         check_addresses(server, others)
-
-def claim_text(name):
-    """What to say when a name is taken, with places for the port and who has it."""
-    if name == 'default_server':
-        return 'default_server is taken on port %s, by %s: take it out of one of the two'
-    if not name:
-        return 'no request reaches a server without a name on port %s, because of %s'
-    return 'server_name "' + printable(name).replace('%', '%%') + (
-        '" is taken on port %s, by %s: choose another')
 
 def proxy_failure(line, text):
     return Failure('nginx-proxy.conf:%d: %s' % (line, text))
@@ -1113,12 +1105,10 @@ def proxy_address(servers):
     for server in servers:
         port = server.listens[0].port
         names = [name for name in server.names if HOST_NAME.match(name)]
-        if server.listens[0].default:
-            names.append(os.uname()[1])
+        names += [os.uname()[1]] if server.listens[0].default else []
         if names and port:
-            scheme = 'https' if port == '443' else 'http'
-            shown = '' if port in ('80', '443') else ':' + port
-            return '%s://%s%s/' % (scheme, names[0], shown)
+            shape = {'80': 'http://%s/', '443': 'https://%s/'}
+            return shape.get(port, 'http://%s:' + port + '/') % names[0]
     return None
 
 # ---- Docker and nginx ------------------------------------------------------------------
@@ -1188,12 +1178,11 @@ def nginx_version(host):
 
 def proxy_files(host):
     """{path: text} of nginx's files in conf.d and sites-enabled, not our catch-all."""
-    paths = [folder + '/' + name
-             for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
-             for name in list_folder(host.path(folder))
-             if name.endswith(ending) and os.path.isfile(host.path(folder, name))]
-    files = [(path, read_file(host.path(path))) for path in paths if path != CATCH_ALL]
-    return dict((path, text) for path, text in files if text is not None)
+    folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
+    paths = [folder + '/' + name for folder, ending in folders
+             for name in list_folder(host.path(folder)) if name.endswith(ending)]
+    return dict((path, read_file(host.path(path)) or '') for path in paths
+                if path != CATCH_ALL and os.path.isfile(host.path(path)))
 
 def catch_all_text(host, files):
     listens = [listen for text in files.values() for server in servers_of(text)
@@ -1209,8 +1198,7 @@ def check_proxy_file(host, app, text):
     check_proxy(servers_of(without_header(text)), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
-        raise Failure("nginx's configuration was broken before this push, mend it first: "
-                      + problem)
+        raise Failure('nginx was broken before this push, mend it first: ' + problem)
     if problem:
         raise Failure(problem if 'nginx-proxy.conf:' in problem else
                       'nginx-proxy.conf clashes with another file: ' + problem)
@@ -1221,14 +1209,12 @@ def try_nginx(host, app, text):
     own = PROXIES + '/%s.conf' % app
     candidate, catch_all, staged = ['%s/.dockhand-%s.%s' % (NGINX, app, part)
                                     for part in ('candidate', 'catch-all', 'nginx')]
-    files = dict(proxy_files(host), **{own: text})
-    if text is None:
-        del files[own]
+    files = dict(proxy_files(host), **{own: text or ''})
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     staged_text = stage_nginx_conf(nginx_conf(host), [catch_all] + order, staged + '.pid')
     try:
-        replace_file(host.path(candidate), text or '')
+        replace_file(host.path(candidate), files[own])
         replace_file(host.path(catch_all), catch_all_text(host, files))
         replace_file(host.path(staged), staged_text)
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
@@ -1305,19 +1291,13 @@ def nginx_master(host):
 
 def nginx_workers(host, master):
     """The workers that still take requests, as [process id]."""
-    return [pid for pid in os.listdir(host.path('/proc')) if pid.isdigit() and
-            read_process(host, pid, 'stat').rpartition(')')[2].split()[1:2] == [master]
+    found = [(pid, read_file(host.path('/proc', pid, 'stat')) or '')
+             for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
+    return [pid for pid, text in found if text.rpartition(')')[2].split()[1:2] == [master]
             and 'shutting down' not in process_title(host, pid)]
 
 def process_title(host, pid):
-    return read_process(host, pid, 'cmdline').replace('\0', ' ')
-
-def read_process(host, pid, name):
-    """A file of /proc/PID, '' when the process is gone."""
-    try:
-        return read_file(host.path('/proc', pid, name)) or ''
-    except EnvironmentError:
-        return ''
+    return (read_file(host.path('/proc', pid, 'cmdline')) or '').replace('\0', ' ')
 
 def nginx_log(host):
     """The last trouble in nginx's error log."""

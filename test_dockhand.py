@@ -640,7 +640,7 @@ def blocks(text):
     {- 80 default_server} => {- *:80 default_server} => 1: default_server is taken
     {- 80 default} => {x 0.0.0.0:80 default_server}  => 1: default_server is taken
     {_ 81}        => {_ 81}        => 1: server_name "_" is taken
-    {- 8081}      => {- 8081}      => 1: no request reaches
+    {- 8081}      => {- 8081}      => 1: server_name "" is taken on port 8081
     \n{-}         =>               => 2: no request reaches this server: give it a
     {_}           =>               => 1: no request
     {"" 443}      =>               => 1: no request
