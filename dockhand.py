@@ -106,9 +106,9 @@ sys.path.insert(0, '{library}')
 import dockhand
 os._exit(dockhand.main({role!r}, {user!r}))
 '''
-HOOK = '''#!/bin/sh
-exec sudo -n {receive} {hook} "$DOCKHAND_APP" "$DOCKHAND_KEY"{rest}
-'''
+HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
+HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
+         ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
 REPOSITORY_CONFIG = '''[core]
 \tbare = true
 \thooksPath = hooks
@@ -2002,29 +2002,26 @@ def after_push(host, app):
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
-Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the git user's
+Part = namedtuple('Part', 'path text mode')     # a file, the git user's under its home
 
 def installed_parts(host):
     """Every file that `install` writes, but for nginx's, as [Part]."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
-    hooks = [('/hooks/' + hook, HOOK.format(receive=RECEIVE, hook=hook, rest=rest), 0o755)
-             for hook, rest in (('update', ' "$@"'), ('post-receive', ''))]
     parts = [
-        (LIBRARY + '/dockhand.py', source, 0o644),
-        (PROGRAM, launcher(host, 'dockhand'), 0o755),
-        (RECEIVE, launcher(host, 'receive'), 0o755),
-        (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        (TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
-        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
-    parts += [(TEMPLATE + path, text, mode) for path, text, mode in hooks]
+        Part(LIBRARY + '/dockhand.py', source, 0o644),
+        Part(PROGRAM, launcher(host, 'dockhand'), 0o755),
+        Part(RECEIVE, launcher(host, 'receive'), 0o755),
+        Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
+        Part(TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
+        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
     if is_systemd(host):
-        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
+        parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
-        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
-    folders = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
-    return [Part(*part, git=False) for part in parts] + [
-        Part(folder + path, text, mode, git=True) for folder in folders
-        if os.path.isdir(host.path(folder)) for path, text, mode in hooks]
+        parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
+    repositories = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
+    return parts + [Part(folder + '/hooks/' + name, text, 0o755)
+                    for folder in [TEMPLATE] + repositories for name, text in HOOKS
+                    if folder == TEMPLATE or os.path.isdir(host.path(folder))]
 
 def launcher(host, role):
     """A script of a few lines for the interpreter that runs now, isolated. It neither
@@ -2052,9 +2049,7 @@ def missing_requirements(host):
                 found.append(('docker 1.10 or later, where init is not Upstart',
                               'apt-get install docker.io'))
         except Failure as failure:
-            start = 'systemctl start docker' if is_systemd(host) else 'start docker' \
-                if is_upstart(host) else 'service docker start, or dockerd &'
-            found.append((str(failure), start))
+            found.append((str(failure), 'service docker start, or dockerd &'))
     return found
 
 def ensure_user(host):
@@ -2082,7 +2077,8 @@ def install_part(host, part):
     path = host.path(part.path)
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
-    changed = replace_file(path, part.text, part.mode, part.git and host.account(), check)
+    owner = host.account() if part.path.startswith(host.home() + '/') else None
+    changed = replace_file(path, part.text, part.mode, owner, check)
     if changed:
         tell('wrote ' + part.path)
     return changed
@@ -2335,17 +2331,16 @@ def doctor_parts(host):
 
 def doctor_ssh(host):
     """What keeps sshd from letting the git user in."""
-    settings = {}
-    for line in host.ask(['sshd', '-T']).out.splitlines():
-        name, _, value = line.partition(' ')
-        settings.setdefault(name.lower(), []).append(value)
-    users = ' '.join(settings.get('allowusers', [])).split()
-    files = ' '.join(settings.get('authorizedkeysfile', [KEYS]))
+    said = host.ask(['sshd', '-T']).out
+
+    def setting(name):
+        return ' '.join(re.findall('(?im)^%s (.*)' % name, said))
+    users, files = setting('allowusers').split(), setting('authorizedkeysfile') or KEYS
     user, edit = host.user, 'edit /etc/ssh/sshd_config, then reload ssh'
     upload = 'dockhand upload-key NAME < id_ed25519.pub'
     return [(what, command) for wrong, what, command in (
         (users and user not in users, 'AllowUsers of sshd leaves out ' + user, edit),
-        ('allowgroups' in settings, 'AllowGroups of sshd may leave out ' + user, edit),
+        (setting('allowgroups'), 'AllowGroups of sshd may leave out ' + user, edit),
         (KEYS not in files, 'AuthorizedKeysFile of sshd is ' + files, edit),
         (not os.path.exists(keys_path(host)), 'no key may push', upload)) if wrong]
 
@@ -2399,25 +2394,19 @@ def usage():
 
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
-    options = dict(re.findall(r'\[--?([a-z]+)(?: ([A-Z]+))?\]', pattern))
+    import getopt
+    valued = dict(re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern))
     wanted = re.sub(r'\[.*?\]', '', pattern).split()
-    given, found, words = [], {}, list(words)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.lstrip('-').partition('=')
-        if not word.startswith('-') or word == '-':
-            given.append(word)
-        elif name not in options or (equals and not options[name]):
-            raise Usage('unknown option ' + printable(word))
-        elif not options[name]:
-            found[name] = True
-        elif not equals and not words:
-            raise Usage('%s wants a value' % word)
-        else:
-            found[name] = value if equals else words.pop(0)
+    letters = [name + (valued[name] and ':') for name in valued if len(name) == 1]
+    names = [name + (valued[name] and '=') for name in valued if len(name) > 1]
+    try:
+        found, given = getopt.gnu_getopt(words, ''.join(letters), names)
+    except getopt.GetoptError as error:
+        raise Usage(printable(str(error)))
     if len(given) < len(wanted) or (len(given) > len(wanted) and '...' not in pattern):
         raise Usage('wanted: ' + (pattern or 'no words'))
-    return given, found
+    found = [(name.lstrip('-'), value) for name, value in found]
+    return given, dict((name, value if valued[name] else True) for name, value in found)
 
 def run_command(host, words):
     if not words or words[0] in ('help', '-h', '--help'):
