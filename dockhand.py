@@ -268,8 +268,7 @@ def read_lines(fd, each, silence=20):
 
 class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
-
-    `ask` runs a command that may fail, and gives its Result; options as of execute."""
+    `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
         self.root, self.ask, self.user = root, run, user
 
@@ -293,10 +292,10 @@ class Host(object):
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
         for line in (read_file(self.path('/etc/passwd')) or '').splitlines():
-            fields = line.split(':')
-            if fields[0] == self.user and len(fields) == 7:
-                return Account(fields[0], int(fields[2]), int(fields[3]), fields[5],
-                               fields[6] or '/bin/sh')
+            name, _, fields = line.partition(':')
+            if name == self.user and fields.count(':') == 5:
+                _, uid, gid, _, home, shell = fields.split(':')
+                return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
         return None
 
     def home(self):
@@ -646,8 +645,7 @@ SHELL_TOKEN = r'''(?xs)
     (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)'''
-VARIABLE = re.compile(
-    r"(?P<kept>'[^']*'|\\.)|\$\{(?P<long>\w+)\}|\$(?P<short>\w+)|[$`]", re.DOTALL)
+VARIABLE = r"(?s)(?P<kept>'[^']*'|\\.)|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]"
 
 def job_failure(line, text):
     return Failure('upstart.conf:%d: %s' % (line, text))
@@ -932,13 +930,12 @@ def expand_word(word, env):
     import shlex
 
     def mark(match):
-        name = match.group('long') or match.group('short')
         if match.group('kept'):
             return match.group()
-        if name in env:
-            return '\0%s\0' % name
+        if match.group('name') in env:
+            return '\0%s\0' % match.group('name')
         raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
-    marked = VARIABLE.sub(mark, word.text)
+    marked = re.sub(VARIABLE, mark, word.text)
     if re.match(r'\0\w+\0\Z', marked):          # alone and unquoted: the shell splits it
         return env[marked.strip('\0')].split()
     try:
@@ -1056,9 +1053,9 @@ def proxy_failure(line, text):
 
 def check_reachable(server):
     """An unknown name on port 80 is answered by 000-dockhand.conf."""
-    named = [name for name in server.names if name not in ('', '_')]
-    if not named and all(listen.port in ('80', '443') and not listen.default
-                         for listen in server.listens):
+    unnamed = set(server.names) <= set(['', '_'])
+    if unnamed and all(listen.port in ('80', '443') and not listen.default
+                       for listen in server.listens):
         raise proxy_failure(server.line, 'no request reaches this server: give it a '
                             'server_name, or write `listen 80 default_server;`')
 
