@@ -521,11 +521,10 @@ def parse_public_keys(text):
 def parse_public_key(line):
     """(type, base64 blob) of one line."""
     import base64
-    import binascii
     words = line.split(None, 2)
     try:
         blob = base64.b64decode(to_bytes(words[1]))
-    except (IndexError, TypeError, ValueError, binascii.Error):
+    except (IndexError, TypeError, ValueError):
         blob = b''
     kind = to_bytes(words[0])
     inside = b'\0\0\0' + bytes(bytearray([len(kind) % 256])) + kind
@@ -765,8 +764,7 @@ def runs_of(job):
 
 def is_on(option):
     """A flag is on unless it says =false."""
-    return option.name not in FLAGS or \
-        (option.value or 'true').lower() in ('true', '1', 't')
+    return option.name not in FLAGS or (option.value or 't').lower() in ('true', '1', 't')
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
