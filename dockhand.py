@@ -109,9 +109,9 @@ sys.path.insert(0, '{library}')
 import dockhand
 os._exit(dockhand.main({role!r}, {user!r}))
 '''
-HOOK = '''#!/bin/sh
-exec sudo -n {receive} {hook} "$DOCKHAND_APP" "$DOCKHAND_KEY"{rest}
-'''
+HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
+HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
+         ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
 REPOSITORY_CONFIG = '''[core]
 \tbare = true
 \thooksPath = hooks
@@ -173,6 +173,7 @@ class Voice(object):
                 self.patience = 0
 
 say = Voice(2)
+tell = Voice(1, patience=3600)      # for the commands that people run, and may page
 
 def step(text):
     """A step of a deploy, as the pusher sees it."""
@@ -182,12 +183,6 @@ def detail(text):
     """Lines that belong to the step before."""
     for line in text.splitlines():
         say('       ' + line)
-
-def tell(text):
-    """A line on standard output, for the commands that people run."""
-    data = to_bytes(text + '\n')
-    while data:
-        data = data[os.write(1, data):]
 
 def log(text):
     """A line in the system's log: who changed what, or was refused."""
@@ -284,16 +279,13 @@ def read_lines(fd, each, silence=20):
             return
 
 class Host(object):
-    """Where the machine's files are, how a command is run there: the seam for tests."""
+    """Where the machine's files are, how a command is run there: the seam for tests.
+    `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
-        self.root, self.execute, self.user = root, run, user
+        self.root, self.ask, self.user = root, run, user
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
-
-    def ask(self, argv, **options):
-        """Run a command that may fail; its Result."""
-        return self.execute(list(argv), **options)
 
     def run(self, argv, **options):
         """Run a command that must succeed; its standard output."""
@@ -312,10 +304,10 @@ class Host(object):
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
         for line in (read_file(self.path('/etc/passwd')) or '').splitlines():
-            fields = line.split(':')
-            if fields[0] == self.user and len(fields) == 7:
-                return Account(fields[0], int(fields[2]), int(fields[3]), fields[5],
-                               fields[6] or '/bin/sh')
+            name, _, fields = line.partition(':')
+            if name == self.user and fields.count(':') == 5:
+                _, uid, gid, _, home, shell = fields.split(':')
+                return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
         return None
 
     def home(self):
@@ -333,12 +325,12 @@ def last_line(text):
     return plain_line(text.strip().rpartition('\n')[2])
 
 def read_file(path):
-    """The text of a file; None where there is none."""
+    """The text of a file; None where there is none, or of a process that has gone."""
     try:
         with open(path, 'rb') as source:
             return to_text(source.read())
     except EnvironmentError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH):
             return None
         raise
 
@@ -511,20 +503,20 @@ def parse_ssh_command(command):
 
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
-    wanted = branch or ' or '.join(DEFAULT_BRANCHES)
+    wanted = [branch] if branch else DEFAULT_BRANCHES
     if ref.startswith('refs/tags/'):
         return 'store'
     if not ref.startswith('refs/heads/'):
         raise Failure('%s is refused: push a branch or a tag' % printable(ref))
-    name = ref[len('refs/heads/'):]
     if not new.strip('0'):
         raise Failure('branches are not deleted here; to remove the app, on the server: '
                       'sudo dockhand destroy APP')
+    name = ref[len('refs/heads/'):]
     if name == 'plan':
         return 'plan'
-    if name != branch and (branch or name not in DEFAULT_BRANCHES):
+    if name not in wanted:
         raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s'
-                      % (wanted, branch or DEFAULT_BRANCHES[0]))
+                      % (' or '.join(wanted), wanted[0]))
     return 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
@@ -535,8 +527,7 @@ def parse_public_keys(text):
         raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
                       'ssh HOST "sudo dockhand upload-key NAME"')
     if 'PRIVATE KEY' in text:
-        raise Failure('this is a private key: keep it, and send the file that ends in '
-                      '.pub')
+        raise Failure('this is a private key: keep it, send the file that ends in .pub')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
     found = [parse_public_key(line) for line in lines if line and line[0] != '#']
     if not found:
@@ -546,11 +537,10 @@ def parse_public_keys(text):
 def parse_public_key(line):
     """(type, base64 blob) of one line."""
     import base64
-    import binascii
     words = line.split(None, 2)
     try:
         blob = base64.b64decode(to_bytes(words[1]))
-    except (IndexError, TypeError, ValueError, binascii.Error):
+    except (IndexError, TypeError, ValueError):
         blob = b''
     kind = to_bytes(words[0])
     inside = b'\0\0\0' + bytes(bytearray([len(kind) % 256])) + kind
@@ -601,16 +591,13 @@ def render_authorized_keys(before, keys, after):
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
-    blobs = [blob for _, blob in uploaded]
     for key in keys:
-        if key.blob in blobs and key.name != name:
+        if key.name != name and (key.type, key.blob) in uploaded:
             raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
                           'go on using it' % (key.name, key.name))
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
-    known = [key.blob for key in kept]
     for kind, blob in uploaded:
-        if blob not in known:
-            known.append(blob)
+        if Key(kind, blob, name, apps) not in kept:
             kept.append(Key(kind, blob, name, apps))
     return kept
 
@@ -626,25 +613,28 @@ Published = namedtuple('Published', 'address host container protocol')
 # Long patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
 # in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
+# It matches two groups, a name and a value; none in an empty line or a comment.
 STANZA = r'''(?x)[ \t]*(?:
-    (?P<script>(?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
-        (?P<body>(?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
-  | (?P<event>(?:start|stop)[ \t]+on)\b
-        (?P<when>(?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
-  | (?P<name>(?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
+    ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
+        ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
+  | ((?:start|stop)[ \t]+on)\b
+        ((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
+  | ((?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
       |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
       |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
       |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
         (?P<value>(?:\\\r?\n|[^\n])*)
-  | (?P<comment>\#[^\n]*)?
+  | (?:\#[^\n]*)?
   )[ \t\r]*(?:\n|\Z)'''
 
-WANTED_VALUES = {'exec': (r'(?s).', 'a command'),
-                 'kill timeout': (r'\d+\Z', 'a number of seconds')}
-REFUSED_STANZAS = {
-    'task': 'dockhand runs services that go on; use cron for what ends',
-    'instance': 'one app is one service; push it under several names',
-    'expect': 'docker run does not fork, and init would wait for ever; remove it'}
+# What a stanza's value must match, and what to say where it does not.
+WANTED_VALUES = {
+    'exec': (r'(?s).', 'a command is wanted'),
+    'kill timeout': (r'\d+\Z', 'a number of seconds is wanted'),
+    'kill signal': (r'\D|\Z', 'a number crashes init 1.5; write its name, as in SIGINT'),
+    'task': (r'none\Z', 'dockhand runs services that go on; use cron for what ends'),
+    'instance': (r'none\Z', 'one app is one service; push it under several names'),
+    'expect': (r'none\Z', 'docker run does not fork, init would wait on; remove it')}
 REFUSED_OPTIONS = {
     'detach': 'a detached container leaves init nothing to watch; remove it',
     'interactive': 'a service has no terminal; remove it',
@@ -670,8 +660,7 @@ SHELL_TOKEN = r'''(?xs)
     (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)'''
-VARIABLE = re.compile(
-    r"(?P<kept>'[^']*'|\\.)|\$\{(?P<long>\w+)\}|\$(?P<short>\w+)|[$`]", re.DOTALL)
+VARIABLE = r"(?s)(?P<kept>'[^']*'|\\.)|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]"
 
 def job_failure(line, text):
     return Failure('upstart.conf:%d: %s' % (line, text))
@@ -683,11 +672,11 @@ def parse_job(text):
         match = re.compile(STANZA).match(text, at)
         if not match:
             raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
-        for group, value in (('script', 'body'), ('event', 'when'), ('name', 'value')):
-            if match.group(group):
-                name, begin = ' '.join(match.group(group).split()), match.start(value)
-                line = text.count('\n', 0, begin) + 1
-                stanzas.append(Stanza(name, match.group(value), line, begin))
+        if match.lastindex:
+            name, value = match.group(match.lastindex - 1, match.lastindex)
+            begin = match.start(match.lastindex)
+            line = text.count('\n', 0, begin) + 1
+            stanzas.append(Stanza(' '.join(name.split()), value, line, begin))
         tokens = re.finditer(SHELL_TOKEN, match.group('value') or '')
         if any(each.lastgroup == 'stray' and each.group() in '"\'' for each in tokens):
             raise job_failure(stanzas[-1].line, 'a quote is not closed')
@@ -789,12 +778,9 @@ def runs_of(job):
             for stanza in find_stanzas(job, 'exec', 'script')[-1:]
             for command in commands_of(stanza) if docker_verb(command) == 'run']
 
-def option_values(run, name):
-    return [option.value for option in run.options if option.name == name]
-
 def is_on(option):
     """A flag is on unless it says =false."""
-    return (option.value or 'true').lower() in ('true', '1', 't')
+    return option.name not in FLAGS or (option.value or 't').lower() in ('true', '1', 't')
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
@@ -813,17 +799,16 @@ def parse_published(value):
 
 def published_ports(job):
     """The Published of every `-p` of the job's last `docker run`."""
-    return [parse_published(value) for run in runs_of(job)[-1:]
-            for value in option_values(run, 'publish')]
+    return [parse_published(option.value) for run in runs_of(job)[-1:]
+            for option in run.options if option.name == 'publish']
 
 def mounted_paths(run):
     """The paths in the container that -v, --mount and --tmpfs put something at."""
-    paths = [value.split(':')[0] for value in option_values(run, 'tmpfs')]
-    for value in option_values(run, 'volume'):
-        paths.append((value.split(':') + [''])[1] or value)
-    for value in option_values(run, 'mount'):
-        paths += re.findall(r'(?:dst|destination|target)=([^,]+)', value)
-    return [path.rstrip('/') for path in paths]
+    patterns = {'tmpfs': r'[^:]+', 'volume': r'(?:[^:]*:)?([^:]+)',
+                'mount': r'(?:dst|destination|target)=([^,]+)'}
+    found = [re.findall(patterns[option.name], option.value)[:1]
+             for option in run.options if option.name in patterns]
+    return [path.rstrip('/') for paths in found for path in paths]
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
@@ -841,66 +826,58 @@ def check_job(job, app, proxied=(), volumes=()):
               if re.search(r'filesystem\s+and\s+started\s+docker', stanza.value)]
     for run in runs_of(job):
         check_run(run, job)
-        doubts += doubts_of_image(run, app, volumes) + doubts_of_ports(run, proxied)
+        doubts.extend(doubts_of_image(run, app, volumes))
+        doubts.extend(doubts_of_ports(run, proxied))
     return doubts
 
 def check_stanza(stanza):
-    name, line, value = stanza.name, stanza.line, plain_value(stanza)
-    pattern, wanted = WANTED_VALUES.get(name, ('', ''))
+    pattern, said = WANTED_VALUES.get(stanza.name, ('', ''))
+    value = plain_value(stanza)
     if not re.match(pattern, value):
-        raise job_failure(line, '`%s` wants %s' % (name, wanted))
-    if name.endswith('script') and '\r' in stanza.value:
-        raise job_failure(line, 'a script with Windows line ends, which sh takes for '
-                          'text: save it with Unix ones')
-    if name == 'kill signal' and value[:1].isdigit():
-        raise job_failure(line, '`kill signal %s`: a number crashes init 1.5; write its '
-                          'name, as in SIGINT' % printable(value))
-    if name in REFUSED_STANZAS and value != 'none':
-        raise job_failure(line, '`%s`: %s' % (name, REFUSED_STANZAS[name]))
+        text = printable((stanza.name + ' ' + value).strip())
+        raise job_failure(stanza.line, '`%s`: %s' % (text, said))
+    if stanza.name.endswith('script') and '\r' in stanza.value:
+        raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes '
+                          'for text: save it with Unix ones')
 
 def check_run(run, job):
     for option in run.options:
-        text, line = option.word.text, option.word.line
-        if option.name in REFUSED_OPTIONS and (option.name not in FLAGS or is_on(option)):
-            raise job_failure(line, '`%s`: %s' % (text, REFUSED_OPTIONS[option.name]))
+        wrong = is_on(option) and REFUSED_OPTIONS.get(option.name)
         if option.name == 'name' and len(option.value) < 2:
-            raise job_failure(line, '`%s %s`: docker wants two characters at least'
-                              % (text, option.value))
-        if option.name == 'name' and not is_removed(run, job, option.value):
-            raise job_failure(line, '`%s %s` without `--rm`: the next start finds the '
-                              'name taken; add --rm' % (text, option.value))
+            wrong = 'docker wants a name of two characters at least'
+        elif option.name == 'name' and not is_removed(run, job, option.value):
+            wrong = 'without --rm the next start finds this name taken; add --rm'
+        if wrong:
+            raise job_failure(option.word.line, '`%s`: %s' % (option.word.text, wrong))
 
 def is_removed(run, job, name):
     """Whether something takes a named container away before it is run again."""
-    if any(option.name == 'rm' and is_on(option) for option in run.options):
-        return True
-    return any(word.value == name or '$' in word.value
-               for stanza in job if stanza.name.split()[-1] in ('exec', 'script')
+    removed = [word.value for stanza in job if stanza.name.endswith(('exec', 'script'))
                for command in commands_of(stanza) if docker_verb(command) == 'rm'
-               for word in docker_words(command)[1:])
+               for word in docker_words(command)[1:]]
+    return any(option.name == 'rm' and is_on(option) for option in run.options) or any(
+        value == name or '$' in value for value in removed)
 
 def doubts_of_image(run, app, volumes):
     if not is_image_of(app, run.image):
-        return [(run.line, 'warning: it runs the image `%s`, not what this repository '
-                 'builds, `%s`' % (printable(run.image), app))]
-    if option_values(run, 'volumes-from'):
-        return []
-    lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
-    return [(run.line, 'warning: VOLUME %s is mounted nowhere, its data goes at every '
-             'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
-            for path in sorted(lost)]
+        yield run.line, ('warning: it runs the image `%s`, not what this repository '
+                         'builds, `%s`' % (printable(run.image), app))
+    elif 'volumes-from' not in [option.name for option in run.options]:
+        lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
+        for path in sorted(lost):
+            yield run.line, (
+                'warning: VOLUME %s is mounted nowhere, its data goes at every stop; '
+                'to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
 
 def doubts_of_ports(run, proxied):
     """Docker's published ports pass by the firewall that people know, ufw."""
-    doubts = []
     for option in [each for each in run.options if each.name == 'publish']:
         address, outside, inside, protocol = parse_published(option.value)
-        if not address and protocol == 'tcp' and (
-                outside in proxied or inside in HTTP_PORTS):
-            doubts.append((option.word.line, 'warning: `-p %s` is open to the world, '
-                           'past ufw; behind nginx: `-p 127.0.0.1:%s:%s`'
-                           % (option.value, outside or inside, inside)))
-    return doubts
+        is_web = outside in proxied or inside in HTTP_PORTS
+        if is_web and not address and protocol == 'tcp':
+            yield option.word.line, (
+                'warning: `-p %s` is open to the world, past ufw; behind nginx: '
+                '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
@@ -967,13 +944,12 @@ def expand_word(word, env):
     import shlex
 
     def mark(match):
-        name = match.group('long') or match.group('short')
         if match.group('kept'):
             return match.group()
-        if name in env:
-            return '\0%s\0' % name
+        if match.group('name') in env:
+            return '\0%s\0' % match.group('name')
         raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
-    marked = VARIABLE.sub(mark, word.text)
+    marked = re.sub(VARIABLE, mark, word.text)
     if re.match(r'\0\w+\0\Z', marked):          # alone and unquoted: the shell splits it
         return env[marked.strip('\0')].split()
     try:
@@ -1022,14 +998,14 @@ def parse_nginx(text):
             line = line if words else text.count('\n', 0, match.start()) + 1
             words.append(match.group().strip('"\''))
         elif match.lastgroup == 'mark':
-            mark = match.group()
+            block = [] if match.group() == '{' else None
             if words:
-                stack[-1].append(Directive(line, words, [] if mark == '{' else None))
-                if mark == '{':
-                    stack.append(stack[-1][-1].block)
+                stack[-1].append(Directive(line, words, block))
             words = []
-            if mark == '}' and len(stack) > 1:
-                stack.pop()
+            if match.group() == '{':
+                stack.append(block)
+            elif match.group() == '}':
+                stack[1:] = stack[1:-1]
     return stack[0]
 
 def servers_of(text):
@@ -1060,12 +1036,12 @@ def proxied_ports(text):
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
 
 def server_claims(server):
-    """{(port, name): line} that a server block takes; `default_server` is such a name."""
+    """{(port, what, in words): line} that only one server block of a machine can have."""
     claims = {}
     for listen in server.listens:
         for name in server.names or ['']:
-            spread = (name[1:], '*' + name) if name.startswith('.') else (name,)
-            claims.update(((listen.port, each), server.line) for each in spread)
+            for each in (name[1:], '*' + name) if name.startswith('.') else (name,):
+                claims[listen.port, 'server_name "%s"' % each] = server.line
         if listen.default:
             claims[listen.address + ':' + listen.port, 'default_server'] = listen.line
     return claims
@@ -1078,30 +1054,22 @@ def check_proxy(servers, others):
             for claim, line in server_claims(server).items():
                 taken.setdefault(claim, '%s:%d' % (path, line))
     for server in servers:
-        for (port, name), line in sorted(server_claims(server).items()):
-            if (port, name) in taken:
-                raise proxy_failure(line, claim_text(name) % (
-                    port.rpartition(':')[2], taken[port, name]))
+        for (port, what), line in sorted(server_claims(server).items()):
+            if (port, what) in taken:
+                raise proxy_failure(
+                    line, '%s is taken on port %s, by %s: change one of the two' % (
+                        printable(what), port.rpartition(':')[2], taken[port, what]))
         check_reachable(server)
         check_addresses(server, others)
-
-def claim_text(name):
-    """What to say when a name is taken, with places for the port and who has it."""
-    if name == 'default_server':
-        return 'default_server is taken on port %s, by %s: take it out of one of the two'
-    if not name:
-        return 'no request reaches a server without a name on port %s, because of %s'
-    return 'server_name "' + printable(name).replace('%', '%%') + (
-        '" is taken on port %s, by %s: choose another')
 
 def proxy_failure(line, text):
     return Failure('nginx-proxy.conf:%d: %s' % (line, text))
 
 def check_reachable(server):
     """An unknown name on port 80 is answered by 000-dockhand.conf."""
-    named = [name for name in server.names if name not in ('', '_')]
-    if not named and all(listen.port in ('80', '443') and not listen.default
-                         for listen in server.listens):
+    unnamed = set(server.names) <= set(['', '_'])
+    if unnamed and all(listen.port in ('80', '443') and not listen.default
+                       for listen in server.listens):
         raise proxy_failure(server.line, 'no request reaches this server: give it a '
                             'server_name, or write `listen 80 default_server;`')
 
@@ -1148,12 +1116,10 @@ def proxy_address(servers):
     for server in servers:
         port = server.listens[0].port
         names = [name for name in server.names if HOST_NAME.match(name)]
-        if server.listens[0].default:
-            names.append(os.uname()[1])
+        names += [os.uname()[1]] if server.listens[0].default else []
         if names and port:
-            scheme = 'https' if port == '443' else 'http'
-            shown = '' if port in ('80', '443') else ':' + port
-            return '%s://%s%s/' % (scheme, names[0], shown)
+            shape = {'80': 'http://%s/', '443': 'https://%s/'}
+            return shape.get(port, 'http://%s:' + port + '/') % names[0]
     return None
 
 # ---- Docker and nginx ------------------------------------------------------------------
@@ -1253,12 +1219,11 @@ def nginx_version(host):
 
 def proxy_files(host):
     """{path: text} of nginx's files in conf.d and sites-enabled, not our catch-all."""
-    paths = [folder + '/' + name
-             for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
-             for name in list_folder(host.path(folder))
-             if name.endswith(ending) and os.path.isfile(host.path(folder, name))]
-    files = [(path, read_file(host.path(path))) for path in paths if path != CATCH_ALL]
-    return dict((path, text) for path, text in files if text is not None)
+    folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
+    paths = [folder + '/' + name for folder, ending in folders
+             for name in list_folder(host.path(folder)) if name.endswith(ending)]
+    return dict((path, read_file(host.path(path)) or '') for path in paths
+                if path != CATCH_ALL and os.path.isfile(host.path(path)))
 
 def catch_all_text(host, files):
     listens = [listen for text in files.values() for server in servers_of(text)
@@ -1274,8 +1239,7 @@ def check_proxy_file(host, app, text):
     check_proxy(servers_of(without_header(text)), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
-        raise Failure("nginx's configuration was broken before this push, mend it first: "
-                      + problem)
+        raise Failure('nginx was broken before this push, mend it first: ' + problem)
     if problem:
         raise Failure(problem if 'nginx-proxy.conf:' in problem else
                       'nginx-proxy.conf clashes with another file: ' + problem)
@@ -1285,14 +1249,12 @@ def try_nginx(host, app, text):
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
     own = PROXIES + '/%s.conf' % app
     candidate, catch_all, staged, pid = staged_files(app)
-    files = dict(proxy_files(host), **{own: text})
-    if text is None:
-        del files[own]
+    files = dict(proxy_files(host), **{own: text or ''})
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     staged_text = stage_nginx_conf(nginx_conf(host), [catch_all] + order, pid)
     try:
-        replace_file(host.path(candidate), text or '')
+        replace_file(host.path(candidate), files[own])
         replace_file(host.path(catch_all), catch_all_text(host, files))
         replace_file(host.path(staged), staged_text)
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
@@ -1376,19 +1338,13 @@ def nginx_master(host):
 
 def nginx_workers(host, master):
     """The workers that still take requests, as [process id]."""
-    return [pid for pid in os.listdir(host.path('/proc')) if pid.isdigit() and
-            read_process(host, pid, 'stat').rpartition(')')[2].split()[1:2] == [master]
+    found = [(pid, read_file(host.path('/proc', pid, 'stat')) or '')
+             for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
+    return [pid for pid, text in found if text.rpartition(')')[2].split()[1:2] == [master]
             and 'shutting down' not in process_title(host, pid)]
 
 def process_title(host, pid):
-    return read_process(host, pid, 'cmdline').replace('\0', ' ')
-
-def read_process(host, pid, name):
-    """A file of /proc/PID, '' when the process is gone."""
-    try:
-        return read_file(host.path('/proc', pid, name)) or ''
-    except EnvironmentError:
-        return ''
+    return (read_file(host.path('/proc', pid, 'cmdline')) or '').replace('\0', ' ')
 
 def nginx_log(host):
     """The last trouble in nginx's error log."""
@@ -2241,29 +2197,26 @@ def after_push(host, app):
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
-Part = namedtuple('Part', 'path text mode git')      # a file; git: whether the git user's
+Part = namedtuple('Part', 'path text mode')     # a file, the git user's under its home
 
 def installed_parts(host):
     """Every file that `install` writes, but for nginx's, as [Part]."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
-    hooks = [('/hooks/' + hook, HOOK.format(receive=RECEIVE, hook=hook, rest=rest), 0o755)
-             for hook, rest in (('update', ' "$@"'), ('post-receive', ''))]
     parts = [
-        (LIBRARY + '/dockhand.py', source, 0o644),
-        (PROGRAM, launcher(host, 'dockhand'), 0o755),
-        (RECEIVE, launcher(host, 'receive'), 0o755),
-        (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        (TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
-        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
-    parts += [(TEMPLATE + path, text, mode) for path, text, mode in hooks]
+        Part(LIBRARY + '/dockhand.py', source, 0o644),
+        Part(PROGRAM, launcher(host, 'dockhand'), 0o755),
+        Part(RECEIVE, launcher(host, 'receive'), 0o755),
+        Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
+        Part(TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
+        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
     if is_systemd(host):
-        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
+        parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
-        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
-    folders = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
-    return [Part(*part, git=False) for part in parts] + [
-        Part(folder + path, text, mode, git=True) for folder in folders
-        if os.path.isdir(host.path(folder)) for path, text, mode in hooks]
+        parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
+    repositories = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
+    return parts + [Part(folder + '/hooks/' + name, text, 0o755)
+                    for folder in [TEMPLATE] + repositories for name, text in HOOKS
+                    if folder == TEMPLATE or os.path.isdir(host.path(folder))]
 
 def launcher(host, role):
     """A script of a few lines for the interpreter that runs now, isolated. It neither
@@ -2291,9 +2244,7 @@ def missing_requirements(host):
                 found.append(('docker 1.10 or later, where init is not Upstart',
                               'apt-get install docker.io'))
         except Failure as failure:
-            start = 'systemctl start docker' if is_systemd(host) else 'start docker' \
-                if is_upstart(host) else 'service docker start, or dockerd &'
-            found.append((str(failure), start))
+            found.append((str(failure), 'service docker start, or dockerd &'))
     return found
 
 def ensure_user(host):
@@ -2321,7 +2272,8 @@ def install_part(host, part):
     path = host.path(part.path)
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
-    changed = replace_file(path, part.text, part.mode, part.git and host.account(), check)
+    owner = host.account() if part.path.startswith(host.home() + '/') else None
+    changed = replace_file(path, part.text, part.mode, owner, check)
     if changed:
         tell('wrote ' + part.path)
     return changed
@@ -2625,17 +2577,16 @@ def doctor_parts(host):
 
 def doctor_ssh(host):
     """What keeps sshd from letting the git user in."""
-    settings = {}
-    for line in host.ask(['sshd', '-T']).out.splitlines():
-        name, _, value = line.partition(' ')
-        settings.setdefault(name.lower(), []).append(value)
-    users = ' '.join(settings.get('allowusers', [])).split()
-    files = ' '.join(settings.get('authorizedkeysfile', [KEYS]))
+    said = host.ask(['sshd', '-T']).out
+
+    def setting(name):
+        return ' '.join(re.findall('(?im)^%s (.*)' % name, said))
+    users, files = setting('allowusers').split(), setting('authorizedkeysfile') or KEYS
     user, edit = host.user, 'edit /etc/ssh/sshd_config, then reload ssh'
     upload = 'dockhand upload-key NAME < id_ed25519.pub'
     return [(what, command) for wrong, what, command in (
         (users and user not in users, 'AllowUsers of sshd leaves out ' + user, edit),
-        ('allowgroups' in settings, 'AllowGroups of sshd may leave out ' + user, edit),
+        (setting('allowgroups'), 'AllowGroups of sshd may leave out ' + user, edit),
         (KEYS not in files, 'AuthorizedKeysFile of sshd is ' + files, edit),
         (not os.path.exists(keys_path(host)), 'no key may push', upload)) if wrong]
 

@@ -363,7 +363,7 @@ def checked(text, proxied=(), volumes=()):
 @table('text, said', r'''
     => 1: no `exec` or `script`
     pre-start exec true                         => 1: no `exec` or `script`: say how
-    exec\n                                      => 1: `exec` wants a command
+    exec\n                                      => 1: `exec`: a command is wanted
     exec docker run --rm                        => 1: `docker run` names no image
     \nexec docker run -d blog                   => 2: `-d`: a detached container
     exec docker run --detach blog               => 1: `--detach`: a detached
@@ -381,21 +381,21 @@ def checked(text, proxied=(), volumes=()):
     script\n :\n\n true && docker run -d b\nend script => 4: `-d`
     script\n if :; then docker run -d b; fi\nend script => 2: `-d`
     exec docker run --lxc-conf x blog           => 1: `--lxc-conf`
-    exec docker run --name web blog             => 1: `--name web` without `--rm`
-    exec docker run -name=web blog              => 1: `-name=web web` without `--rm`
-    exec docker run --rm=false --name web blog  => 1: `--name web` without
-    pre-start exec docker rm b2\nexec docker run --name web b   => 2: `--name web` without
-    description docker rm web\nexec docker run --name web b     => 2: `--name web` without
-    exec docker run --rm --name w blog          => 1: `--name w`: docker wants two
-    exec docker run --rm --name= blog           => 1: `--name= `: docker wants two
+    exec docker run --name web blog             => 1: `--name`: without --rm the
+    exec docker run -name=web blog              => 1: `-name=web`: without --rm
+    exec docker run --rm=false --name web blog  => 1: `--name`: without --rm
+    pre-start exec docker rm b2\nexec docker run --name web b   => 2: `--name`: without
+    description docker rm web\nexec docker run --name web b     => 2: `--name`: without
+    exec docker run --rm --name w blog          => 1: `--name`: docker wants a name of two
+    exec docker run --rm --name= blog           => 1: `--name=`: docker wants a name
     task\nkill signal 2\nexec docker run --rm b => 1: `task`
     respawn\nkill signal 2\nexec docker run b   => 2: `kill signal 2`: a number crashes
     kill signal 15\r\nexec docker run --rm b    => 1: `kill signal 15`
     kill signal "2"\nexec docker run --rm b     => 1: `kill signal
-    kill timeout 5s\nexec docker run --rm b     => 1: `kill timeout` wants a number
-    instance $N\nexec x                         => 1: `instance`
-    exec docker run --rm b\nexpect fork         => 2: `expect`
-    expect daemon\nexec x                       => 1: `expect`''')
+    kill timeout 5s\nexec docker run --rm b     => 1: `kill timeout 5s`: a number
+    instance $N\nexec x                         => 1: `instance $N`
+    exec docker run --rm b\nexpect fork         => 2: `expect fork`
+    expect daemon\nexec x                       => 1: `expect daemon`''')
 def test_what_kills_a_deploy_is_refused_by_line(text, said):
     assert refusal(checked, text).startswith('upstart.conf:' + said)
 
@@ -640,7 +640,7 @@ def blocks(text):
     {- 80 default_server} => {- *:80 default_server} => 1: default_server is taken
     {- 80 default} => {x 0.0.0.0:80 default_server}  => 1: default_server is taken
     {_ 81}        => {_ 81}        => 1: server_name "_" is taken
-    {- 8081}      => {- 8081}      => 1: no request reaches
+    {- 8081}      => {- 8081}      => 1: server_name "" is taken on port 8081
     \n{-}         =>               => 2: no request reaches this server: give it a
     {_}           =>               => 1: no request
     {"" 443}      =>               => 1: no request
@@ -773,7 +773,9 @@ def test_the_words_of_nginx_become_a_line_of_the_pushed_file(err, said):
     APP [-n N]      => blog -n -1     => blog           => n=-1
     NAME [APP...]   => anna           => anna           =>
     NAME [APP...]   => anna blog wiki => anna blog wiki =>
-    APP [--pull]    => --pull -       => -              => pull=True''')
+    APP [--pull]    => --pull -       => -              => pull=True
+    APP [N]         => blog           => blog           =>
+    APP [N]         => blog 3         => blog 3         =>''')
 def test_a_command_line_is_read_by_its_pattern(pattern, words, given, options):
     found = dh.parse_arguments(pattern, words.split())
     assert found[0] == given.split()
@@ -787,6 +789,7 @@ def test_a_command_line_is_read_by_its_pattern(pattern, words, given, options):
     APP [-f]      => a -x
     APP [-f]      => a --
     APP [-f]      => -f
+    APP [N]       => a 3 4
     APP           => a -h
     APP [-n N]    => a -n5
     APP [--pull]  => a --pull=1
@@ -3222,7 +3225,7 @@ FILES_REFUSED = [
     ('upstart.conf', 'respwan\n' + REAL_JOB, 'upstart.conf:1: unknown stanza `respwan`'),
     ('upstart.conf', REAL_JOB.replace('--rm', '-d'), 'upstart.conf:4: `-d`'),
     ('upstart.conf', REAL_JOB.replace('--rm', '-i -t'), 'upstart.conf:4: `-[it]`'),
-    ('upstart.conf', REAL_JOB.replace('--rm', '--name x1'), 'upstart.conf:4: `--name x1` without'),
+    ('upstart.conf', REAL_JOB.replace('--rm', '--name x1'), 'upstart.conf:4: `--name`: without'),
     ('upstart.conf', REAL_JOB.replace('--rm', '--rm --name x'), 'upstart.conf:4: .*two characters'),
     ('upstart.conf', 'kill signal 2\n' + REAL_JOB, 'upstart.conf:1: `kill signal 2`')]
 
