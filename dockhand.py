@@ -120,6 +120,9 @@ REPOSITORY_CONFIG = '''[core]
 \tdenyDeleteCurrent = ignore
 [transfer]
 \thideRefs = refs/dockhand
+[gc]
+\tauto = 100
+\tautoDetach = false
 '''
 UNIT_TEXT = '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
@@ -334,16 +337,27 @@ def read_file(path):
             return None
         raise
 
+@contextmanager
+def replacing(path):
+    """A name beside a path to write to; it takes the path's place if all goes well."""
+    temporary = temporary_of(path)
+    try:
+        remove_file(temporary)
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
+    sync_folder(os.path.dirname(path))
+
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
     `check` gets the path of the new file beforehand, to raise if it will not do."""
-    temporary = temporary_of(path)
     if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
-        remove_file(temporary)
+        remove_file(temporary_of(path))
         return False
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    try:
-        fd = os.open(temporary, flags, 0o600)
+    with replacing(path) as temporary:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, 'wb') as target:
             target.write(to_bytes(text))
             target.flush()
@@ -353,11 +367,6 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
             os.fsync(fd)
         if check:
             check(temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        remove_file(temporary)
-        raise
-    sync_folder(os.path.dirname(path))
     return True
 
 def temporary_of(path):
@@ -368,11 +377,8 @@ def replace_link(path, target):
     """Point a symbolic link somewhere else in one step; True if it changed."""
     if os.path.islink(path) and os.readlink(path) == target:
         return False
-    temporary = temporary_of(path)
-    remove_file(temporary)
-    os.symlink(target, temporary)
-    os.rename(temporary, path)
-    sync_folder(os.path.dirname(path))
+    with replacing(path) as temporary:
+        os.symlink(target, temporary)
     return True
 
 def remove_file(path):
@@ -1162,6 +1168,7 @@ def build_image(host, folder, tag, *options):
     result = host.ask(('docker', 'build', '--force-rm', '-t', tag) + options + (folder,),
                       env={'HOME': '/root'}, each=each)
     if result.status:
+        docker_version(host)
         raise Failure('the build failed: '
                       + build_trouble('\n'.join(heard), result.status))
 
@@ -1171,8 +1178,8 @@ def build_trouble(heard, status):
         return 'out of memory (137), the kernel killed it: give the server swap or memory'
     if 'exec format error' in heard:
         return "exec format error: an image for another processor than this server's"
-    if 'annot connect to the Docker daemon' in heard:
-        return 'docker does not answer; nothing has changed'
+    if 'no space left on device' in heard:
+        return 'no space left on device; nothing has changed'
     return 'nothing has changed; mend it and push again'
 
 def tag_image(host, source, target):
@@ -1297,7 +1304,7 @@ def install_proxy(host, app, text, certain=False):
             changed = replace_file(path, text)
         else:
             changed = is_ours(found or '', app) and remove_file(path)
-        if write_catch_all(host) or changed or (certain and text is not None):
+        if write_catch_all(host) or changed or certain:
             reload_nginx(host)
 
 def host_lock(host, app):
@@ -1477,6 +1484,9 @@ class Upstart(namedtuple('Upstart', 'host')):
         replace_file(self.path(release, '.override'), 'manual\n')
 
     def start(self, release):
+        if read_file(self.path(release, '.conf')) != release.job:
+            raise Failure('%s is not that of release %d' % (
+                self.path(release, '.conf'), release.number))
         self.host.run_unless('already running', ['timeout', '60', 'start', release.app])
 
     def stop(self, release):
@@ -2043,7 +2053,10 @@ def forget(host, release, live, reason=None):
     app, now = release.app, live_release(host, release.app)
     if linked_release(host, app, 'pending') or now and now.number == release.number:
         return
-    drop(host, release, '--no-prune')           # the mended push builds on what is there
+    try:
+        drop(host, release, '--no-prune')       # the mended push builds on what is there
+    except Failure:
+        return                                  # docker has gone: a later command does
     if live is None:
         host.run(['rm', '-rf', '--', app_folder(host, app)])
     elif release.commit is None:                # killed before it was written down
