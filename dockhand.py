@@ -978,6 +978,7 @@ def render_option(option):
 Directive = namedtuple('Directive', 'line words block')     # block: [Directive] or None
 Server = namedtuple('Server', 'line listens names')
 Listen = namedtuple('Listen', 'address port default line')
+ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
 NGINX_TOKEN = r'''(?xs)
     (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
@@ -1057,9 +1058,10 @@ def server_claims(server):
 
 def check_proxy(servers, others):
     """Failure where it takes what `others`, {path: [Server]}, have, or is unreachable."""
-    taken = {}
+    taken, shared = {}, set(['80'])
     for path in sorted(others):
         for server in others[path]:
+            shared.update(each.port for each in server.listens if each.address in ALL)
             for claim, line in server_claims(server).items():
                 taken.setdefault(claim, '%s:%d' % (path, line))
     for server in servers:
@@ -1068,26 +1070,21 @@ def check_proxy(servers, others):
                 raise proxy_failure(
                     line, '%s is taken on port %s, by %s: change one of the two',
                     printable(claim[1]), claim[0].rpartition(':')[2], taken[claim])
-        check_reachable(server)
-        check_addresses(server, others)
+        check_listens(server, shared)
 
 def proxy_failure(line, text, *values):
     return Failure('nginx-proxy.conf:%d: %s', line, filled(text, values))
 
-def check_reachable(server):
-    """An unknown name on port 80 is answered by 000-dockhand.conf."""
+def check_listens(server, shared):
+    """An unknown name on port 80 is answered by 000-dockhand.conf; a server on one
+    address of a shared port gets every request to it, whatever its name."""
     unnamed = set(server.names) <= set(['', '_'])
-    if unnamed and all(listen.port in ('80', '443') and not listen.default
-                       for listen in server.listens):
+    if unnamed and all(each.port in ('80', '443') and not each.default
+                       for each in server.listens):
         raise proxy_failure(server.line, 'no request reaches this server: give it a '
                             'server_name, or write `listen 80 default_server;`')
-
-def check_addresses(server, others):
-    """A server on one address of a port gets every request to it, whatever its name."""
-    shared = set(listen.port for found in others.values() for other in found
-                 for listen in other.listens if listen.address in ('*', '[::]'))
     for address, port, _, line in server.listens:
-        if address not in ('*', '[::]') and port and port in shared | set(['80']):
+        if address not in ALL and port in shared:
             raise proxy_failure(line, '`listen %s:%s` would take all requests to that '
                                 'address: write `listen %s;`', address, port, port)
 
@@ -1653,26 +1650,23 @@ def must_be_live(app, live):
 
 def switch_steps(host, old, new, run=True, certain=False):
     """What makes the host go from one release to another, as functions in their order.
-
-    old, new      a Release or None: a first deploy, or its undoing
-    run, certain  whether the new one is started; whether it was live before"""
+    old, new: a Release or None, in a first deploy, or its undoing; run, certain: whether
+    the new one is started, and whether it was live before"""
     engine, app = choose_engine(host), (new or old).app
-    steps = [partial(engine.stop, old)] if old else []
-    if new:
-        steps += [partial(tag_image, host, image_tag(new), app + ':latest'),
-                  partial(engine.place, new)]
-    steps += [partial(install_proxy, host, app, new and new.proxy, certain)]
+    latest = app + ':latest'
+    proxy = partial(install_proxy, host, app, new and new.proxy, certain)
+    stop = [partial(engine.stop, old)] if old else []
     if new is None:
-        steps += [partial(engine.withdraw, old),
-                  partial(remove_image_tag, host, app + ':latest')]
-    return steps + ([partial(engine.start, new)] if new and run else [])
+        return stop + [proxy, partial(engine.withdraw, old),
+                       partial(remove_image_tag, host, latest)]
+    place = [partial(tag_image, host, image_tag(new), latest), partial(engine.place, new)]
+    return stop + place + [proxy] + ([partial(engine.start, new)] if run else [])
 
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
 
 def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise.
-
     The one place that changes a running app. `pending` says what is being switched to;
     moving `live` is the commit point. Gives what there is to report, in words."""
     engine, begun = choose_engine(host), monotonic()
@@ -1689,26 +1683,25 @@ def apply(host, old, new):
         checked = monotonic()
         set_link(host, new.app, 'live', new)
     finish(host, new, engine, new.seconds is not None)
-    return 'switched in %.1f s, checked in %.1f s' % (
-        switched - begun, checked - switched) + (
-            ', down for %.1f s' % (answered - stopped) if served else '')
+    gap = ', down for %.1f s' % (answered - stopped) if served else ''
+    return 'switched in %.1f s, checked in %.1f s%s' % (
+        switched - begun, checked - switched, gap)
 
 def finish(host, release, engine, follow):
     """What follows the commit point: the app comes back by itself from now on, and where
     git does not move the branch, as after a push, it follows."""
+    app, branch = release.app, 'refs/heads/' + release.branch
     try:
-        remove_file(app_folder(host, release.app, 'stopped'))
+        remove_file(app_folder(host, app, 'stopped'))
         engine.settle(release)
         if follow:
-            git(host, release.app, 'update-ref', 'refs/heads/' + release.branch,
-                release.commit)
+            git(host, app, 'update-ref', branch, release.commit)
         if release.seconds is None:
             took = max(0, round(time.time() - release.time, 1))
             save_release(host, release._replace(seconds=took))
-        remove_file(app_folder(host, release.app, 'pending'))
+        remove_file(app_folder(host, app, 'pending'))
     except (Failure, EnvironmentError) as error:
-        say('dockhand: %s is live, but: %s; `dockhand recover` tries again', release.app,
-            error)
+        say('dockhand: %s is live, but: %s; `dockhand recover` tries again', app, error)
 
 def check_or_show_log(host, release, engine):
     """The moment of a release's first answer; its log for the pusher if none comes."""
@@ -1748,12 +1741,11 @@ def put_back(host, new, old):
 
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
-    installed = [folder + '/' + app + ending for folder in (JOBS, PROXIES)
-                 for ending in ('.conf', '.override')]
-    links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
     staged = [host.path(path) for path in staged_files(app)]
-    written = staged + links + [host.path(path) for path in installed]
-    for path in staged + [temporary_of(path) for path in written]:
+    links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
+    installed = [host.path(folder, app + ending) for folder in (JOBS, PROXIES)
+                 for ending in ('.conf', '.override')]
+    for path in staged + [temporary_of(path) for path in staged + links + installed]:
         remove_file(path)
     if os.path.isdir(build_folder(host, app)):
         empty_build_folder(host, app)
@@ -1811,16 +1803,16 @@ def read_pushed(folder, name):
     except OSError:
         return None
     if not stat.S_ISREG(kind):
-        raise Failure('%s is a %s: commit a plain file', name,
-                      'link' if stat.S_ISLNK(kind) else 'folder')
+        found = 'link' if stat.S_ISLNK(kind) else 'folder'
+        raise Failure('%s is a %s: commit a plain file', name, found)
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
         data = source.read(FILE_LIMIT + 1)
-    for wrong, what in (
-            (len(data) > FILE_LIMIT, 'is larger than %d KB' % (FILE_LIMIT // 1024)),
-            (b'\0' in data, 'holds a NUL byte: it is no text'),
-            (not data.strip() and not name.startswith('.'), 'is empty')):
-        if wrong:
-            raise Failure(name + ' ' + what)
+    if len(data) > FILE_LIMIT:
+        raise Failure('%s is larger than %d KB', name, FILE_LIMIT // 1024)
+    if b'\0' in data:
+        raise Failure('%s holds a NUL byte: it is no text', name)
+    if not data.strip() and not name.startswith('.'):
+        raise Failure('%s is empty', name)
     return to_text(data)
 
 def repository(host, app):
@@ -1832,6 +1824,10 @@ def git_command(host, app, *args):
 
 def git(host, app, *args):
     return host.run(git_command(host, app, *args), account=host.account())
+
+def try_git(host, app, *args):
+    """Run git where it may fail; whether it did not."""
+    return not host.ask(git_command(host, app, *args), account=host.account()).status
 
 def commit_of(host, app, ref):
     """The id of the commit a ref points to, '' where there is none."""
@@ -1854,12 +1850,11 @@ def empty_build_folder(host, app):
 
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""
-    app = release.app
-    if read_pushed(folder, 'Dockerfile') is None:
+    app, read = release.app, partial(read_pushed, folder)
+    if read('Dockerfile') is None:
         raise Failure('no Dockerfile in this commit: it says how to build the app')
-    read_pushed(folder, '.dockerignore')
-    job, proxy = (read_pushed(folder, 'upstart.conf'),
-                  read_pushed(folder, 'nginx-proxy.conf'))
+    read('.dockerignore')
+    job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
     if job is None:
         raise Failure('no upstart.conf in this commit: it says how to run the app, as in '
                       '`exec docker run --rm %s`', app)
@@ -1867,7 +1862,7 @@ def check_files(release, folder):
         raise proxy_failure(1, 'begins with a byte order mark: save it without')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
-    attributes = read_pushed(folder, '.gitattributes') or ''
+    attributes = read('.gitattributes') or ''
     if 'filter=lfs' in attributes:
         step('Note: files kept by git LFS are not part of a push; their pointers are')
     if re.search(r'(?m)^/?Dockerfile\s(.*\s)?export-ignore(\s|\Z)', attributes):
@@ -1917,44 +1912,30 @@ def diff_text(old, new, old_name, new_name):
 def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
     with app_lock(host, app, 'a push of %s by %s' % (app, key)) as live:
-        verdict = judge_ref(ref, new, live.branch if live else first_branch(host, app))
-        if verdict == 'store':
+        there = [] if live else [each for each in DEFAULT_BRANCHES
+                                 if commit_of(host, app, 'refs/heads/' + each)]
+        verdict = judge_ref(ref, new, live.branch if live else (there + [None])[0])
+        if verdict == 'store' or verdict == 'deploy' and live and live.commit == new:
             return
         branch = ref[len('refs/heads/'):]
-        if verdict == 'deploy':
-            if live and live.commit == new:
-                return
-            check_race(host, app, live, branch, old)
         if verdict == 'plan':
             plan_release(host, live, new_release(host, app, key, branch, new, 'plan'))
+        check_race(host, app, live, branch, old)
         make_release(host, live, new_release(host, app, key, branch, new))
-
-def first_branch(host, app):
-    """The deploy branch of an app without a release: what its repository has already."""
-    return next((branch for branch in DEFAULT_BRANCHES
-                 if commit_of(host, app, 'refs/heads/' + branch)), None)
 
 def check_race(host, app, live, branch, old):
     """Failure where the branch is no longer what the pusher saw.
-
     git moves the branch of a push that has just gone live in a moment; where that does
     not come, a crash came between, and the branch is set to what is live."""
     ref, deadline = 'refs/heads/' + branch, monotonic() + 3
-    wanted = live and has_commit(host, app, live.commit) and live.commit
-    found = commit_of(host, app, ref)
-    while wanted and found != wanted and monotonic() < deadline:
+    wanted = live and try_git(host, app, 'cat-file', '-t', live.commit) and live.commit
+    while wanted and commit_of(host, app, ref) != wanted:
         time.sleep(0.05)
-        found = commit_of(host, app, ref)
-    if wanted and found != wanted:
-        remove_file(os.path.join(repository(host, app), ref + '.lock'))
-        git(host, app, 'update-ref', ref, wanted)
-        found = wanted
-    if found != (old if old.strip('0') else ''):
+        if monotonic() > deadline:
+            remove_file(os.path.join(repository(host, app), ref + '.lock'))
+            git(host, app, 'update-ref', ref, wanted)
+    if commit_of(host, app, ref) != (old if old.strip('0') else ''):
         raise Failure('another push went live: pull, then push again')
-
-def has_commit(host, app, commit):
-    command = git_command(host, app, 'cat-file', '-t', commit)
-    return not host.ask(command, account=host.account()).status
 
 def new_release(host, app, key, branch, commit, number=None):
     """The next Release of an app, as far as it is known before the build."""
@@ -1972,14 +1953,13 @@ def make_release(host, live, release, options=()):
         release = build_release(host, live, release, options)
         git(host, app, 'update-ref', commit_ref(release), release.commit)
         save_release(host, release)
-        built = monotonic() - begun
-        step('Switching to release %d', release.number)
+        built, number = monotonic() - begun, release.number
+        step('Switching to release %d', number)
         report = apply(host, live, release)
-    step('Release %d is live: built in %.1f s, %s', release.number, built, report)
+    step('Release %d is live: built in %.1f s, %s', number, built, report)
     more = free - free_bytes(host, images_folder(host))
     detail('disk: %.1f MB %s', abs(more) / 1e6, 'more' if more > 0 else 'less')
-    log('%s: release %d of %s by %s is live', app, release.number, release.commit,
-        release.key)
+    log('%s: release %d of %s by %s is live', app, number, release.commit, release.key)
 
 def commit_ref(release):
     """A ref that is not advertised: git keeps the commit that one can go back to."""
@@ -2054,8 +2034,7 @@ def drop(host, release, *options):
     """Take away what a release has outside the store: container, image tag, commit."""
     on_container(host, release, 'rm', '-f', '-v')
     remove_image_tag(host, image_tag(release), *options)
-    host.ask(git_command(host, release.app, 'update-ref', '-d', commit_ref(release)),
-             account=host.account())
+    try_git(host, release.app, 'update-ref', '-d', commit_ref(release))
 
 def clean_up(host, live):
     """Remove what is older than the last releases; only what the store names is ours."""
@@ -2064,59 +2043,58 @@ def clean_up(host, live):
               if each.number != live.number]
     kept, old = others[:KEPT - 1] + [live.number], numbers[:-LISTED] + others[KEPT - 1:]
     for number in sorted(set(old) - set(kept)):
-        release = load_release(host, app, number)
-        free = free_bytes(host, images_folder(host))
+        release, images = load_release(host, app, number), images_folder(host)
+        free = free_bytes(host, images)
         written = written_files(host, container_name(release))
         drop(host, release)
         if inspect(host, image_tag(release)):
             step('Release %d stays: a container uses its image', number)
             continue
         host.run(['rm', '-rf', '--', release_folder(host, app, number)])
-        step('Release %d is removed, %.1f MB freed', number,
-             max(0, free_bytes(host, images_folder(host)) - free) / 1e6)
+        freed = max(0, free_bytes(host, images) - free) / 1e6
+        step('Release %d is removed, %.1f MB freed', number, freed)
         if written:
             detail('with what its container wrote outside volumes: %s%s',
                    ', '.join(written[:5]), ' ...' if written[5:] else '')
 
 def show_plan(host, live, release):
-    """What a push of this would change, for the pusher."""
     step('What a push of this would change:')
     for name, old, new in (('upstart.conf', live and live.job, release.job),
                            ('nginx-proxy.conf', live and live.proxy, release.proxy)):
-        detail(diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
-               or '%s: no change' % name)
+        diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
+        detail(diff or name + ': no change')
     was, now = ports_text(live), ports_text(release)
-    detail('ports: %s', now if was == now else '%s, now %s' % (now, was))
     same = ', as it is live' if live and live.image == release.image else ''
     size = inspect(host, image_tag(release))[0]['Size'] / 1e6
-    detail('image: %s (%.1f MB)%s', release.image[:19], size, same)
     gap = 'one stop and one start of the service' if live else 'none, it is new'
-    space = os.statvfs(host.path(STATE))
-    detail('gap: %s\nspace: %.0f MB free', gap, space.f_bavail * space.f_frsize / 1e6)
+    detail('ports: %s', now if was == now else '%s, now %s' % (now, was))
+    detail('image: %s (%.1f MB)%s', release.image[:19], size, same)
+    detail('gap: %s\nspace: %.0f MB free', gap, free_bytes(host, STATE) / 1e6)
 
 def ports_text(release):
     ports = published_ports(job_of(release)) if release else []
-    return ', '.join('%s%s -> %s/%s' % (p.address and p.address + ':', p.host or 'any',
-                                        p.container, p.protocol) for p in ports) or 'none'
+    return ', '.join('%s%s -> %s/%s' % (each.address and each.address + ':',
+                                        each.host or 'any', each.container, each.protocol)
+                     for each in ports) or 'none'
 
 def address_text(release):
     """Where an app answers, in words."""
-    return (release.proxy and proxy_address(servers_of(release.proxy))) or (
-        'ports ' + ports_text(release))
+    address = release.proxy and proxy_address(servers_of(release.proxy))
+    return address or 'ports ' + ports_text(release)
 
 def show_address(host, release):
     """Tell where an app answers; a web app's address is fetched through nginx first."""
-    address = address_text(release)
+    app, address = release.app, address_text(release)
     match = re.match(r'http://([^:/]+):?(\d*)/', address)
     if not match:
-        return step('%s: %s', release.app, address)
+        return step('%s: %s', app, address)
     name, port = match.groups()
     status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
     lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
     if set(line.split()[0] for line in lines) & set(['127.0.0.1', '::1'] + own.split()):
-        return step('%s: %s answers %s', release.app, address, status)
-    step("%s answers %s: curl -H 'Host: %s' http://%s%s/", release.app, status, name,
-         own.split(' ')[0], port and ':' + port)
+        return step('%s: %s answers %s', app, address, status)
+    here = own.split(' ')[0] + (port and ':' + port)
+    step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
     detail('%s does not lead here yet: point it here in DNS, or take every name with '
            '`listen 80 default_server;`', name)
 
@@ -2139,8 +2117,8 @@ def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if apps and app not in apps:
-        raise Failure('the key "%s" has no right to %s: it may reach %s', name, app,
-                      ', '.join(apps))
+        reach = ', '.join(apps)
+        raise Failure('the key "%s" has no right to %s: it may reach %s', name, app, reach)
     folder = repository(host, app)
     if not os.path.isdir(folder):
         if verb == 'upload-pack':
@@ -2210,10 +2188,10 @@ def installed_parts(host):
         parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
         parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
-    repositories = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
+    folders = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
+    folders = [TEMPLATE] + [each for each in folders if os.path.isdir(host.path(each))]
     return parts + [Part(folder + '/hooks/' + name, text, 0o755)
-                    for folder in [TEMPLATE] + repositories for name, text in HOOKS
-                    if folder == TEMPLATE or os.path.isdir(host.path(folder))]
+                    for folder in folders for name, text in HOOKS]
 
 def launcher(host, role):
     """A script of a few lines for the interpreter that runs now, isolated. It neither
@@ -2229,47 +2207,44 @@ def missing_requirements(host):
     """[(what is missing, the command that brings it)]."""
     found = [(name, 'apt-get install ' + package) for name, package in PACKAGES
              if not host.ask(['which', name]).out.strip()]
-    docker = host.ask(['which', 'docker']).out.strip()
+    docker, bring = host.ask(['which', 'docker']).out.strip(), 'apt-get install docker.io'
     if docker and os.path.realpath(docker).startswith('/snap'):
         found.append(('docker, but not from a snap (it cannot read /var/lib)',
-                      'snap remove docker; apt-get install docker.io'))
+                      'snap remove docker; ' + bring))
     elif docker and 'podman' in ' '.join(host.ask(['docker', 'version'])[1:]).lower():
-        found.append(('docker itself, not podman', 'apt-get install docker.io'))
+        found.append(('docker itself, not podman', bring))
     elif docker:
         try:
             if docker_version(host) < (1, 10) and not is_upstart(host):
-                found.append(('docker 1.10 or later, where init is not Upstart',
-                              'apt-get install docker.io'))
+                found.append(('docker 1.10 or later, where init is not Upstart', bring))
         except Failure as failure:
             found.append((str(failure), 'service docker start, or dockerd &'))
     return found
 
 def ensure_user(host):
     """The git user; True if it was made or changed."""
-    account = host.account()
+    account, user = host.account(), host.user
     if account is None:
-        host.run(['useradd', '-m', '-d', '/home/' + host.user, '-s', '/bin/sh', '-p', '*',
-                  host.user])
-        tell('made the user ' + host.user)
+        home = '/home/' + user
+        host.run(['useradd', '-m', '-d', home, '-s', '/bin/sh', '-p', '*', user])
+        tell('made the user ' + user)
         return True
     if account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
         raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
                       'install --user NAME takes another', account.name, account.shell)
-    shadow = read_file(host.path('/etc/shadow')) or ''
-    if re.search(r'(?m)^%s:!' % re.escape(host.user), shadow):
-        host.run(['usermod', '-p', '*', host.user])
-        tell('unlocked the user %s for keys (no password works)', host.user)
+    if re.search(r'(?m)^%s:!' % re.escape(user), host.text('/etc/shadow')):
+        host.run(['usermod', '-p', '*', user])
+        tell('unlocked the user %s for keys (no password works)', user)
         return True
     return False
 
 def install_part(host, part):
-    def check(new):
-        if part.path == SUDOERS:
-            host.run(['visudo', '-c', '-q', '-f', new])
-    path = host.path(part.path)
+    path, home = host.path(part.path), host.home() + '/'
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
-    owner = host.account() if part.path.startswith(host.home() + '/') else None
+    owner = host.account() if part.path.startswith(home) else None
+    check = None if part.path != SUDOERS else (
+        lambda new: host.run(['visudo', '-c', '-q', '-f', new]))
     changed = replace_file(path, part.text, part.mode, owner, check)
     if changed:
         tell('wrote ' + part.path)
@@ -2280,13 +2255,14 @@ def disable_default_site(host):
     link, packaged = host.path(NGINX, 'sites-enabled/default'), PROXIES + '/default.conf'
     if os.path.islink(link) and is_untouched(host, NGINX + '/sites-available/default'):
         remove_file(link)
-        tell('disabled nginx\'s default site (sites-available/default is left)')
-        return True
-    if is_untouched(host, packaged):
-        os.rename(host.path(packaged), host.path(packaged + '.disabled'))
-        tell("disabled nginx's default site (%s.disabled)", packaged)
-        return True
-    return False
+        left = 'sites-available/default is left'
+    elif is_untouched(host, packaged):
+        left = packaged + '.disabled'
+        os.rename(host.path(packaged), host.path(left))
+    else:
+        return False
+    tell("disabled nginx's default site (%s)", left)
+    return True
 
 def is_untouched(host, path):
     """Whether a file is as its package brought it (dpkg's own checksum)."""
@@ -2321,7 +2297,8 @@ def check_sudo(host):
     result = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
     if result.status:
         raise Failure('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
-            '`#includedir /etc/sudoers.d`', host.user, RECEIVE, last_line(result.err))
+                      '`#includedir /etc/sudoers.d`',
+                      host.user, RECEIVE, last_line(result.err))
 
 # ---- Commands --------------------------------------------------------------------------
 
@@ -2352,10 +2329,9 @@ def keys_path(host):
     return host.path(host.home(), KEYS)
 
 def write_keys(host, before, keys, after):
-    account = host.account()
+    account, text = host.account(), render_authorized_keys(before, keys, after)
     make_folder(os.path.dirname(keys_path(host)), 0o700, account)
-    return replace_file(keys_path(host), render_authorized_keys(before, keys, after),
-                        0o600, account)
+    return replace_file(keys_path(host), text, 0o600, account)
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
@@ -2374,10 +2350,10 @@ def upload_key(host, name, *apps):
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
         before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
         changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
+    where = ', '.join(apps) or 'every app'
     for kind, blob in uploaded:
-        tell('%s %s %s may push %s', name, kind, fingerprint(blob),
-             ', '.join(apps) or 'every app')
-    log('key %s: may push %s', name, ' '.join(apps) or 'every app')
+        tell('%s %s %s may push %s', name, kind, fingerprint(blob), where)
+    log('key %s: may push %s', name, where)
     if not changed:
         tell('nothing changed')
 
@@ -2393,10 +2369,9 @@ def check_key_type(host, kind, blob):
 
 def list_keys(host):
     """list who may push, and which apps"""
-    _, keys, _ = split_authorized_keys(read_file(keys_path(host)) or '')
-    for key in keys:
-        tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob),
-             ' '.join(key.apps) or '(every app)')
+    for key in split_authorized_keys(read_file(keys_path(host)) or '')[1]:
+        where = ' '.join(key.apps) or '(every app)'
+        tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob), where)
 
 def remove_key(host, name):
     """take the right to push away from a key"""
@@ -2494,11 +2469,10 @@ def rollback(host, app, number=None):
         check_edited(host, live, release)
         if release.proxy != live.proxy:
             check_proxy_change(host, release)
-        step('Switching from release %d to %d', live.number, release.number)
-        report = apply(host, live, release)
-        step('Release %d is live again: %s', release.number, report)
-        log('%s: rolled back from release %d to %d of %s', app, live.number,
-            release.number, release.commit)
+        was, now = live.number, release.number
+        step('Switching from release %d to %d', was, now)
+        step('Release %d is live again: %s', now, apply(host, live, release))
+        log('%s: rolled back from release %d to %d of %s', app, was, now, release.commit)
     show_address(host, release)
 
 def earlier_release(host, live, number):
@@ -2508,10 +2482,10 @@ def earlier_release(host, live, number):
     if not found or found[0].number == live.number:
         raise Failure('release %s is not one to go back to: see dockhand releases %s',
                       printable(number or 'before %d' % live.number), live.app)
-    images = inspect(host, image_tag(found[0]))
-    if [each['Id'] for each in images] != [found[0].image]:
+    tag = image_tag(found[0])
+    if [each['Id'] for each in inspect(host, tag)] != [found[0].image]:
         raise Failure('release %d cannot run again: its image %s was removed; nothing '
-                      'has changed', found[0].number, image_tag(found[0]))
+                      'has changed', found[0].number, tag)
     return found[0]
 
 def recover(host):
@@ -2561,9 +2535,9 @@ def doctor_parts(host):
     """What `install` would write again."""
     if host.account() is None:
         return [('there is no user ' + host.user, INSTALL_AGAIN)]
-    changed = [part.path for part in installed_parts(host)
-               if read_file(host.path(part.path)) != part.text]
-    found = [(path + ' is not as installed', INSTALL_AGAIN) for path in changed]
+    found = [(part.path + ' is not as installed', INSTALL_AGAIN)
+             for part in installed_parts(host)
+             if read_file(host.path(part.path)) != part.text]
     try:
         check_sudo(host)
     except Failure as failure:
@@ -2635,7 +2609,8 @@ def usage():
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
     options = dict(re.findall(r'\[--?([a-z]+)(?: ([A-Z]+))?\]', pattern))
-    wanted = re.sub(r'\[.*?\]', '', pattern).split()
+    least = re.sub(r'\[.*?\]', '', pattern).split()
+    most = re.sub(r'\[-.*?\]', '', pattern).split()
     given, found, words = [], {}, list(words)
     while words:
         word = words.pop(0)
@@ -2644,14 +2619,11 @@ def parse_arguments(pattern, words):
             given.append(word)
         elif name not in options or (equals and not options[name]):
             raise Usage('unknown option ' + printable(word))
-        elif not options[name]:
-            found[name] = True
-        elif not equals and not words:
+        elif options[name] and not equals and not words:
             raise Usage('%s wants a value', word)
         else:
-            found[name] = value if equals else words.pop(0)
-    most = re.sub(r'\[-.*?\]', '', pattern).split()
-    if len(given) < len(wanted) or (len(given) > len(most) and '...' not in pattern):
+            found[name] = value if equals else words.pop(0) if options[name] else True
+    if len(given) < len(least) or (len(given) > len(most) and '...' not in pattern):
         raise Usage('wanted: ' + (pattern or 'no words'))
     return given, found
 
@@ -2668,8 +2640,7 @@ def run_command(host, words):
 
 def installed_user(host):
     """The git user of the installation at hand, for a script that is run directly."""
-    text = read_file(host.path(PROGRAM)) or ''
-    match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", text)
+    match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
     return match.group(1) if match else 'git'
 
 def main(role, user):
@@ -2683,7 +2654,7 @@ def main(role, user):
             serve(host, *words[1:])
         else:
             run_command(host, words)
-    except (Failure, Usage, EnvironmentError) as problem:
+    except (Failure, EnvironmentError) as problem:
         say('dockhand: %s', problem)
         if role == 'receive' or words[:1] == ['serve']:
             log('%s: refused: %s', ' '.join(words), problem)
