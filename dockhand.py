@@ -156,6 +156,10 @@ class Failure(Exception):
     def __init__(self, text, *values):
         Exception.__init__(self, filled(text, values))
 
+def refuse_if(wrong, text, *values):
+    if wrong:
+        raise Failure(text, *values)
+
 class Stopped(Failure):
     """A signal came that would have ended the process."""
 
@@ -445,26 +449,24 @@ def locked(path, purpose):
         finally:
             holder.truncate(0)
 
-class Transaction(object):
-    """What is registered with `undo` happens, last first, if the block raises."""
-    def __init__(self):
-        self.undos = []
+def attempt(title, function, *args):
+    """Call a function; False where it fails, which is told under a title."""
+    try:
+        function(*args)
+        return True
+    except (Failure, EnvironmentError) as error:
+        say('dockhand: %s: %s', title, error)
+        return False
 
-    def undo(self, function, *args):
-        self.undos.append((function, args))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, trace):
-        if kind is None:
-            return
+@contextmanager
+def undone_by(function, *args):
+    """If the block raises, a function undoes what was done. The first error wins."""
+    try:
+        yield
+    except BaseException:
         on_signals(signal.SIG_IGN)
-        for function, args in reversed(self.undos):
-            try:
-                function(*args)
-            except (Failure, EnvironmentError) as error:
-                say('dockhand: while undoing: %s', error)
+        attempt('while undoing', function, *args)
+        raise
 
 def exit_on_signals():
     """What would end the process becomes a Failure, so that what was begun is undone."""
@@ -487,30 +489,26 @@ def check_app_name(name):
     if not 2 <= len(name) <= 40 or not APP_NAME.match(name) or name.endswith('.git'):
         raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9, and single "-", '
                       '"_" or "." between them, a letter first', printable(name))
-    if name in BASE_IMAGES:
-        raise Failure('"%s" is an image that Dockerfiles start from; an app of that name '
-                      'would take its place: choose another name', name)
+    refuse_if(name in BASE_IMAGES, '"%s" is an image that Dockerfiles start from; an app '
+              'of that name would take its place: choose another name', name)
     if name in SYSTEM_NAMES or name.startswith('dockhand'):
         raise Failure('"%s" is a name that the server itself uses: choose another', name)
     return name
 
 def check_key_name(name):
     """A key's name as it is, or Failure."""
-    if not KEY_NAME.match(name):
-        raise Failure('"%s" is no name for a key: up to 64 of a-z, A-Z, 0-9, and "._@-" '
-                      'after the first', printable(name))
+    refuse_if(not KEY_NAME.match(name), '"%s" is no name for a key: up to 64 of a-z, '
+              'A-Z, 0-9, and "._@-" after the first', printable(name))
     return name
 
 def parse_ssh_command(command):
     """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
     git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
     clone or fetch (git-receive-pack(1)); after ssh://HOST the path has a "/" first."""
-    if not command:
-        raise Failure('no shell here: git push git@HOST:APP.git main')
+    refuse_if(not command, 'no shell here: git push git@HOST:APP.git main')
     match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*)'\Z", command)
-    if not match:
-        raise Failure('"%s" is not for this key: it can git push, fetch and clone',
-                      printable(command))
+    refuse_if(not match, '"%s" is not for this key: it can git push, fetch and clone',
+              printable(command))
     verb, name = match.groups()
     return verb, check_app_name(name[:-4] if name.endswith('.git') else name)
 
@@ -521,9 +519,8 @@ def judge_ref(ref, new, branch):
         return 'store'
     if not ref.startswith('refs/heads/'):
         raise Failure('%s is refused: push a branch or a tag', printable(ref))
-    if not new.strip('0'):
-        raise Failure('branches are not deleted here; to remove the app, on the server: '
-                      'sudo dockhand destroy APP')
+    refuse_if(not new.strip('0'), 'branches are not deleted here; to remove the app, on '
+              'the server: sudo dockhand destroy APP')
     name = ref[len('refs/heads/'):]
     if name == 'plan':
         return 'plan'
@@ -536,15 +533,13 @@ Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push
 
 def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
-    if not text.strip():
-        raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
-                      'ssh HOST "sudo dockhand upload-key NAME"')
+    refuse_if(not text.strip(), 'no key came in: cat ~/.ssh/id_ed25519.pub (or '
+              'id_rsa.pub) | ssh HOST "sudo dockhand upload-key NAME"')
     if 'PRIVATE KEY' in text:
         raise Failure('this is a private key: keep it, send the file that ends in .pub')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
     found = [parse_public_key(line) for line in lines if line and line[0] != '#']
-    if not found:
-        raise Failure('no key among these lines')
+    refuse_if(not found, 'no key among these lines')
     return found
 
 def parse_public_key(line):
@@ -1203,9 +1198,8 @@ def check_space(host, wanted=SPACE):
     """Failure where too little is free for a build."""
     for path in (images_folder(host), '/var/lib/containerd', STATE):
         free = free_bytes(host, path) // 1000000
-        if free < wanted:
-            raise Failure('%d MB are free on %s, a build wants %d: docker image prune '
-                          'removes what nobody uses', free, path, wanted)
+        refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: docker image '
+                  'prune removes what nobody uses', free, path, wanted)
 
 def images_folder(host):
     """Where docker keeps its images."""
@@ -1522,15 +1516,12 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     identity, deaths, answered = None, 0, None
     while True:
         state = engine.state(release)
-        if state.alive is False:
-            raise Failure('it does not run: ' + state.text)
-        if state.health == 'unhealthy':
-            raise Failure('its HEALTHCHECK says unhealthy')
+        refuse_if(state.alive is False, 'it does not run: ' + state.text)
+        refuse_if(state.health == 'unhealthy', 'its HEALTHCHECK says unhealthy')
         if state.identity != identity:
             deaths += identity is not None
             identity, since, answered = state.identity, monotonic(), None
-        if deaths > 3:
-            raise Failure('it keeps dying and being started again')
+        refuse_if(deaths > 3, 'it keeps dying and being started again')
         missing = silent_ports(state)
         if state.alive and not missing:
             answered = answered or monotonic()
@@ -1644,8 +1635,7 @@ def live_app(host, app, command):
         yield must_be_live(app, live)
 
 def must_be_live(app, live):
-    if live is None:
-        raise Failure('no app %s is live here: see dockhand apps', app)
+    refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
     return live
 
 def switch_steps(host, old, new, run=True, certain=False):
@@ -1672,8 +1662,7 @@ def apply(host, old, new):
     engine, begun = choose_engine(host), monotonic()
     served = old and not is_stopped(host, new.app)
     engine.prepare(new)
-    with Transaction() as transaction:
-        transaction.undo(put_back, host, new, old)
+    with undone_by(put_back, host, new, old):
         set_link(host, new.app, 'pending', new)
         stopped = monotonic()
         for act in switch_steps(host, old, new):
@@ -1727,14 +1716,8 @@ def put_back(host, new, old):
     if run:                     # a stop that was begun by a crashed command goes on
         steps.insert(0, partial(engine.stop, old))
         steps += [partial(engine.settle, old), partial(check_health, old, engine, 20, 0)]
-    left = []
-    for act in steps:
-        try:
-            act()
-        except (Failure, EnvironmentError) as error:
-            left.append('dockhand: could not be put back: %s' % error)
-    if left:
-        return say('\n'.join(left + ['dockhand: mend that, then: sudo dockhand recover']))
+    if not all([attempt('could not be put back', act) for act in steps]):
+        return say('dockhand: mend that, then: sudo dockhand recover')
     remove_file(app_folder(host, new.app, 'pending'))
     if run:
         step('Release %d runs as before', old.number)
@@ -1765,15 +1748,21 @@ def recover_app(host, app):
     if app in list_apps(host) and not list_releases(host, app):
         host.run(['rm', '-rf', '--', app_folder(host, app)])
 
-def put_right(host, live):
+def put_right(host, app):
+    """Finish or undo what a crash left of an app, and bring back what is gone of it."""
+    with app_lock(host, app, 'dockhand recover') as live:
+        refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
+        if live:
+            bring_back(host, live)
+
+def bring_back(host, live):
     """Bring back what is gone of a live release: tags, files, its container."""
-    engine, app = choose_engine(host), live.app
+    engine, app, number = choose_engine(host), live.app, live.number
     for tag in (image_tag(live), app + ':latest'):
         if [each['Id'] for each in inspect(host, tag)] != [live.image]:
-            if not inspect(host, live.image):
-                raise Failure('the image of release %d is gone: sudo dockhand rebuild %s',
-                              live.number, app)
-            step('%s: tagging release %d as %s again', app, live.number, tag)
+            refuse_if(not inspect(host, live.image), 'the image of release %d is gone: '
+                      'sudo dockhand rebuild %s', number, app)
+            step('%s: tagging release %d as %s again', app, number, tag)
             tag_image(host, live.image, tag)
     gone = [name for name, path, _ in installed_files(host, live)
             if not os.path.exists(host.path(path))]
@@ -1782,7 +1771,7 @@ def put_right(host, live):
         install_proxy(host, app, live.proxy, True)
     revives = 'upstart.conf' in gone or engine.revives(live)
     if revives and not is_stopped(host, app) and engine.state(live).alive is False:
-        step('%s: release %d did not run; starting it', app, live.number)
+        step('%s: release %d did not run; starting it', app, number)
         engine.place(live)
         engine.start(live)
         engine.settle(live)
@@ -1807,12 +1796,9 @@ def read_pushed(folder, name):
         raise Failure('%s is a %s: commit a plain file', name, found)
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
         data = source.read(FILE_LIMIT + 1)
-    if len(data) > FILE_LIMIT:
-        raise Failure('%s is larger than %d KB', name, FILE_LIMIT // 1024)
-    if b'\0' in data:
-        raise Failure('%s holds a NUL byte: it is no text', name)
-    if not data.strip() and not name.startswith('.'):
-        raise Failure('%s is empty', name)
+    refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
+    refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
+    refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
 
 def repository(host, app):
@@ -1855,9 +1841,8 @@ def check_files(release, folder):
         raise Failure('no Dockerfile in this commit: it says how to build the app')
     read('.dockerignore')
     job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
-    if job is None:
-        raise Failure('no upstart.conf in this commit: it says how to run the app, as in '
-                      '`exec docker run --rm %s`', app)
+    refuse_if(job is None, 'no upstart.conf in this commit: it says how to run the app, '
+              'as in `exec docker run --rm %s`', app)
     if proxy and proxy.startswith(BYTE_ORDER_MARK):
         raise proxy_failure(1, 'begins with a byte order mark: save it without')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
@@ -1865,9 +1850,8 @@ def check_files(release, folder):
     attributes = read('.gitattributes') or ''
     if 'filter=lfs' in attributes:
         step('Note: files kept by git LFS are not part of a push; their pointers are')
-    if re.search(r'(?m)^/?Dockerfile\s(.*\s)?export-ignore(\s|\Z)', attributes):
-        raise Failure('.gitattributes makes Dockerfile export-ignore: it is needed here; '
-                      'take that out')
+    refuse_if(re.search(r'(?m)^/?Dockerfile\s(.*\s)?export-ignore(\s|\Z)', attributes),
+        '.gitattributes makes Dockerfile export-ignore: it is needed here; take that out')
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
@@ -1880,14 +1864,12 @@ def check_host_names(host, app):
     if app in list_apps(host):
         return
     for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
-        if os.path.exists(host.path(path)):
-            raise Failure('"%s" is a service of this server (%s): choose another name',
-                          app, path)
+        refuse_if(os.path.exists(host.path(path)),
+                  '"%s" is a service of this server (%s): choose another name', app, path)
     for path in [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
         text = read_file(host.path(path))
-        if text and not is_ours(text, app):
-            raise Failure("%s is on this server already, and not dockhand's: rename the "
-                          'app, or the file', path)
+        refuse_if(text and not is_ours(text, app), '%s is on this server already, and '
+                  "not dockhand's: rename the app, or the file", path)
 
 def edited_files(host, live, new=None):
     """[(name, path, live text, text found)] of what was changed by hand on the host.
@@ -1947,8 +1929,7 @@ def make_release(host, live, release, options=()):
     check_space(host)
     check_free(host, live, release)
     begun, app, free = monotonic(), release.app, free_bytes(host, images_folder(host))
-    with Transaction() as transaction:
-        transaction.undo(forget, host, release, live)
+    with undone_by(forget, host, release, live):
         save_release(host, release)
         release = build_release(host, live, release, options)
         git(host, app, 'update-ref', commit_ref(release), release.commit)
@@ -2117,8 +2098,8 @@ def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if apps and app not in apps:
-        reach = ', '.join(apps)
-        raise Failure('the key "%s" has no right to %s: it may reach %s', name, app, reach)
+        raise Failure('the key "%s" has no right to %s: it may reach %s',
+                      name, app, ', '.join(apps))
     folder = repository(host, app)
     if not os.path.isdir(folder):
         if verb == 'upload-pack':
@@ -2276,8 +2257,7 @@ def install_nginx(host):
     changed = disable_default_site(host)
     if not os.path.exists(host.path(CATCH_ALL)):
         problem = try_nginx(host, '000-dockhand', None)
-        if problem:
-            raise Failure("nginx's configuration is broken, mend it first: " + problem)
+        refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
     changed = write_catch_all(host) or changed
     if changed or nginx_master(host) is None:
         reload_nginx(host)
@@ -2295,10 +2275,8 @@ def install_boot_job(host):
 def check_sudo(host):
     """Run the one command as the git user, as a hook will."""
     result = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
-    if result.status:
-        raise Failure('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
-                      '`#includedir /etc/sudoers.d`',
-                      host.user, RECEIVE, last_line(result.err))
+    refuse_if(result.status, 'the user %s cannot run %s by sudo (%s): /etc/sudoers must '
+        'have `#includedir /etc/sudoers.d`', host.user, RECEIVE, last_line(result.err))
 
 # ---- Commands --------------------------------------------------------------------------
 
@@ -2310,8 +2288,7 @@ def install(host, user=None):
     missing = missing_requirements(host)
     for what, command in missing:
         tell('missing: %s\n         to bring it: %s', what, command)
-    if missing:
-        raise Failure('%d requirement(s) missing, nothing was changed', len(missing))
+    refuse_if(missing, '%d requirement(s) missing, nothing was changed', len(missing))
     changes = [ensure_user(host),
                make_folder(host.path(STATE)), make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account())]
@@ -2403,8 +2380,7 @@ def apps(host):
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
-    if not n.isdigit():
-        raise Failure('-n wants a number')
+    refuse_if(not n.isdigit(), '-n wants a number')
     live = must_be_live(app, live_release(host, check_app_name(app)))
     command = choose_engine(host).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
@@ -2490,28 +2466,17 @@ def earlier_release(host, live, number):
 
 def recover(host):
     """put right what a crash or a prune left; runs at boot"""
-    wrong = 0
-    for app in sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build')))):
-        try:
-            with app_lock(host, app, 'dockhand recover') as live:
-                if linked_release(host, app, 'pending'):
-                    raise Failure('it could not be put back')
-                if live:
-                    put_right(host, live)
-        except (Failure, EnvironmentError) as error:
-            say('dockhand: %s: %s', app, error)
-            wrong += 1
-    if wrong:
-        raise Failure('%d app(s) could not be put right', wrong)
+    apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
+    wrong = [app for app in apps if not attempt(app, put_right, host, app)]
+    refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
 
 def destroy(host, app, force=False):
     """remove an app: its containers, images, files and repository"""
     check_app_name(app)
     if app not in list_apps(host) and not os.path.isdir(repository(host, app)):
         raise Failure('no app %s here: see dockhand apps', app)
-    if not force:
-        raise Failure('this removes %s and its repository for good; if you are sure: '
-                      'dockhand destroy %s --force', app, app)
+    refuse_if(not force, 'this removes %s and its repository for good; if you are sure: '
+              'dockhand destroy %s --force', app, app)
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
         for act in switch_steps(host, live, None) if live else []:
             act()
@@ -2527,8 +2492,7 @@ def doctor(host):
     checks += doctor_parts(host) + doctor_ssh(host) + doctor_nginx(host)
     for what, command in checks:
         tell('WRONG  %s\n       type: %s', what, command)
-    if checks:
-        raise Failure('%d thing(s) to mend', len(checks))
+    refuse_if(checks, '%d thing(s) to mend', len(checks))
     tell('all is well')
 
 def doctor_parts(host):
@@ -2585,21 +2549,13 @@ def doctor_apps(host):
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
-    ('install', install, '[--user NAME]'),
-    ('upload-key', upload_key, 'NAME [APP...]'),
-    ('keys', list_keys, ''),
-    ('remove-key', remove_key, 'NAME'),
-    ('apps', apps, ''),
-    ('logs', logs, 'APP [-f] [-n N]'),
-    ('restart', restart, 'APP'),
-    ('stop', stop, 'APP'),
-    ('start', start, 'APP'),
-    ('releases', releases, 'APP'),
-    ('rollback', rollback, 'APP [N]'),
-    ('rebuild', rebuild, 'APP [--pull]'),
-    ('destroy', destroy, 'APP [--force]'),
-    ('recover', recover, ''),
-    ('doctor', doctor, '')]
+    ('install', install, '[--user NAME]'), ('upload-key', upload_key, 'NAME [APP...]'),
+    ('keys', list_keys, ''), ('remove-key', remove_key, 'NAME'),
+    ('apps', apps, ''), ('logs', logs, 'APP [-f] [-n N]'),
+    ('restart', restart, 'APP'), ('stop', stop, 'APP'), ('start', start, 'APP'),
+    ('releases', releases, 'APP'), ('rollback', rollback, 'APP [N]'),
+    ('rebuild', rebuild, 'APP [--pull]'), ('destroy', destroy, 'APP [--force]'),
+    ('recover', recover, ''), ('doctor', doctor, '')]
 
 def usage():
     return 'dockhand: git push deploys anything that fits in a container\n' + ''.join(
@@ -2633,8 +2589,7 @@ def run_command(host, words):
     for name, function, pattern in COMMANDS:
         if name == words[0]:
             given, options = parse_arguments(pattern, words[1:])
-            if os.geteuid() != 0:
-                raise Failure('root only: sudo dockhand ' + name)
+            refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + name)
             return function(host, *given, **options)
     raise Usage('no command "%s"; `dockhand` alone lists them', printable(words[0]))
 

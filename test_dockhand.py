@@ -1011,19 +1011,17 @@ def test_undos_happen_last_first_each_for_itself_and_the_first_error_wins(capfd)
         if error:
             raise error
     with pytest.raises(Failure) as caught:
-        with dh.Transaction() as transaction:
-            transaction.undo(undo, 1)
-            transaction.undo(undo, 2, Failure('undo 2'))
-            transaction.undo(undo, 3, IOError(5, 'undo 3'))
+        with dh.undone_by(undo, 1), dh.undone_by(undo, 2, Failure('undo 2')), \
+                dh.undone_by(undo, 3, IOError(5, 'undo 3')):
             raise Failure('first')
     assert str(caught.value) == 'first' and order == [3, 2, 1]
     err = capfd.readouterr().err
     assert 'dockhand: while undoing: undo 2\n' in err and 'undo 3' in err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
-def test_a_transaction_that_ends_well_undoes_nothing():
-    with dh.Transaction() as transaction:
-        transaction.undo(pytest.fail, 'undone')
+def test_what_ends_well_is_not_undone():
+    with dh.undone_by(pytest.fail, 'undone'):
+        pass
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
