@@ -2129,10 +2129,10 @@ def show_address(host, release):
     name, port = match.groups()
     status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
     lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
-    if set(line.split()[0] for line in lines) & set(['127.0.0.1', '::1'] + own.split()):
+    if set(line.split()[0] for line in lines) & set(own.split()):
         return step('%s: %s answers %s' % (release.app, address, status))
     step("%s answers %s: curl -H 'Host: %s' http://%s%s/" % (
-        release.app, status, name, own.split(' ')[0], port and ':' + port))
+        release.app, status, name, own_address(), port and ':' + port))
     detail('%s does not lead here yet: point it here in DNS, or take every name with '
            '`listen 80 default_server;`' % name)
 
@@ -2148,6 +2148,18 @@ def fetch_status(name, port):
     except (EnvironmentError, socket.error) as error:
         return 'nothing (%s)' % error
     return (answer.split() + ['', 'nothing'])[1]
+
+def own_address():
+    """The address with which this machine goes out; no packet is sent."""
+    import socket
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        probe.connect(('192.0.2.1', 9))
+        return probe.getsockname()[0]
+    except (EnvironmentError, socket.error):
+        return os.uname()[1]
+    finally:
+        probe.close()
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
