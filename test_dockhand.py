@@ -1842,8 +1842,9 @@ def test_removing_an_app_leaves_nothing_of_it(machine):
 # ---- Releases: put back, rolled back, cleaned up ------------------------------------
 
 def pushed(machine, *commits):
-    """Releases of these commits after the first, the last one live."""
+    """Releases of these commits after the first, the last one live; what was before."""
     engine, old = dh.choose_engine(machine.host), machine.lives(FILES)
+    before = machine.whole()
     for number, commit in enumerate(commits, 2):
         files = but('docker', 'FROM ' + commit[:3])
         new = machine.release(number, commit, files, 2.5)
@@ -1855,22 +1856,18 @@ def pushed(machine, *commits):
     dh.set_link(machine.host, 'blog', 'live', old)
     machine.refs[MAIN] = commits[-1]
     del machine.done[:]
+    return before
 
 def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
-    machine.lives(FILES)
-    before = machine.whole()
-    machine.push(FILES_2)
+    before = pushed(machine, SHA_2)
     dh.rollback(machine.host, 'blog')
     found = machine.whole()
     for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
         before.pop(key, None), found.pop(key, None)
-    assert found == before and machine.refs['refs/heads/main'] == SHA
-    assert len([line for line in machine.done if line.startswith('docker build')]) == 1
-    machine.push(FILES_2)
-    assert dh.live_release(machine.host, 'blog').number == 3
+    assert found == before and machine.refs[MAIN] == SHA
+    assert not [line for line in machine.done if line.startswith('docker build')]
     dh.rollback(machine.host, 'blog', '2')
-    assert machine.running() == ['sha256:FROMtwo'] and machine.refs[
-        'refs/heads/main'] == SHA_2
+    assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
 
 @table('number, said', '''
     1 => release 1 cannot run again: its image blog:1 was removed; nothing has changed
@@ -1894,8 +1891,7 @@ def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     upstart => docker tag''')
 def test_a_rollback_that_fails_is_put_back_and_can_be_tried_again(tmpdir, init, broken):
     machine = Machine(tmpdir, init)
-    machine.lives(FILES)
-    machine.push(FILES_2)
+    pushed(machine, SHA_2)
     before = machine.whole()
     machine.broken[broken] = 1
     assert 'broken on purpose' in refusal(dh.rollback, machine.host, 'blog')
