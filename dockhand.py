@@ -1157,11 +1157,13 @@ def running_containers(host, image):
     return sorted([each for each in found if each['Image'] == image],
                   key=lambda each: each['State']['StartedAt'], reverse=True)
 
-def build_image(host, folder, tag, *options):
-    """Build an image from a folder; docker's output goes to the pusher as it comes."""
+def build_image(host, folder, tag, layers, *options):
+    """Build an image from a folder; docker's output goes to the pusher as it comes.
+    `layers`, a list, gets the ids of what the older builder makes on the way."""
     heard = deque(maxlen=200)
 
     def each(line):
+        layers.extend(re.findall(r'^ ---> ([0-9a-f]{12})$', line))
         if line and not line.startswith(('DEPRECATED', '            Install the buildx')):
             heard.append(line)
             detail(line)
@@ -2022,6 +2024,7 @@ def check_free(host, live, release):
 
 def build_release(host, live, release, options=()):
     """The Release with its image built, and all checked that can be before a switch."""
+    layers = []
     step('Checking %s' % release.commit[:10])
     try:
         folder = check_out(host, release.app, release.commit)
@@ -2031,7 +2034,11 @@ def build_release(host, live, release, options=()):
             check_edited(host, live, release)
         check_proxy_change(host, release)
         step('Building %s' % image_tag(release))
-        build_image(host, folder, image_tag(release), *options)
+        build_image(host, folder, image_tag(release), layers, *options)
+    except Failure:
+        if layers and release.number != 'plan':
+            save_release(host, release._replace(image=layers[-1]))
+        raise
     finally:
         empty_build_folder(host, release.app)
     image = inspect(host, image_tag(release))[0]
@@ -2063,7 +2070,8 @@ def forget(host, release, live, reason=None):
         host.run(['rm', '-rf', '--', release_folder(host, app, release.number)])
     else:
         why = printable(reason or str(sys.exc_info()[1]), 300)
-        save_release(host, release._replace(failed=why, image=None, job=None, proxy=None))
+        found = load_release(host, app, release.number)
+        save_release(host, found._replace(failed=why, job=None, proxy=None))
 
 def drop(host, release, *options):
     """Take away what a release has outside the store: container, image tag, commit."""
@@ -2079,6 +2087,10 @@ def clean_up(host, live):
     others = [each.number for each in kept_releases(host, app)
               if each.number != live.number]
     kept, old = others[:KEPT - 1] + [live.number], numbers[:-LISTED] + others[KEPT - 1:]
+    for failed in [load_release(host, app, number) for number in numbers]:
+        if failed.failed and failed.image:      # it was left as a cache for this release
+            host.ask(['docker', 'rmi', failed.image])
+            save_release(host, failed._replace(image=None))
     for number in sorted(set(old) - set(kept)):
         release = load_release(host, app, number)
         free = free_bytes(host, images_folder(host))

@@ -1556,7 +1556,7 @@ def test_a_switch_that_fails_at_any_command_is_put_back(tmpdir, init, broken):
     assert machine.changed(before) == []
     record = machine.read('/var/lib/dockhand/apps/blog/releases/2/release.json')
     assert 'broken on purpose' in json.loads(record)['failed']
-    assert dh.load_release(machine.host, 'blog', 2).image is None
+    assert dh.load_release(machine.host, 'blog', 2).seconds is None
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -1939,6 +1939,18 @@ def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
     err = capfd.readouterr().err
     assert '-----> Release 1 is removed, 0.0 MB freed\n' in err
     assert 'with what its container wrote outside volumes: /srv/kept.db\n' in err
+
+def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
+    pushed(plain, SHA_2)
+    build = plain.docker_build
+    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
+    for text, left in (('RUN fail', '0123456789ab'), ('FROM dies', 'sha256:FROMdies')):
+        assert refusal(plain.push, but('docker', text), MAIN, SHA_2, SHA_3)
+        dh.after_push(plain.host, 'blog')
+        assert 'docker rmi ' + left == plain.done[-1]
+        dh.after_push(plain.host, 'blog')
+    assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
+    assert [each.number for each in dh.kept_releases(plain.host, 'blog')] == [2, 1]
 
 def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
     pushed(plain, *[number * 40 for number in '23456'])
