@@ -147,22 +147,30 @@ KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,n
 
 # ---- The little OS layer ---------------------------------------------------------------
 
+def filled(text, values):
+    """A message with its values; without any, the text is as it is and may hold a `%`."""
+    return text % values if values else text
+
 class Failure(Exception):
     """One line for a person: what is wrong and what to do. The exit status is 1."""
+    def __init__(self, text, *values):
+        Exception.__init__(self, filled(text, values))
 
 class Stopped(Failure):
     """A signal came that would have ended the process."""
 
+class Usage(Failure):
+    """A command line that is none. The exit status is 2."""
+
 class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
-
     git leaves its end of the pipe open and unread then: a plain write would block for
     ever after 64 KB. After `patience` seconds of waiting in all it is silent."""
     def __init__(self, fd, patience=PATIENCE):
         self.fd, self.patience = fd, patience
 
-    def __call__(self, text):
-        data, poll = to_bytes(text + '\n'), select.poll()
+    def __call__(self, text, *values):
+        data, poll = to_bytes(filled(text, values) + '\n'), select.poll()
         poll.register(self.fd, select.POLLOUT)
         while data and self.patience > 0:
             begun = monotonic()
@@ -178,20 +186,20 @@ class Voice(object):
 say = Voice(2)
 tell = Voice(1, patience=3600)      # for the commands that people run, and may page
 
-def step(text):
+def step(text, *values):
     """A step of a deploy, as the pusher sees it."""
-    say('-----> ' + text)
+    say('-----> ' + text, *values)
 
-def detail(text):
+def detail(text, *values):
     """Lines that belong to the step before."""
-    for line in text.splitlines():
+    for line in filled(text, values).splitlines():
         say('       ' + line)
 
-def log(text):
+def log(text, *values):
     """A line in the system's log: who changed what, or was refused."""
     import syslog
     syslog.openlog('dockhand')
-    syslog.syslog(printable(text, 500))
+    syslog.syslog(printable(filled(text, values), 500))
 
 def printable(text, limit=80):
     """What a stranger sent, fit for a message: printable ASCII, not too long."""
@@ -217,10 +225,8 @@ Account = namedtuple('Account', 'name uid gid home shell')
 
 def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
     """Run a command, never through a shell, as an Account; a Result(status, out, err).
-
-    env    variables added to ENVIRONMENT
-    feed   a command whose output it reads, and whose failure counts
-    each   a function that gets each line of its output, both streams, as it comes"""
+    env: variables added to ENVIRONMENT; feed: a command whose output it reads, and whose
+    failure counts; each: gets each line of its output, both streams, as it comes."""
     from subprocess import PIPE, STDOUT
     spawn, processes = spawner(env, cwd, account), []
     try:
@@ -241,8 +247,7 @@ def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
         raise
     finally:
         statuses = [process.wait() for process in processes]
-    status = statuses[-1] or statuses[0]
-    return Result(status, to_text(out), to_text(err or b''))
+    return Result(statuses[-1] or statuses[0], to_text(out), to_text(err or b''))
 
 def spawner(env, cwd, account):
     """A function that starts a command, which gets nothing of ours but its streams."""
@@ -263,7 +268,7 @@ def spawner(env, cwd, account):
             return Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=variables,
                          cwd=cwd, close_fds=True, preexec_fn=prepare)
         except OSError as error:
-            raise Failure('%s: %s' % (argv[0], error.strerror))
+            raise Failure('%s: %s', argv[0], error.strerror)
     return spawn
 
 def read_lines(fd, each, silence=20):
@@ -290,23 +295,27 @@ class Host(object):
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
 
+    def text(self, *parts):
+        """The text of a file, '' where there is none."""
+        return read_file(self.path(*parts)) or ''
+
     def run(self, argv, **options):
         """Run a command that must succeed; its standard output."""
         result = self.ask(argv, **options)
         if result.status:
-            raise Failure(command_failed(argv, result))
+            raise command_failed(argv, result)
         return result.out
 
     def run_unless(self, pattern, argv, **options):
         """Run a command; False where it fails with words that match, as is expected."""
         result = self.ask(argv, **options)
         if result.status and not re.search(pattern, result.err + result.out):
-            raise Failure(command_failed(argv, result))
+            raise command_failed(argv, result)
         return not result.status
 
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
-        for line in (read_file(self.path('/etc/passwd')) or '').splitlines():
+        for line in self.text('/etc/passwd').splitlines():
             name, _, fields = line.partition(':')
             if name == self.user and fields.count(':') == 5:
                 _, uid, gid, _, home, shell = fields.split(':')
@@ -318,10 +327,9 @@ class Host(object):
         return account.home if account else '/home/' + self.user
 
 def command_failed(argv, result):
-    """`docker start blog--3 failed (1): the last line that it said`."""
-    said = last_line(result.err or result.out)
-    return '%s failed (%d)%s' % (
-        ' '.join(argv[:4]), result.status, said and ': ' + said)
+    """The Failure `docker start blog--3 failed (1): the last line that it said`."""
+    said, command = last_line(result.err or result.out), ' '.join(argv[:4])
+    return Failure('%s failed (%d)%s', command, result.status, said and ': ' + said)
 
 def last_line(text):
     """The last line that a command said: docker repeats itself for each name."""
@@ -456,12 +464,12 @@ class Transaction(object):
             try:
                 function(*args)
             except (Failure, EnvironmentError) as error:
-                say('dockhand: while undoing: %s' % error)
+                say('dockhand: while undoing: %s', error)
 
 def exit_on_signals():
     """What would end the process becomes a Failure, so that what was begun is undone."""
     def leave(number, frame):
-        raise Stopped('stopped by signal %d' % number)
+        raise Stopped('stopped by signal %d', number)
     on_signals(leave)
 
 def on_signals(action):
@@ -478,32 +486,31 @@ def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
     if not 2 <= len(name) <= 40 or not APP_NAME.match(name) or name.endswith('.git'):
         raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9, and single "-", '
-                      '"_" or "." between them, a letter first' % printable(name))
+                      '"_" or "." between them, a letter first', printable(name))
     if name in BASE_IMAGES:
         raise Failure('"%s" is an image that Dockerfiles start from; an app of that name '
-                      'would take its place: choose another name' % name)
+                      'would take its place: choose another name', name)
     if name in SYSTEM_NAMES or name.startswith('dockhand'):
-        raise Failure('"%s" is a name that the server itself uses: choose another' % name)
+        raise Failure('"%s" is a name that the server itself uses: choose another', name)
     return name
 
 def check_key_name(name):
     """A key's name as it is, or Failure."""
     if not KEY_NAME.match(name):
         raise Failure('"%s" is no name for a key: up to 64 of a-z, A-Z, 0-9, and "._@-" '
-                      'after the first' % printable(name))
+                      'after the first', printable(name))
     return name
 
 def parse_ssh_command(command):
     """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
-
     git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
     clone or fetch (git-receive-pack(1)); after ssh://HOST the path has a "/" first."""
     if not command:
         raise Failure('no shell here: git push git@HOST:APP.git main')
     match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*)'\Z", command)
     if not match:
-        raise Failure('"%s" is not for this key: it can git push, fetch and clone'
-                      % printable(command))
+        raise Failure('"%s" is not for this key: it can git push, fetch and clone',
+                      printable(command))
     verb, name = match.groups()
     return verb, check_app_name(name[:-4] if name.endswith('.git') else name)
 
@@ -513,7 +520,7 @@ def judge_ref(ref, new, branch):
     if ref.startswith('refs/tags/'):
         return 'store'
     if not ref.startswith('refs/heads/'):
-        raise Failure('%s is refused: push a branch or a tag' % printable(ref))
+        raise Failure('%s is refused: push a branch or a tag', printable(ref))
     if not new.strip('0'):
         raise Failure('branches are not deleted here; to remove the app, on the server: '
                       'sudo dockhand destroy APP')
@@ -521,8 +528,8 @@ def judge_ref(ref, new, branch):
     if name == 'plan':
         return 'plan'
     if name not in wanted:
-        raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s'
-                      % (' or '.join(wanted), wanted[0]))
+        raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s',
+                      ' or '.join(wanted), wanted[0])
     return 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
@@ -553,7 +560,7 @@ def parse_public_key(line):
     if not re.match(r'[a-z0-9.@-]+\Z', words[0]) or not blob.startswith(inside) \
             or to_text(base64.b64encode(blob)) != words[1]:
         raise Failure('"%s" is no public key: a line of TYPE BASE64 COMMENT is, as in '
-                      'id_ed25519.pub' % printable(line, 40))
+                      'id_ed25519.pub', printable(line, 40))
     return words[0], words[1]
 
 def fingerprint(blob):
@@ -600,7 +607,7 @@ def add_keys(keys, uploaded, name, apps):
     for key in keys:
         if key.name != name and (key.type, key.blob) in uploaded:
             raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
-                          'go on using it' % (key.name, key.name))
+                          'go on using it', key.name, key.name)
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
     for kind, blob in uploaded:
         if Key(kind, blob, name, apps) not in kept:
@@ -668,8 +675,8 @@ SHELL_TOKEN = r'''(?xs)
   | (?P<stray>.)'''
 VARIABLE = r"(?s)(?P<kept>'[^']*'|\\.)|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]"
 
-def job_failure(line, text):
-    return Failure('upstart.conf:%d: %s' % (line, text))
+def job_failure(line, text, *values):
+    return Failure('upstart.conf:%d: %s', line, filled(text, values))
 
 def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
@@ -706,21 +713,21 @@ def find_stanzas(job, *names):
 def plain_value(stanza):
     """The value of a stanza without its comment and quotes."""
     tokens = re.finditer(SHELL_TOKEN, stanza.value)
-    return unquote(''.join(token.group() for token in tokens
-                           if token.lastgroup != 'comment').strip())
+    return unquote(''.join(each.group() for each in tokens
+                           if each.lastgroup != 'comment').strip())
 
 def last_value(job, name, default=None):
     """The value of the last such stanza: init takes the last."""
-    return ([default] + [plain_value(stanza) for stanza in find_stanzas(job, name)])[-1]
+    return ([default] + [plain_value(each) for each in find_stanzas(job, name)])[-1]
 
 def commands_of(stanza):
     """The simple commands of an `exec` or `script` stanza, as [Command]."""
     found, words = [], []
     for match in re.finditer(SHELL_TOKEN, stanza.value):
-        line = stanza.line + stanza.value.count('\n', 0, match.start())
-        text, kind = match.group(), match.lastgroup
+        text, kind, at = match.group(), match.lastgroup, match.start()
         if kind in ('word', 'stray'):
-            words.append(Word(text, unquote(text), line, stanza.offset + match.start()))
+            line = stanza.line + stanza.value.count('\n', 0, at)
+            words.append(Word(text, unquote(text), line, stanza.offset + at))
         elif kind == 'operator':
             found.append((words, text))
             words = []
@@ -818,12 +825,11 @@ def mounted_paths(run):
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
-
-    proxied  the ports on the host that the app's proxy file passes requests to
-    volumes  the paths that the image declares as VOLUME"""
+    proxied: the ports on the host that the app's proxy file passes requests to
+    volumes: the paths that the image declares as VOLUME"""
     if not find_stanzas(job, 'exec', 'script'):
         raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
-                          '`exec docker run --rm %s`' % app)
+                          '`exec docker run --rm %s`', app)
     for stanza in job:
         check_stanza(stanza)
     doubts = [(stanza.line, 'note: under Upstart this does not come back when docker is '
@@ -841,7 +847,7 @@ def check_stanza(stanza):
     value = plain_value(stanza)
     if not re.match(pattern, value):
         text = printable((stanza.name + ' ' + value).strip())
-        raise job_failure(stanza.line, '`%s`: %s' % (text, said))
+        raise job_failure(stanza.line, '`%s`: %s', text, said)
     if stanza.name.endswith('script') and '\r' in stanza.value:
         raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes '
                           'for text: save it with Unix ones')
@@ -854,15 +860,15 @@ def check_run(run, job):
         elif option.name == 'name' and not is_removed(run, job, option.value):
             wrong = 'without --rm the next start finds this name taken; add --rm'
         if wrong:
-            raise job_failure(option.word.line, '`%s`: %s' % (option.word.text, wrong))
+            raise job_failure(option.word.line, '`%s`: %s', option.word.text, wrong)
 
 def is_removed(run, job, name):
     """Whether something takes a named container away before it is run again."""
     removed = [word.value for stanza in job if stanza.name.endswith(('exec', 'script'))
                for command in commands_of(stanza) if docker_verb(command) == 'rm'
                for word in docker_words(command)[1:]]
-    return any(option.name == 'rm' and is_on(option) for option in run.options) or any(
-        value == name or '$' in value for value in removed)
+    return any(value == name or '$' in value for value in removed) or any(
+        option.name == 'rm' and is_on(option) for option in run.options)
 
 def doubts_of_image(run, app, volumes):
     if not is_image_of(app, run.image):
@@ -871,9 +877,9 @@ def doubts_of_image(run, app, volumes):
     elif 'volumes-from' not in [option.name for option in run.options]:
         lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
         for path in sorted(lost):
-            yield run.line, (
-                'warning: VOLUME %s is mounted nowhere, its data goes at every stop; '
-                'to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
+            yield run.line, ('warning: VOLUME %s is mounted nowhere, its data goes at '
+                             'every stop; to keep it: `-v /srv/%s%s:%s`'
+                             % (path, app, path, path))
 
 def doubts_of_ports(run, proxied):
     """Docker's published ports pass by the firewall that people know, ufw."""
@@ -881,9 +887,9 @@ def doubts_of_ports(run, proxied):
         address, outside, inside, protocol = parse_published(option.value)
         is_web = outside in proxied or inside in HTTP_PORTS
         if is_web and not address and protocol == 'tcp':
-            yield option.word.line, (
-                'warning: `-p %s` is open to the world, past ufw; behind nginx: '
-                '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
+            text = ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
+                    '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
+            yield option.word.line, text
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
@@ -907,18 +913,17 @@ def container_of(job, app):
         if stanza.name.startswith(('pre-', 'post-')):
             check_harmless(commands_of(stanza))
     env = dict(plain_value(each).partition('=')[::2] for each in find_stanzas(job, 'env'))
-    run = only_run(job, app, env)
-    options = [render_option(option) for option in run.options
-               if option.name not in DROPPED_OPTIONS]
-    if last_value(job, 'kill signal'):
-        options.append('--stop-signal=' + last_value(job, 'kill signal'))
+    run, stop = only_run(job, app, env), last_value(job, 'kill signal')
+    options = [render_option(each) for each in run.options
+               if each.name not in DROPPED_OPTIONS]
+    options += ['--stop-signal=' + stop] if stop else []
     starts = [stanza.name for stanza in find_stanzas(job, 'start on', 'manual')]
     return Container(options, run.image, run.command, env, last_value(job, 'chdir', '/'),
                      starts[-1:] == ['start on'], last_value(job, 'kill timeout', '5'))
 
 def no_equivalent(line, what, remedy):
     return job_failure(line, '`%s` cannot be had where docker instead of Upstart runs '
-                       'the app, as here: %s' % (printable(what), remedy))
+                       'the app, as here: %s', printable(what), remedy)
 
 def check_harmless(commands):
     """Refuse what does not happen anyway around a container's start and stop."""
@@ -927,8 +932,8 @@ def check_harmless(commands):
         known = docker_verb(command) in ('rm', 'stop', 'kill', 'pull') or \
             command.words[0].value in HARMLESS or set(before) & set('<>')
         if not known or command.operator == '|':
-            raise no_equivalent(command.line, command.words[0].text, 'do it in the '
-                                'Dockerfile, or when the container starts')
+            raise no_equivalent(command.line, command.words[0].text,
+                                'do it in the Dockerfile, or when the container starts')
         before = command.operator
 
 def only_run(job, app, env):
@@ -980,12 +985,10 @@ NGINX_TOKEN = r'''(?xs)
   '''
 HOST_NAME = re.compile(r'[a-z0-9][a-z0-9.-]*\Z')
 
-def header(app, what):
-    return ("# dockhand: %s's %s, installed from its repository at each push\n"
-            % (app, what))
-
-def headed(line, text):
+def headed(app, what, text):
     """A pushed file under our line, which one copied from the server has already."""
+    line = "# dockhand: %s's %s, installed from its repository at each push\n" % (
+        app, what)
     return text if text.startswith(line) else line + text
 
 def without_header(text):
@@ -993,8 +996,8 @@ def without_header(text):
     return text.partition('\n')[2]
 
 def is_ours(text, app):
-    """Whether dockhand wrote this job or proxy file for this app."""
-    return text.startswith("# dockhand: %s's" % app)
+    """Whether dockhand wrote this job or proxy file, or None, for this app."""
+    return (text or '').startswith("# dockhand: %s's" % app)
 
 def parse_nginx(text):
     """An nginx file as [Directive]; lenient, since `nginx -t` has the last word."""
@@ -1008,7 +1011,7 @@ def parse_nginx(text):
             if words:
                 stack[-1].append(Directive(line, words, block))
             words = []
-            if match.group() == '{':
+            if block is not None:
                 stack.append(block)
             elif match.group() == '}':
                 stack[1:] = stack[1:-1]
@@ -1023,8 +1026,8 @@ def servers_of(text):
                        if each.words[0] == 'listen' and each.words[1:]]
             names = [name.lower() for each in block if each.words[0] == 'server_name'
                      for name in each.words[1:]]
-            default = Listen('*', '80', False, line)
-            found.append(Server(line, listens or [default], names))
+            listens = listens or [Listen('*', '80', False, line)]
+            found.append(Server(line, listens, names))
     return found
 
 def parse_listen(directive):
@@ -1060,16 +1063,16 @@ def check_proxy(servers, others):
             for claim, line in server_claims(server).items():
                 taken.setdefault(claim, '%s:%d' % (path, line))
     for server in servers:
-        for (port, what), line in sorted(server_claims(server).items()):
-            if (port, what) in taken:
+        for claim, line in sorted(server_claims(server).items()):
+            if claim in taken:
                 raise proxy_failure(
-                    line, '%s is taken on port %s, by %s: change one of the two' % (
-                        printable(what), port.rpartition(':')[2], taken[port, what]))
+                    line, '%s is taken on port %s, by %s: change one of the two',
+                    printable(claim[1]), claim[0].rpartition(':')[2], taken[claim])
         check_reachable(server)
         check_addresses(server, others)
 
-def proxy_failure(line, text):
-    return Failure('nginx-proxy.conf:%d: %s' % (line, text))
+def proxy_failure(line, text, *values):
+    return Failure('nginx-proxy.conf:%d: %s', line, filled(text, values))
 
 def check_reachable(server):
     """An unknown name on port 80 is answered by 000-dockhand.conf."""
@@ -1086,7 +1089,7 @@ def check_addresses(server, others):
     for address, port, _, line in server.listens:
         if address not in ('*', '[::]') and port and port in shared | set(['80']):
             raise proxy_failure(line, '`listen %s:%s` would take all requests to that '
-                                'address: write `listen %s;`' % (address, port, port))
+                                'address: write `listen %s;`', address, port, port)
 
 def render_catch_all(listens, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
@@ -1114,7 +1117,7 @@ def stage_nginx_conf(text, files, pid):
                           lambda match: includes, text)
     if not count:
         raise Failure('%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
-                      'block' % (NGINX, PROXIES))
+                      'block', NGINX, PROXIES)
     return 'pid %s;\n' % pid + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
 def proxy_address(servers):
@@ -1148,7 +1151,7 @@ def inspect(host, *names):
     try:
         return json.loads(result.out or '[]')
     except ValueError:
-        raise Failure(command_failed(['docker', 'inspect'], result))
+        raise command_failed(['docker', 'inspect'], result)
 
 def running_containers(host, image):
     """docker's description of the containers that run an image (by id), newest first."""
@@ -1167,12 +1170,12 @@ def build_image(host, folder, tag, layers, *options):
         if line and not line.startswith(('DEPRECATED', '            Install the buildx')):
             heard.append(line)
             detail(line)
-    result = host.ask(('docker', 'build', '--force-rm', '-t', tag) + options + (folder,),
-                      env={'HOME': '/root'}, each=each)
+    command = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
+    result = host.ask(command, each=each)
     if result.status:
         docker_version(host)
-        raise Failure('the build failed: '
-                      + build_trouble('\n'.join(heard), result.status))
+        why = build_trouble('\n'.join(heard), result.status)
+        raise Failure('the build failed: ' + why)
 
 def build_trouble(heard, status):
     """What the output of a failed build means, in words."""
@@ -1191,7 +1194,7 @@ def tag_image(host, source, target):
 
 def remove_image_tag(host, tag, *options):
     """Take a tag away, and its image where nothing else uses it."""
-    host.run_unless('No such image|container', ['docker', 'rmi'] + list(options) + [tag])
+    host.run_unless('No such image|container', ('docker', 'rmi') + options + (tag,))
 
 def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
@@ -1207,11 +1210,11 @@ def check_space(host, wanted=SPACE):
         free = free_bytes(host, path) // 1000000
         if free < wanted:
             raise Failure('%d MB are free on %s, a build wants %d: docker image prune '
-                          'removes what nobody uses' % (free, path, wanted))
+                          'removes what nobody uses', free, path, wanted)
 
 def images_folder(host):
     """Where docker keeps its images."""
-    settings = read_file(host.path('/etc/docker/daemon.json')) or ''
+    settings = host.text('/etc/docker/daemon.json')
     moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
     return (moved + ['/var/lib/docker'])[0]
 
@@ -1231,10 +1234,11 @@ def proxy_files(host):
     folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
     paths = [folder + '/' + name for folder, ending in folders
              for name in list_folder(host.path(folder)) if name.endswith(ending)]
-    return dict((path, read_file(host.path(path)) or '') for path in paths
+    return dict((path, host.text(path)) for path in paths
                 if path != CATCH_ALL and os.path.isfile(host.path(path)))
 
 def catch_all_text(host, files):
+    """What 000-dockhand.conf is to hold beside these files, {path: text}."""
     listens = [listen for text in files.values() for server in servers_of(text)
                for listen in server.listens]
     ipv6 = os.path.exists(host.path('/proc/net/if_inet6'))
@@ -1242,9 +1246,8 @@ def catch_all_text(host, files):
 
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
-    own = PROXIES + '/%s.conf' % app
-    others = dict((path, servers_of(other)) for path, other in proxy_files(host).items()
-                  if path != own)
+    own, files = PROXIES + '/%s.conf' % app, proxy_files(host)
+    others = dict((path, servers_of(files[path])) for path in files if path != own)
     check_proxy(servers_of(without_header(text)), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
@@ -1261,11 +1264,11 @@ def try_nginx(host, app, text):
     files = dict(proxy_files(host), **{own: text or ''})
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
-    staged_text = stage_nginx_conf(nginx_conf(host), [catch_all] + order, pid)
+    conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), [catch_all] + order, pid)
     try:
         replace_file(host.path(candidate), files[own])
         replace_file(host.path(catch_all), catch_all_text(host, files))
-        replace_file(host.path(staged), staged_text)
+        replace_file(host.path(staged), conf)
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
         said = nginx_error(result.err).replace(catch_all, CATCH_ALL)
         return in_repository(said, candidate) if result.status else None
@@ -1278,9 +1281,6 @@ def staged_files(app):
     return ['%s/.dockhand-%s.%s' % (NGINX, app, part)
             for part in ('candidate', 'catch-all', 'nginx', 'nginx.pid')]
 
-def nginx_conf(host):
-    return read_file(host.path(NGINX, 'nginx.conf')) or ''
-
 def nginx_error(err):
     """The first thing that nginx calls an error."""
     lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
@@ -1289,8 +1289,8 @@ def nginx_error(err):
 def in_repository(problem, candidate):
     """nginx's words about a candidate, as `nginx-proxy.conf:LINE: what`."""
     match = re.match(r'(.*?)(?: in)? %s:(\d+)' % re.escape(candidate), problem)
-    return problem if not match else str(
-        proxy_failure(int(match.group(2)) - 1, match.group(1)))
+    what, line = match.groups() if match else (problem, None)
+    return str(proxy_failure(int(line) - 1, what)) if match else problem
 
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow. What is
@@ -1300,12 +1300,12 @@ def install_proxy(host, app, text, certain=False):
         found = read_file(path)
         if text == found and not certain:
             return
-        if text is not None and not certain:
-            check_proxy_file(host, app, text)
-        if text is not None:
-            changed = replace_file(path, text)
+        if text is None:
+            changed = is_ours(found, app) and remove_file(path)
         else:
-            changed = is_ours(found or '', app) and remove_file(path)
+            if not certain:
+                check_proxy_file(host, app, text)
+            changed = replace_file(path, text)
         if write_catch_all(host) or changed or certain:
             reload_nginx(host)
 
@@ -1318,7 +1318,6 @@ def write_catch_all(host):
 
 def reload_nginx(host):
     """Make nginx take up its configuration; Failure unless it really has.
-
     `nginx -t` and the reload both succeed while a taken port keeps the old configuration:
     it counts when every earlier worker has gone or says that it is shutting down."""
     master = nginx_master(host)
@@ -1338,27 +1337,27 @@ def is_systemd(host):
 
 def nginx_master(host):
     """The process id of nginx's master, None where it does not run."""
-    for path in re.findall(r'(?m)^\s*pid\s+([^;]+);', nginx_conf(host))[:1] + [
-            '/run/nginx.pid']:
-        pid = (read_file(host.path(path)) or '').strip()
+    named = re.findall(r'(?m)^\s*pid\s+([^;]+);', host.text(NGINX, 'nginx.conf'))[:1]
+    for path in named + ['/run/nginx.pid']:
+        pid = host.text(path).strip()
         if pid.isdigit() and 'nginx' in process_title(host, pid):
             return pid
     return None
 
 def nginx_workers(host, master):
     """The workers that still take requests, as [process id]."""
-    found = [(pid, read_file(host.path('/proc', pid, 'stat')) or '')
+    found = [(pid, host.text('/proc', pid, 'stat').rpartition(')')[2].split())
              for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
-    return [pid for pid, text in found if text.rpartition(')')[2].split()[1:2] == [master]
+    return [pid for pid, fields in found if fields[1:2] == [master]
             and 'shutting down' not in process_title(host, pid)]
 
 def process_title(host, pid):
-    return (read_file(host.path('/proc', pid, 'cmdline')) or '').replace('\0', ' ')
+    return host.text('/proc', pid, 'cmdline').replace('\0', ' ')
 
 def nginx_log(host):
     """The last trouble in nginx's error log."""
-    log = read_file(host.path('/var/log/nginx/error.log')) or ''
-    lines = [line for line in log.splitlines() if '[emerg]' in line or '[alert]' in line]
+    lines = [line for line in host.text('/var/log/nginx/error.log').splitlines()
+             if '[emerg]' in line or '[alert]' in line]
     return plain_line(lines[-1]) if lines else 'see /var/log/nginx/error.log'
 
 # ---- The two engines: what keeps an app running ----------------------------------------
@@ -1393,9 +1392,19 @@ def container_ports(found):
     return [(str(address), int(port.split('/')[0])) for address in addresses
             for port in sorted(published) if port.endswith('/tcp')]
 
-class Containers(namedtuple('Containers', 'host')):
-    """Docker itself keeps the app running: one container a release, named APP--N."""
+class Engine(namedtuple('Engine', 'host')):
+    """What keeps apps running. What only one of the two has to do is nothing here."""
+    def nothing(self, release):
+        """Here there is nothing to do, or none to revive."""
+    check = prepare = place = revives = withdraw = nothing
 
+def on_container(host, release, *words):
+    """Run a docker command on a release's container; False where that is gone."""
+    command = ('docker',) + words + (container_name(release),)
+    return host.run_unless('No such container', command)
+
+class Containers(Engine):
+    """Docker itself keeps the app running: one container a release, named APP--N."""
     def check(self, release):
         """Failure where the release cannot run here, before anything is touched."""
         self.job(release)
@@ -1403,39 +1412,29 @@ class Containers(namedtuple('Containers', 'host')):
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
-        job = self.job(release)
+        job, host = self.job(release), self.host
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
-        command = (['docker', 'create', '--name', container_name(release)] + job.options +
-                   log + [image] + job.command)
-        options = dict(env=job.env, cwd=job.folder)
-        if not self.host.run_unless('already in use', command, **options):
-            self.restart_policy(release, 'no')
-
-    def place(self, release):
-        """Nothing: the container is there, or start() makes it again."""
+        command = ['docker', 'create', '--name', container_name(release)] + job.options
+        command += log + [image] + job.command
+        if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
+            on_container(self.host, release, 'update', '--restart', 'no')
 
     def job(self, release):
         return container_of(job_of(release), release.app)
 
     def start(self, release):
         """Start the container; one that was pruned away is made again."""
-        command = ['docker', 'start', container_name(release)]
-        if not self.host.run_unless('No such container', command):
+        if not on_container(self.host, release, 'start'):
             self.prepare(release)
-            self.host.run(command)
+            self.host.run(['docker', 'start', container_name(release)])
 
     def stop(self, release):
         job = self.job(release)
         if not job.at_boot:     # docker starts `on-failure` again when it starts itself
-            self.restart_policy(release, 'no')
-        self.host.run_unless('No such container', [
-            'docker', 'stop', '-t', job.grace, container_name(release)])
-
-    def restart_policy(self, release, policy):
-        self.host.run_unless('No such container', [
-            'docker', 'update', '--restart', policy, container_name(release)])
+            on_container(self.host, release, 'update', '--restart', 'no')
+        on_container(self.host, release, 'stop', '-t', job.grace)
 
     def revives(self, release):
         """Whether one that does not run is to be started, after a boot or a prune."""
@@ -1443,20 +1442,16 @@ class Containers(namedtuple('Containers', 'host')):
 
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too."""
-        at_boot = self.job(release).at_boot
-        self.restart_policy(release, 'unless-stopped' if at_boot else 'on-failure')
-
-    def withdraw(self, release):
-        """Nothing: an app that is gone has no release, and so no container."""
+        policy = 'unless-stopped' if self.job(release).at_boot else 'on-failure'
+        on_container(self.host, release, 'update', '--restart', policy)
 
     def state(self, release):
         for found in inspect(self.host, container_name(release)):
             return container_state(found)
         return State(False, None, [], '', 'its container is gone')
 
-    def logs_command(self, release, lines, follow):
-        return ['docker', 'logs', '--tail', str(lines)] + (['-f'] if follow else []) + [
-            container_name(release)]
+    def logs_command(self, release, lines, *follow):
+        return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
 
 def job_of(release):
     return parse_job(without_header(release.job))
@@ -1464,15 +1459,8 @@ def job_of(release):
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
 
-class Upstart(namedtuple('Upstart', 'host')):
+class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
-
-    def check(self, release):
-        """Whatever init(5) allows, Upstart runs."""
-
-    def prepare(self, release):
-        """Nothing can be made ready: the job of this name runs the old release."""
-
     def place(self, release):
         """Upstart sees a new file at once."""
         self.hold(release)
@@ -1486,9 +1474,9 @@ class Upstart(namedtuple('Upstart', 'host')):
         replace_file(self.path(release, '.override'), 'manual\n')
 
     def start(self, release):
-        if read_file(self.path(release, '.conf')) != release.job:
-            raise Failure('%s is not that of release %d' % (
-                self.path(release, '.conf'), release.number))
+        path = self.path(release, '.conf')
+        if read_file(path) != release.job:
+            raise Failure('%s is not that of release %d', path, release.number)
         self.host.run_unless('already running', ['timeout', '60', 'start', release.app])
 
     def stop(self, release):
@@ -1498,16 +1486,13 @@ class Upstart(namedtuple('Upstart', 'host')):
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
 
-    def revives(self, release):
-        """Never: that is init's own work."""
-
     def settle(self, release):
         """From now on a boot starts it."""
         remove_file(self.path(release, '.override'))
 
     def withdraw(self, release):
         """Take the job of an app away that is gone."""
-        if is_ours(read_file(self.path(release, '.conf')) or '', release.app):
+        if is_ours(read_file(self.path(release, '.conf')), release.app):
             remove_file(self.path(release, '.conf'))
         remove_file(self.path(release, '.override'))
 
@@ -1523,13 +1508,13 @@ class Upstart(namedtuple('Upstart', 'host')):
         for found in running_containers(self.host, release.image):
             state = container_state(found)
             return state._replace(identity=identity + state.identity, text=text)
-        waits = any(is_image_of(release.app, run.image)
-                    for run in runs_of(job_of(release)))
+        images = [run.image for run in runs_of(job_of(release))]
+        waits = any(is_image_of(release.app, image) for image in images)
         return State(None if waits else True, identity, [], '', text)
 
-    def logs_command(self, release, lines, follow):
-        log = self.host.path(JOB_LOGS, release.app + '.log')
-        return ['tail', '-n', str(lines)] + (['-f'] if follow else []) + [log]
+    def logs_command(self, release, lines, *follow):
+        return ('tail', '-n', lines) + follow + (
+            self.host.path(JOB_LOGS, release.app + '.log'),)
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
@@ -1557,7 +1542,7 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
             if monotonic() - since >= steady:
                 return answered
         if monotonic() - begun > timeout:
-            raise Failure('after %d s %s' % (timeout, missing or 'it is not running yet'))
+            raise Failure('after %d s %s', timeout, missing or 'it is not running yet')
         time.sleep(0.1)
 
 def silent_ports(state):
@@ -1665,7 +1650,7 @@ def live_app(host, app, command):
 
 def must_be_live(app, live):
     if live is None:
-        raise Failure('no app %s is live here: see dockhand apps' % app)
+        raise Failure('no app %s is live here: see dockhand apps', app)
     return live
 
 def switch_steps(host, old, new, run=True, certain=False):
@@ -1724,8 +1709,8 @@ def finish(host, release, engine, follow):
             save_release(host, release._replace(seconds=took))
         remove_file(app_folder(host, release.app, 'pending'))
     except (Failure, EnvironmentError) as error:
-        say('dockhand: %s is live, but: %s; `dockhand recover` tries again'
-            % (release.app, error))
+        say('dockhand: %s is live, but: %s; `dockhand recover` tries again', release.app,
+            error)
 
 def check_or_show_log(host, release, engine):
     """The moment of a release's first answer; its log for the pusher if none comes."""
@@ -1735,10 +1720,10 @@ def check_or_show_log(host, release, engine):
         raise
     except Failure as error:
         lines = []
-        host.ask(engine.logs_command(release, LOG_LINES, False), each=lines.append)
+        host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
-        raise Failure('release %d failed its health check: %s' % (release.number, error))
+        raise Failure('release %d failed its health check: %s', release.number, error)
 
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
@@ -1761,7 +1746,7 @@ def put_back(host, new, old):
         return say('\n'.join(left + ['dockhand: mend that, then: sudo dockhand recover']))
     remove_file(app_folder(host, new.app, 'pending'))
     if run:
-        step('Release %d runs as before' % old.number)
+        step('Release %d runs as before', old.number)
 
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
@@ -1781,7 +1766,7 @@ def recover_app(host, app):
     sweep(host, app)
     pending, live = linked_release(host, app, 'pending'), live_release(host, app)
     if pending:
-        step('%s: the switch to release %d was interrupted' % (app, pending.number))
+        step('%s: the switch to release %d was interrupted', app, pending.number)
         put_back(host, pending, live)
     for number in list_releases(host, app)[-1:]:
         last = load_release(host, app, number)
@@ -1796,18 +1781,18 @@ def put_right(host, live):
     for tag in (image_tag(live), app + ':latest'):
         if [each['Id'] for each in inspect(host, tag)] != [live.image]:
             if not inspect(host, live.image):
-                raise Failure('the image of release %d is gone: sudo dockhand rebuild %s'
-                              % (live.number, app))
-            step('%s: tagging release %d as %s again' % (app, live.number, tag))
+                raise Failure('the image of release %d is gone: sudo dockhand rebuild %s',
+                              live.number, app)
+            step('%s: tagging release %d as %s again', app, live.number, tag)
             tag_image(host, live.image, tag)
     gone = [name for name, path, _ in installed_files(host, live)
             if not os.path.exists(host.path(path))]
     if 'nginx-proxy.conf' in gone:
-        step('%s: installing its proxy file again' % app)
+        step('%s: installing its proxy file again', app)
         install_proxy(host, app, live.proxy, True)
     revives = 'upstart.conf' in gone or engine.revives(live)
     if revives and not is_stopped(host, app) and engine.state(live).alive is False:
-        step('%s: release %d did not run; starting it' % (app, live.number))
+        step('%s: release %d did not run; starting it', app, live.number)
         engine.place(live)
         engine.start(live)
         engine.settle(live)
@@ -1828,8 +1813,8 @@ def read_pushed(folder, name):
     except OSError:
         return None
     if not stat.S_ISREG(kind):
-        raise Failure('%s is a %s: commit a plain file'
-                      % (name, 'link' if stat.S_ISLNK(kind) else 'folder'))
+        raise Failure('%s is a %s: commit a plain file', name,
+                      'link' if stat.S_ISLNK(kind) else 'folder')
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
         data = source.read(FILE_LIMIT + 1)
     for wrong, what in (
@@ -1879,7 +1864,7 @@ def check_files(release, folder):
                   read_pushed(folder, 'nginx-proxy.conf'))
     if job is None:
         raise Failure('no upstart.conf in this commit: it says how to run the app, as in '
-                      '`exec docker run --rm %s`' % app)
+                      '`exec docker run --rm %s`', app)
     if proxy and proxy.startswith(BYTE_ORDER_MARK):
         raise proxy_failure(1, 'begins with a byte order mark: save it without')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
@@ -1894,8 +1879,8 @@ def check_files(release, folder):
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
     check_job(parse_job(job), app)
-    return release._replace(job=headed(header(app, 'job'), job),
-                            proxy=proxy and headed(header(app, 'proxy file'), proxy))
+    return release._replace(job=headed(app, 'job', job),
+                            proxy=proxy and headed(app, 'proxy file', proxy))
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
@@ -1903,13 +1888,13 @@ def check_host_names(host, app):
         return
     for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
         if os.path.exists(host.path(path)):
-            raise Failure('"%s" is a service of this server (%s): choose another name'
-                          % (app, path))
+            raise Failure('"%s" is a service of this server (%s): choose another name',
+                          app, path)
     for path in [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
         text = read_file(host.path(path))
         if text and not is_ours(text, app):
             raise Failure("%s is on this server already, and not dockhand's: rename the "
-                          'app, or the file' % path)
+                          'app, or the file', path)
 
 def edited_files(host, live, new=None):
     """[(name, path, live text, text found)] of what was changed by hand on the host.
@@ -1921,10 +1906,10 @@ def edited_files(host, live, new=None):
 
 def check_edited(host, live, release):
     for name, path, ours, text in edited_files(host, live, release):
-        step('%s was changed on the server:' % path)
+        step('%s was changed on the server:', path)
         detail(diff_text(ours, text, 'as pushed', 'on the server'))
         raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
-                      'and try again' % (name, path))
+                      'and try again', name, path)
 
 def diff_text(old, new, old_name, new_name):
     import difflib
@@ -1990,13 +1975,13 @@ def make_release(host, live, release, options=()):
         git(host, app, 'update-ref', commit_ref(release), release.commit)
         save_release(host, release)
         built = monotonic() - begun
-        step('Switching to release %d' % release.number)
+        step('Switching to release %d', release.number)
         report = apply(host, live, release)
-    step('Release %d is live: built in %.1f s, %s' % (release.number, built, report))
+    step('Release %d is live: built in %.1f s, %s', release.number, built, report)
     more = free - free_bytes(host, images_folder(host))
-    detail('disk: %.1f MB %s' % (abs(more) / 1e6, 'more' if more > 0 else 'less'))
-    log('%s: release %d of %s by %s is live' % (
-        app, release.number, release.commit, release.key))
+    detail('disk: %.1f MB %s', abs(more) / 1e6, 'more' if more > 0 else 'less')
+    log('%s: release %d of %s by %s is live', app, release.number, release.commit,
+        release.key)
 
 def commit_ref(release):
     """A ref that is not advertised: git keeps the commit that one can go back to."""
@@ -2009,7 +1994,7 @@ def plan_release(host, live, release):
     finally:
         remove_image_tag(host, image_tag(release))
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
-                  'HEAD:%s' % (live.branch if live else DEFAULT_BRANCHES[0]))
+                  'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
 
 def check_free(host, live, release):
     """Failure where docker has something of a name that this release needs."""
@@ -2020,12 +2005,12 @@ def check_free(host, live, release):
         if inspect(host, name):
             verb = 'rm' if '--' in name else 'rmi'
             raise Failure('docker has %s already, and not from dockhand: rename the app, '
-                          'or docker %s %s' % (name, verb, name))
+                          'or docker %s %s', name, verb, name)
 
 def build_release(host, live, release, options=()):
     """The Release with its image built, and all checked that can be before a switch."""
     layers = []
-    step('Checking %s' % release.commit[:10])
+    step('Checking %s', release.commit[:10])
     try:
         folder = check_out(host, release.app, release.commit)
         release = check_files(release, folder)
@@ -2033,7 +2018,7 @@ def build_release(host, live, release, options=()):
         if live:
             check_edited(host, live, release)
         check_proxy_change(host, release)
-        step('Building %s' % image_tag(release))
+        step('Building %s', image_tag(release))
         build_image(host, folder, image_tag(release), layers, *options)
     except Failure:
         if layers and release.number != 'plan':
@@ -2047,7 +2032,7 @@ def build_release(host, live, release, options=()):
     for line, text in check_job(job_of(release), release.app, ports, volumes):
         if 'under Upstart' in text and not is_upstart(host):
             continue
-        step('upstart.conf:%d: %s' % (line, text))
+        step('upstart.conf:%d: %s', line, text)
     return release._replace(image=str(image['Id']))
 
 def check_proxy_change(host, release):
@@ -2075,8 +2060,7 @@ def forget(host, release, live, reason=None):
 
 def drop(host, release, *options):
     """Take away what a release has outside the store: container, image tag, commit."""
-    host.run_unless('No such container', [
-        'docker', 'rm', '-f', '-v', container_name(release)])
+    on_container(host, release, 'rm', '-f', '-v')
     remove_image_tag(host, image_tag(release), *options)
     host.ask(git_command(host, release.app, 'update-ref', '-d', commit_ref(release)),
              account=host.account())
@@ -2097,14 +2081,14 @@ def clean_up(host, live):
         written = written_files(host, container_name(release))
         drop(host, release)
         if inspect(host, image_tag(release)):
-            step('Release %d stays: a container uses its image' % number)
+            step('Release %d stays: a container uses its image', number)
             continue
         host.run(['rm', '-rf', '--', release_folder(host, app, number)])
-        step('Release %d is removed, %.1f MB freed' % (
-            number, max(0, free_bytes(host, images_folder(host)) - free) / 1e6))
+        step('Release %d is removed, %.1f MB freed', number,
+             max(0, free_bytes(host, images_folder(host)) - free) / 1e6)
         if written:
-            detail('with what its container wrote outside volumes: %s%s' % (
-                ', '.join(written[:5]), ' ...' if written[5:] else ''))
+            detail('with what its container wrote outside volumes: %s%s',
+                   ', '.join(written[:5]), ' ...' if written[5:] else '')
 
 def show_plan(host, live, release):
     """What a push of this would change, for the pusher."""
@@ -2114,13 +2098,13 @@ def show_plan(host, live, release):
         detail(diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
                or '%s: no change' % name)
     was, now = ports_text(live), ports_text(release)
-    detail('ports: %s' % (now if was == now else '%s, now %s' % (now, was)))
+    detail('ports: %s', now if was == now else '%s, now %s' % (now, was))
     same = ', as it is live' if live and live.image == release.image else ''
     size = inspect(host, image_tag(release))[0]['Size'] / 1e6
-    detail('image: %s (%.1f MB)%s' % (release.image[:19], size, same))
+    detail('image: %s (%.1f MB)%s', release.image[:19], size, same)
     gap = 'one stop and one start of the service' if live else 'none, it is new'
     space = os.statvfs(host.path(STATE))
-    detail('gap: %s\nspace: %.0f MB free' % (gap, space.f_bavail * space.f_frsize / 1e6))
+    detail('gap: %s\nspace: %.0f MB free', gap, space.f_bavail * space.f_frsize / 1e6)
 
 def ports_text(release):
     ports = published_ports(job_of(release)) if release else []
@@ -2137,16 +2121,16 @@ def show_address(host, release):
     address = address_text(release)
     match = re.match(r'http://([^:/]+):?(\d*)/', address)
     if not match:
-        return step('%s: %s' % (release.app, address))
+        return step('%s: %s', release.app, address)
     name, port = match.groups()
     status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
     lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
     if set(line.split()[0] for line in lines) & set(own.split()):
-        return step('%s: %s answers %s' % (release.app, address, status))
-    step("%s answers %s: curl -H 'Host: %s' http://%s%s/" % (
-        release.app, status, name, own_address(), port and ':' + port))
+        return step('%s: %s answers %s', release.app, address, status)
+    step("%s answers %s: curl -H 'Host: %s' http://%s%s/", release.app, status, name,
+         own_address(), port and ':' + port)
     detail('%s does not lead here yet: point it here in DNS, or take every name with '
-           '`listen 80 default_server;`' % name)
+           '`listen 80 default_server;`', name)
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
@@ -2179,12 +2163,12 @@ def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if apps and app not in apps:
-        raise Failure('the key "%s" has no right to %s: it may reach %s'
-                      % (name, app, ', '.join(apps)))
+        raise Failure('the key "%s" has no right to %s: it may reach %s', name, app,
+                      ', '.join(apps))
     folder = repository(host, app)
     if not os.path.isdir(folder):
         if verb == 'upload-pack':
-            raise Failure('there is no app %s here; a first push makes it' % app)
+            raise Failure('there is no app %s here; a first push makes it', app)
         check_host_names(host, app)
         make_repository(host, app, folder)
     kept = ('PATH', 'HOME', 'USER', 'LOGNAME', 'LANG', 'SSH_CONNECTION', 'GIT_PROTOCOL')
@@ -2294,11 +2278,11 @@ def ensure_user(host):
         return True
     if account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
         raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
-                      'install --user NAME takes another' % (account.name, account.shell))
+                      'install --user NAME takes another', account.name, account.shell)
     shadow = read_file(host.path('/etc/shadow')) or ''
     if re.search(r'(?m)^%s:!' % re.escape(host.user), shadow):
         host.run(['usermod', '-p', '*', host.user])
-        tell('unlocked the user %s for keys (no password works)' % host.user)
+        tell('unlocked the user %s for keys (no password works)', host.user)
         return True
     return False
 
@@ -2324,7 +2308,7 @@ def disable_default_site(host):
         return True
     if is_untouched(host, packaged):
         os.rename(host.path(packaged), host.path(packaged + '.disabled'))
-        tell('disabled nginx\'s default site (%s.disabled)' % packaged)
+        tell("disabled nginx's default site (%s.disabled)", packaged)
         return True
     return False
 
@@ -2361,8 +2345,7 @@ def check_sudo(host):
     result = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
     if result.status:
         raise Failure('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
-                      '`#includedir /etc/sudoers.d`' % (
-                          host.user, RECEIVE, last_line(result.err)))
+            '`#includedir /etc/sudoers.d`', host.user, RECEIVE, last_line(result.err))
 
 # ---- Commands --------------------------------------------------------------------------
 
@@ -2373,9 +2356,9 @@ def install(host, user=None):
         host.user = check_app_name(user) if user != 'git' else user
     missing = missing_requirements(host)
     for what, command in missing:
-        tell('missing: %s\n         to bring it: %s' % (what, command))
+        tell('missing: %s\n         to bring it: %s', what, command)
     if missing:
-        raise Failure('%d requirement(s) missing, nothing was changed' % len(missing))
+        raise Failure('%d requirement(s) missing, nothing was changed', len(missing))
     changes = [ensure_user(host),
                make_folder(host.path(STATE)), make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account())]
@@ -2406,8 +2389,7 @@ def upload_key(host, name, *apps):
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
     text = '' if source.isatty() else to_text(source.read(FILE_LIMIT + 1))
     if len(text) > FILE_LIMIT:
-        raise Failure('this is no key file: it is larger than %d KB'
-                      % (FILE_LIMIT // 1024))
+        raise Failure('this is no key file: it is larger than %d KB', FILE_LIMIT // 1024)
     uploaded = parse_public_keys(text)
     for kind, blob in uploaded:
         check_key_type(host, kind, blob)
@@ -2417,9 +2399,9 @@ def upload_key(host, name, *apps):
         before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
         changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
     for kind, blob in uploaded:
-        tell('%s %s %s may push %s' % (name, kind, fingerprint(blob),
-                                       ', '.join(apps) or 'every app'))
-    log('key %s: may push %s' % (name, ' '.join(apps) or 'every app'))
+        tell('%s %s %s may push %s', name, kind, fingerprint(blob),
+             ', '.join(apps) or 'every app')
+    log('key %s: may push %s', name, ' '.join(apps) or 'every app')
     if not changed:
         tell('nothing changed')
 
@@ -2431,14 +2413,14 @@ def check_key_type(host, kind, blob):
         file.flush()
         if host.ask(['ssh-keygen', '-l', '-f', file.name]).status:
             raise Failure("this server's OpenSSH knows no %s keys like this: make one "
-                          'with ssh-keygen -t ecdsa' % printable(kind))
+                          'with ssh-keygen -t ecdsa', printable(kind))
 
 def list_keys(host):
     """list who may push, and which apps"""
     _, keys, _ = split_authorized_keys(read_file(keys_path(host)) or '')
     for key in keys:
-        tell('%-20s %-20s %s %s' % (key.name, key.type, fingerprint(key.blob),
-                                    ' '.join(key.apps) or '(every app)'))
+        tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob),
+             ' '.join(key.apps) or '(every app)')
 
 def remove_key(host, name):
     """take the right to push away from a key"""
@@ -2446,10 +2428,10 @@ def remove_key(host, name):
         before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
         kept = [key for key in keys if key.name != name]
         if kept == keys:
-            raise Failure('no key is named "%s": see dockhand keys' % printable(name))
+            raise Failure('no key is named "%s": see dockhand keys', printable(name))
         write_keys(host, before, kept, after)
-    log('key %s: removed' % name)
-    tell('%s may push no longer' % name)
+    log('key %s: removed', name)
+    tell('%s may push no longer', name)
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
@@ -2462,18 +2444,18 @@ def apps(host):
     for app in names:
         live = live_release(host, app)
         if live is None:
-            tell('%-16s not live' % app)
+            tell('%-16s not live', app)
             continue
         alive = engine.state(live).alive
         state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
-        tell('%-16s %-8s %s %s' % (app, state, origin_text(live), address_text(live)))
+        tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     if not n.isdigit():
         raise Failure('-n wants a number')
-    command = choose_engine(host).logs_command(
-        must_be_live(app, live_release(host, check_app_name(app))), int(n), f)
+    live = must_be_live(app, live_release(host, check_app_name(app)))
+    command = choose_engine(host).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
 
 def restart(host, app):
@@ -2493,14 +2475,14 @@ def run_app(host, live):
     engine.start(live)
     check_or_show_log(host, live, engine)
     finish(host, live, engine, True)
-    tell('%s runs' % live.app)
+    tell('%s runs', live.app)
 
 def stop(host, app):
     """stop an app; it stays so over a reboot, until a start or a push"""
     with live_app(host, app, 'stop') as live:
         replace_file(app_folder(host, app, 'stopped'), '')
         choose_engine(host).stop(live)
-    tell('%s is stopped' % app)
+    tell('%s is stopped', app)
 
 def rebuild(host, app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
@@ -2514,7 +2496,7 @@ def rebuild(host, app, pull=False):
 def releases(host, app):
     """list an app's releases: commit, when, by whom, how long it took, live or not"""
     if app not in list_apps(host):
-        raise Failure('no app %s here: see dockhand apps' % printable(app))
+        raise Failure('no app %s here: see dockhand apps', printable(app))
     live = live_release(host, app)
     for number in reversed(list_releases(host, app)):
         release = load_release(host, app, number)
@@ -2522,7 +2504,7 @@ def releases(host, app):
             'failed: ' + release.failed if release.failed else
             'kept' if release.seconds is not None else 'under way')
         took = '-' if release.seconds is None else '%.1f s' % release.seconds
-        tell('%4d  %s %8s  %s' % (number, origin_text(release), took, state))
+        tell('%4d  %s %8s  %s', number, origin_text(release), took, state)
 
 def origin_text(release):
     """Where a release came from: commit, time, key."""
@@ -2536,11 +2518,11 @@ def rollback(host, app, number=None):
         check_edited(host, live, release)
         if release.proxy != live.proxy:
             check_proxy_change(host, release)
-        step('Switching from release %d to %d' % (live.number, release.number))
+        step('Switching from release %d to %d', live.number, release.number)
         report = apply(host, live, release)
-        step('Release %d is live again: %s' % (release.number, report))
-        log('%s: rolled back from release %d to %d of %s' % (
-            app, live.number, release.number, release.commit))
+        step('Release %d is live again: %s', release.number, report)
+        log('%s: rolled back from release %d to %d of %s', app, live.number,
+            release.number, release.commit)
     show_address(host, release)
 
 def earlier_release(host, live, number):
@@ -2548,12 +2530,12 @@ def earlier_release(host, live, number):
     found = [each for each in kept_releases(host, live.app) if (
         each.number < live.number if number is None else str(each.number) == number)]
     if not found or found[0].number == live.number:
-        raise Failure('release %s is not one to go back to: see dockhand releases %s' % (
-            printable(number or 'before %d' % live.number), live.app))
+        raise Failure('release %s is not one to go back to: see dockhand releases %s',
+                      printable(number or 'before %d' % live.number), live.app)
     images = inspect(host, image_tag(found[0]))
     if [each['Id'] for each in images] != [found[0].image]:
         raise Failure('release %d cannot run again: its image %s was removed; nothing '
-                      'has changed' % (found[0].number, image_tag(found[0])))
+                      'has changed', found[0].number, image_tag(found[0]))
     return found[0]
 
 def recover(host):
@@ -2567,26 +2549,26 @@ def recover(host):
                 if live:
                     put_right(host, live)
         except (Failure, EnvironmentError) as error:
-            say('dockhand: %s: %s' % (app, error))
+            say('dockhand: %s: %s', app, error)
             wrong += 1
     if wrong:
-        raise Failure('%d app(s) could not be put right' % wrong)
+        raise Failure('%d app(s) could not be put right', wrong)
 
 def destroy(host, app, force=False):
     """remove an app: its containers, images, files and repository"""
     check_app_name(app)
     if app not in list_apps(host) and not os.path.isdir(repository(host, app)):
-        raise Failure('no app %s here: see dockhand apps' % app)
+        raise Failure('no app %s here: see dockhand apps', app)
     if not force:
         raise Failure('this removes %s and its repository for good; if you are sure: '
-                      'dockhand destroy %s --force' % (app, app))
+                      'dockhand destroy %s --force', app, app)
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
         for act in switch_steps(host, live, None) if live else []:
             act()
         for number in list_releases(host, app):
             drop(host, load_release(host, app, number))
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
-    tell('%s is removed' % app)
+    tell('%s is removed', app)
 
 def doctor(host):
     """check every part of the installation, and say what to type"""
@@ -2594,9 +2576,9 @@ def doctor(host):
     checks += [] if checks else doctor_apps(host)
     checks += doctor_parts(host) + doctor_ssh(host) + doctor_nginx(host)
     for what, command in checks:
-        tell('WRONG  %s\n       type: %s' % (what, command))
+        tell('WRONG  %s\n       type: %s', what, command)
     if checks:
-        raise Failure('%d thing(s) to mend' % len(checks))
+        raise Failure('%d thing(s) to mend', len(checks))
     tell('all is well')
 
 def doctor_parts(host):
@@ -2669,9 +2651,6 @@ COMMANDS = [
     ('recover', recover, ''),
     ('doctor', doctor, '')]
 
-class Usage(Exception):
-    """A command line that is none; the exit status is 2."""
-
 def usage():
     return 'dockhand: git push deploys anything that fits in a container\n' + ''.join(
         '\n  dockhand %-28s %s' % (name + ' ' + words, function.__doc__)
@@ -2692,7 +2671,7 @@ def parse_arguments(pattern, words):
         elif not options[name]:
             found[name] = True
         elif not equals and not words:
-            raise Usage('%s wants a value' % word)
+            raise Usage('%s wants a value', word)
         else:
             found[name] = value if equals else words.pop(0)
     most = re.sub(r'\[-.*?\]', '', pattern).split()
@@ -2709,7 +2688,7 @@ def run_command(host, words):
             if os.geteuid() != 0:
                 raise Failure('root only: sudo dockhand ' + name)
             return function(host, *given, **options)
-    raise Usage('no command "%s"; `dockhand` alone lists them' % printable(words[0]))
+    raise Usage('no command "%s"; `dockhand` alone lists them', printable(words[0]))
 
 def installed_user(host):
     """The git user of the installation at hand, for a script that is run directly."""
@@ -2729,9 +2708,9 @@ def main(role, user):
         else:
             run_command(host, words)
     except (Failure, Usage, EnvironmentError) as problem:
-        say('dockhand: %s' % problem)
+        say('dockhand: %s', problem)
         if role == 'receive' or words[:1] == ['serve']:
-            log('%s: refused: %s' % (' '.join(words), problem))
+            log('%s: refused: %s', ' '.join(words), problem)
         return 2 if isinstance(problem, Usage) else 1
     return 0
 

@@ -262,9 +262,9 @@ def test_rights_longer_than_sshd_reads_are_refused():
     assert 'too many apps' in refusal(dh.render_key, key)
 
 def test_a_file_copied_from_the_server_gets_no_second_header():
-    line = dh.header('blog', 'job')
-    assert dh.headed(line, 'exec x\n') == line + 'exec x\n'
-    assert dh.headed(line, line + 'exec x\n') == line + 'exec x\n'
+    text = dh.headed('blog', 'job', 'exec x\n')
+    assert re.match("# dockhand: blog's job, .*\nexec x\n\\Z", text)
+    assert dh.headed('blog', 'job', text) == text
 
 # ---- Jobs ------------------------------------------------------------------------------
 
