@@ -3500,8 +3500,8 @@ class Marked(App):
 class Watch(object):
     """Constant requests to apps, and `nginx -t` five times a second, inside a `with`."""
 
-    LOOP = ('rm -f /root/tests; touch /root/watch; while [ -e /root/watch ]; do '
-            'nginx -t -q 2>&1 && echo valid; sleep 0.2; done >>/root/tests')
+    LOOP = ('touch /root/watch; while [ -e /root/watch ]; do '
+            'nginx -t -q 2>&1 && echo valid; sleep 0.1; done >>/root/tests')
 
     def __init__(self, server, *apps):
         self.server, self.apps, self.going = server, apps, True
@@ -3516,10 +3516,10 @@ class Watch(object):
             time.sleep(0.01)
 
     def test_nginx(self):
-        self.server.ok('rm -f /root/watch')
         must(['docker', 'exec', '-d', self.server.name, 'sh', '-c', self.LOOP])
 
     def __enter__(self):
+        self.server.ok('rm -f /root/tests')
         self.test_nginx()
         for thread in self.threads:
             thread.start()
@@ -3586,7 +3586,7 @@ def two_apps(server):
             each.follow()
         begun = time.time()
         each.release(mark)
-    return app, neighbour, time.time() - begun
+    return app, neighbour, 1.3 * (time.time() - begun)      # it will have less than all of it
 
 def interrupt(app, times, seconds, strike, recover):
     """Push as often, strike at a random moment of each push, recover; figures."""
