@@ -191,11 +191,9 @@ say = Voice(2)
 tell = Voice(1, patience=3600)      # for the commands that people run, and may page
 
 def step(text, *values):
-    """A step of a deploy, as the pusher sees it."""
     say('-----> ' + text, *values)
 
 def detail(text, *values):
-    """Lines that belong to the step before."""
     for line in filled(text, values).splitlines():
         say('       ' + line)
 
@@ -232,7 +230,7 @@ def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
     env: variables added to ENVIRONMENT; feed: a command whose output it reads, and whose
     failure counts; each: gets each line of its output, both streams, as it comes."""
     from subprocess import PIPE, STDOUT
-    spawn, processes = spawner(env, cwd, account), []
+    spawn, processes = partial(start_process, env, cwd, account), []
     try:
         with open(os.devnull, 'r+b') as null:
             if feed:
@@ -253,8 +251,8 @@ def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
         statuses = [process.wait() for process in processes]
     return Result(statuses[-1] or statuses[0], to_text(out), to_text(err or b''))
 
-def spawner(env, cwd, account):
-    """A function that starts a command, which gets nothing of ours but its streams."""
+def start_process(env, cwd, account, argv, stdin, stdout, stderr):
+    """Start a command, which gets nothing of ours but its streams."""
     from subprocess import Popen
     variables = dict(ENVIRONMENT, **(env or {}))
     if account:
@@ -266,14 +264,11 @@ def spawner(env, cwd, account):
             os.setgid(account.gid)
             os.initgroups(account.name, account.gid)
             os.setuid(account.uid)
-
-    def spawn(argv, stdin, stdout, stderr):
-        try:
-            return Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=variables,
-                         cwd=cwd, close_fds=True, preexec_fn=prepare)
-        except OSError as error:
-            raise Failure('%s: %s', argv[0], error.strerror)
-    return spawn
+    try:
+        return Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=variables,
+                     cwd=cwd, close_fds=True, preexec_fn=prepare)
+    except OSError as error:
+        raise Failure('%s: %s', argv[0], error.strerror)
 
 def read_lines(fd, each, silence=20):
     """Give each line that comes from a pipe to `each`; a sign of life when none does."""
@@ -496,7 +491,6 @@ def check_app_name(name):
     return name
 
 def check_key_name(name):
-    """A key's name as it is, or Failure."""
     refuse_if(not KEY_NAME.match(name), '"%s" is no name for a key: up to 64 of a-z, '
               'A-Z, 0-9, and "._@-" after the first', printable(name))
     return name
@@ -543,7 +537,6 @@ def parse_public_keys(text):
     return found
 
 def parse_public_key(line):
-    """(type, base64 blob) of one line."""
     import base64
     words = line.split(None, 2)
     try:
@@ -692,7 +685,6 @@ def parse_job(text):
     return stanzas
 
 def stanza_trouble(text):
-    """Why init would not read on here."""
     words = text.split(None, 2)[:2]
     if text.startswith(BYTE_ORDER_MARK):
         return 'begins with a byte order mark: save it as UTF-8 without one'
@@ -730,7 +722,6 @@ def commands_of(stanza):
     return [Command(words, words[0].line, text) for words, text in found if words]
 
 def unquote(word):
-    """A shell word without its quotes."""
     import shlex
     try:
         return ' '.join(shlex.split(word))
@@ -753,7 +744,6 @@ def docker_verb(command):
     return docker_words(command)[0].value if docker_words(command) else None
 
 def read_run(words):
-    """The Run that the words from `run` on describe."""
     options, line, words = [], words[0].line, list(words[1:])
     while words and words[0].value.startswith('-'):
         word = words.pop(0)
@@ -1152,11 +1142,13 @@ def running_containers(host, image):
     return sorted([each for each in found if each['Image'] == image],
                   key=lambda each: each['State']['StartedAt'], reverse=True)
 
-def build_image(host, folder, tag, *options):
-    """Build an image from a folder; docker's output goes to the pusher as it comes."""
+def build_image(host, folder, tag, layers, *options):
+    """Build an image from a folder; docker's output goes to the pusher as it comes.
+    `layers`, a list, gets the ids of what the older builder makes on the way."""
     heard = deque(maxlen=200)
 
     def each(line):
+        layers.extend(re.findall(r'^ ---> ([0-9a-f]{12})$', line))
         if line and not line.startswith(('DEPRECATED', '            Install the buildx')):
             heard.append(line)
             detail(line)
@@ -1168,7 +1160,6 @@ def build_image(host, folder, tag, *options):
         raise Failure('the build failed: ' + why)
 
 def build_trouble(heard, status):
-    """What the output of a failed build means, in words."""
     if status == 137 or re.search(r'code:? 137\b', heard):
         return 'out of memory (137), the kernel killed it: give the server swap or memory'
     if 'exec format error' in heard:
@@ -1195,14 +1186,12 @@ def written_files(host, container):
             and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)]
 
 def check_space(host, wanted=SPACE):
-    """Failure where too little is free for a build."""
     for path in (images_folder(host), '/var/lib/containerd', STATE):
         free = free_bytes(host, path) // 1000000
         refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: docker image '
                   'prune removes what nobody uses', free, path, wanted)
 
 def images_folder(host):
-    """Where docker keeps its images."""
     settings = host.text('/etc/docker/daemon.json')
     moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
     return (moved + ['/var/lib/docker'])[0]
@@ -1271,7 +1260,6 @@ def staged_files(app):
             for part in ('candidate', 'catch-all', 'nginx', 'nginx.pid')]
 
 def nginx_error(err):
-    """The first thing that nginx calls an error."""
     lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
     return plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
 
@@ -1344,7 +1332,6 @@ def process_title(host, pid):
     return host.text('/proc', pid, 'cmdline').replace('\0', ' ')
 
 def nginx_log(host):
-    """The last trouble in nginx's error log."""
     lines = [line for line in host.text('/var/log/nginx/error.log').splitlines()
              if '[emerg]' in line or '[alert]' in line]
     return plain_line(lines[-1]) if lines else 'see /var/log/nginx/error.log'
@@ -1364,7 +1351,6 @@ def is_upstart(host):
         'upstart' in host.ask(['initctl', 'version']).out)
 
 def container_state(found):
-    """The State of a container from docker's description."""
     state = found['State']
     alive = state['Running'] and not state.get('Restarting')
     health = (state.get('Health') or {}).get('Status') or ''
@@ -1476,11 +1462,9 @@ class Upstart(Engine):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
 
     def settle(self, release):
-        """From now on a boot starts it."""
         remove_file(self.path(release, '.override'))
 
     def withdraw(self, release):
-        """Take the job of an app away that is gone."""
         if is_ours(read_file(self.path(release, '.conf')), release.app):
             remove_file(self.path(release, '.conf'))
         remove_file(self.path(release, '.override'))
@@ -1508,7 +1492,6 @@ class Upstart(Engine):
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
     Failure as soon as it is known that it will not.
-
     It answers when its HEALTHCHECK says healthy, or, without one, when each published tcp
     port accepts a connection at the container's own address (docker's proxy accepts on
     the host's port whatever is behind it)."""
@@ -1707,8 +1690,7 @@ def check_or_show_log(host, release, engine):
 
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
-    engine = choose_engine(host)
-    live = live_release(host, new.app)
+    engine, live = choose_engine(host), live_release(host, new.app)
     if live and live.number == new.number:
         return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
@@ -1749,7 +1731,6 @@ def recover_app(host, app):
         host.run(['rm', '-rf', '--', app_folder(host, app)])
 
 def put_right(host, app):
-    """Finish or undo what a crash left of an app, and bring back what is gone of it."""
     with app_lock(host, app, 'dockhand recover') as live:
         refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
         if live:
@@ -1947,7 +1928,6 @@ def commit_ref(release):
     return 'refs/dockhand/%d' % release.number
 
 def plan_release(host, live, release):
-    """Tell the pusher what a push of this would change, and change nothing."""
     try:
         show_plan(host, live, build_release(host, live, release))
     finally:
@@ -1968,6 +1948,7 @@ def check_free(host, live, release):
 
 def build_release(host, live, release, options=()):
     """The Release with its image built, and all checked that can be before a switch."""
+    layers = []
     step('Checking %s', release.commit[:10])
     try:
         folder = check_out(host, release.app, release.commit)
@@ -1977,7 +1958,11 @@ def build_release(host, live, release, options=()):
             check_edited(host, live, release)
         check_proxy_change(host, release)
         step('Building %s', image_tag(release))
-        build_image(host, folder, image_tag(release), *options)
+        build_image(host, folder, image_tag(release), layers, *options)
+    except Failure:
+        if layers and release.number != 'plan':
+            save_release(host, release._replace(image=layers[-1]))
+        raise
     finally:
         empty_build_folder(host, release.app)
     image = inspect(host, image_tag(release))[0]
@@ -2009,7 +1994,8 @@ def forget(host, release, live, reason=None):
         host.run(['rm', '-rf', '--', release_folder(host, app, release.number)])
     else:
         why = printable(reason or str(sys.exc_info()[1]), 300)
-        save_release(host, release._replace(failed=why, image=None, job=None, proxy=None))
+        found = load_release(host, app, release.number)
+        save_release(host, found._replace(failed=why, job=None, proxy=None))
 
 def drop(host, release, *options):
     """Take away what a release has outside the store: container, image tag, commit."""
@@ -2023,6 +2009,10 @@ def clean_up(host, live):
     others = [each.number for each in kept_releases(host, app)
               if each.number != live.number]
     kept, old = others[:KEPT - 1] + [live.number], numbers[:-LISTED] + others[KEPT - 1:]
+    for failed in [load_release(host, app, number) for number in numbers]:
+        if failed.failed and failed.image:      # it was left as a cache for this release
+            host.ask(['docker', 'rmi', failed.image])
+            save_release(host, failed._replace(image=None))
     for number in sorted(set(old) - set(kept)):
         release, images = load_release(host, app, number), images_folder(host)
         free = free_bytes(host, images)
@@ -2059,7 +2049,6 @@ def ports_text(release):
                      for each in ports) or 'none'
 
 def address_text(release):
-    """Where an app answers, in words."""
     address = release.proxy and proxy_address(servers_of(release.proxy))
     return address or 'ports ' + ports_text(release)
 
@@ -2072,9 +2061,9 @@ def show_address(host, release):
     name, port = match.groups()
     status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
     lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
-    if set(line.split()[0] for line in lines) & set(['127.0.0.1', '::1'] + own.split()):
+    if set(line.split()[0] for line in lines) & set(own.split()):
         return step('%s: %s answers %s', app, address, status)
-    here = own.split(' ')[0] + (port and ':' + port)
+    here = own_address() + (port and ':' + port)
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
     detail('%s does not lead here yet: point it here in DNS, or take every name with '
            '`listen 80 default_server;`', name)
@@ -2091,6 +2080,18 @@ def fetch_status(name, port):
     except (EnvironmentError, socket.error) as error:
         return 'nothing (%s)' % error
     return (answer.split() + ['', 'nothing'])[1]
+
+def own_address():
+    """The address with which this machine goes out; no packet is sent."""
+    import socket
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        probe.connect(('192.0.2.1', 9))
+        return probe.getsockname()[0]
+    except (EnvironmentError, socket.error):
+        return os.uname()[1]
+    finally:
+        probe.close()
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
@@ -2126,8 +2127,7 @@ def receive(host, hook, app='', key='', *ref):
     """Run as root by a repository's hooks: sudo receive update|post-receive|check."""
     if hook == 'check':
         return
-    if not app or not key:
-        raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
+    refuse_if('' in (app, key), 'push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(app)
     check_key_name(key)
     if hook == 'update' and len(ref) == 3 and all(map(OBJECT_ID.match, ref[1:])):
@@ -2434,7 +2434,6 @@ def releases(host, app):
         tell('%4d  %s %8s  %s', number, origin_text(release), took, state)
 
 def origin_text(release):
-    """Where a release came from: commit, time, key."""
     since = time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
     return '%s  %s  %-10s' % (release.commit[:10], since, release.key)
 
@@ -2496,7 +2495,6 @@ def doctor(host):
     tell('all is well')
 
 def doctor_parts(host):
-    """What `install` would write again."""
     if host.account() is None:
         return [('there is no user ' + host.user, INSTALL_AGAIN)]
     found = [(part.path + ' is not as installed', INSTALL_AGAIN)
@@ -2509,18 +2507,17 @@ def doctor_parts(host):
     return found
 
 def doctor_ssh(host):
-    """What keeps sshd from letting the git user in."""
     said = host.ask(['sshd', '-T']).out
-
-    def setting(name):
-        return ' '.join(re.findall('(?im)^%s (.*)' % name, said))
-    users, files = setting('allowusers').split(), setting('authorizedkeysfile') or KEYS
+    users, groups, files = [
+        ' '.join(re.findall('(?im)^%s (.*)' % name, said))
+        for name in ('allowusers', 'allowgroups', 'authorizedkeysfile')]
     user, edit = host.user, 'edit /etc/ssh/sshd_config, then reload ssh'
+    left_out = users and user not in users.split()
     upload = 'dockhand upload-key NAME < id_ed25519.pub'
     return [(what, command) for wrong, what, command in (
-        (users and user not in users, 'AllowUsers of sshd leaves out ' + user, edit),
-        (setting('allowgroups'), 'AllowGroups of sshd may leave out ' + user, edit),
-        (KEYS not in files, 'AuthorizedKeysFile of sshd is ' + files, edit),
+        (left_out, 'AllowUsers of sshd leaves out ' + user, edit),
+        (groups, 'AllowGroups of sshd may leave out ' + user, edit),
+        (KEYS not in (files or KEYS), 'AuthorizedKeysFile of sshd is ' + files, edit),
         (not os.path.exists(keys_path(host)), 'no key may push', upload)) if wrong]
 
 def doctor_nginx(host):
@@ -2534,18 +2531,18 @@ def doctor_nginx(host):
     return []
 
 def doctor_apps(host):
-    found, engine = [], choose_engine(host)
+    engine = choose_engine(host)
     for app in list_apps(host):
         live = live_release(host, app)
         if linked_release(host, app, 'pending'):
-            found.append(('a deploy of %s was interrupted' % app, 'recover'))
+            yield 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
         elif live and not inspect(host, image_tag(live)):
-            found.append(('the image of %s is gone' % app, 'rebuild ' + app))
+            yield 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
         elif live and not is_stopped(host, app) and not engine.state(live).alive:
-            found.append(('%s does not run' % app, 'start ' + app))
+            yield app + ' does not run', 'sudo dockhand start ' + app
         for _, path, _, _ in edited_files(host, live) if live else []:
-            found.append((path + ' was changed by hand: the next push will ask', 'apps'))
-    return [(what, 'sudo dockhand ' + command) for what, command in found]
+            what = path + ' was changed by hand: the next push will ask'
+            yield what, 'sudo dockhand apps'
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [

@@ -3,14 +3,18 @@
 Tables over the functions that decide; a Host in a temporary folder, where a command that
 nobody expects fails the test; and, from "The real layer" on, dockhand on fresh servers.
 """
+import errno
 import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
+import pickle
 import pwd
+import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -21,6 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import namedtuple
 from contextlib import contextmanager
 
@@ -1554,7 +1559,7 @@ def test_a_switch_that_fails_at_any_command_is_put_back(tmpdir, init, broken):
     assert machine.changed(before) == []
     record = machine.read('/var/lib/dockhand/apps/blog/releases/2/release.json')
     assert 'broken on purpose' in json.loads(record)['failed']
-    assert dh.load_release(machine.host, 'blog', 2).image is None
+    assert dh.load_release(machine.host, 'blog', 2).seconds is None
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -1840,8 +1845,9 @@ def test_removing_an_app_leaves_nothing_of_it(machine):
 # ---- Releases: put back, rolled back, cleaned up ------------------------------------
 
 def pushed(machine, *commits):
-    """Releases of these commits after the first, the last one live."""
+    """Releases of these commits after the first, the last one live; what was before."""
     engine, old = dh.choose_engine(machine.host), machine.lives(FILES)
+    before = machine.whole()
     for number, commit in enumerate(commits, 2):
         files = but('docker', 'FROM ' + commit[:3])
         new = machine.release(number, commit, files, 2.5)
@@ -1853,22 +1859,18 @@ def pushed(machine, *commits):
     dh.set_link(machine.host, 'blog', 'live', old)
     machine.refs[MAIN] = commits[-1]
     del machine.done[:]
+    return before
 
 def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
-    machine.lives(FILES)
-    before = machine.whole()
-    machine.push(FILES_2)
+    before = pushed(machine, SHA_2)
     dh.rollback(machine.host, 'blog')
     found = machine.whole()
     for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
         before.pop(key, None), found.pop(key, None)
-    assert found == before and machine.refs['refs/heads/main'] == SHA
-    assert len([line for line in machine.done if line.startswith('docker build')]) == 1
-    machine.push(FILES_2)
-    assert dh.live_release(machine.host, 'blog').number == 3
+    assert found == before and machine.refs[MAIN] == SHA
+    assert not [line for line in machine.done if line.startswith('docker build')]
     dh.rollback(machine.host, 'blog', '2')
-    assert machine.running() == ['sha256:FROMtwo'] and machine.refs[
-        'refs/heads/main'] == SHA_2
+    assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
 
 @table('number, said', '''
     1 => release 1 cannot run again: its image blog:1 was removed; nothing has changed
@@ -1892,8 +1894,7 @@ def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     upstart => docker tag''')
 def test_a_rollback_that_fails_is_put_back_and_can_be_tried_again(tmpdir, init, broken):
     machine = Machine(tmpdir, init)
-    machine.lives(FILES)
-    machine.push(FILES_2)
+    pushed(machine, SHA_2)
     before = machine.whole()
     machine.broken[broken] = 1
     assert 'broken on purpose' in refusal(dh.rollback, machine.host, 'blog')
@@ -1942,6 +1943,18 @@ def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
     assert '-----> Release 1 is removed, 0.0 MB freed\n' in err
     assert 'with what its container wrote outside volumes: /srv/kept.db\n' in err
 
+def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
+    pushed(plain, SHA_2)
+    build = plain.docker_build
+    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
+    for text, left in (('RUN fail', '0123456789ab'), ('FROM dies', 'sha256:FROMdies')):
+        assert refusal(plain.push, but('docker', text), MAIN, SHA_2, SHA_3)
+        dh.after_push(plain.host, 'blog')
+        assert 'docker rmi ' + left == plain.done[-1]
+        dh.after_push(plain.host, 'blog')
+    assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
+    assert [each.number for each in dh.kept_releases(plain.host, 'blog')] == [2, 1]
+
 def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
     pushed(plain, *[number * 40 for number in '23456'])
     plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
@@ -1981,7 +1994,7 @@ def test_a_push_without_room_for_a_build_is_refused(plain):
 
 @table('name, said', '''
     here.org  => -----> blog: http://here.org:{0}/ answers 418
-    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://192.0.2.1:{0}/''')
+    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://''')
 def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
     listener = socket.socket()
     listener.bind(('127.0.0.1', 0))
@@ -2042,6 +2055,336 @@ def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, sai
 def test_root_checks_again_what_the_git_user_asks(words):
     words = [word.strip('_') for word in words.replace('  ', '_ ').format(SHA).split(' ')]
     assert refusal(dh.receive, Host('/nowhere', run=None), *words)
+
+# ---- Killed at any moment, the disk full at any write ----------------------------------
+
+# What an act changes is found by looking: Python tells a profile function of each call of a
+# function of C, and a run that nothing disturbs notes after which of them the disk, or what
+# docker, git and init hold, is another than before. Later runs are killed there: what one
+# effect leaves is what the next one finds, so that is before and after each of them.
+
+HELD = 'images containers jobs commits refs served count'.split()
+LOOKING = 'fspath read stat lstat fstat statvfs listdir readlink fdopen __exit__'.split()
+FREEING = 'unlink remove rmdir truncate chmod chown fchmod fchown'.split()
+HALVES = ('rm -rf', 'tar -x')       # these commands are killed half-way too
+FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir', 'tar',
+        'git --git-dir=/home/git/blog.git update-ref refs')
+TWICE = 'docker (build|create|start)|timeout|nginx|rename in replace_link'
+MOST = 24                           # processes at a time: an app is watched for seconds
+
+def deploy_two(machine):
+    dh.deploy(machine.host, 'blog', 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
+
+ACTS = {'first': deploy_two, 'deploy': deploy_two,
+        'rollback': lambda machine: dh.rollback(machine.host, 'blog'),
+        'recover': lambda machine: dh.recover(machine.host)}
+RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
+        ('deploy', 'upstart'), ('rollback', 'none'), ('rollback', 'upstart')]
+
+def about_to(act, init, folder):
+    """A Machine on which an act can begin."""
+    machine = Machine(os.path.join(folder, 'machine'), init)
+    if act == 'first':
+        machine.nginx()
+        dh.write_catch_all(machine.host)
+        dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
+    elif act == 'deploy':
+        machine.lives(FILES)
+    else:
+        dh.set_link(machine.host, 'blog', 'live', half_deployed(machine))
+        dh.recover(machine.host)
+    machine.commits[SHA_2] = FILES_2
+    return machine
+
+class Watch(object):
+    """A profile function. `reached` gets each moment before and after a call that may change
+    something: (when, what, the how many-eth). A command of the Machine is one such call."""
+    def __init__(self, reached, names=None):
+        self.reached, self.names, self.counts, self.command = reached, names, {}, ''
+
+    def __call__(self, frame, event, called):
+        if event in ('call', 'return'):
+            if frame.f_code is Machine.__call__.__code__:
+                line = ' '.join(frame.f_locals['argv'])
+                line = line.replace(frame.f_locals['self'].root, '')
+                self.command = line if event == 'call' else ''
+                self.moment(event, line)
+        elif self.names and called.__name__ not in self.names or not may_change(called):
+            return
+        elif not self.command:
+            self.moment(event, '%s in %s' % (called.__name__, frame.f_code.co_name))
+        elif self.command.startswith(HALVES):
+            self.moment(event, '%s: %s' % (called.__name__, self.command))
+
+    def moment(self, event, what):
+        moment = ('before' if event.endswith('call') else 'after', what)
+        self.counts[moment] = self.counts.get(moment, 0) + 1
+        self.reached(moment + (self.counts[moment],))
+
+def may_change(called):
+    """Whether a function of C is one of the system's or of a file's, not just for looking."""
+    return called.__name__ not in LOOKING and (
+        getattr(called, '__module__', None) == 'posix' or called.__name__ == 'open'
+        or hasattr(getattr(called, '__self__', None), 'fileno'))
+
+@contextmanager
+def watched(watch):
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+        sys.setprofile(None)
+
+def held(machine):
+    return dict((name, getattr(machine, name)) for name in HELD)
+
+def moments_of(act, machine, keep=None):
+    """([moment after which something is different], [any moment]) of an act that goes on;
+    `keep` is called at each of the former, and first of all."""
+    changes, moments, last = [], [], []
+    def look(moment):
+        moments.append(moment)
+        if moment[0] == 'after':
+            locks = machine.host.path(dh.LOCKS)
+            now = [machine.files(), json.dumps(held(machine), sort_keys=True)]
+            now += [dh.read_file(os.path.join(locks, name)) for name in dh.list_folder(locks)]
+            if now != last:
+                changes.append(moment)
+                last[:] = now
+                keep and keep()
+    look(('after', 'nothing', 0))
+    with watched(Watch(look)):
+        ACTS[act](machine)
+    return changes[1:], moments
+
+def kill(act, machine, at):
+    """Run an act in a process that is killed at a moment. What docker, git and init hold then
+    is handed on: they are no part of it."""
+    path = machine.root + '.held'
+    def reached(moment):
+        if moment == at:
+            with open(path, 'wb') as target:
+                pickle.dump(held(machine), target, 2)
+            os._exit(0)
+    child = os.fork()
+    if not child:
+        try:
+            with watched(Watch(reached, [re.match(r'\w*', at[1]).group()])):
+                ACTS[act](machine)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, 'this moment did not come: %s' % (at,)
+    with open(path, 'rb') as source:
+        vars(machine).update(pickle.load(source))
+
+def standing(machine):
+    """All that must be one release's, as {what: text}: times do not count, nor does it that
+    a failed release is remembered."""
+    found = machine.files('/run')
+    for path in [path for path in found if path.endswith('/release.json')]:
+        record = json.loads(dh.to_text(found[path][0]))
+        if record['failed']:
+            del found[path], found[os.path.dirname(path)]
+        else:
+            record.update(time=0, seconds=record['seconds'] is not None)
+            found[path] = (json.dumps(record, sort_keys=True),) + found[path][1:]
+    found.update((tag, image['Id']) for tag, image in machine.images.items())
+    found.update((name, each['Image'] + each['policy'] * each['State']['Running'])
+                 for name, each in machine.containers.items() if name[:3] != 'job')
+    found.update(refs=sorted(machine.refs.items()), running=machine.running(),
+                 jobs=sorted(machine.jobs), served=sorted(machine.served.items()))
+    return dict((name, str(value)) for name, value in found.items())
+
+def unnumbered(state):
+    """A state whose live release has no number."""
+    number = re.search(r'releases/(\d+)', state['/var/lib/dockhand/apps/blog/live']).group(1)
+    pattern = r'(releases/|blog:|blog--|dockhand/|"number": )%s\b' % number
+    return dict([re.sub(pattern, r'\1N', text) for text in item] for item in state.items())
+
+def differences(now, *states):
+    """In what a state differs from the nearest of others."""
+    return min([sorted('%s: %s, not %s' % (key, now.get(key), state.get(key))
+                       for key in set(now) | set(state) if now.get(key) != state.get(key))
+                for state in states], key=len)
+
+def explore(act, init, folder):
+    """(changes, moments, states that may stand afterwards: before, after, git done too)."""
+    machine = about_to(act, init, folder)
+    states = [standing(machine)]
+    changes, moments = moments_of(act, machine)
+    states.append(standing(machine))
+    machine.refs[MAIN] = dh.live_release(machine.host, 'blog').commit
+    return changes, moments, states + [standing(machine)]
+
+def after_a_kill(act, init, states, at, folder):
+    """What is wrong after a kill and `recover`, or if the same is pushed again then."""
+    machine = about_to(act, init, folder)
+    kill(act, machine, at)
+    dh.recover(machine.host)
+    now = standing(machine)
+    wrong = differences(now, *states)
+    if wrong or not is_new(machine, act, folder):
+        return wrong
+    dh.recover(machine.host)
+    if act == 'rollback' or standing(machine) != now:
+        return differences(standing(machine), now)
+    deploy_two(machine)
+    machine.refs[MAIN] = SHA_2
+    return differences(unnumbered(standing(machine)), unnumbered(states[-1]))
+
+def is_new(machine, act, folder):
+    """Whether no other run has come to this state: from here all goes the same way."""
+    state = [standing(machine), dh.list_releases(machine.host, 'blog'), act, machine.init]
+    name = hashlib.sha1(dh.to_bytes(json.dumps(state, sort_keys=True))).hexdigest()
+    try:
+        os.mkdir(os.path.join(os.path.dirname(folder), name))
+    except OSError:
+        return False
+    return True
+
+def after_a_second_kill(act, init, states, at, folder):
+    """What is wrong after a kill, a kill of `recover` at any moment, and `recover`. These are
+    copies of what lies there at each moment, since a kill leaves just that."""
+    machine, twins = about_to(act, init, folder), []
+    kill(act, machine, at)
+    changes, _ = moments_of('recover', machine, lambda: twins.append(copied(
+        machine, os.path.join(folder, str(len(twins))))))
+    for twin in twins:
+        dh.recover(twin.host)
+    return ['after %s: %s' % (moment[1], each) for moment, twin in zip([at] + changes, twins)
+            for each in differences(standing(twin), *states)]
+
+def copied(machine, root):
+    shutil.copytree(machine.root, root, symlinks=True)
+    twin = Machine(root, machine.init)
+    vars(twin).update(pickle.loads(pickle.dumps(held(machine), 2)))
+    return twin
+
+def full_disk(machine, at, wanting):
+    """A Watch: the call at a moment gets no space, nor from then on any that is `wanting`."""
+    def reached(moment):
+        if moment == at or moment[:2] in wanting and machine.broken:
+            if wanting:
+                machine.broken.update(dict.fromkeys(FULL, 99))
+                sys.settrace(go_on)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def go_on(*_):                  # a profile function that raises is not called again
+        if sys.getprofile() is None:
+            sys.setprofile(watch)
+    watch = Watch(reached, None if wanting else [at[1].split()[0]])
+    return watch
+
+def after_a_full_disk(act, init, states, at, wanting, folder):
+    """What is wrong after a push for which the disk was full, and `recover` if that is told,
+    or if it stayed full until the push was over."""
+    machine, said = about_to(act, init, folder), ''
+    try:
+        with watched(full_disk(machine, at, wanting)):
+            ACTS[act](machine)
+    except (Failure, EnvironmentError) as error:
+        said = str(error)
+    machine.broken.clear()
+    if wanting or dh.linked_release(machine.host, 'blog', 'pending'):
+        dh.recover(machine.host)
+    return differences(standing(machine), *states) + [said] * ('\n' in said)
+
+def writes(changes, moments):
+    """The moments before calls that want space on the disk."""
+    found = [moment[1:] for moment in changes if moment[1].split()[0] not in FREEING]
+    return [moment for moment in moments if moment[0] == 'before' and (
+        moment[1] == 'fsync in replace_file'
+        or moment[1:] in found and re.match(r'\w+ in \w+\Z', moment[1]))]
+
+def in_parallel(tasks, folder):
+    """Do [task] in some processes, since they sleep; [its result, or how it failed]."""
+    os.mkdir(folder)
+    results, paths = {}, [os.path.join(folder, 'process%d' % each) for each in range(MOST)]
+    children = [in_a_process(tasks, number, path) for number, path in enumerate(paths)]
+    for child, path in zip(children, paths):
+        os.waitpid(child, 0)
+        with open(path, 'rb') as source:
+            results.update(pickle.load(source))
+    return [results[number] for number in range(len(tasks))]
+
+def in_a_process(tasks, first, path):
+    """Do every MOST-th task, each in a folder of its own; leave the results in a file."""
+    child = os.fork()
+    if child:
+        return child
+    results = {}
+    for number in range(first, len(tasks), MOST):
+        folder = '%s.%d' % (path, number)
+        os.mkdir(folder)
+        try:
+            results[number] = tasks[number](folder)
+        except BaseException:
+            results[number] = [traceback.format_exc()]
+        shutil.rmtree(folder)
+    with open(path, 'wb') as target:
+        pickle.dump(results, target, 2)
+    os._exit(0)
+
+def trials_of(act, init, changes, moments, states):
+    """[(what happens, act, init, moment, task)] of one act."""
+    spots = writes(changes, moments)
+    kills = [moment for moment in changes if not moment[1].endswith(' in locked')]
+    seconds = [moment for moment in kills if re.match(TWICE, moment[1])]
+    wanting = set(moment[:2] for moment in spots)
+    return [(what, act, init, at, functools.partial(task, act, init, states, at, *more))
+            for what, task, moments, more in (
+                ('kill', after_a_kill, kills, ()),
+                ('second kill', after_a_second_kill, seconds, ()),
+                ('full', after_a_full_disk, spots, ((),)),
+                ('stays full', after_a_full_disk, spots, (wanting,))) for at in moments]
+
+@pytest.fixture(scope='module')
+def trials():
+    """{(what happens, act, init): {moment: what is wrong then}}; all of them at a time, in
+    memory where that is a file system too, since most of the time goes into fsync."""
+    memory = [folder for folder in ['/dev/shm'] if os.access(folder, os.W_OK)]
+    folder = tempfile.mkdtemp(dir=(memory + [None])[0])
+    try:
+        explored = in_parallel([functools.partial(explore, *run) for run in RUNS],
+                               os.path.join(folder, 'undisturbed'))
+        tried = [each for run, found in zip(RUNS, explored)
+                 for each in trials_of(*(run + tuple(found)))]
+        results = in_parallel([each[-1] for each in tried], os.path.join(folder, 'tried'))
+    finally:
+        shutil.rmtree(folder)
+    found = {}
+    for (what, act, init, at, _), result in zip(tried, results):
+        found.setdefault((what, act, init), {})[at] = result
+    return found
+
+def wrong(trials, *kind):
+    return dict((at, result) for at, result in trials[kind].items() if result)
+
+runs = pytest.mark.parametrize('act, init', RUNS)
+
+@runs
+def test_every_kind_of_effect_is_found(trials, act, init):
+    kinds = set(what.split()[0] for _, what, _ in trials['kill', act, init])
+    assert kinds >= set('open flush fchmod rename unlink symlink docker nginx git'.split())
+    assert act == 'rollback' or kinds >= set(['mkdir', 'open:', 'unlink:', 'rmdir:'])
+    assert init != 'upstart' or kinds >= set(['stop', 'timeout'][act == 'first':])
+    assert len(trials['kill', act, init]) > 40
+
+@runs
+def test_a_kill_at_any_moment_leaves_one_whole_release_once_recovered(trials, act, init):
+    assert wrong(trials, 'kill', act, init) == {}
+
+@runs
+def test_a_recover_that_is_killed_at_any_moment_is_done_by_the_next(trials, act, init):
+    assert wrong(trials, 'second kill', act, init) == {}
+
+@runs
+def test_a_write_for_which_the_disk_is_full_leaves_one_whole_release(trials, act, init):
+    assert wrong(trials, 'full', act, init) == {}
+
+@runs
+def test_a_disk_that_stays_full_leaves_one_whole_release_once_recovered(trials, act, init):
+    assert wrong(trials, 'stays full', act, init) == {}
 
 # ---- Health ----------------------------------------------------------------------------
 
@@ -2391,14 +2734,14 @@ def must(argv, **options):
     assert outcome.status == 0, '%s\n%s\n%s' % (argv, outcome.out, outcome.err)
     return outcome.out
 
-def until(ask, wanted, seconds=30):
+def until(ask, wanted, seconds=30, pause=0.1):
     """Ask until the answer is as wanted, for so long at most; the last answer."""
     deadline = time.time() + seconds
     while True:
         answer = ask()
         if answer == wanted or time.time() > deadline:
             return answer
-        time.sleep(0.1)
+        time.sleep(pause)
 
 def together(*calls):
     """Call functions at the same time; what they return, or the first exception."""
@@ -3392,3 +3735,498 @@ def test_real_what_other_tools_read_is_valid_to_them(command, tmpdir):
         (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)('no ' + words[0])
     env = dict(os.environ, VAGRANT_DOTFILE_PATH=str(tmpdir), VAGRANT_HOME=str(tmpdir))
     assert run(words, cwd=HERE, env=env).status == 0
+
+# ---------------------------------------------------------------------------------------
+# Drills: put back, rolled back, never half
+# ---------------------------------------------------------------------------------------
+#
+# Each prints its figures (`-rP` shows them) and runs short, whole only under `-m whole`.
+# Those of one server run one after another, those of the three servers at the same time.
+
+with warnings.catch_warnings():                 # no file here could make the mark known
+    warnings.simplefilter('ignore')
+    WHOLE = [pytest.mark.whole, pytest.mark.skipif('not config.option.markexpr',
+                                                   reason='long; it runs under -m whole')]
+SEED = int(os.environ.get('DOCKHAND_TEST_SEED') or time.time())
+
+def drill(kind, short=0, whole=0):
+    """Make a test of a function of (server, size), which returns its figures."""
+    def as_test(work):
+        sizes = [pytest.param(short, id='short')]
+        sizes += [pytest.param(whole, id='whole', marks=WHOLE)] if whole else []
+
+        @pytest.mark.parametrize('size', sizes)
+        def on_one(drilled, size):
+            seconds, figures, error = drilled[work, size]
+            print('%s: %.0f s, seed %d: %s' % (work.__name__, seconds, SEED, figures))
+            if error:
+                raise error
+        on_one.__name__, on_one.__doc__, on_one.drill = work.__name__, work.__doc__, (kind, work)
+        return on_one
+    return as_test
+
+@pytest.fixture(scope='session')
+def drilled(servers, request):
+    """{(drill, size): (seconds, figures, error or None)} of all that were asked for."""
+    came_to = {}
+
+    def do(kind):
+        for item in request.session.items:
+            wanted, work = getattr(item.function, 'drill', (None, None))
+            if wanted != kind or (item.get_closest_marker('whole') and
+                                  not request.config.option.markexpr):
+                continue
+            begun, size, figures, error = time.time(), item.callspec.params['size'], '', None
+            try:
+                figures = work(servers[kind], size)
+            except BaseException as caught:
+                error = caught
+            came_to[work, size] = time.time() - begun, figures, error
+    together(*[functools.partial(do, kind) for kind in KINDS])
+    return came_to
+
+class Marked(App):
+    """A web app whose image, job and proxy file each say of which release they are."""
+
+    # it takes a second to stop, and goes on answering meanwhile
+    COMMAND = ("echo $(cat /www/mark) $JOB >/www/index.html; trap 'sleep 1; exit' TERM; "
+               "httpd -f -h /www & wait")
+
+    def files(self, mark, **changes):
+        files = web_files(self.name, self.port, '--rm --init -e JOB=%s' % mark, self.COMMAND)
+        files['nginx-proxy.conf'] = files['nginx-proxy.conf'].replace(
+            'location', 'add_header X-Release %s always;\n    location' % mark)
+        return dict(files, **dict({'www/mark': '%s %s' % (self.name, mark)}, **changes))
+
+    def offer(self, mark, **changes):
+        """Commit a release and push it; the Outcome."""
+        self.commit(self.files(mark, **changes))
+        return self.push()
+
+    def release(self, mark, **changes):
+        """The same, and see it accepted and answer."""
+        pushed = self.offer(mark, **changes)
+        assert pushed.status == 0, pushed.err
+        assert self.mark() == mark
+        return pushed
+
+    def mark(self):
+        """The release that answers, '' where none does, the answer where it is not whole."""
+        answer = self.server.hear(80, 'GET / HTTP/1.0\r\nHost: %s.test\r\n\r\n' % self.name)
+        head, _, body = answer.partition('\r\n\r\n')
+        if not body or re.match(r'HTTP/1.1 50[234] ', head):
+            return ''
+        mark = (re.findall(r'X-Release: (\w+)', head) or ['none'])[0]
+        return mark if body == '%s %s %s' % (self.name, mark, mark) else answer
+
+    def check_whole(self, *marks):
+        """One of these releases answers, in all its parts; the one that does."""
+        until(lambda: self.mark() in marks, True, 60)
+        assert self.mark() in marks
+        self.server.ok('nginx -t -q && ! ls /var/lib/dockhand/apps/%s/pending' % self.name)
+        assert len(self.container().split()) == 1       # of the image APP:latest
+        return self.mark()
+
+class Watch(object):
+    """Constant requests to apps, and `nginx -t` five times a second, inside a `with`."""
+
+    LOOP = ('touch /root/watch; while [ -e /root/watch ]; do '
+            'nginx -t -q 2>&1 && echo valid; sleep 0.1; done >>/root/tests')
+
+    def __init__(self, server, *apps):
+        self.server, self.apps, self.going = server, apps, True
+        self.heard = dict((app.name, {}) for app in apps)
+        self.threads = [threading.Thread(target=self.ask, args=(app,)) for app in apps]
+
+    def ask(self, app):
+        counts = self.heard[app.name]
+        while self.going:
+            mark = app.mark()
+            counts[mark] = counts.get(mark, 0) + 1
+            time.sleep(0.01)
+
+    def test_nginx(self):
+        must(['docker', 'exec', '-d', self.server.name, 'sh', '-c', self.LOOP])
+
+    def __enter__(self):
+        self.server.ok('rm -f /root/tests')
+        self.test_nginx()
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.going = False
+        for thread in self.threads:
+            thread.join()
+
+    def figures(self):
+        """What was heard, in words; nothing but whole answers of the app that was asked."""
+        tests = self.server.ok('rm -f /root/watch; cat /root/tests').splitlines()
+        wrong = [mark for counts in self.heard.values() for mark in counts
+                 if not re.match(r'\w*\Z', mark)] + [line for line in tests if line != 'valid']
+        assert not wrong, wrong
+        counts = ['%s %d answers, %d times none' % (
+            name, sum(counts.values()) - counts.get('', 0), counts.get('', 0))
+                  for name, counts in sorted(self.heard.items())]
+        return '; '.join(counts + ['nginx -t passed %d times' % len(tests)])
+
+# Kills all that a push has started on a server, N seconds after it came: what is below
+# sshd, and no sshd. What is stopped first cannot start more meanwhile.
+KILLER = r'''
+import os, re, sys, time
+def pushed():
+    found = {}
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open('/proc/%s/stat' % pid) as stat:
+                name, parent = re.match(r'\d+ \((.*)\) \S (\d+)', stat.read()).groups()
+            found[pid] = name, parent
+        except EnvironmentError:
+            pass
+    def below(pid):
+        return pid in found and (found[pid][0] == 'sshd' or below(found[pid][1]))
+    return set(pid for pid in found if found[pid][0] != 'sshd' and below(pid))
+deadline = time.time() + 30
+while not pushed() and time.time() < deadline:
+    time.sleep(0.01)
+time.sleep(float(sys.argv[1]))
+struck = set()
+while pushed() - struck:
+    for pid in pushed() - struck:
+        struck.add(pid)
+        os.kill(int(pid), 19)
+for pid in struck:
+    os.kill(int(pid), 9)
+print(len(struck))
+'''
+
+def moments(times, seconds):
+    """So many random moments, spread over the seconds that something takes."""
+    generator = random.Random(SEED)
+    spread = [(at + generator.random()) * seconds / times for at in range(times)]
+    generator.shuffle(spread)
+    return spread
+
+def two_apps(server):
+    """An app to be deployed while things happen, a neighbour, the seconds that a push takes."""
+    app, neighbour = Marked(server, 'drilled', 8501), Marked(server, 'neighbour', 8502)
+    for each, mark in ((neighbour, 'n'), (app, 'a'), (app, 'b')):
+        if each.branch():
+            each.follow()
+        begun = time.time()
+        each.release(mark)
+    return app, neighbour, 1.3 * (time.time() - begun)      # it will have less than all of it
+
+def interrupt(app, times, seconds, strike, recover):
+    """Push as often, strike at a random moment of each push, recover; figures."""
+    live, lived, recoveries = app.mark(), 0, []
+    for turn, moment in enumerate(moments(times, seconds)):
+        mark = '%s%d' % (strike.__name__, turn)
+        app.commit(app.files(mark))
+        pushed, _ = together(app.push, functools.partial(strike, moment))
+        begun = time.time()
+        recover()
+        answer = app.check_whole(live, mark)
+        recoveries.append(time.time() - begun)
+        if answer == mark:
+            lived, live = lived + 1, mark
+            assert app.push().status == 0       # accepted at once, where git missed it
+        assert pushed.status or answer == mark
+    app.release('after')
+    return '%d of %d pushes live all the same, whole again after %.1f s at most' % (
+        lived, times, max(recoveries))
+
+@drill('systemd', 5, 50)
+def test_real_killed_pushes_leave_one_whole_release(server, size):
+    app, neighbour, seconds = two_apps(server)
+    struck = []
+
+    def killed(moment):
+        struck.append(server.ok('python3 - $1', str(moment), stdin=KILLER))
+    with Watch(server, app, neighbour) as watch:
+        said = interrupt(app, size, seconds, killed, lambda: server.ok('dockhand recover'))
+    assert '' not in watch.heard['neighbour'], watch.heard
+    return '%s; %s processes killed; %s' % (said, ' '.join(struck), watch.figures())
+
+@drill('systemd', 2, 10)
+def test_real_power_cuts_leave_one_whole_release(server, size):
+    app, neighbour, seconds = two_apps(server)
+
+    def cut(moment):
+        time.sleep(moment)
+        must(['docker', 'kill', server.name])
+
+    def boot():
+        server.reboot(('start',))
+        watch.test_nginx()
+        neighbour.check_whole('n')
+    with Watch(server, app, neighbour) as watch:
+        said = interrupt(app, size, seconds, cut, boot)
+    return said + '; ' + watch.figures()
+
+def hear(app, pattern, options=''):
+    """Begin a push until it says this; its process, in a group of its own, and the text."""
+    env = dict(os.environ, LC_ALL='C',
+               GIT_SSH_COMMAND='ssh -F %s %s' % (app.server.config, options))
+    process = subprocess.Popen(['git', 'push', app.remote, 'main'], cwd=app.folder, env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+                               preexec_fn=os.setpgrp)
+    heard, deadline = b'', time.time() + 60
+    while not re.search(pattern, heard.decode('utf-8', 'replace')):
+        rest = max(0, deadline - time.time())
+        data = select.select([process.stdout], [], [], rest)[0] and process.stdout.read(65536)
+        if not data:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError('%r was not said: %s' % (pattern, heard))
+        heard += data
+    return process, heard
+
+def refused_after(app, pattern, harm, reason):
+    """Push, do harm as soon as the push says this, and see it refused for the reason."""
+    branch = app.branch()
+    process, heard = hear(app, pattern)
+    app.server.ok(harm)
+    err = (heard + process.communicate(timeout=120)[0]).decode('utf-8', 'replace')
+    said = re.findall(r'(?m)^remote: (dockhand: .*?) *$', err)
+    assert process.returncode and re.search(reason, said[-1]), err
+    assert app.branch() == branch
+    return said
+
+SLOW_BUILD = REAL_WEB + 'RUN sleep 2 && echo\nCMD ["sh", "-c", "%s"]\n' % Marked.COMMAND
+STOP_DOCKER = 'systemctl stop docker.socket docker'
+START_DOCKER = 'systemctl reset-failed docker && systemctl start docker.socket docker'
+DISK = '/var/lib/docker'
+SMALL_DISK = '''
+%s && mount -t tmpfs -o size=700m small {0} && cp -a /var/lib/dockhand {0}/state
+mount --bind {0}/state /var/lib/dockhand && %s'''.format(DISK) % (STOP_DOCKER, START_DOCKER)
+LARGE_DISK = '%s && umount /var/lib/dockhand && umount -l %s && %s' % (
+    STOP_DOCKER, DISK, START_DOCKER)
+
+@drill('systemd')
+def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, size):
+    server.ok(SMALL_DISK + TINY)
+    try:
+        app, said = Marked(server, 'cramped', 8503), []
+        app.release('a')
+        app.commit(app.files('b', Dockerfile=SLOW_BUILD))
+        for moment in ('RUN sleep', 'Switching'):
+            said += refused_after(app, moment, 'cat /dev/zero >%s/full || :' % DISK, 'space')
+            assert app.mark() == 'a' or moment == 'Switching'   # docker can start nothing
+            server.ok('rm %s/full && dockhand recover' % DISK)
+            assert app.mark() == 'a'
+        server.ok('fallocate -l 250M %s/full' % DISK)
+        pushed = app.push()
+        check_refusal(pushed, r'\d\d\d MB are free')
+        assert not re.search('Building', pushed.err) and app.mark() == 'a'
+        server.ok('rm %s/full' % DISK)
+        assert app.push().status == 0 and app.mark() == 'b'
+        return ' / '.join(said + pushed.out[-1:])
+    finally:
+        server.run('sh', '-c', 'rm -f %s/full; dockhand destroy cramped --force' % DISK)
+        server.ok(LARGE_DISK)
+
+OTHER_FILE = '/etc/nginx/conf.d/elses.conf'
+FAULTS = [      # when, what, what mends it, the reason given, whether the old one answers
+    (when, STOP_DOCKER, START_DOCKER,
+     'docker does not answer|annot connect to the Docker', False)
+    for when in ('RUN sleep', 'Switching')] + [
+    (when, 'echo "bogus on;" >' + OTHER_FILE, 'rm ' + OTHER_FILE,
+     'bogus.*' + OTHER_FILE + ':1', True) for when in ('RUN sleep',)] + [
+    ('RUN sleep', 'systemctl stop nginx; echo "bogus on;" >' + OTHER_FILE,
+     'rm ' + OTHER_FILE, 'bogus.*' + OTHER_FILE + ':1', False)]
+
+@drill('systemd')
+def test_real_what_breaks_in_mid_deploy_is_named_and_mended_by_the_same_push(server, size):
+    app, told = Marked(server, 'faulty', 8504), []
+    app.release('a')
+    for turn, (when, harm, mend, reason, answers) in enumerate(FAULTS):
+        live, mark = app.mark(), 'f%d' % turn
+        app.commit(app.files(mark, Dockerfile=SLOW_BUILD))
+        try:
+            told += refused_after(app, when, harm, reason)
+            assert app.mark() == (live if answers else '')
+        finally:
+            server.ok(mend)
+        pushed = app.push()
+        assert pushed.status == 0 and app.mark() == mark, pushed.err
+    return ' / '.join(told)
+
+@drill('none')
+def test_real_a_rollback_takes_as_long_as_a_restart(server, size):
+    app, ratios, commits = Marked(server, 'turned', 8505), [], {}
+    app.COMMAND = app.COMMAND.replace('sleep 1', 'sleep 2').replace('httpd', 'sleep 1; httpd')
+    for mark in 'ab':
+        app.release(mark)
+        commits[mark] = app.branch()
+
+    for words, mark in (('turned', 'a'), ('turned 2', 'b'), ('turned', 'a')):
+        begun, live = time.time(), app.mark()
+        server.ok('docker stop $1 && docker start $1', app.container())
+        assert until(app.mark, live, 60, 0.01) == live
+        restarted = time.time()
+        _, answered = together(functools.partial(server.ok, 'dockhand rollback ' + words),
+                               lambda: until(app.mark, mark, 60, 0.01) and time.time())
+        ratios.append((answered - restarted) / (restarted - begun))
+        assert (app.check_whole(mark), app.branch()) == (mark, commits[mark])
+    assert app.push().status == 0       # of the newer one
+    assert (app.check_whole('b'), app.branch()) == ('b', commits['b'])
+    assert sorted(ratios)[1] <= 1.2, ratios
+    return 'restart %.2f s; the older version after %s of that' % (
+        restarted - begun, ' '.join('%.2f' % ratio for ratio in ratios))
+
+USED = 'du -xsk %s /home/git /var/lib/dockhand | awk \'{ kb += $1 } END { print kb }\'' % DISK
+FOREIGN = '''
+printf 'FROM tiny:1\nRUN echo mine >/mine\n' | docker build -q -
+printf 'FROM disk:1\nRUN echo mine >/mine\n' | docker build -q -t child -
+docker create --name bystander tiny:1 true'''
+
+@drill('none', 12, 40)
+def test_real_pushes_in_a_row_do_not_fill_the_disk(server, size):
+    """The last takes no more than the tenth did (the seventh, where it runs short)."""
+    app, used, base = App(server, 'disk', 8506), {}, int(server.ok(USED))
+    for number in range(1, size + 1):
+        app.deploy(dict(web_files('disk', 8506), **{
+            'www/load': '%d %s\n' % (number, random.Random(number).random()) * 50000}))
+        used[number] = int(server.ok(USED))
+        if number == 1:
+            foreign = server.ok(FOREIGN).split()
+    then = used[10 if size > 12 else 7]
+    assert used[size] <= 1.05 * then, used
+    listed = server.ok('dockhand releases disk').splitlines()
+    assert [line.split()[0] for line in listed] == [str(size - at) for at in range(5)], listed
+    assert len(server.ok('docker images -q disk').splitlines()) == 6    # with disk:latest
+    server.ok('docker inspect ' + ' '.join(foreign))
+    return 'disk %d KB before, %d then, %d at the end: %.3f' % (
+        base, then, used[size], used[size] / float(then))
+
+LOCKED = '''
+find /run/lock/dockhand -type f | while read lock; do flock -n $lock true || echo $lock; done'''
+
+def left_over(server):
+    """What is there while a push is under way: processes, locks."""
+    return server.ok(LOCKED).split() + re.findall(
+        '.*(?:receive|docker build|sudo ).*', server.ok('ps -eo args='))
+
+CUT_OFF = ("'-oProxyCommand=docker exec -i %s sh -c \"echo \\$\\$ >>/root/cut; "
+           "exec busybox nc 127.0.0.1 22\"'")
+
+@drill('upstart', 3, 8)
+def test_real_pushers_who_are_gone_in_mid_build_leave_nothing_behind(server, size):
+    """Killed, stopped, or cut off: what they are sent is taken by nobody."""
+    apps = [App(server, 'gone%d' % number, 8510 + number) for number in range(size)]
+    for app in apps:
+        app.commit(dict(web_files(app.name, app.port), Dockerfile=REAL_WEB.replace(
+            'COPY', 'RUN busybox yes %s | busybox head -n %d\nCOPY' % (
+                'long-line' * 10, 30000 if size < 8 else 100000)) +
+            'CMD ["httpd", "-f", "-h", "/www"]\n'))
+    own = ' -oControlPath=none '
+    pushers = [process for process, _ in together(*[functools.partial(
+        hear, app, 'long-line', own + (CUT_OFF % server.name if number % 3 == 2 else ''))
+        for number, app in enumerate(apps)])]
+    begun = time.time()
+    try:
+        server.ok('kill -STOP $(cat /root/cut)')
+        for number, process in enumerate(pushers):
+            os.killpg(process.pid, signal.SIGSTOP if number % 3 == 1 else signal.SIGKILL)
+        left = until(lambda: left_over(server), [], 60)
+        seconds = time.time() - begun
+        assert left == []
+    finally:
+        for process in pushers[1::3]:
+            os.killpg(process.pid, signal.SIGKILL)
+        for process in pushers:
+            process.communicate()
+        server.ok('kill -KILL $(cat /root/cut); rm /root/cut')
+    for app in apps:
+        assert app.push().status == 0 and app.answer() == app.name
+    return '%d builds, the last process and lock gone after %.1f s' % (size, seconds)
+
+@drill('upstart', 6, 20)
+def test_real_many_apps_pushed_at_once_are_live_or_refused(server, size):
+    """Two ssh connections carry them: sshd lets few begin at once."""
+    apps = [Marked(server, 'many%d' % number, 8530 + number, ('main', 'other')[number % 2])
+            for number in range(size)]
+    for number, app in enumerate(apps):
+        files = app.files('m')
+        if number % 4 == 3:
+            files['nginx-proxy.conf'] = files['nginx-proxy.conf'].replace('location', 'bogus')
+        app.commit(files)
+    begun = time.time()
+    with Watch(server) as watch:
+        pushed = together(*[app.push for app in apps])
+    seconds = time.time() - begun
+    for number, (app, outcome) in enumerate(zip(apps, pushed)):
+        if number % 4 == 3:
+            check_refusal(outcome, r'nginx-proxy.conf:\d+: .*bogus')
+            assert app.branch() == ''
+        else:
+            assert outcome.status == 0, outcome.err
+            app.check_whole('m')
+    return '%d pushes in %.1f s; %s' % (size, seconds, watch.figures())
+
+@everywhere
+def test_real_a_push_reports_and_releases_lists_what_became_of_each(server):
+    app = server.app('shop')
+    said = '\n'.join(app.deploy({'www/index.html': 'reported'}).out)
+    number = re.search(r'(?m)^-----> Release (\d+) is live: built in \d+\.\d s, switched in '
+                       r'\d+\.\d s, checked in \d+\.\d s, down for \d+\.\d s$', said).group(1)
+    assert re.search(r'(?m)^ +disk: \d+\.\d MB (?:more|less)$', said), said
+    assert re.search(r"shop answers 200: curl -H 'Host: shop\.test' http://[\d.]+/$", said,
+                     re.M), said
+    refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
+    listed = server.ok('dockhand releases shop').splitlines()
+    when = r'\d{4}-\d\d-\d\d \d\d:\d\d'
+    assert re.match(r' *%d  [0-9a-f]{10}  %s  main +-  failed: the build failed'
+                    % (int(number) + 1, when), listed[0]), listed
+    assert re.match(r' *%s  %s  %s  main +\d+\.\d s  live$'
+                    % (number, app.branch()[:10], when), listed[1]), listed
+    check_one_line(server.dockhand('releases', 'nobody'))
+
+@everywhere
+def test_real_a_rollback_to_a_removed_image_says_so_and_changes_nothing(server):
+    app = server.app('shop')
+    app.change('with an image'), app.change('with another')
+    number = int(re.search(r'(\d+) .* live', server.ok('dockhand releases shop')).group(1)) - 1
+    server.ok('docker rm shop--$1; docker rmi shop:$1', str(number))
+    before = look_at(server, app)
+    for words in (), (str(number),):
+        outcome = server.dockhand('rollback', 'shop', *words)
+        check_one_line(outcome)
+        assert 'image shop:%d was removed' % number in outcome.err
+    assert look_at(server, app) == before
+
+def test_real_the_log_has_one_line_for_each_change(servers):
+    server = servers['systemd']
+    app = server.app('shop')
+
+    def logged():
+        return server.ok('journalctl -q -o cat -t dockhand').splitlines()
+    app.change('logged'), app.change('logged again')
+    before = len(logged())
+    app.change('logged at last')
+    refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
+    server.ok('dockhand rollback shop')
+    server.ok('dockhand upload-key fresh', stdin=public_key(server, 'fresh'))
+    server.ok('dockhand remove-key fresh')
+    patterns = ['shop: release .* by main is live', 'shop.* refused: the build failed',
+                'shop: rolled back', 'key fresh: may push', 'key fresh: removed']
+    until(lambda: len(logged()) - before >= len(patterns), True, 10)
+    lines = logged()[before:]
+    assert len(lines) == len(patterns) and all(map(re.search, patterns, lines)), lines
+    app.change('not rolled back')
+
+def test_real_what_was_pruned_is_made_again(servers):
+    def prune(server):
+        app = server.app('survivor')
+        app.change('kept'), app.change('survivor')
+        server.ok('docker rm -f $1 && dockhand recover', app.container())
+        assert app.answer() == 'survivor'
+        server.ok('dockhand stop survivor && docker system prune -f && dockhand recover')
+        assert app.answer() == '502'
+        server.ok('dockhand start survivor')
+        assert app.answer() == 'survivor'
+        server.ok('docker system prune -f && dockhand rollback survivor')
+        assert app.answer() == 'kept'
+        app.change('survivor')
+    together(*[functools.partial(prune, servers[kind]) for kind in ('systemd', 'none')])
