@@ -1486,6 +1486,11 @@ class Upstart(Engine):
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
 
+    def revives(self, release):
+        """Whether init does not do that: a command was killed that held the job."""
+        return any(os.path.exists(self.path(release, ending)) == is_wrong
+                   for ending, is_wrong in (('.override', True), ('.conf', False)))
+
     def settle(self, release):
         """From now on a boot starts it."""
         remove_file(self.path(release, '.override'))
@@ -1733,11 +1738,13 @@ def put_back(host, new, old):
         return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
     steps = switch_steps(host, new, old, run, certain=True)
+    left, checks = [], []
     if run:                     # a stop that was begun by a crashed command goes on
-        steps.insert(0, partial(engine.stop, old))
-        steps += [partial(engine.settle, old), partial(check_health, old, engine, 20, 0)]
-    left = []
-    for act in steps:
+        steps = [partial(engine.stop, old)] + steps + [partial(engine.settle, old)]
+        checks = [partial(check_health, old, engine, 20, 0)]
+    for act in steps + checks:
+        if left and act in checks:
+            break
         try:
             act()
         except (Failure, EnvironmentError) as error:
@@ -1785,16 +1792,16 @@ def put_right(host, live):
                               live.number, app)
             step('%s: tagging release %d as %s again', app, live.number, tag)
             tag_image(host, live.image, tag)
-    gone = [name for name, path, _ in installed_files(host, live)
-            if not os.path.exists(host.path(path))]
-    if 'nginx-proxy.conf' in gone:
+    if live.proxy and not os.path.exists(host.path(PROXIES, app + '.conf')):
         step('%s: installing its proxy file again', app)
         install_proxy(host, app, live.proxy, True)
-    revives = 'upstart.conf' in gone or engine.revives(live)
-    if revives and not is_stopped(host, app) and engine.state(live).alive is False:
-        step('%s: release %d did not run; starting it', app, live.number)
-        engine.place(live)
-        engine.start(live)
+    if is_stopped(host, app):
+        return engine.stop(live)
+    if engine.revives(live):
+        if engine.state(live).alive is False:
+            step('%s: release %d did not run; starting it', app, live.number)
+            engine.place(live)
+            engine.start(live)
         engine.settle(live)
 
 def installed_files(host, release):
@@ -2068,27 +2075,29 @@ def drop(host, release, *options):
 def clean_up(host, live):
     """Remove what is older than the last releases; only what the store names is ours."""
     app, numbers = live.app, list_releases(host, live.app)
-    others = [each.number for each in kept_releases(host, app)
-              if each.number != live.number]
-    kept, old = others[:KEPT - 1] + [live.number], numbers[:-LISTED] + others[KEPT - 1:]
-    for failed in [load_release(host, app, number) for number in numbers]:
-        if failed.failed and failed.image:      # it was left as a cache for this release
-            host.ask(['docker', 'rmi', failed.image])
-            save_release(host, failed._replace(image=None))
-    for number in sorted(set(old) - set(kept)):
-        release = load_release(host, app, number)
-        free = free_bytes(host, images_folder(host))
-        written = written_files(host, container_name(release))
-        drop(host, release)
-        if inspect(host, image_tag(release)):
-            step('Release %d stays: a container uses its image', number)
-            continue
-        host.run(['rm', '-rf', '--', release_folder(host, app, number)])
-        step('Release %d is removed, %.1f MB freed', number,
-             max(0, free_bytes(host, images_folder(host)) - free) / 1e6)
-        if written:
-            detail('with what its container wrote outside volumes: %s%s',
-                   ', '.join(written[:5]), ' ...' if written[5:] else '')
+    others = [each for each in kept_releases(host, app) if each.number != live.number]
+    kept = [each.number for each in others[:KEPT - 1] + [live]]
+    for release in [load_release(host, app, number) for number in numbers]:
+        if release.failed and release.image:    # it was left as a cache for this release
+            host.ask(['docker', 'rmi', release.image])
+            save_release(host, release._replace(image=None))
+        if release.number not in kept and (
+                not release.failed or release.number in numbers[:-LISTED]):
+            remove_release(host, release)
+
+def remove_release(host, release):
+    """Remove an old release, but not the image of somebody's container."""
+    free, container = free_bytes(host, images_folder(host)), container_name(release)
+    written = written_files(host, container)
+    drop(host, release)
+    if inspect(host, image_tag(release)):
+        return step('Release %d stays: a container uses its image', release.number)
+    host.run(['rm', '-rf', '--', release_folder(host, release.app, release.number)])
+    step('Release %d is removed, %.1f MB freed', release.number,
+         max(0, free_bytes(host, images_folder(host)) - free) / 1e6)
+    if written:
+        detail('with what its container wrote outside volumes: %s%s',
+               ', '.join(written[:5]), ' ...' if written[5:] else '')
 
 def show_plan(host, live, release):
     """What a push of this would change, for the pusher."""
@@ -2498,13 +2507,13 @@ def releases(host, app):
     if app not in list_apps(host):
         raise Failure('no app %s here: see dockhand apps', printable(app))
     live = live_release(host, app)
-    for number in reversed(list_releases(host, app)):
-        release = load_release(host, app, number)
-        state = 'live' if live and live.number == number else (
+    found = [load_release(host, app, number) for number in list_releases(host, app)]
+    for release in [each for each in reversed(found) if each.commit]:
+        state = 'live' if live and live.number == release.number else (
             'failed: ' + release.failed if release.failed else
             'kept' if release.seconds is not None else 'under way')
         took = '-' if release.seconds is None else '%.1f s' % release.seconds
-        tell('%4d  %s %8s  %s', number, origin_text(release), took, state)
+        tell('%4d  %s %8s  %s', release.number, origin_text(release), took, state)
 
 def origin_text(release):
     """Where a release came from: commit, time, key."""
@@ -2567,6 +2576,7 @@ def destroy(host, app, force=False):
             act()
         for number in list_releases(host, app):
             drop(host, load_release(host, app, number))
+        remove_image_tag(host, app + ':plan')
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
     tell('%s is removed', app)
 

@@ -1825,7 +1825,7 @@ def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     assert machine.running() == []
     os.unlink(dh.app_folder(machine.host, 'blog', 'stopped'))
     dh.recover(machine.host)
-    assert machine.running() == (['sha256:FROMone'] if machine.init == 'none' else [])
+    assert machine.running() == ['sha256:FROMone']
 
 def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     machine.lives(FILES)
