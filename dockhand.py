@@ -56,16 +56,11 @@ BYTE_ORDER_MARK = to_text(b'\xef\xbb\xbf')
 # ---- Constants: paths, limits, templates -----------------------------------------------
 
 LIBRARY = '/usr/local/lib/dockhand'
-PROGRAM = '/usr/local/bin/dockhand'
-OLDER_NAME = '/usr/local/bin/gitreceive'
-RECEIVE = LIBRARY + '/receive'
-TEMPLATE = LIBRARY + '/template'
-STATE = '/var/lib/dockhand'
-LOCKS = '/run/lock/dockhand'
-JOBS = '/etc/init'
-JOB_LOGS = '/var/log/upstart'
-NGINX = '/etc/nginx'
-PROXIES = NGINX + '/conf.d'
+PROGRAM, OLDER_NAME = '/usr/local/bin/dockhand', '/usr/local/bin/gitreceive'
+RECEIVE, TEMPLATE = LIBRARY + '/receive', LIBRARY + '/template'
+STATE, LOCKS = '/var/lib/dockhand', '/run/lock/dockhand'
+JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
+NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
 SUDOERS = '/etc/sudoers.d/dockhand'
 UNIT = '/etc/systemd/system/dockhand-recover.service'
@@ -516,12 +511,9 @@ def judge_ref(ref, new, branch):
     refuse_if(not new.strip('0'), 'branches are not deleted here; to remove the app, on '
               'the server: sudo dockhand destroy APP')
     name = ref[len('refs/heads/'):]
-    if name == 'plan':
-        return 'plan'
-    if name not in wanted:
-        raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s',
-                      ' or '.join(wanted), wanted[0])
-    return 'deploy'
+    refuse_if(name != 'plan' and name not in wanted, 'only %s is deployed; to deploy '
+              'this: git push REMOTE HEAD:%s', ' or '.join(wanted), wanted[0])
+    return 'plan' if name == 'plan' else 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
 
@@ -538,18 +530,17 @@ def parse_public_keys(text):
 
 def parse_public_key(line):
     import base64
-    words = line.split(None, 2)
+    kind, text = (line.split(None, 2) + [''])[:2]
     try:
-        blob = base64.b64decode(to_bytes(words[1]))
-    except (IndexError, TypeError, ValueError):
+        blob = base64.b64decode(to_bytes(text))
+    except (TypeError, ValueError):
         blob = b''
-    kind = to_bytes(words[0])
-    inside = b'\0\0\0' + bytes(bytearray([len(kind) % 256])) + kind
-    if not re.match(r'[a-z0-9.@-]+\Z', words[0]) or not blob.startswith(inside) \
-            or to_text(base64.b64encode(blob)) != words[1]:
-        raise Failure('"%s" is no public key: a line of TYPE BASE64 COMMENT is, as in '
-                      'id_ed25519.pub', printable(line, 40))
-    return words[0], words[1]
+    inside = b'\0\0\0' + to_bytes(chr(len(kind) % 128) + kind)
+    refuse_if(
+        not re.match(r'[a-z0-9.@-]+\Z', kind) or not blob.startswith(inside)
+        or to_text(base64.b64encode(blob)) != text, '"%s" is no public key: a line of '
+        'TYPE BASE64 COMMENT is, as in id_ed25519.pub', printable(line, 40))
+    return kind, text
 
 def fingerprint(blob):
     """SHA256 of a key as OpenSSH prints it since 6.8."""
@@ -1097,9 +1088,8 @@ def stage_nginx_conf(text, files, pid):
     includes = '\n'.join('include %s;' % path for path in files)
     text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
                           lambda match: includes, text)
-    if not count:
-        raise Failure('%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
-                      'block', NGINX, PROXIES)
+    refuse_if(not count, '%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
+              'block', NGINX, PROXIES)
     return 'pid %s;\n' % pid + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
 def proxy_address(servers):
@@ -1370,8 +1360,8 @@ def container_ports(found):
 class Engine(namedtuple('Engine', 'host')):
     """What keeps apps running. What only one of the two has to do is nothing here."""
     def nothing(self, release):
-        """Here there is nothing to do, or none to revive."""
-    check = prepare = place = revives = withdraw = nothing
+        pass
+    check = prepare = place = withdraw = nothing
 
 def on_container(host, release, *words):
     """Run a docker command on a release's container; False where that is gone."""
@@ -1437,7 +1427,6 @@ def container_name(release):
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     def place(self, release):
-        """Upstart sees a new file at once."""
         self.hold(release)
         replace_file(self.path(release, '.conf'), release.job)
 
@@ -1460,6 +1449,11 @@ class Upstart(Engine):
         self.host.run_unless('Unknown (instance|job)', ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
+
+    def revives(self, release):
+        """Whether init does not do that: a command was killed that held the job."""
+        held, job = self.path(release, '.override'), self.path(release, '.conf')
+        return os.path.exists(held) or not os.path.exists(job)
 
     def settle(self, release):
         remove_file(self.path(release, '.override'))
@@ -1696,9 +1690,10 @@ def put_back(host, new, old):
     run = old is not None and not is_stopped(host, new.app)
     steps = switch_steps(host, new, old, run, certain=True)
     if run:                     # a stop that was begun by a crashed command goes on
-        steps.insert(0, partial(engine.stop, old))
-        steps += [partial(engine.settle, old), partial(check_health, old, engine, 20, 0)]
-    if not all([attempt('could not be put back', act) for act in steps]):
+        steps = [partial(engine.stop, old)] + steps + [partial(engine.settle, old)]
+    failed = 'could not be put back'
+    if not all([attempt(failed, act) for act in steps]) or (
+            run and not attempt(failed, check_health, old, engine, 20, 0)):
         return say('dockhand: mend that, then: sudo dockhand recover')
     remove_file(app_folder(host, new.app, 'pending'))
     if run:
@@ -1745,23 +1740,22 @@ def bring_back(host, live):
                       'sudo dockhand rebuild %s', number, app)
             step('%s: tagging release %d as %s again', app, number, tag)
             tag_image(host, live.image, tag)
-    gone = [name for name, path, _ in installed_files(host, live)
-            if not os.path.exists(host.path(path))]
-    if 'nginx-proxy.conf' in gone:
+    if live.proxy and not os.path.exists(host.path(PROXIES, app + '.conf')):
         step('%s: installing its proxy file again', app)
         install_proxy(host, app, live.proxy, True)
-    revives = 'upstart.conf' in gone or engine.revives(live)
-    if revives and not is_stopped(host, app) and engine.state(live).alive is False:
-        step('%s: release %d did not run; starting it', app, number)
-        engine.place(live)
-        engine.start(live)
+    if is_stopped(host, app):
+        return engine.stop(live)
+    if engine.revives(live):
+        if engine.state(live).alive is False:
+            step('%s: release %d did not run; starting it', app, number)
+            engine.place(live)
+            engine.start(live)
         engine.settle(live)
 
 def installed_files(host, release):
     """[(name in the repository, path on the host, text)] of what a release installs."""
     files = [('nginx-proxy.conf', PROXIES, release.proxy)]
-    if is_upstart(host):
-        files.append(('upstart.conf', JOBS, release.job))
+    files += [('upstart.conf', JOBS, release.job)] if is_upstart(host) else []
     return [(name, '%s/%s.conf' % (folder, release.app), text)
             for name, folder, text in files if text is not None]
 
@@ -1969,9 +1963,8 @@ def build_release(host, live, release, options=()):
     volumes = [str(path) for path in (image.get('Config') or {}).get('Volumes') or {}]
     ports = proxied_ports(release.proxy)
     for line, text in check_job(job_of(release), release.app, ports, volumes):
-        if 'under Upstart' in text and not is_upstart(host):
-            continue
-        step('upstart.conf:%d: %s', line, text)
+        if 'under Upstart' not in text or is_upstart(host):
+            step('upstart.conf:%d: %s', line, text)
     return release._replace(image=str(image['Id']))
 
 def check_proxy_change(host, release):
@@ -2006,27 +1999,29 @@ def drop(host, release, *options):
 def clean_up(host, live):
     """Remove what is older than the last releases; only what the store names is ours."""
     app, numbers = live.app, list_releases(host, live.app)
-    others = [each.number for each in kept_releases(host, app)
-              if each.number != live.number]
-    kept, old = others[:KEPT - 1] + [live.number], numbers[:-LISTED] + others[KEPT - 1:]
-    for failed in [load_release(host, app, number) for number in numbers]:
-        if failed.failed and failed.image:      # it was left as a cache for this release
-            host.ask(['docker', 'rmi', failed.image])
-            save_release(host, failed._replace(image=None))
-    for number in sorted(set(old) - set(kept)):
-        release, images = load_release(host, app, number), images_folder(host)
-        free = free_bytes(host, images)
-        written = written_files(host, container_name(release))
-        drop(host, release)
-        if inspect(host, image_tag(release)):
-            step('Release %d stays: a container uses its image', number)
-            continue
-        host.run(['rm', '-rf', '--', release_folder(host, app, number)])
-        freed = max(0, free_bytes(host, images) - free) / 1e6
-        step('Release %d is removed, %.1f MB freed', number, freed)
-        if written:
-            detail('with what its container wrote outside volumes: %s%s',
-                   ', '.join(written[:5]), ' ...' if written[5:] else '')
+    others = [each for each in kept_releases(host, app) if each.number != live.number]
+    kept = [each.number for each in others[:KEPT - 1] + [live]]
+    for release in [load_release(host, app, number) for number in numbers]:
+        if release.failed and release.image:    # it was left as a cache for this release
+            host.ask(['docker', 'rmi', release.image])
+            save_release(host, release._replace(image=None))
+        if release.number not in kept and (
+                not release.failed or release.number in numbers[:-LISTED]):
+            remove_release(host, release)
+
+def remove_release(host, release):
+    """Remove an old release, but not the image of somebody's container."""
+    images, number = images_folder(host), release.number
+    free, written = free_bytes(host, images), written_files(host, container_name(release))
+    drop(host, release)
+    if inspect(host, image_tag(release)):
+        return step('Release %d stays: a container uses its image', number)
+    host.run(['rm', '-rf', '--', release_folder(host, release.app, number)])
+    freed = max(0, free_bytes(host, images) - free) / 1e6
+    step('Release %d is removed, %.1f MB freed', number, freed)
+    if written:
+        detail('with what its container wrote outside volumes: %s%s',
+               ', '.join(written[:5]), ' ...' if written[5:] else '')
 
 def show_plan(host, live, release):
     step('What a push of this would change:')
@@ -2098,9 +2093,8 @@ def own_address():
 def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
-    if apps and app not in apps:
-        raise Failure('the key "%s" has no right to %s: it may reach %s',
-                      name, app, ', '.join(apps))
+    refuse_if(apps and app not in apps, 'the key "%s" has no right to %s: it may reach '
+              '%s', name, app, ', '.join(apps))
     folder = repository(host, app)
     if not os.path.isdir(folder):
         if verb == 'upload-pack':
@@ -2371,12 +2365,12 @@ def apps(host):
         tell('no apps yet')
     for app in names:
         live = live_release(host, app)
-        if live is None:
+        if live:
+            alive = engine.state(live).alive
+            state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
+            tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
+        else:
             tell('%-16s not live', app)
-            continue
-        alive = engine.state(live).alive
-        state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
-        tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
@@ -2425,13 +2419,13 @@ def releases(host, app):
     if app not in list_apps(host):
         raise Failure('no app %s here: see dockhand apps', printable(app))
     live = live_release(host, app)
-    for number in reversed(list_releases(host, app)):
-        release = load_release(host, app, number)
-        state = 'live' if live and live.number == number else (
+    found = [load_release(host, app, number) for number in list_releases(host, app)]
+    for release in [each for each in reversed(found) if each.commit]:
+        state = 'live' if live and live.number == release.number else (
             'failed: ' + release.failed if release.failed else
             'kept' if release.seconds is not None else 'under way')
         took = '-' if release.seconds is None else '%.1f s' % release.seconds
-        tell('%4d  %s %8s  %s', number, origin_text(release), took, state)
+        tell('%4d  %s %8s  %s', release.number, origin_text(release), took, state)
 
 def origin_text(release):
     since = time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
@@ -2481,6 +2475,7 @@ def destroy(host, app, force=False):
             act()
         for number in list_releases(host, app):
             drop(host, load_release(host, app, number))
+        remove_image_tag(host, app + ':plan')
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
     tell('%s is removed', app)
 

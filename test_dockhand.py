@@ -1823,7 +1823,7 @@ def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     assert machine.running() == []
     os.unlink(dh.app_folder(machine.host, 'blog', 'stopped'))
     dh.recover(machine.host)
-    assert machine.running() == (['sha256:FROMone'] if machine.init == 'none' else [])
+    assert machine.running() == ['sha256:FROMone']
 
 def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     machine.lives(FILES)
@@ -2096,7 +2096,7 @@ def about_to(act, init, folder):
     machine.commits[SHA_2] = FILES_2
     return machine
 
-class Watch(object):
+class Moments(object):
     """A profile function. `reached` gets each moment before and after a call that may change
     something: (when, what, the how many-eth). A command of the Machine is one such call."""
     def __init__(self, reached, names=None):
@@ -2154,7 +2154,7 @@ def moments_of(act, machine, keep=None):
                 last[:] = now
                 keep and keep()
     look(('after', 'nothing', 0))
-    with watched(Watch(look)):
+    with watched(Moments(look)):
         ACTS[act](machine)
     return changes[1:], moments
 
@@ -2170,7 +2170,7 @@ def kill(act, machine, at):
     child = os.fork()
     if not child:
         try:
-            with watched(Watch(reached, [re.match(r'\w*', at[1]).group()])):
+            with watched(Moments(reached, [re.match(r'\w*', at[1]).group()])):
                 ACTS[act](machine)
         finally:
             os._exit(1)
@@ -2262,7 +2262,7 @@ def copied(machine, root):
     return twin
 
 def full_disk(machine, at, wanting):
-    """A Watch: the call at a moment gets no space, nor from then on any that is `wanting`."""
+    """Moments: the call at a moment gets no space, nor from then on any that is `wanting`."""
     def reached(moment):
         if moment == at or moment[:2] in wanting and machine.broken:
             if wanting:
@@ -2272,7 +2272,7 @@ def full_disk(machine, at, wanting):
     def go_on(*_):                  # a profile function that raises is not called again
         if sys.getprofile() is None:
             sys.setprofile(watch)
-    watch = Watch(reached, None if wanting else [at[1].split()[0]])
+    watch = Moments(reached, None if wanting else [at[1].split()[0]])
     return watch
 
 def after_a_full_disk(act, init, states, at, wanting, folder):
