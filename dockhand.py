@@ -303,7 +303,7 @@ class Host(object):
     def run_unless(self, pattern, argv, **options):
         """Run a command; False where it fails with words that match, as is expected."""
         result = self.ask(argv, **options)
-        if result.status and not re.search(pattern, result.err + result.out):
+        if result.status and not re.search('(?i)' + pattern, result.err + result.out):
             raise command_failed(argv, result)
         return not result.status
 
@@ -423,7 +423,11 @@ def make_folder(path, mode=0o755, account=None):
 @contextmanager
 def locked(path, purpose):
     """Hold a lock on a file that is never deleted; the purpose is written in it."""
-    make_folder(os.path.dirname(path))
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        os.makedirs(folder, 0o755)
+    refuse_if(os.lstat(folder).st_uid != os.geteuid(), 'somebody else made %s, and could '
+              'mislead root there: sudo rm -r %s', folder, folder)
     with open(path, 'a+') as holder:
         fcntl.fcntl(holder, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
         try:
@@ -1118,12 +1122,9 @@ def inspect(host, *names):
     """docker's description of containers and images, as [dict]; no unknown names."""
     import json
     result = host.ask(('docker', 'inspect') + names)
-    if result.status and 'annot connect' in result.err:
-        raise Failure('docker does not answer: ' + last_line(result.err))
-    try:
-        return json.loads(result.out or '[]')
-    except ValueError:
-        raise command_failed(['docker', 'inspect'], result)
+    if result.status and not re.search('(?i)no such', result.err):
+        raise Failure('docker does not answer: ' + last_line(result.err or result.out))
+    return json.loads(result.out or '[]')
 
 def running_containers(host, image):
     """docker's description of the containers that run an image (by id), newest first."""
@@ -1164,8 +1165,12 @@ def tag_image(host, source, target):
         host.run(['docker', 'tag', '-f', source, target])
 
 def remove_image_tag(host, tag, *options):
-    """Take a tag away, and its image where nothing else uses it."""
-    host.run_unless('No such image|container', ('docker', 'rmi') + options + (tag,))
+    """Take a tag away, and its image if nothing else uses it; False where a container
+    does."""
+    result = host.ask(('docker', 'rmi') + options + (tag,))
+    if result.status and not re.search('(?i)no such image|container', result.err):
+        raise command_failed(['docker', 'rmi', tag], result)
+    return not result.status or 'such image' in result.err
 
 def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
@@ -1396,10 +1401,9 @@ class Containers(Engine):
             self.host.run(['docker', 'start', container_name(release)])
 
     def stop(self, release):
-        job = self.job(release)
-        if not job.at_boot:     # docker starts `on-failure` again when it starts itself
-            on_container(self.host, release, 'update', '--restart', 'no')
-        on_container(self.host, release, 'stop', '-t', job.grace)
+        """Stop it for good: docker's own start must not bring it back beside another."""
+        on_container(self.host, release, 'update', '--restart', 'no')
+        on_container(self.host, release, 'stop', '-t', self.job(release).grace)
 
     def revives(self, release):
         """Whether one that does not run is to be started, after a boot or a prune."""
@@ -1562,9 +1566,11 @@ def load_release(host, app, number):
                      for value in values])      # Python 2.7's json gives unicode
 
 def kept_releases(host, app):
-    """The releases that one can go back to, the newest first."""
-    found = [load_release(host, app, number) for number in list_releases(host, app)]
-    return [release for release in reversed(found) if release.seconds is not None]
+    """The releases that one can go back to, the one that was live last first."""
+    times = [(os.stat(release_folder(host, app, number)).st_mtime, number)
+             for number in list_releases(host, app)]
+    found = [load_release(host, app, number) for _, number in sorted(times, reverse=True)]
+    return [release for release in found if release.seconds is not None]
 
 def save_release(host, release):
     """Write a release down whole: its record comes last."""
@@ -1586,7 +1592,8 @@ def linked_release(host, app, link):
         number = os.path.basename(os.readlink(app_folder(host, app, link)))
     except OSError:
         return None
-    return load_release(host, app, int(number))
+    release = load_release(host, app, int(number))
+    return release if release.commit else None
 
 def live_release(host, app):
     return linked_release(host, app, 'live')
@@ -1660,12 +1667,15 @@ def finish(host, release, engine, follow):
     try:
         remove_file(app_folder(host, app, 'stopped'))
         engine.settle(release)
-        if follow:
+        if follow and has_history(host, app, release.commit):
             git(host, app, 'update-ref', branch, release.commit)
         if release.seconds is None:
             took = max(0, round(time.time() - release.time, 1))
             save_release(host, release._replace(seconds=took))
-        remove_file(app_folder(host, app, 'pending'))
+        os.utime(release_folder(host, app, release.number), None)
+        pending = linked_release(host, app, 'pending')
+        if pending and pending.number == release.number:
+            remove_file(app_folder(host, app, 'pending'))
     except (Failure, EnvironmentError) as error:
         say('dockhand: %s is live, but: %s; `dockhand recover` tries again', app, error)
 
@@ -1685,18 +1695,20 @@ def check_or_show_log(host, release, engine):
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
     engine, live = choose_engine(host), live_release(host, new.app)
-    if live and live.number == new.number:
+    failed = 'could not be put back'
+    if live and live.number == new.number:      # and it may be down since a power cut
+        attempt(failed, engine.place, new)
+        attempt(failed, engine.start, new)
         return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
     steps = switch_steps(host, new, old, run, certain=True)
     if run:                     # a stop that was begun by a crashed command goes on
         steps = [partial(engine.stop, old)] + steps + [partial(engine.settle, old)]
-    failed = 'could not be put back'
-    if not all([attempt(failed, act) for act in steps]) or (
-            run and not attempt(failed, check_health, old, engine, 20, 0)):
+    if not all([attempt(failed, act) for act in steps]):
         return say('dockhand: mend that, then: sudo dockhand recover')
     remove_file(app_folder(host, new.app, 'pending'))
-    if run:
+    if run and attempt('release %d was started again, but' % old.number,
+                       check_health, old, engine, HEALTH_TIMEOUT, 0):
         step('Release %d runs as before', old.number)
 
 def sweep(host, app):
@@ -1718,10 +1730,11 @@ def recover_app(host, app):
     if pending:
         step('%s: the switch to release %d was interrupted', app, pending.number)
         put_back(host, pending, live)
-    for number in list_releases(host, app)[-1:]:
-        last = load_release(host, app, number)
-        if last.seconds is None and last.failed is None:
-            forget(host, last, live, 'interrupted')
+    for number in reversed(list_releases(host, app)):
+        release = load_release(host, app, number)
+        if release.seconds is not None or release.failed is not None:
+            break
+        forget(host, release, live, 'interrupted')
     if app in list_apps(host) and not list_releases(host, app):
         host.run(['rm', '-rf', '--', app_folder(host, app)])
 
@@ -1885,14 +1898,21 @@ def check_race(host, app, live, branch, old):
     git moves the branch of a push that has just gone live in a moment; where that does
     not come, a crash came between, and the branch is set to what is live."""
     ref, deadline = 'refs/heads/' + branch, monotonic() + 3
-    wanted = live and try_git(host, app, 'cat-file', '-t', live.commit) and live.commit
-    while wanted and commit_of(host, app, ref) != wanted:
+    found = wanted = commit_of(host, app, ref)
+    if live and live.commit != found and has_history(host, app, live.commit):
+        wanted = live.commit
+    while found != wanted:
         time.sleep(0.05)
         if monotonic() > deadline:
             remove_file(os.path.join(repository(host, app), ref + '.lock'))
             git(host, app, 'update-ref', ref, wanted)
-    if commit_of(host, app, ref) != (old if old.strip('0') else ''):
+        found = commit_of(host, app, ref)
+    if found != (old if old.strip('0') else ''):
         raise Failure('another push went live: pull, then push again')
+
+def has_history(host, app, commit):
+    """Whether git has a commit and its parents: a killed shallow push leaves one alone."""
+    return try_git(host, app, 'rev-list', '--quiet', commit)
 
 def new_release(host, app, key, branch, commit, number=None):
     """The next Release of an app, as far as it is known before the build."""
@@ -1959,13 +1979,16 @@ def build_release(host, live, release, options=()):
         raise
     finally:
         empty_build_folder(host, release.app)
-    image = inspect(host, image_tag(release))[0]
-    volumes = [str(path) for path in (image.get('Config') or {}).get('Volumes') or {}]
+    images = inspect(host, image_tag(release))
+    refuse_if(not images, 'the build left no image %s in docker: does `docker buildx` '
+              'use a builder elsewhere?', image_tag(release))
+    declared = (images[0].get('Config') or {}).get('Volumes') or {}
+    volumes = [to_text(to_bytes(path)) for path in declared]
     ports = proxied_ports(release.proxy)
     for line, text in check_job(job_of(release), release.app, ports, volumes):
         if 'under Upstart' not in text or is_upstart(host):
             step('upstart.conf:%d: %s', line, text)
-    return release._replace(image=str(image['Id']))
+    return release._replace(image=str(images[0]['Id']))
 
 def check_proxy_change(host, release):
     if release.proxy:
@@ -1991,19 +2014,25 @@ def forget(host, release, live, reason=None):
         save_release(host, found._replace(failed=why, job=None, proxy=None))
 
 def drop(host, release, *options):
-    """Take away what a release has outside the store: container, image tag, commit."""
+    """Take away what a release has outside the store: container, image tag, commit.
+    False where the image stays, since somebody's container uses it."""
     on_container(host, release, 'rm', '-f', '-v')
-    remove_image_tag(host, image_tag(release), *options)
-    try_git(host, release.app, 'update-ref', '-d', commit_ref(release))
+    gone = remove_image_tag(host, image_tag(release), *options)
+    if gone:
+        try_git(host, release.app, 'update-ref', '-d', commit_ref(release))
+    return gone
 
 def clean_up(host, live):
     """Remove what is older than the last releases; only what the store names is ours."""
     app, numbers = live.app, list_releases(host, live.app)
+    if linked_release(host, app, 'pending'):
+        return
     others = [each for each in kept_releases(host, app) if each.number != live.number]
     kept = [each.number for each in others[:KEPT - 1] + [live]]
     for release in [load_release(host, app, number) for number in numbers]:
         if release.failed and release.image:    # it was left as a cache for this release
-            host.ask(['docker', 'rmi', release.image])
+            if not any(each.get('RepoTags') for each in inspect(host, release.image)):
+                host.ask(['docker', 'rmi', release.image])
             save_release(host, release._replace(image=None))
         if release.number not in kept and (
                 not release.failed or release.number in numbers[:-LISTED]):
@@ -2013,8 +2042,7 @@ def remove_release(host, release):
     """Remove an old release, but not the image of somebody's container."""
     images, number = images_folder(host), release.number
     free, written = free_bytes(host, images), written_files(host, container_name(release))
-    drop(host, release)
-    if inspect(host, image_tag(release)):
+    if not drop(host, release):
         return step('Release %d stays: a container uses its image', number)
     host.run(['rm', '-rf', '--', release_folder(host, release.app, number)])
     freed = max(0, free_bytes(host, images) - free) / 1e6
@@ -2056,12 +2084,14 @@ def show_address(host, release):
     name, port = match.groups()
     status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
     lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
-    if set(line.split()[0] for line in lines) & set(own.split()):
+    found = [line.split()[0] for line in lines]
+    if set(found) & set(own.split()):
         return step('%s: %s answers %s', app, address, status)
     here = own_address() + (port and ':' + port)
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
-    detail('%s does not lead here yet: point it here in DNS, or take every name with '
-           '`listen 80 default_server;`', name)
+    detail('%s leads %s: point it here in DNS, or take every name with '
+           '`listen 80 default_server;`', name, 'to %s, which may be this server or not'
+           % found[0] if found else 'nowhere yet')
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
@@ -2190,8 +2220,8 @@ def missing_requirements(host):
         found.append(('docker itself, not podman', bring))
     elif docker:
         try:
-            if docker_version(host) < (1, 10) and not is_upstart(host):
-                found.append(('docker 1.10 or later, where init is not Upstart', bring))
+            if docker_version(host) < (1, 11) and not is_upstart(host):
+                found.append(('docker 1.11 or later, where init is not Upstart', bring))
         except Failure as failure:
             found.append((str(failure), 'service docker start, or dockerd &'))
     return found
@@ -2446,9 +2476,9 @@ def rollback(host, app, number=None):
 
 def earlier_release(host, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more."""
-    found = [each for each in kept_releases(host, live.app) if (
-        each.number < live.number if number is None else str(each.number) == number)]
-    if not found or found[0].number == live.number:
+    found = [each for each in kept_releases(host, live.app)
+             if each.number != live.number and number in (None, str(each.number))]
+    if not found:
         raise Failure('release %s is not one to go back to: see dockhand releases %s',
                       printable(number or 'before %d' % live.number), live.app)
     tag = image_tag(found[0])
@@ -2473,6 +2503,8 @@ def destroy(host, app, force=False):
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
         for act in switch_steps(host, live, None) if live else []:
             act()
+        for link in ('live', 'pending'):
+            remove_file(app_folder(host, app, link))
         for number in list_releases(host, app):
             drop(host, load_release(host, app, number))
         remove_image_tag(host, app + ':plan')
