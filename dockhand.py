@@ -878,8 +878,8 @@ def is_image_of(app, image):
 # create` before and after the image, and what the job gives its commands.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
 
-DROPPED_OPTIONS = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name',
-                   'pull', 'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
+DROPPED = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name', 'pull',
+           'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
 NO_EQUIVALENT = {
     'chroot': 'the container has a root of its own; remove it',
     'normal exit': 'docker restarts it whatever it exits with; remove it'}
@@ -894,8 +894,7 @@ def container_of(job, app):
             check_harmless(commands_of(stanza))
     env = dict(plain_value(each).partition('=')[::2] for each in find_stanzas(job, 'env'))
     run, stop = only_run(job, app, env), last_value(job, 'kill signal')
-    options = [render_option(each) for each in run.options
-               if each.name not in DROPPED_OPTIONS]
+    options = [render_option(each) for each in run.options if each.name not in DROPPED]
     options += ['--stop-signal=' + stop] if stop else []
     starts = [stanza.name for stanza in find_stanzas(job, 'start on', 'manual')]
     return Container(options, run.image, run.command, env, last_value(job, 'chdir', '/'),
@@ -1484,8 +1483,8 @@ class Upstart(Engine):
         return State(None if waits else True, identity, [], '', text)
 
     def logs_command(self, release, lines, *follow):
-        return ('tail', '-n', lines) + follow + (
-            self.host.path(JOB_LOGS, release.app + '.log'),)
+        log = self.host.path(JOB_LOGS, release.app + '.log')
+        return ('tail', '-n', lines) + follow + (log,)
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
