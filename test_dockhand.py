@@ -2811,6 +2811,7 @@ class Server(object):
         self.name = 'dockhand-test-%s-%s' % (KEEP or os.getpid(), kind)
         self.demo, self.apps, self.port = None, {}, 8100
         self.config = os.path.join(folder, kind)
+        self.config = os.path.join(folder, kind)
 
     def control(self, *words):
         must(['sh', os.path.join(HERE, '.ci', 'server')] + list(words) + [self.name])
@@ -4036,14 +4037,16 @@ def test_real_pushes_in_a_row_do_not_fill_the_disk(server, size):
         used[number] = server.ok(USED).split()
         if number == 1:
             foreign = server.ok(FOREIGN).split()
-    then, now = [sum(map(int, used[at])) for at in (10 if size > 12 else 7, size)]
-    assert now <= 1.05 * then, used
+    first = 10 if size > 12 else 7
+    then, now = sum(map(int, used[first])), sum(map(int, used[size]))
+    figures = 'docker + dockhand + git: %s KB before, %s then, %s at the end, %.3f of that' % (
+        ' + '.join(base), ' + '.join(used[first]), ' + '.join(used[size]), now / float(then))
+    assert now <= 1.05 * then, figures
     listed = server.ok('dockhand releases disk').splitlines()
     assert [line.split()[0] for line in listed] == [str(size - at) for at in range(5)], listed
     assert len(server.ok('docker images -q disk').splitlines()) == 6    # with disk:latest
     server.ok('docker inspect ' + ' '.join(foreign))
-    return 'docker, dockhand, git: %s KB before, %s at the end, %.3f of what it was then' % (
-        '+'.join(base), '+'.join(used[size]), now / float(then))
+    return figures
 
 @drill('none')
 def test_real_what_was_pruned_is_made_again(server, size):
