@@ -2814,6 +2814,8 @@ class Server(object):
         self.kind, self.folder = kind, folder
         self.name = 'dockhand-test-%s-%s' % (KEEP or os.getpid(), kind)
         self.demo, self.apps, self.port = None, {}, 8100
+        self.config = os.path.join(folder, kind)
+        self.config = os.path.join(folder, kind)
 
     def control(self, *words):
         must(['sh', os.path.join(HERE, '.ci', 'server')] + list(words) + [self.name])
@@ -2868,7 +2870,6 @@ class Server(object):
         self.outside = dict(
             (port, int(must(['docker', 'port', self.name, str(port)]).rpartition(':')[2]))
             for port in (22, 80, 2525))
-        self.config = os.path.join(self.folder, self.kind)
         with open(self.config, 'w') as config:
             config.write(SSH_CONFIG.format(port=self.outside[22], kind=self.kind,
                                            folder=self.folder))
@@ -2999,6 +3000,23 @@ class App(object):
         said = re.findall(r'(?m)^remote: (.*?) *$', outcome.err)
         return outcome._replace(out=[
             line for line in said if not line.startswith('error: hook declined')])
+
+    def hear(self, pattern, options=''):
+        """Begin a push until it says this: its process, in a group of its own, and the text."""
+        env = dict(os.environ, LC_ALL='C',
+                   GIT_SSH_COMMAND='ssh -F %s %s' % (self.server.config, options))
+        process = subprocess.Popen(['git', 'push', self.remote, 'main'], cwd=self.folder,
+                                   env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   bufsize=0, preexec_fn=os.setpgrp)
+        heard, deadline = b'', time.time() + 60
+        while not re.search(pattern.encode(), heard):
+            readable = select.select([process.stdout], [], [], max(0, deadline - time.time()))[0]
+            data = readable and process.stdout.read(65536)
+            if not data:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise AssertionError('%s was not said: %s' % (pattern, heard))
+            heard += data
+        return process, heard
 
     def deploy(self, files):
         """Commit, push and see it accepted; the push's Outcome."""
@@ -3398,18 +3416,9 @@ def test_real_a_pusher_who_goes_away_leaves_one_whole_release(servers):
     app = server.app('shop')
     commit = app.commit({'www/index.html': 'by nobody', 'Dockerfile': REAL_WEB.replace(
         'COPY', 'RUN sleep 4\nCOPY') + 'CMD ["httpd", "-f", "-h", "/www"]\n'})
-    pusher = subprocess.Popen(['git', 'push', '-q', app.remote, 'main'], cwd=app.folder,
-                              env=dict(os.environ, GIT_SSH_COMMAND='ssh -F ' + server.config),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-                              preexec_fn=os.setpgrp)
-    with pusher.stdout:
-        heard = b''
-        for data in iter(lambda: os.read(pusher.stdout.fileno(), 4096), b''):
-            heard += data
-            if b'RUN sleep' in heard:
-                os.killpg(pusher.pid, 9)
-                break
-    pusher.wait()
+    pusher, _ = app.hear('RUN sleep')
+    os.killpg(pusher.pid, signal.SIGKILL)
+    pusher.communicate()
     assert until(app.answer, 'by nobody') == 'by nobody'
     assert app.push().status == 0 and app.branch() == commit
     app.change('by somebody')
@@ -3744,8 +3753,8 @@ def test_real_what_other_tools_read_is_valid_to_them(command, tmpdir):
 # Drills: put back, rolled back, never half
 # ---------------------------------------------------------------------------------------
 #
-# Each prints its figures (`-rP` shows them) and runs short, whole only under `-m whole`.
-# Those of one server run one after another, those of the three servers at the same time.
+# Each prints its figures (`-rP` shows them). They run short; `-m whole` runs those whole that
+# have a second size. Those of one server run one after another, beside those of the others.
 
 with warnings.catch_warnings():                 # no file here could make the mark known
     warnings.simplefilter('ignore')
@@ -3756,13 +3765,11 @@ SEED = int(os.environ.get('DOCKHAND_TEST_SEED') or time.time())
 def drill(kind, short=0, whole=0):
     """Make a test of a function of (server, size), which returns its figures."""
     def as_test(work):
-        sizes = [pytest.param(short, id='short')]
-        sizes += [pytest.param(whole, id='whole', marks=WHOLE)] if whole else []
-
-        @pytest.mark.parametrize('size', sizes)
+        @pytest.mark.parametrize('size', [pytest.param(short, id='short')] + (
+            [pytest.param(whole, id='whole', marks=WHOLE)] if whole else []))
         def on_one(drilled, size):
             seconds, figures, error = drilled[work, size]
-            print('%s: %.0f s, seed %d: %s' % (work.__name__, seconds, SEED, figures))
+            print('%.0f s, seed %d: %s' % (seconds, SEED, figures))
             if error:
                 raise error
         on_one.__name__, on_one.__doc__, on_one.drill = work.__name__, work.__doc__, (kind, work)
@@ -3772,21 +3779,20 @@ def drill(kind, short=0, whole=0):
 @pytest.fixture(scope='session')
 def drilled(servers, request):
     """{(drill, size): (seconds, figures, error or None)} of all that were asked for."""
-    came_to = {}
+    whole, came_to = request.config.option.markexpr, {}
 
-    def do(kind):
+    def on_one(kind):
         for item in request.session.items:
-            wanted, work = getattr(item.function, 'drill', (None, None))
-            if wanted != kind or (item.get_closest_marker('whole') and
-                                  not request.config.option.markexpr):
-                continue
-            begun, size, figures, error = time.time(), item.callspec.params['size'], '', None
-            try:
-                figures = work(servers[kind], size)
-            except BaseException as caught:
-                error = caught
-            came_to[work, size] = time.time() - begun, figures, error
-    together(*[functools.partial(do, kind) for kind in KINDS])
+            asked, work = getattr(item.function, 'drill', (None, None))
+            if asked == kind and (whole or not item.get_closest_marker('whole')):
+                begun, figures, error = time.time(), None, None
+                size = item.callspec.params['size']
+                try:
+                    figures = work(servers[kind], size)
+                except BaseException as caught:
+                    error = caught
+                came_to[work, size] = time.time() - begun, figures, error
+    together(*[functools.partial(on_one, kind) for kind in KINDS])
     return came_to
 
 class Marked(App):
@@ -3796,23 +3802,17 @@ class Marked(App):
     COMMAND = ("echo $(cat /www/mark) $JOB >/www/index.html; trap 'sleep 1; exit' TERM; "
                "httpd -f -h /www & wait")
 
-    def files(self, mark, **changes):
-        files = web_files(self.name, self.port, '--rm --init -e JOB=%s' % mark, self.COMMAND)
-        files['nginx-proxy.conf'] = files['nginx-proxy.conf'].replace(
+    def files(self, mark, slow=''):
+        files = web_files(self.name, self.port, '--rm --init -e JOB=' + mark, self.COMMAND)
+        proxy = files['nginx-proxy.conf'].replace(
             'location', 'add_header X-Release %s always;\n    location' % mark)
-        return dict(files, **dict({'www/mark': '%s %s' % (self.name, mark)}, **changes))
+        return dict(files, **{'nginx-proxy.conf': proxy, 'www/mark': self.name + ' ' + mark,
+                              'Dockerfile': files['Dockerfile'].replace('CMD', slow + 'CMD')})
 
-    def offer(self, mark, **changes):
-        """Commit a release and push it; the Outcome."""
-        self.commit(self.files(mark, **changes))
-        return self.push()
-
-    def release(self, mark, **changes):
-        """The same, and see it accepted and answer."""
-        pushed = self.offer(mark, **changes)
-        assert pushed.status == 0, pushed.err
-        assert self.mark() == mark
-        return pushed
+    def release(self, mark):
+        """Push a release and see it answer."""
+        self.deploy(self.files(mark))
+        self.check_whole(mark)
 
     def mark(self):
         """The release that answers, '' where none does, the answer where it is not whole."""
@@ -3824,7 +3824,7 @@ class Marked(App):
         return mark if body == '%s %s %s' % (self.name, mark, mark) else answer
 
     def check_whole(self, *marks):
-        """One of these releases answers, in all its parts; the one that does."""
+        """One of these releases answers, nothing else is left of others; the one that does."""
         until(lambda: self.mark() in marks, True, 60)
         assert self.mark() in marks
         self.server.ok('nginx -t -q && ! ls /var/lib/dockhand/apps/%s/pending' % self.name)
@@ -3838,15 +3838,13 @@ class Watch(object):
             'nginx -t -q 2>&1 && echo valid; sleep 0.1; done >>/root/tests')
 
     def __init__(self, server, *apps):
-        self.server, self.apps, self.going = server, apps, True
-        self.heard = dict((app.name, {}) for app in apps)
+        self.server, self.going = server, True
+        self.heard = dict((app.name, []) for app in apps)
         self.threads = [threading.Thread(target=self.ask, args=(app,)) for app in apps]
 
     def ask(self, app):
-        counts = self.heard[app.name]
         while self.going:
-            mark = app.mark()
-            counts[mark] = counts.get(mark, 0) + 1
+            self.heard[app.name].append(app.mark())
             time.sleep(0.01)
 
     def test_nginx(self):
@@ -3867,13 +3865,13 @@ class Watch(object):
     def figures(self):
         """What was heard, in words; nothing but whole answers of the app that was asked."""
         tests = self.server.ok('rm -f /root/watch; cat /root/tests').splitlines()
-        wrong = [mark for counts in self.heard.values() for mark in counts
-                 if not re.match(r'\w*\Z', mark)] + [line for line in tests if line != 'valid']
-        assert not wrong, wrong
-        counts = ['%s %d answers, %d times none' % (
-            name, sum(counts.values()) - counts.get('', 0), counts.get('', 0))
-                  for name, counts in sorted(self.heard.items())]
-        return '; '.join(counts + ['nginx -t passed %d times' % len(tests)])
+        wrong = [mark for marks in self.heard.values() for mark in marks
+                 if not re.match(r'\w*\Z', mark)]
+        assert not wrong and set(tests) == set(['valid']), (wrong, set(tests))
+        return '; '.join(['%s answered %d times, %d times not' % (
+            name, len(marks) - marks.count(''), marks.count(''))
+            for name, marks in sorted(self.heard.items())] + [
+                'nginx -t passed %d times' % len(tests)])
 
 # Kills all that a push has started on a server, N seconds after it came: what is below
 # sshd, and no sshd. What is stopped first cannot start more meanwhile.
@@ -3884,8 +3882,7 @@ def pushed():
     for pid in filter(str.isdigit, os.listdir('/proc')):
         try:
             with open('/proc/%s/stat' % pid) as stat:
-                name, parent = re.match(r'\d+ \((.*)\) \S (\d+)', stat.read()).groups()
-            found[pid] = name, parent
+                found[pid] = re.match(r'\d+ \((.*)\) \S (\d+)', stat.read()).groups()
         except EnvironmentError:
             pass
     def below(pid):
@@ -3905,13 +3902,6 @@ for pid in struck:
 print(len(struck))
 '''
 
-def moments(times, seconds):
-    """So many random moments, spread over the seconds that something takes."""
-    generator = random.Random(SEED)
-    spread = [(at + generator.random()) * seconds / times for at in range(times)]
-    generator.shuffle(spread)
-    return spread
-
 def two_apps(server):
     """An app to be deployed while things happen, a neighbour, the seconds that a push takes."""
     app, neighbour = Marked(server, 'drilled', 8501), Marked(server, 'neighbour', 8502)
@@ -3920,26 +3910,28 @@ def two_apps(server):
             each.follow()
         begun = time.time()
         each.release(mark)
-    return app, neighbour, 1.3 * (time.time() - begun)      # it will have less than all of it
+    return app, neighbour, 1.1 * (time.time() - begun)      # it will be slower then
 
 def interrupt(app, times, seconds, strike, recover):
     """Push as often, strike at a random moment of each push, recover; figures."""
-    live, lived, recoveries = app.mark(), 0, []
-    for turn, moment in enumerate(moments(times, seconds)):
+    generator, live, lived, took = random.Random(SEED), app.mark(), 0, []
+    moments = [(at + generator.random()) * seconds / times for at in range(times)]
+    generator.shuffle(moments)
+    for turn, moment in enumerate(moments):
         mark = '%s%d' % (strike.__name__, turn)
         app.commit(app.files(mark))
         pushed, _ = together(app.push, functools.partial(strike, moment))
         begun = time.time()
         recover()
         answer = app.check_whole(live, mark)
-        recoveries.append(time.time() - begun)
+        took.append(time.time() - begun)
         if answer == mark:
             lived, live = lived + 1, mark
             assert app.push().status == 0       # accepted at once, where git missed it
         assert pushed.status or answer == mark
     app.release('after')
     return '%d of %d pushes live all the same, whole again after %.1f s at most' % (
-        lived, times, max(recoveries))
+        lived, times, max(took))
 
 @drill('systemd', 5, 50)
 def test_real_killed_pushes_leave_one_whole_release(server, size):
@@ -3950,7 +3942,7 @@ def test_real_killed_pushes_leave_one_whole_release(server, size):
         struck.append(server.ok('python3 - $1', str(moment), stdin=KILLER))
     with Watch(server, app, neighbour) as watch:
         said = interrupt(app, size, seconds, killed, lambda: server.ok('dockhand recover'))
-    assert '' not in watch.heard['neighbour'], watch.heard
+    assert '' not in watch.heard['neighbour']
     return '%s; %s processes killed; %s' % (said, ' '.join(struck), watch.figures())
 
 @drill('systemd', 2, 10)
@@ -3969,43 +3961,26 @@ def test_real_power_cuts_leave_one_whole_release(server, size):
         said = interrupt(app, size, seconds, cut, boot)
     return said + '; ' + watch.figures()
 
-def hear(app, pattern, options=''):
-    """Begin a push until it says this; its process, in a group of its own, and the text."""
-    env = dict(os.environ, LC_ALL='C',
-               GIT_SSH_COMMAND='ssh -F %s %s' % (app.server.config, options))
-    process = subprocess.Popen(['git', 'push', app.remote, 'main'], cwd=app.folder, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-                               preexec_fn=os.setpgrp)
-    heard, deadline = b'', time.time() + 60
-    while not re.search(pattern, heard.decode('utf-8', 'replace')):
-        rest = max(0, deadline - time.time())
-        data = select.select([process.stdout], [], [], rest)[0] and process.stdout.read(65536)
-        if not data:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError('%r was not said: %s' % (pattern, heard))
-        heard += data
-    return process, heard
-
 def refused_after(app, pattern, harm, reason):
     """Push, do harm as soon as the push says this, and see it refused for the reason."""
     branch = app.branch()
-    process, heard = hear(app, pattern)
+    process, heard = app.hear(pattern)
     app.server.ok(harm)
     err = (heard + process.communicate(timeout=120)[0]).decode('utf-8', 'replace')
     said = re.findall(r'(?m)^remote: (dockhand: .*?) *$', err)
     assert process.returncode and re.search(reason, said[-1]), err
     assert app.branch() == branch
-    return said
+    return '%s: %s' % (pattern, said[-1])
 
-SLOW_BUILD = REAL_WEB + 'RUN sleep 2 && echo\nCMD ["sh", "-c", "%s"]\n' % Marked.COMMAND
 STOP_DOCKER = 'systemctl stop docker.socket docker'
 START_DOCKER = 'systemctl reset-failed docker && systemctl start docker.socket docker'
-DISK = '/var/lib/docker'
-SMALL_DISK = '''
-%s && mount -t tmpfs -o size=700m small {0} && cp -a /var/lib/dockhand {0}/state
-mount --bind {0}/state /var/lib/dockhand && %s'''.format(DISK) % (STOP_DOCKER, START_DOCKER)
-LARGE_DISK = '%s && umount /var/lib/dockhand && umount -l %s && %s' % (
-    STOP_DOCKER, DISK, START_DOCKER)
+SMALL_DISK = STOP_DOCKER + '''
+cd /var/lib && mount -t tmpfs -o size=700m small docker
+mkdir -p docker/state/apps && cp -a dockhand/build docker/state
+mount --bind docker/state dockhand && ''' + START_DOCKER
+LARGE_DISK = STOP_DOCKER + '''
+cd /var/lib && umount dockhand && umount -l docker && ''' + START_DOCKER
+FILL = 'cat /dev/zero >/var/lib/docker/full || :'
 
 @drill('systemd')
 def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, size):
@@ -4013,57 +3988,214 @@ def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, si
     try:
         app, said = Marked(server, 'cramped', 8503), []
         app.release('a')
-        app.commit(app.files('b', Dockerfile=SLOW_BUILD))
+        app.commit(app.files('b', slow='RUN sleep 2 && echo\n'))
         for moment in ('RUN sleep', 'Switching'):
-            said += refused_after(app, moment, 'cat /dev/zero >%s/full || :' % DISK, 'space')
-            assert app.mark() == 'a' or moment == 'Switching'   # docker can start nothing
-            server.ok('rm %s/full && dockhand recover' % DISK)
+            said.append(refused_after(app, moment, FILL, 'no space left'))
+            assert app.mark() == 'a' or moment == 'Switching'       # docker can start nothing
+            server.ok('rm /var/lib/docker/full && dockhand recover')
             assert app.mark() == 'a'
-        server.ok('fallocate -l 250M %s/full' % DISK)
+        server.ok('fallocate -l 250M /var/lib/docker/full')
         pushed = app.push()
         check_refusal(pushed, r'\d\d\d MB are free')
-        assert not re.search('Building', pushed.err) and app.mark() == 'a'
-        server.ok('rm %s/full' % DISK)
+        assert 'Building' not in pushed.err and app.mark() == 'a'
+        server.ok('rm /var/lib/docker/full')
         assert app.push().status == 0 and app.mark() == 'b'
         return ' / '.join(said + pushed.out[-1:])
     finally:
-        server.run('sh', '-c', 'rm -f %s/full; dockhand destroy cramped --force' % DISK)
+        server.run('sh', '-c', 'rm -f /var/lib/docker/full; dockhand destroy cramped --force')
         server.ok(LARGE_DISK)
 
-OTHER_FILE = '/etc/nginx/conf.d/elses.conf'
-FAULTS = [      # when, what, what mends it, the reason given, whether the old one answers
-    (when, STOP_DOCKER, START_DOCKER,
-     'docker does not answer|annot connect to the Docker', False)
-    for when in ('RUN sleep', 'Switching')] + [
-    (when, 'echo "bogus on;" >' + OTHER_FILE, 'rm ' + OTHER_FILE,
-     'bogus.*' + OTHER_FILE + ':1', True) for when in ('RUN sleep',)] + [
-    ('RUN sleep', 'systemctl stop nginx; echo "bogus on;" >' + OTHER_FILE,
-     'rm ' + OTHER_FILE, 'bogus.*' + OTHER_FILE + ':1', False)]
-
 @drill('systemd')
+def test_real_the_log_has_one_line_for_each_change(server, size):
+    app = server.app('shop')
+
+    def logged():
+        return server.ok('journalctl -q -o cat -t dockhand').splitlines()
+    app.change('logged')
+    before = len(logged())
+    app.change('logged at last')
+    refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
+    server.ok('dockhand rollback shop')
+    server.ok('dockhand upload-key fresh', stdin=public_key(server, 'fresh'))
+    server.ok('dockhand remove-key fresh')
+    patterns = ['shop: release .* by main is live', 'shop.* refused: the build failed',
+                'shop: rolled back', 'key fresh: may push', 'key fresh: removed']
+    until(lambda: len(logged()) - before >= len(patterns), True, 10)
+    lines = logged()[before:]
+    assert len(lines) == len(patterns) and all(map(re.search, patterns, lines)), lines
+    return ' / '.join(lines)
+
+USED = 'du -xsk /var/lib/docker /var/lib/dockhand /home/git | cut -f 1'
+FOREIGN = r'''
+printf 'FROM tiny:1\nRUN echo mine >/mine\n' | docker build -q -
+printf 'FROM disk:1\nRUN echo mine >/mine\n' | docker build -q -t child -
+docker create tiny:1 true'''
+
+@drill('none', 12, 40)
+def test_real_pushes_in_a_row_do_not_fill_the_disk(server, size):
+    """The last takes no more than the tenth did, or the seventh, where there are few."""
+    app, used, base = App(server, 'disk', 8506), {}, server.ok(USED).split()
+    for number in range(1, size + 1):
+        app.deploy(dict(web_files('disk', 8506), **{
+            'www/load': '%d %s\n' % (number, random.Random(number).random()) * 50000}))
+        used[number] = server.ok(USED).split()
+        if number == 1:
+            foreign = server.ok(FOREIGN).split()
+    first = 10 if size > 12 else 7
+    then, now = sum(map(int, used[first])), sum(map(int, used[size]))
+    figures = 'docker + dockhand + git: %s KB before, %s then, %s at the end, %.3f of that' % (
+        ' + '.join(base), ' + '.join(used[first]), ' + '.join(used[size]), now / float(then))
+    assert now <= 1.05 * then, figures
+    listed = server.ok('dockhand releases disk').splitlines()
+    assert [line.split()[0] for line in listed] == [str(size - at) for at in range(5)], listed
+    assert len(server.ok('docker images -q disk').splitlines()) == 6    # with disk:latest
+    server.ok('docker inspect ' + ' '.join(foreign))
+    return figures
+
+@drill('none')
+def test_real_what_was_pruned_is_made_again(server, size):
+    app = server.app('survivor')
+    app.change('kept'), app.change('survivor')
+    server.ok('docker rm -f $1 && dockhand recover', app.container())
+    assert app.answer() == 'survivor'
+    server.ok('dockhand stop survivor && docker system prune -f && dockhand recover')
+    assert app.answer() == '502'
+    server.ok('dockhand start survivor')
+    assert app.answer() == 'survivor'
+    server.ok('docker system prune -f && dockhand rollback survivor')
+    assert app.answer() == 'kept'
+    app.follow()
+    app.change('survivor')
+
+@drill('none')
+def test_real_a_rollback_to_a_removed_image_says_so_and_changes_nothing(server, size):
+    app = server.app('shop')
+    app.change('with an image'), app.change('with another')
+    number = int(re.search(r'(\d+) .* live', server.ok('dockhand releases shop')).group(1)) - 1
+    server.ok('docker rm shop--$1 && docker rmi shop:$1', str(number))
+    before = look_at(server, app)
+    for words in (), (str(number),):
+        outcome = server.dockhand('rollback', 'shop', *words)
+        check_one_line(outcome)
+        assert 'image shop:%d was removed' % number in outcome.err
+    assert look_at(server, app) == before
+
+OTHER_FILE = '/etc/nginx/conf.d/elses.conf'
+BREAK_NGINX = 'echo "bogus on;" >' + OTHER_FILE
+NO_DOCKER = 'docker does not answer|annot connect to the Docker'
+FAULTS = [      # when, what, what mends it, the reason given, whether the old one answers
+    ('RUN sleep', 'stop docker', 'start docker', NO_DOCKER, False),
+    ('Switching', 'stop docker', 'start docker', NO_DOCKER, False),
+    ('RUN sleep', BREAK_NGINX, 'rm ' + OTHER_FILE, 'bogus.*/elses.conf:1', True),
+    ('RUN sleep', 'stop nginx; ' + BREAK_NGINX, 'rm ' + OTHER_FILE,
+     'bogus.*/elses.conf:1', False)]
+
+@drill('upstart')
 def test_real_what_breaks_in_mid_deploy_is_named_and_mended_by_the_same_push(server, size):
-    app, told = Marked(server, 'faulty', 8504), []
+    app, said = Marked(server, 'faulty', 8504), []
     app.release('a')
     for turn, (when, harm, mend, reason, answers) in enumerate(FAULTS):
         live, mark = app.mark(), 'f%d' % turn
-        app.commit(app.files(mark, Dockerfile=SLOW_BUILD))
+        app.commit(app.files(mark, slow='RUN sleep 2 && echo\n'))
         try:
-            told += refused_after(app, when, harm, reason)
+            said.append(refused_after(app, when, harm, reason))
             assert app.mark() == (live if answers else '')
         finally:
             server.ok(mend)
         pushed = app.push()
         assert pushed.status == 0 and app.mark() == mark, pushed.err
-    return ' / '.join(told)
+    return ' / '.join(said)
 
-@drill('none')
-def test_real_a_rollback_takes_as_long_as_a_restart(server, size):
-    app, ratios, commits = Marked(server, 'turned', 8505), [], {}
+LOCKED = '''
+find /run/lock/dockhand -type f | while read lock; do flock -n $lock true || echo $lock; done'''
+CUT_OFF = ("'-oProxyCommand=docker exec -i %s sh -c \"echo \\$\\$ >>/root/cut; "
+           "exec busybox nc 127.0.0.1 22\"'")
+
+def left_over(server):
+    """What is there while a push is under way: locks, processes."""
+    return server.ok(LOCKED).split() + re.findall(
+        '.*(?:receive|docker build|sudo ).*', server.ok('ps -eo args='))
+
+@drill('upstart', 3, 8)
+def test_real_pushers_who_are_gone_in_mid_build_leave_nothing_behind(server, size):
+    """Killed, stopped, or cut off: what they are sent is taken by nobody."""
+    apps = [App(server, 'gone%d' % number, 8510 + number) for number in range(size)]
+    for app in apps:
+        files = web_files(app.name, app.port)
+        output = 'RUN busybox yes %s | busybox head -n %d\nCOPY' % (
+            'long-line' * 10, 30000 if size < 8 else 100000)
+        app.commit(dict(files, Dockerfile=files['Dockerfile'].replace('COPY', output)))
+    pushers = [process for process, _ in together(*[functools.partial(
+        app.hear, 'long-line', '-oControlPath=none' + (
+            ' ' + CUT_OFF % server.name if number % 3 == 2 else ''))
+        for number, app in enumerate(apps)])]
+    begun = time.time()
+    try:
+        server.ok('kill -STOP $(cat /root/cut)')
+        for number, process in enumerate(pushers):
+            os.killpg(process.pid, signal.SIGSTOP if number % 3 == 1 else signal.SIGKILL)
+        left = until(lambda: left_over(server), [], 60 if size < 8 else 180)
+        seconds = time.time() - begun
+        assert left == []
+    finally:
+        for process in pushers:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        server.ok('kill -KILL $(cat /root/cut); rm /root/cut')
+    for app in apps:
+        pushed = app.push()
+        assert pushed.status == 0 and app.answer() == app.name, pushed.err
+    return '%d builds, the last process and lock gone after %.1f s' % (size, seconds)
+
+@drill('upstart', 8, 20)
+def test_real_many_apps_pushed_at_once_are_live_or_refused(server, size):
+    """Two ssh connections carry them: sshd lets few begin at once."""
+    apps = [Marked(server, 'many%d' % number, 8530 + number, ('main', 'other')[number % 2])
+            for number in range(size)]
+    for app in apps:
+        app.commit(app.files('m'))
+    for app in apps[3::4]:
+        app.commit({'nginx-proxy.conf': 'server { listen 80; server_name a.test; bogus on; }\n'})
+    begun = time.time()
+    with Watch(server) as watch:
+        pushed = together(*[app.push for app in apps])
+    seconds = time.time() - begun
+    for app, outcome in list(zip(apps, pushed))[3::4]:
+        check_refusal(outcome, 'nginx-proxy.conf:1: .*bogus')
+        apps.remove(app)
+        pushed.remove(outcome)
+        assert app.branch() == '' and app.mark() not in ('', 'm')
+    for app, outcome in zip(apps, pushed):
+        assert outcome.status == 0, outcome.err
+        app.check_whole('m')
+    return '%d of %d live after %.1f s; %s' % (len(apps), size, seconds, watch.figures())
+
+@drill('upstart')
+def test_real_a_push_reports_and_releases_lists_what_became_of_each(server, size):
+    app = server.app('shop')
+    said = app.deploy({'www/index.html': 'reported'}).err
+    number = re.search(r'-----> Release (\d+) is live: built in \d+\.\d s, switched in '
+                       r'\d+\.\d s, checked in \d+\.\d s, down for \d+\.\d s', said).group(1)
+    assert re.search(r'       disk: \d+\.\d MB (?:more|less)', said), said
+    assert re.search(r"-> shop answers 200: curl -H 'Host: shop\.test' http://[\d.]+/", said), said
+    refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
+    listed, when = server.ok('dockhand releases shop').splitlines(), r'[\d-]{10} \d\d:\d\d'
+    assert re.match(r' *%d  [0-9a-f]{10}  %s  main +-  failed: the build failed'
+                    % (int(number) + 1, when), listed[0]), listed
+    assert re.match(r' *%s  %s  %s  main +\d+\.\d s  live$'
+                    % (number, app.branch()[:10], when), listed[1]), listed
+    check_one_line(server.dockhand('releases', 'nobody'))
+    return '\n'.join(listed)
+
+def test_real_a_rollback_takes_as_long_as_a_restart(servers):
+    """Measured while nothing else is going on."""
+    server, ratios, commits = servers['none'], [], {}
+    app = Marked(server, 'turned', 8505)
     app.COMMAND = app.COMMAND.replace('sleep 1', 'sleep 2').replace('httpd', 'sleep 1; httpd')
     for mark in 'ab':
         app.release(mark)
         commits[mark] = app.branch()
-
     for words, mark in (('turned', 'a'), ('turned 2', 'b'), ('turned', 'a')):
         begun, live = time.time(), app.mark()
         server.ok('docker stop $1 && docker start $1', app.container())
@@ -4076,161 +4208,5 @@ def test_real_a_rollback_takes_as_long_as_a_restart(server, size):
     assert app.push().status == 0       # of the newer one
     assert (app.check_whole('b'), app.branch()) == ('b', commits['b'])
     assert sorted(ratios)[1] <= 1.2, ratios
-    return 'restart %.2f s; the older version after %s of that' % (
-        restarted - begun, ' '.join('%.2f' % ratio for ratio in ratios))
-
-USED = 'du -xsk %s /home/git /var/lib/dockhand | awk \'{ kb += $1 } END { print kb }\'' % DISK
-FOREIGN = '''
-printf 'FROM tiny:1\nRUN echo mine >/mine\n' | docker build -q -
-printf 'FROM disk:1\nRUN echo mine >/mine\n' | docker build -q -t child -
-docker create --name bystander tiny:1 true'''
-
-@drill('none', 12, 40)
-def test_real_pushes_in_a_row_do_not_fill_the_disk(server, size):
-    """The last takes no more than the tenth did (the seventh, where it runs short)."""
-    app, used, base = App(server, 'disk', 8506), {}, int(server.ok(USED))
-    for number in range(1, size + 1):
-        app.deploy(dict(web_files('disk', 8506), **{
-            'www/load': '%d %s\n' % (number, random.Random(number).random()) * 50000}))
-        used[number] = int(server.ok(USED))
-        if number == 1:
-            foreign = server.ok(FOREIGN).split()
-    then = used[10 if size > 12 else 7]
-    assert used[size] <= 1.05 * then, used
-    listed = server.ok('dockhand releases disk').splitlines()
-    assert [line.split()[0] for line in listed] == [str(size - at) for at in range(5)], listed
-    assert len(server.ok('docker images -q disk').splitlines()) == 6    # with disk:latest
-    server.ok('docker inspect ' + ' '.join(foreign))
-    return 'disk %d KB before, %d then, %d at the end: %.3f' % (
-        base, then, used[size], used[size] / float(then))
-
-LOCKED = '''
-find /run/lock/dockhand -type f | while read lock; do flock -n $lock true || echo $lock; done'''
-
-def left_over(server):
-    """What is there while a push is under way: processes, locks."""
-    return server.ok(LOCKED).split() + re.findall(
-        '.*(?:receive|docker build|sudo ).*', server.ok('ps -eo args='))
-
-CUT_OFF = ("'-oProxyCommand=docker exec -i %s sh -c \"echo \\$\\$ >>/root/cut; "
-           "exec busybox nc 127.0.0.1 22\"'")
-
-@drill('upstart', 3, 8)
-def test_real_pushers_who_are_gone_in_mid_build_leave_nothing_behind(server, size):
-    """Killed, stopped, or cut off: what they are sent is taken by nobody."""
-    apps = [App(server, 'gone%d' % number, 8510 + number) for number in range(size)]
-    for app in apps:
-        app.commit(dict(web_files(app.name, app.port), Dockerfile=REAL_WEB.replace(
-            'COPY', 'RUN busybox yes %s | busybox head -n %d\nCOPY' % (
-                'long-line' * 10, 30000 if size < 8 else 100000)) +
-            'CMD ["httpd", "-f", "-h", "/www"]\n'))
-    own = ' -oControlPath=none '
-    pushers = [process for process, _ in together(*[functools.partial(
-        hear, app, 'long-line', own + (CUT_OFF % server.name if number % 3 == 2 else ''))
-        for number, app in enumerate(apps)])]
-    begun = time.time()
-    try:
-        server.ok('kill -STOP $(cat /root/cut)')
-        for number, process in enumerate(pushers):
-            os.killpg(process.pid, signal.SIGSTOP if number % 3 == 1 else signal.SIGKILL)
-        left = until(lambda: left_over(server), [], 60)
-        seconds = time.time() - begun
-        assert left == []
-    finally:
-        for process in pushers[1::3]:
-            os.killpg(process.pid, signal.SIGKILL)
-        for process in pushers:
-            process.communicate()
-        server.ok('kill -KILL $(cat /root/cut); rm /root/cut')
-    for app in apps:
-        assert app.push().status == 0 and app.answer() == app.name
-    return '%d builds, the last process and lock gone after %.1f s' % (size, seconds)
-
-@drill('upstart', 6, 20)
-def test_real_many_apps_pushed_at_once_are_live_or_refused(server, size):
-    """Two ssh connections carry them: sshd lets few begin at once."""
-    apps = [Marked(server, 'many%d' % number, 8530 + number, ('main', 'other')[number % 2])
-            for number in range(size)]
-    for number, app in enumerate(apps):
-        files = app.files('m')
-        if number % 4 == 3:
-            files['nginx-proxy.conf'] = files['nginx-proxy.conf'].replace('location', 'bogus')
-        app.commit(files)
-    begun = time.time()
-    with Watch(server) as watch:
-        pushed = together(*[app.push for app in apps])
-    seconds = time.time() - begun
-    for number, (app, outcome) in enumerate(zip(apps, pushed)):
-        if number % 4 == 3:
-            check_refusal(outcome, r'nginx-proxy.conf:\d+: .*bogus')
-            assert app.branch() == ''
-        else:
-            assert outcome.status == 0, outcome.err
-            app.check_whole('m')
-    return '%d pushes in %.1f s; %s' % (size, seconds, watch.figures())
-
-@everywhere
-def test_real_a_push_reports_and_releases_lists_what_became_of_each(server):
-    app = server.app('shop')
-    said = '\n'.join(app.deploy({'www/index.html': 'reported'}).out)
-    number = re.search(r'(?m)^-----> Release (\d+) is live: built in \d+\.\d s, switched in '
-                       r'\d+\.\d s, checked in \d+\.\d s, down for \d+\.\d s$', said).group(1)
-    assert re.search(r'(?m)^ +disk: \d+\.\d MB (?:more|less)$', said), said
-    assert re.search(r"shop answers 200: curl -H 'Host: shop\.test' http://[\d.]+/$", said,
-                     re.M), said
-    refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
-    listed = server.ok('dockhand releases shop').splitlines()
-    when = r'\d{4}-\d\d-\d\d \d\d:\d\d'
-    assert re.match(r' *%d  [0-9a-f]{10}  %s  main +-  failed: the build failed'
-                    % (int(number) + 1, when), listed[0]), listed
-    assert re.match(r' *%s  %s  %s  main +\d+\.\d s  live$'
-                    % (number, app.branch()[:10], when), listed[1]), listed
-    check_one_line(server.dockhand('releases', 'nobody'))
-
-@everywhere
-def test_real_a_rollback_to_a_removed_image_says_so_and_changes_nothing(server):
-    app = server.app('shop')
-    app.change('with an image'), app.change('with another')
-    number = int(re.search(r'(\d+) .* live', server.ok('dockhand releases shop')).group(1)) - 1
-    server.ok('docker rm shop--$1; docker rmi shop:$1', str(number))
-    before = look_at(server, app)
-    for words in (), (str(number),):
-        outcome = server.dockhand('rollback', 'shop', *words)
-        check_one_line(outcome)
-        assert 'image shop:%d was removed' % number in outcome.err
-    assert look_at(server, app) == before
-
-def test_real_the_log_has_one_line_for_each_change(servers):
-    server = servers['systemd']
-    app = server.app('shop')
-
-    def logged():
-        return server.ok('journalctl -q -o cat -t dockhand').splitlines()
-    app.change('logged'), app.change('logged again')
-    before = len(logged())
-    app.change('logged at last')
-    refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
-    server.ok('dockhand rollback shop')
-    server.ok('dockhand upload-key fresh', stdin=public_key(server, 'fresh'))
-    server.ok('dockhand remove-key fresh')
-    patterns = ['shop: release .* by main is live', 'shop.* refused: the build failed',
-                'shop: rolled back', 'key fresh: may push', 'key fresh: removed']
-    until(lambda: len(logged()) - before >= len(patterns), True, 10)
-    lines = logged()[before:]
-    assert len(lines) == len(patterns) and all(map(re.search, patterns, lines)), lines
-    app.change('not rolled back')
-
-def test_real_what_was_pruned_is_made_again(servers):
-    def prune(server):
-        app = server.app('survivor')
-        app.change('kept'), app.change('survivor')
-        server.ok('docker rm -f $1 && dockhand recover', app.container())
-        assert app.answer() == 'survivor'
-        server.ok('dockhand stop survivor && docker system prune -f && dockhand recover')
-        assert app.answer() == '502'
-        server.ok('dockhand start survivor')
-        assert app.answer() == 'survivor'
-        server.ok('docker system prune -f && dockhand rollback survivor')
-        assert app.answer() == 'kept'
-        app.change('survivor')
-    together(*[functools.partial(prune, servers[kind]) for kind in ('systemd', 'none')])
+    print('restart %.2f s; the older version after %s of that' % (
+        restarted - begun, ' '.join('%.2f' % ratio for ratio in ratios)))
