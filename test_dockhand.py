@@ -2421,7 +2421,7 @@ def test_an_app_that_keeps_being_started_anew_fails():
 
 def test_an_app_must_keep_running_under_one_identity():
     engine = Engine(state(None, None), state(True, 1), state(True, 1), state(True, 2))
-    dh.check_health(None, engine, 9, 0.15)
+    dh.check_health(None, engine, 9, 1)
     assert engine.asked >= 5
 
 @pytest.mark.parametrize('found, said', [
