@@ -847,6 +847,10 @@ def test_a_docker_that_does_not_answer_is_said_with_its_words():
     result = Result(1, 'Client:\n Version: 28.1\n', 'Cannot connect.\n')
     host = Host('/', lambda argv: result)
     assert refusal(dh.docker_version, host) == 'docker does not answer: Cannot connect.'
+    result = Result(1, '[]', 'failed to connect to the docker API at unix:///x\n')
+    assert refusal(dh.inspect, Host('/', lambda argv: result), 'a').endswith('unix:///x')
+    result = Result(1, '[]\n', 'error: no such object: a\n')
+    assert dh.inspect(Host('/', lambda argv: result), 'a') == []
 
 def test_a_tag_is_moved_by_docker_before_1_10_too():
     done = []
@@ -1638,6 +1642,55 @@ def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
     assert machine.init == 'upstart' or (
         machine.containers['blog--2']['policy'] == 'unless-stopped')
 
+def test_a_power_cut_after_the_commit_point_is_followed_by_a_start(machine):
+    dh.set_link(machine.host, 'blog', 'live', half_deployed(machine))
+    machine.jobs.clear()
+    for container in machine.containers.values():
+        container['State']['Running'] = False
+    dh.recover(machine.host)
+    assert machine.running() == ['sha256:FROMtwo']
+    assert not re.search('pending|override', str(machine.files()))
+
+def test_what_was_put_back_but_is_not_well_is_told_and_leaves_nothing_to_do(plain, capfd):
+    plain.lives(FILES)
+    start = plain.docker_start
+    plain.docker_start = lambda *words: start(*words) or plain.containers['blog--1'][
+        'State'].update(Health={'Status': 'unhealthy'})
+    assert 'does not run' in refusal(plain.push, but('docker', 'FROM dies'))
+    assert ('dockhand: release 1 was started again, but: its HEALTHCHECK says unhealthy'
+            in capfd.readouterr().err)
+    assert dh.linked_release(plain.host, 'blog', 'pending') is None
+
+def test_what_is_still_to_be_put_back_is_neither_cleaned_up_nor_forgotten(plain):
+    plain.lives(FILES)
+    plain.broken['docker start'] = 9
+    assert refusal(plain.push, FILES_2)
+    dh.after_push(plain.host, 'blog')
+    plain.broken['docker start'] = 1
+    dh.start(plain.host, 'blog')
+    assert dh.linked_release(plain.host, 'blog', 'pending').number == 2
+    dh.recover(plain.host)
+    assert dh.linked_release(plain.host, 'blog', 'pending') is None
+    assert plain.running() == ['sha256:FROMone']
+
+def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain, capfd):
+    plain.lives(FILES)
+    shutil.rmtree(dh.release_folder(plain.host, 'blog', 1))
+    dh.recover(plain.host)
+    dh.apps(plain.host)
+    assert not re.search('live|releases', str(plain.files('/home')))
+    assert capfd.readouterr().out == 'no apps yet\n'
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder away')
+def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
+    folder = plain.host.path(dh.LOCKS)
+    dh.make_folder(folder)
+    plain.write('/etc/shadow', 'kept')
+    os.symlink(plain.host.path('/etc/shadow'), folder + '/blog')
+    os.chown(folder, USER, GROUP)
+    assert 'somebody else made' in refusal(dh.stop, plain.host, 'blog')
+    assert plain.read('/etc/shadow') == 'kept'
+
 def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     machine.nginx()
     dh.write_catch_all(machine.host)
@@ -1959,12 +2012,32 @@ def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
     assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
     assert [each.number for each in dh.kept_releases(plain.host, 'blog')] == [2, 1]
 
+def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
+    pushed(plain, SHA_2)
+    build = plain.docker_build
+    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
+    plain.images['base:1'] = {'Id': '0123456789ab', 'RepoTags': ['base:1']}
+    assert refusal(plain.push, but('docker', 'RUN fail'), MAIN, SHA_2, SHA_3)
+    dh.after_push(plain.host, 'blog')
+    assert 'docker rmi 0123456789ab' not in plain.done
+
+def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
+    pushed(plain, *[number * 40 for number in '23456'])
+    dh.rollback(plain.host, 'blog', '2')
+    plain.push(but('docker', 'FROM 7'), MAIN, '2' * 40, '7' * 40)
+    dh.after_push(plain.host, 'blog')
+    assert [each.number for each in dh.kept_releases(plain.host, 'blog')] == [
+        7, 2, 6, 5, 4]
+    assert dh.earlier_release(plain.host, dh.live_release(plain.host, 'blog'), None
+                              ).number == 2
+
 def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
     pushed(plain, *[number * 40 for number in '23456'])
     plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
     dh.after_push(plain.host, 'blog')
     assert 'Release 1 stays: a container uses its image\n' in capfd.readouterr().err
     assert dh.list_releases(plain.host, 'blog') == [1, 2, 3, 4, 5, 6]
+    assert plain.refs['refs/dockhand/1'] == SHA
 
 def test_what_is_gone_of_a_live_release_is_brought_back(machine):
     machine.lives(FILES)
