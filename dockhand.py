@@ -2461,7 +2461,7 @@ def origin_text(release):
     return '%s  %s  %-10s' % (release.commit[:10], since, release.key)
 
 def rollback(host, app, number=None):
-    """go back to the release before the live one, or to another that is kept"""
+    """go back to the release that was live before, or to another that is kept"""
     with live_app(host, app, 'rollback') as live:
         release = earlier_release(host, live, number)
         check_edited(host, live, release)
