@@ -599,9 +599,13 @@ def add_keys(keys, uploaded, name, apps):
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
-Stanza = namedtuple('Stanza', 'name value line offset')     # offset: of value in the file
+# value: as init takes it, without comments and quotes; text: as it is written;
+# commands: the simple commands of an exec or a script, [] of another
+Stanza = namedtuple('Stanza', 'name value text line commands')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
-Command = namedtuple('Command', 'words line operator')      # operator: what ends it
+# verb: what docker is told to do, '' for another command; rest: the words after the verb;
+# operator: what ends it
+Command = namedtuple('Command', 'words verb rest operator')
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 Run = namedtuple('Run', 'options image command line')
 Published = namedtuple('Published', 'address host container protocol')
@@ -645,18 +649,22 @@ LETTERS = {
     'a': 'attach', 'c': 'cpu-shares', 'd': 'detach', 'e': 'env', 'h': 'hostname',
     'i': 'interactive', 'l': 'label', 'm': 'memory', 'p': 'publish', 'P': 'publish-all',
     'q': 'quiet', 't': 'tty', 'u': 'user', 'v': 'volume', 'w': 'workdir'}
-# What may stand before `docker`, and its own options that take a value.
-BEFORE_DOCKER = r'(?:exec|sudo|then|do|else|!|\{)\Z|\w+='
-DOCKER_OPTIONS = ('-H', '--host', '-c', '--context', '--config', '-l', '--log-level')
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
+# What may stand before docker's verb, each word ended by a NUL: keywords and variables
+# of the shell, docker itself, its own options.
+DOCKER = r'''(?x)(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*  (?:[^\0]*/)?docker\0
+    (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
+    (?:container\0)?'''
 
 SHELL_TOKEN = r'''(?xs)
-    (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+)
+    (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+|\Z)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)'''
-VARIABLE = r"(?s)(?P<kept>'[^']*'|\\.)|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]"
+QUOTED = r'''(?xs) '(?P<single>[^']*)' | \\(?P<escaped>.)
+  | "(?P<double>(?:\\.|[^"\\])*)" | (?P<bare>[^'"\\]+)'''
+VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]'
 
 def job_failure(line, text, *values):
     return Failure('upstart.conf:%d: %s', line, filled(text, values))
@@ -669,77 +677,57 @@ def parse_job(text):
         if not match:
             raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
         if match.lastindex:
-            name, value = match.group(match.lastindex - 1, match.lastindex)
-            begin = match.start(match.lastindex)
-            line = text.count('\n', 0, begin) + 1
-            stanzas.append(Stanza(' '.join(name.split()), value, line, begin))
-        tokens = re.finditer(SHELL_TOKEN, match.group('value') or '')
-        if any(each.lastgroup == 'stray' and each.group() in '"\'' for each in tokens):
-            raise job_failure(stanzas[-1].line, 'a quote is not closed')
+            stanzas.append(read_stanza(match))
         at = match.end()
     return stanzas
 
 def stanza_trouble(text):
-    words = text.split(None, 2)[:2]
     if text.startswith(BYTE_ORDER_MARK):
         return 'begins with a byte order mark: save it as UTF-8 without one'
+    two_words = r'\s*(?:(?:pre-|post-|kill|normal|start|stop|reload)\S*\s+)?\S*'
+    words = re.match(two_words, text).group().split()
     if 'script' in words:
         return '`script` without `end script`'
-    if not re.match('pre-|post-|kill|normal|start|stop|reload', words[0]):
-        words = words[:1]
     return 'unknown stanza `%s`' % printable(' '.join(words))
 
-def find_stanzas(job, *names):
-    return [stanza for stanza in job if stanza.name in names]
+def read_stanza(match):
+    """The Stanza that STANZA matches."""
+    name, text = match.group(match.lastindex - 1, match.lastindex)
+    begin, tokens = match.start(match.lastindex), list(re.finditer(SHELL_TOKEN, text))
+    line = match.string.count('\n', 0, begin) + 1
+    if match.group('value') and {'"', "'"} & set(each.group() for each in tokens):
+        raise job_failure(line, 'a quote is not closed')
+    plain = ''.join(each.group() for each in tokens if each.lastgroup != 'comment')
+    commands = read_commands(tokens, line, begin) if re.search(
+        '(exec|script)$', name) else []
+    return Stanza(' '.join(name.split()), unquote(plain.strip()), text, line, commands)
 
-def plain_value(stanza):
-    """The value of a stanza without its comment and quotes."""
-    tokens = re.finditer(SHELL_TOKEN, stanza.value)
-    return unquote(''.join(each.group() for each in tokens
-                           if each.lastgroup != 'comment').strip())
-
-def last_value(job, name, default=None):
-    """The value of the last such stanza: init takes the last."""
-    return ([default] + [plain_value(each) for each in find_stanzas(job, name)])[-1]
-
-def commands_of(stanza):
-    """The simple commands of an `exec` or `script` stanza, as [Command]."""
+def read_commands(tokens, line, offset):
+    """[Command] of matches of SHELL_TOKEN in a text that begins at this line and offset."""
     found, words = [], []
-    for match in re.finditer(SHELL_TOKEN, stanza.value):
-        text, kind, at = match.group(), match.lastgroup, match.start()
-        if kind in ('word', 'stray'):
-            line = stanza.line + stanza.value.count('\n', 0, at)
-            words.append(Word(text, unquote(text), line, stanza.offset + at))
-        elif kind == 'operator':
-            found.append((words, text))
+    for match in tokens:
+        if match.lastgroup in ('word', 'stray'):
+            text, at = match.group(), match.start()
+            words.append(Word(text, unquote(text), line + match.string.count('\n', 0, at),
+                              offset + at))
+        elif match.lastgroup == 'operator' and words:
+            before = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
+            docker = words[before.group().count('\0'):] if before else []
+            verb = docker[0].value if docker else ''
+            found.append(Command(words, verb, docker[1:], match.group()))
             words = []
-    found.append((words, ''))
-    return [Command(words, words[0].line, text) for words, text in found if words]
+    return found
 
-def unquote(word):
-    import shlex
-    try:
-        return ' '.join(shlex.split(word))
-    except ValueError:
-        return word
+def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
+    """A word without its quotes; `variable` gets each match of VARIABLE, for its value."""
+    def inside(match):
+        kind = match.lastgroup
+        return re.sub(VARIABLE, variable, match.group(kind)) if kind in (
+            'bare', 'double') else match.group(kind)
+    return re.sub(QUOTED, inside, text)
 
-def docker_words(command):
-    """The words after `docker` and its global options; [] for any other command."""
-    words = list(command.words)
-    while words and re.match(BEFORE_DOCKER, words[0].value):
-        words.pop(0)
-    if not words or os.path.basename(words.pop(0).value) != 'docker':
-        return []
-    while words and words[0].value.startswith('-'):
-        if words.pop(0).value in DOCKER_OPTIONS and words:
-            words.pop(0)
-    return words[1:] if words and words[0].value == 'container' else words
-
-def docker_verb(command):
-    return docker_words(command)[0].value if docker_words(command) else None
-
-def read_run(words):
-    options, line, words = [], words[0].line, list(words[1:])
+def read_run(command):
+    options, words = [], list(command.rest)
     while words and words[0].value.startswith('-'):
         word = words.pop(0)
         if word.value == '--':
@@ -749,7 +737,7 @@ def read_run(words):
                 value = words.pop(0).value if words else ''
             options.append(Option(name, value, word))
     if not words:
-        raise job_failure(line, '`docker run` names no image')
+        raise job_failure(command.words[0].line, '`docker run` names no image')
     return Run(options, words[0].value, [word.value for word in words[1:]], words[0].line)
 
 def split_option(text):
@@ -766,14 +754,10 @@ def split_option(text):
     return found
 
 def runs_of(job):
-    """Every `docker run` of the main process, as [Run]."""
-    return [read_run(docker_words(command))
-            for stanza in find_stanzas(job, 'exec', 'script')[-1:]
-            for command in commands_of(stanza) if docker_verb(command) == 'run']
-
-def is_on(option):
-    """A flag is on unless it says =false."""
-    return option.name not in FLAGS or (option.value or 't').lower() in ('true', '1', 't')
+    """Every `docker run` of the main process, the last `exec` or `script`, as [Run]."""
+    mains = [stanza for stanza in job if stanza.name in ('exec', 'script')]
+    return [read_run(command) for stanza in mains[-1:] for command in stanza.commands
+            if command.verb == 'run']
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
@@ -795,27 +779,19 @@ def published_ports(job):
     return [parse_published(option.value) for run in runs_of(job)[-1:]
             for option in run.options if option.name == 'publish']
 
-def mounted_paths(run):
-    """The paths in the container that -v, --mount and --tmpfs put something at."""
-    patterns = {'tmpfs': r'[^:]+', 'volume': r'(?:[^:]*:)?([^:]+)',
-                'mount': r'(?:dst|destination|target)=([^,]+)'}
-    found = [re.findall(patterns[option.name], option.value)[:1]
-             for option in run.options if option.name in patterns]
-    return [path.rstrip('/') for paths in found for path in paths]
-
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
     proxied: the ports on the host that the app's proxy file passes requests to
     volumes: the paths that the image declares as VOLUME"""
-    if not find_stanzas(job, 'exec', 'script'):
+    if not {'exec', 'script'} & set(stanza.name for stanza in job):
         raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
                           '`exec docker run --rm %s`', app)
     for stanza in job:
         check_stanza(stanza)
     doubts = [(stanza.line, 'note: under Upstart this does not come back when docker is '
                'restarted; `start on started docker` and `stop on stopping docker` does')
-              for stanza in find_stanzas(job, 'start on')
-              if re.search(r'filesystem\s+and\s+started\s+docker', stanza.value)]
+              for stanza in job if stanza.name == 'start on'
+              and re.search(r'filesystem\s+and\s+started\s+docker', stanza.value)]
     for run in runs_of(job):
         check_run(run, job)
         doubts.extend(doubts_of_image(run, app, volumes))
@@ -824,39 +800,39 @@ def check_job(job, app, proxied=(), volumes=()):
 
 def check_stanza(stanza):
     pattern, said = WANTED_VALUES.get(stanza.name, ('', ''))
-    value = plain_value(stanza)
-    if not re.match(pattern, value):
-        text = printable((stanza.name + ' ' + value).strip())
+    if not re.match(pattern, stanza.value):
+        text = printable((stanza.name + ' ' + stanza.value).strip())
         raise job_failure(stanza.line, '`%s`: %s', text, said)
-    if stanza.name.endswith('script') and '\r' in stanza.value:
+    if stanza.name.endswith('script') and '\r' in stanza.text:
         raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes '
                           'for text: save it with Unix ones')
 
 def check_run(run, job):
-    for option in run.options:
-        wrong = is_on(option) and REFUSED_OPTIONS.get(option.name)
-        if option.name == 'name' and len(option.value) < 2:
+    """Failure for an option that kills a deploy. A name must be free at the next start."""
+    freed = [word.value for stanza in job for command in stanza.commands
+             if command.verb == 'rm' for word in command.rest]
+    options = [each for each in run.options if each.name not in FLAGS
+               or (each.value or 't').lower() in ('true', '1', 't')]
+    removed = 'rm' in [each.name for each in options] or '$' in ''.join(freed)
+    for name, value, word in options:
+        wrong = REFUSED_OPTIONS.get(name)
+        if name == 'name' and len(value) < 2:
             wrong = 'docker wants a name of two characters at least'
-        elif option.name == 'name' and not is_removed(run, job, option.value):
+        elif name == 'name' and not removed and value not in freed:
             wrong = 'without --rm the next start finds this name taken; add --rm'
         if wrong:
-            raise job_failure(option.word.line, '`%s`: %s', option.word.text, wrong)
-
-def is_removed(run, job, name):
-    """Whether something takes a named container away before it is run again."""
-    removed = [word.value for stanza in job if stanza.name.endswith(('exec', 'script'))
-               for command in commands_of(stanza) if docker_verb(command) == 'rm'
-               for word in docker_words(command)[1:]]
-    return any(value == name or '$' in value for value in removed) or any(
-        option.name == 'rm' and is_on(option) for option in run.options)
+            raise job_failure(word.line, '`%s`: %s', word.text, wrong)
 
 def doubts_of_image(run, app, volumes):
+    mounts = [each.value for each in run.options
+              if each.name in ('volume', 'mount', 'tmpfs')]
+    mounted = re.findall(r'(?m)^(?:.*(?:dst|destination|target)=|[^:\n]*:(?=/))?'
+                         r'(/[^:,\n]*?)/?(?:[:,]|$)', '\n'.join(mounts))
     if not is_image_of(app, run.image):
         yield run.line, ('warning: it runs the image `%s`, not what this repository '
                          'builds, `%s`' % (printable(run.image), app))
     elif 'volumes-from' not in [option.name for option in run.options]:
-        lost = set(path.rstrip('/') for path in volumes) - set(mounted_paths(run))
-        for path in sorted(lost):
+        for path in sorted(set(path.rstrip('/') for path in volumes) - set(mounted)):
             yield run.line, ('warning: VOLUME %s is mounted nowhere, its data goes at '
                              'every stop; to keep it: `-v /srv/%s%s:%s`'
                              % (path, app, path, path))
@@ -889,64 +865,60 @@ def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
     for stanza in job:
         if stanza.name in NO_EQUIVALENT:
-            raise no_equivalent(stanza.line, stanza.name, NO_EQUIVALENT[stanza.name])
-        if stanza.name.startswith(('pre-', 'post-')):
-            check_harmless(commands_of(stanza))
-    env = dict(plain_value(each).partition('=')[::2] for each in find_stanzas(job, 'env'))
-    run, stop = only_run(job, app, env), last_value(job, 'kill signal')
+            raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
+    last = dict((stanza.name, stanza.value) for stanza in job)
+    env = dict(each.value.partition('=')[::2] for each in job if each.name == 'env')
+    run, stop = only_run(job, app, env), last.get('kill signal')
     options = [render_option(each) for each in run.options if each.name not in DROPPED]
     options += ['--stop-signal=' + stop] if stop else []
-    starts = [stanza.name for stanza in find_stanzas(job, 'start on', 'manual')]
-    return Container(options, run.image, run.command, env, last_value(job, 'chdir', '/'),
-                     starts[-1:] == ['start on'], last_value(job, 'kill timeout', '5'))
+    starts = [each.name for each in job if each.name in ('start on', 'manual')]
+    return Container(options, run.image, run.command, env, last.get('chdir', '/'),
+                     starts[-1:] == ['start on'], last.get('kill timeout', '5'))
 
-def no_equivalent(line, what, remedy):
-    return job_failure(line, '`%s` cannot be had where docker instead of Upstart runs '
-                       'the app, as here: %s', printable(what), remedy)
+def no_equivalent(place, what, remedy):
+    """The Failure for a Stanza or a Word."""
+    return job_failure(place.line, '`%s` cannot be had where docker instead of Upstart '
+                       'runs the app, as here: %s', printable(what), remedy)
+
+def only_run(job, app, env):
+    """The one `docker run` of a job whose other commands can be left out."""
+    main = [each for each in job if each.name in ('exec', 'script')][-1]
+    runs = [each for each in main.commands if each.verb == 'run']
+    if len(runs) != 1:
+        raise no_equivalent(main, main.name, 'it must hold one `docker run`')
+    words, _, rest, operator = runs[0]
+    if operator.strip('\n;') not in ('', '||', '&&'):
+        raise no_equivalent(words[0], operator,
+                            'docker keeps what it prints: dockhand logs ' + app)
+    for stanza in job:
+        if stanza is main or stanza.name.startswith(('pre-', 'post-')):
+            check_harmless([each for each in stanza.commands if each is not runs[0]])
+    return read_run(runs[0]._replace(rest=[
+        word._replace(value=value) for word in rest for value in expand_word(word, env)]))
 
 def check_harmless(commands):
     """Refuse what does not happen anyway around a container's start and stop."""
     before = ''
-    for command in commands:
-        known = docker_verb(command) in ('rm', 'stop', 'kill', 'pull') or \
-            command.words[0].value in HARMLESS or set(before) & set('<>')
-        if not known or command.operator == '|':
-            raise no_equivalent(command.line, command.words[0].text,
+    for words, verb, _, operator in commands:
+        known = verb in ('rm', 'stop', 'kill', 'pull') or words[0].value in HARMLESS
+        if operator == '|' or not known and not set(before) & set('<>'):
+            raise no_equivalent(words[0], words[0].text,
                                 'do it in the Dockerfile, or when the container starts')
-        before = command.operator
-
-def only_run(job, app, env):
-    """The one `docker run` of a job whose other commands can be left out."""
-    main = find_stanzas(job, 'exec', 'script')[-1]
-    commands = commands_of(main)
-    runs = [each for each in commands if docker_verb(each) == 'run']
-    if len(runs) != 1:
-        raise no_equivalent(main.line, main.name, 'it must hold one `docker run`')
-    if runs[0].operator.strip('\n;') not in ('', '||', '&&'):
-        raise no_equivalent(runs[0].line, runs[0].operator.strip(),
-                            'docker keeps what it prints: dockhand logs ' + app)
-    check_harmless([each for each in commands if docker_verb(each) != 'run'])
-    return read_run([word._replace(value=value) for word in docker_words(runs[0])
-                     for value in expand_word(word, env)])
+        before = operator
 
 def expand_word(word, env):
     """The values of a word, `$NAME` of the job's own env put in as the shell would."""
-    import shlex
-
-    def mark(match):
-        if match.group('kept'):
-            return match.group()
-        if match.group('name') in env:
-            return '\0%s\0' % match.group('name')
-        raise no_equivalent(word.line, word.text, 'only the `env` of the job is known')
-    marked = re.sub(VARIABLE, mark, word.text)
-    if re.match(r'\0\w+\0\Z', marked):          # alone and unquoted: the shell splits it
-        return env[marked.strip('\0')].split()
-    try:
-        return [re.sub('\0(\\w+)\0', lambda match: env[match.group(1)], value)
-                for value in shlex.split(marked)]
-    except ValueError:
+    def value(match):
+        if match.group('escaped'):
+            return match.group('escaped')
+        if match.group('name') not in env:
+            raise no_equivalent(word, word.text, 'only the `env` of the job is known')
+        return env[match.group('name')]
+    if word.text in ('"', "'"):
         raise job_failure(word.line, 'a quote is not closed')
+    whole = unquote(word.text, value)
+    # alone and unquoted: the shell splits it
+    return whole.split() if re.match(r'\$\{?\w+\}?\Z', word.text) else [whole]
 
 def render_option(option):
     name = ('--' if len(option.name) > 1 else '-') + option.name

@@ -274,7 +274,7 @@ def test_a_file_copied_from_the_server_gets_no_second_header():
 # ---- Jobs ------------------------------------------------------------------------------
 
 def parsed(text):
-    return [(stanza.name, stanza.value.strip()) for stanza in dh.parse_job(text)]
+    return [(stanza.name, stanza.text.strip()) for stanza in dh.parse_job(text)]
 
 @pytest.mark.parametrize('end', ['\n', '\r\n', ''])
 @table('name, value', r'''
