@@ -2058,7 +2058,8 @@ def show_address(host, release):
     found = [line.split()[0] for line in lines]
     if set(found) & set(own.split()):
         return step('%s: %s answers %s', app, address, status)
-    here = own_address() + (port and ':' + port)
+    route = host.ask(['timeout', '2', 'ip', 'route', 'get', '192.0.2.1']).out
+    here = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0] + (port and ':' + port)
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
     detail('%s leads %s: point it here in DNS, or take every name with '
            '`listen 80 default_server;`', name, 'to %s, which may be this server or not'
@@ -2076,18 +2077,6 @@ def fetch_status(name, port):
     except (EnvironmentError, socket.error) as error:
         return 'nothing (%s)' % error
     return (answer.split() + ['', 'nothing'])[1]
-
-def own_address():
-    """The address with which this machine goes out; no packet is sent."""
-    import socket
-    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        probe.connect(('192.0.2.1', 9))
-        return probe.getsockname()[0]
-    except (EnvironmentError, socket.error):
-        return os.uname()[1]
-    finally:
-        probe.close()
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 

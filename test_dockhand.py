@@ -1286,6 +1286,9 @@ class Machine(object):
     def timeout(self, seconds, command, *words):
         return getattr(self, command)(*words)
 
+    def ip(self, *route):
+        return '192.0.2.1 via 192.0.2.9 dev eth0 src 192.0.2.2 uid 0\n    cache\n'
+
     def hostname(self, all_addresses):
         return '192.0.2.1 192.0.2.2 \n'
 
@@ -2071,7 +2074,7 @@ def test_a_push_without_room_for_a_build_is_refused(plain):
 
 @table('name, said', '''
     here.org  => -----> blog: http://here.org:{0}/ answers 418
-    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://''')
+    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://192.0.2.2:{0}/''')
 def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
     listener = socket.socket()
     listener.bind(('127.0.0.1', 0))
