@@ -1195,7 +1195,8 @@ def check_proxy_file(host, app, text):
     check_proxy(servers_of(without_header(text)), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
-        raise Failure('nginx was broken before this push, mend it first: ' + problem)
+        raise Failure("nginx's configuration was broken before this push, mend it first: "
+                      + problem)
     if problem:
         raise Failure(problem if 'nginx-proxy.conf:' in problem else
                       'nginx-proxy.conf clashes with another file: ' + problem)
@@ -2183,7 +2184,9 @@ def missing_requirements(host):
             if docker_version(host) < (1, 11) and not is_upstart(host):
                 found.append(('docker 1.11 or later, where init is not Upstart', bring))
         except Failure as failure:
-            found.append((str(failure), 'service docker start, or dockerd &'))
+            start = 'service docker start || dockerd &'
+            found.append((str(failure), 'systemctl start docker' if is_systemd(host)
+                          else start))
     return found
 
 def ensure_user(host):
