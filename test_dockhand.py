@@ -2633,7 +2633,7 @@ def test_install_names_every_missing_requirement_at_once(plain, capfd):
     assert re.findall('missing: (.*)\n +to bring it: (.*)', capfd.readouterr().out) == [
         ('nginx', 'apt-get install nginx'), ('visudo', 'apt-get install sudo'),
         ('docker does not answer: broken on purpose',
-         'service docker start, or dockerd &')]
+         'service docker start || dockerd &')]
     assert plain.files() == before and plain.done == []
 
 def test_a_sudoers_file_that_sudo_would_not_read_is_not_put_in_place(plain):
