@@ -139,6 +139,7 @@ KEYS = '.ssh/authorized_keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
+KEY_LINE = r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)'
 
 # ---- The little OS layer ---------------------------------------------------------------
 
@@ -173,12 +174,10 @@ class Voice(object):
         poll.register(self.fd, select.POLLOUT)
         while data and self.patience > 0:
             begun = monotonic()
-            ready = retry(poll.poll, self.patience * 1000)
+            ready = poll.poll(self.patience * 1000)
             self.patience -= monotonic() - begun
             try:
-                if not ready or not ready[0][1] & select.POLLOUT:
-                    raise EnvironmentError('nobody reads')
-                data = data[os.write(self.fd, data[:4096]):]
+                data = data[os.write(self.fd, data[:4096]):] if ready else data
             except EnvironmentError:
                 self.patience = 0
 
@@ -207,15 +206,6 @@ def plain_line(text):
     """A line of a command's output without control characters and colours."""
     text = re.sub(r'\x1b\[[0-9;?]*[ -/]*[@-~]', '', text)
     return re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '', text).rstrip()
-
-def retry(call, *args):
-    """Call again when a signal interrupts it, as Python 3 does by itself."""
-    while True:
-        try:
-            return call(*args)
-        except (EnvironmentError, select.error) as error:
-            if error.args[0] != errno.EINTR:
-                raise
 
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
@@ -267,18 +257,16 @@ def start_process(env, cwd, account, argv, stdin, stdout, stderr):
 
 def read_lines(fd, each, silence=20):
     """Give each line that comes from a pipe to `each`; a sign of life when none does."""
-    begun, rest = monotonic(), b''
-    while True:
-        if not retry(select.select, [fd], [], [], silence)[0]:
+    begun, rest, data = monotonic(), b'', None
+    while data != b'':
+        if not select.select([fd], [], [], silence)[0]:
             each('... still busy after %d s' % (monotonic() - begun))
             continue
-        data = retry(os.read, fd, 65536)
+        data = os.read(fd, 65536)
         lines = (rest + data).replace(b'\r', b'\n').split(b'\n')
         rest = lines.pop() if data else b''
         for line in lines:
             each(plain_line(to_text(line)))
-        if not data:
-            return
 
 class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
@@ -413,12 +401,10 @@ def make_folder(path, mode=0o755, account=None):
             make_folder(os.path.dirname(path))
         os.mkdir(path)
     found = os.stat(path)
-    owner = (account.uid, account.gid) if account else (found.st_uid, found.st_gid)
-    if stat.S_IMODE(found.st_mode) == mode and owner == (found.st_uid, found.st_gid):
-        return False
     os.chmod(path, mode)
-    os.chown(path, *owner)
-    return True
+    os.chown(path, *account[1:3] if account else (-1, -1))
+    now = os.stat(path)
+    return now[:1] + now[4:6] != found[:1] + found[4:6]     # mode, owner and group
 
 @contextmanager
 def locked(path, purpose):
@@ -434,7 +420,7 @@ def locked(path, purpose):
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except EnvironmentError:
             step('Waiting for ' + ((read_file(path) or '').strip() or 'another command'))
-            retry(fcntl.flock, holder, fcntl.LOCK_EX)
+            fcntl.flock(holder, fcntl.LOCK_EX)
         holder.truncate(0)
         holder.write('%s, since %s\n' % (purpose, time.strftime('%H:%M:%S')))
         holder.flush()
@@ -558,32 +544,20 @@ def split_authorized_keys(text):
     lines = text.split('\n')
     if not lines[-1]:
         lines.pop()
-    if KEYS_BEGIN not in lines:
-        return lines, [], []
-    first = lines.index(KEYS_BEGIN)
-    keys = list(takewhile(bool, map(parse_key_line, lines[first + 1:])))
+    first = (lines + [KEYS_BEGIN]).index(KEYS_BEGIN)
+    ours = list(takewhile(bool, (re.match(KEY_LINE, line) for line in lines[first + 1:])))
+    keys = [Key(*match.group(3, 4, 1) + (tuple(match.group(2).split()),))
+            for match in ours]
     after = [line for line in lines[first + 1 + len(keys):] if line != KEYS_END]
     return lines[:first], keys, after
 
-def parse_key_line(line):
-    """The Key of a line that render_key wrote; None for another."""
-    match = re.match(r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)', line)
-    if not match:
-        return None
-    name, apps, kind, blob = match.groups()
-    return Key(kind, blob, name, tuple(apps.split()))
-
-def render_key(key):
-    """A line of authorized_keys: who has the key reaches `dockhand serve`, no shell."""
-    command = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
-    line = 'command="%s",%s %s' % (command, KEY_OPTIONS, ' '.join(key[:3]))
-    if len(line) > 8000:
-        raise Failure('too many apps for one key: sshd reads lines of up to 8192 bytes')
-    return line
-
 def render_authorized_keys(before, keys, after):
-    marked = [KEYS_BEGIN] + [render_key(key) for key in keys] + [KEYS_END]
-    return '\n'.join(before + marked + after) + '\n'
+    """The file anew: who has a key of ours reaches `dockhand serve`, no shell."""
+    ours = ['command="%s",%s %s' % (' '.join((PROGRAM, 'serve', key.name) + key.apps),
+                                    KEY_OPTIONS, ' '.join(key[:3])) for key in keys]
+    refuse_if(any(len(line) > 8000 for line in ours), 'too many apps for one key: sshd '
+              'reads lines of up to 8192 bytes')
+    return '\n'.join(before + [KEYS_BEGIN] + ours + [KEYS_END] + after) + '\n'
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
@@ -645,10 +619,9 @@ REFUSED_OPTIONS = {
 FLAGS = set('''
     detach disable-content-trust help init interactive no-healthcheck oom-kill-disable
     privileged publish-all quiet read-only rm sig-proxy tty use-api-socket'''.split())
-LETTERS = {
-    'a': 'attach', 'c': 'cpu-shares', 'd': 'detach', 'e': 'env', 'h': 'hostname',
-    'i': 'interactive', 'l': 'label', 'm': 'memory', 'p': 'publish', 'P': 'publish-all',
-    'q': 'quiet', 't': 'tty', 'u': 'user', 'v': 'volume', 'w': 'workdir'}
+LETTERS = dict(zip('acdehilmpPqtuvw', '''
+    attach cpu-shares detach env hostname interactive label memory publish publish-all
+    quiet tty user volume workdir'''.split()))
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
@@ -863,13 +836,11 @@ HARMLESS = ('true', ':', 'set', 'sleep', 'echo', 'exit')
 
 def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
-    for stanza in job:
-        if stanza.name in NO_EQUIVALENT:
-            raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
     last = dict((stanza.name, stanza.value) for stanza in job)
     env = dict(each.value.partition('=')[::2] for each in job if each.name == 'env')
     run, stop = only_run(job, app, env), last.get('kill signal')
-    options = [render_option(each) for each in run.options if each.name not in DROPPED]
+    options = ['--' + name + ('' if value is None else '=' + value)
+               for name, value, _ in run.options if name not in DROPPED]
     options += ['--stop-signal=' + stop] if stop else []
     starts = [each.name for each in job if each.name in ('start on', 'manual')]
     return Container(options, run.image, run.command, env, last.get('chdir', '/'),
@@ -891,6 +862,8 @@ def only_run(job, app, env):
         raise no_equivalent(words[0], operator,
                             'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
+        if stanza.name in NO_EQUIVALENT:
+            raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
         if stanza is main or stanza.name.startswith(('pre-', 'post-')):
             check_harmless([each for each in stanza.commands if each is not runs[0]])
     return read_run(runs[0]._replace(rest=[
@@ -919,10 +892,6 @@ def expand_word(word, env):
     whole = unquote(word.text, value)
     # alone and unquoted: the shell splits it
     return whole.split() if re.match(r'\$\{?\w+\}?\Z', word.text) else [whole]
-
-def render_option(option):
-    name = ('--' if len(option.name) > 1 else '-') + option.name
-    return name if option.value is None else name + '=' + option.value
 
 # ---- Proxy files (pure functions) ------------------------------------------------------
 

@@ -264,7 +264,7 @@ def test_new_rights_are_those_of_every_key_of_the_name():
 
 def test_rights_longer_than_sshd_reads_are_refused():
     key = Key('ssh-rsa', RSA, 'anna', ('a' * 40,) * 200)
-    assert 'too many apps' in refusal(dh.render_key, key)
+    assert 'too many apps' in refusal(dh.render_authorized_keys, [], [key], [])
 
 def test_a_file_copied_from_the_server_gets_no_second_header():
     text = dh.headed('blog', 'job', 'exec x\n')
