@@ -969,10 +969,6 @@ def headed(app, what, text):
         app, what)
     return text if text.startswith(line) else line + text
 
-def without_header(text):
-    """A job or proxy file as it was pushed: its lines are counted from here."""
-    return text.partition('\n')[2]
-
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file, or None, for this app."""
     return (text or '').startswith("# dockhand: %s's" % app)
@@ -1210,7 +1206,7 @@ def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
     own, files = PROXIES + '/%s.conf' % app, proxy_files(host)
     others = dict((path, servers_of(files[path])) for path in files if path != own)
-    check_proxy(servers_of(without_header(text)), others)
+    check_proxy(servers_of(text.partition('\n')[2]), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
         raise Failure('nginx was broken before this push, mend it first: ' + problem)
@@ -1222,20 +1218,19 @@ def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own, or None.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
     own = PROXIES + '/%s.conf' % app
-    candidate, catch_all, staged, pid = staged_files(app)
+    paths = candidate, catch_all, staged, pid = staged_files(app)
     files = dict(proxy_files(host), **{own: text or ''})
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), [catch_all] + order, pid)
     try:
-        replace_file(host.path(candidate), files[own])
-        replace_file(host.path(catch_all), catch_all_text(host, files))
-        replace_file(host.path(staged), conf)
+        for path, new in zip(paths, (files[own], catch_all_text(host, files), conf)):
+            replace_file(host.path(path), new)
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
         said = nginx_error(result.err, candidate).replace(catch_all, CATCH_ALL)
         return said if result.status else None
     finally:
-        for path in staged_files(app):
+        for path in paths:
             remove_file(host.path(path))
 
 def staged_files(app):
@@ -1258,12 +1253,10 @@ def install_proxy(host, app, text, certain=False):
         found = read_file(path)
         if text == found and not certain:
             return
-        if text is None:
-            changed = is_ours(found, app) and remove_file(path)
-        else:
-            if not certain:
-                check_proxy_file(host, app, text)
-            changed = replace_file(path, text)
+        if text and not certain:
+            check_proxy_file(host, app, text)
+        changed = replace_file(path, text) if text else (
+            is_ours(found, app) and remove_file(path))
         if write_catch_all(host) or changed or certain:
             reload_nginx(host)
 
@@ -1401,23 +1394,21 @@ class Containers(Engine):
         return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
 
 def job_of(release):
-    return parse_job(without_header(release.job))
+    return parse_job(release.job.partition('\n')[2])    # as pushed: no line of ours
 
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
 
+HELD = 'manual\n'       # an override that keeps a reboot from starting a mixture
+
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     def place(self, release):
-        self.hold(release)
+        replace_file(self.path(release, '.override'), HELD)
         replace_file(self.path(release, '.conf'), release.job)
 
     def path(self, release, ending):
         return self.host.path(JOBS, release.app + ending)
-
-    def hold(self, release):
-        """`manual` keeps a reboot from starting a mixture."""
-        replace_file(self.path(release, '.override'), 'manual\n')
 
     def start(self, release):
         path = self.path(release, '.conf')
@@ -1427,7 +1418,7 @@ class Upstart(Engine):
 
     def stop(self, release):
         """Stop the job, and the containers that init leaves behind."""
-        self.hold(release)
+        replace_file(self.path(release, '.override'), HELD)
         self.host.run_unless('Unknown (instance|job)', ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
@@ -1493,10 +1484,9 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
 def silent_ports(state):
     """What does not answer yet, in words; '' when all does."""
     import socket
-    if state.health:
-        waits = state.health != 'healthy'
-        return 'its HEALTHCHECK is still ' + state.health if waits else ''
-    for address, port in state.ports:
+    if state.health not in ('', 'healthy'):
+        return 'its HEALTHCHECK is still ' + state.health
+    for address, port in [] if state.health else state.ports:
         try:
             socket.create_connection((address, port), 1).close()
         except (EnvironmentError, socket.error):
@@ -2098,8 +2088,7 @@ def serve(host, name, *apps):
               '%s', name, app, ', '.join(apps))
     folder = repository(host, app)
     if not os.path.isdir(folder):
-        if verb == 'upload-pack':
-            raise Failure('there is no app %s here; a first push makes it', app)
+        refuse_if(verb == 'upload-pack', 'no app %s here; a first push makes it', app)
         check_host_names(host, app)
         make_repository(host, app, folder)
     kept = ('PATH', 'HOME', 'USER', 'LOGNAME', 'LANG', 'SSH_CONNECTION', 'GIT_PROTOCOL')
@@ -2136,13 +2125,12 @@ def after_push(host, app):
     """Once the branch has moved: say where the app answers, remove what is too old.
     Nothing depends on it, since it does not run when the pusher is gone."""
     live = live_release(host, app)
-    if live is None:
-        return
-    git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
-    show_address(host, live)
-    with app_lock(host, app, 'the clean-up of ' + app) as live:
-        if live:
-            clean_up(host, live)
+    if live:
+        git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
+        show_address(host, live)
+        with app_lock(host, app, 'the clean-up of ' + app) as live:
+            if live:
+                clean_up(host, live)
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
@@ -2195,21 +2183,20 @@ def ensure_user(host):
     """The git user; True if it was made or changed."""
     account, user = host.account(), host.user
     if account is None:
-        home = '/home/' + user
-        host.run(['useradd', '-m', '-d', home, '-s', '/bin/sh', '-p', '*', user])
-        tell('made the user ' + user)
-        return True
-    if account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
+        argv, said = 'useradd -m -d /home/%s -s /bin/sh -p *' % user, 'made the user %s'
+    elif account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
         raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
                       'install --user NAME takes another', account.name, account.shell)
-    if re.search(r'(?m)^%s:!' % re.escape(user), host.text('/etc/shadow')):
-        host.run(['usermod', '-p', '*', user])
-        tell('unlocked the user %s for keys (no password works)', user)
-        return True
-    return False
+    elif re.search(r'(?m)^%s:!' % re.escape(user), host.text('/etc/shadow')):
+        argv, said = 'usermod -p *', 'unlocked the user %s for keys (no password works)'
+    else:
+        return False
+    host.run(argv.split() + [user])
+    tell(said, user)
+    return True
 
 def install_part(host, name, text, mode):
-    """Write a file, the git user's under its home; its name where that changed it."""
+    """Write a file, the git user's under its home; True if it changed."""
     path, visudo = host.path(name), ['visudo', '-c', '-q', '-f']
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
@@ -2218,7 +2205,7 @@ def install_part(host, name, text, mode):
     changed = replace_file(path, text, mode, owner, check)
     if changed:
         tell('wrote ' + name)
-    return changed and name
+    return changed
 
 def disable_default_site(host):
     """Move the distribution's default site, which claims `default_server`, out of the way
@@ -2267,9 +2254,8 @@ def install(host, user=None):
                make_folder(host.path(STATE)), make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account())]
     changes += [install_part(host, *part) for part in installed_parts(host)]
-    script = LIBRARY + '/dockhand.py'
-    if script in changes:               # a start then costs the same at any length
-        py_compile.compile(host.path(script), dfile=script, doraise=True)
+    script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
+    py_compile.compile(host.path(script), dfile=script, doraise=True)
     changes += [replace_link(host.path(OLDER_NAME), PROGRAM), install_nginx(host)]
     if is_systemd(host):                # what `systemctl enable` does
         wants = host.path('/etc/systemd/system/multi-user.target.wants')
@@ -2279,13 +2265,10 @@ def install(host, user=None):
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
 
-def keys_path(host):
-    return host.path(host.home(), KEYS)
-
 def write_keys(host, before, keys, after):
-    account, text = host.account(), render_authorized_keys(before, keys, after)
-    make_folder(os.path.dirname(keys_path(host)), 0o700, account)
-    return replace_file(keys_path(host), text, 0o600, account)
+    account, path = host.account(), host.path(host.home(), KEYS)
+    make_folder(os.path.dirname(path), 0o700, account)
+    return replace_file(path, render_authorized_keys(before, keys, after), 0o600, account)
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
@@ -2302,7 +2285,7 @@ def upload_key(host, name, *apps):
     if host.account() is None:
         raise Failure('dockhand is not installed here: python3 dockhand.py install')
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
+        before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
         changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
     where = ', '.join(apps) or 'every app'
     for kind, blob in uploaded:
@@ -2323,14 +2306,14 @@ def check_key_type(host, kind, blob):
 
 def list_keys(host):
     """list who may push, and which apps"""
-    for key in split_authorized_keys(read_file(keys_path(host)) or '')[1]:
+    for key in split_authorized_keys(host.text(host.home(), KEYS))[1]:
         where = ' '.join(key.apps) or '(every app)'
         tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob), where)
 
 def remove_key(host, name):
     """take the right to push away from a key"""
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
+        before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
         kept = [key for key in keys if key.name != name]
         if kept == keys:
             raise Failure('no key is named "%s": see dockhand keys', printable(name))
@@ -2366,20 +2349,17 @@ def restart(host, app):
     """stop an app and start it again"""
     with live_app(host, app, 'restart') as live:
         choose_engine(host).stop(live)
-        run_app(host, live)
+    start(host, app)
 
 def start(host, app):
     """start an app that was stopped"""
     with live_app(host, app, 'start') as live:
-        run_app(host, live)
-
-def run_app(host, live):
-    engine = choose_engine(host)
-    engine.place(live)
-    engine.start(live)
-    check_or_show_log(host, live, engine)
-    finish(host, live, engine, True)
-    tell('%s runs', live.app)
+        engine = choose_engine(host)
+        engine.place(live)
+        engine.start(live)
+        check_or_show_log(host, live, engine)
+        finish(host, live, engine, True)
+    tell('%s runs', app)
 
 def stop(host, app):
     """stop an app; it stays so over a reboot, until a start or a push"""
@@ -2494,7 +2474,7 @@ def doctor_ssh(host):
         if found and not re.search(named % re.escape(wanted), found):
             yield ('%s of sshd is %s, without %s' % (option, found, wanted),
                    'edit /etc/ssh/sshd_config, then reload ssh')
-    if not os.path.exists(keys_path(host)):
+    if not host.text(host.home(), KEYS):
         yield 'no key may push', 'dockhand upload-key NAME < id_ed25519.pub'
 
 def doctor_nginx(host):

@@ -2028,7 +2028,7 @@ def ssh_command(text):
 @table('command, name, apps, said', '''
     git-receive-pack 'blog' => bob => wiki wikis => the key "bob" has no right to blog: it
     git-upload-pack 'blog'  => bob => wiki       => the key "bob" has no right to blog: it
-    git-upload-pack 'blog'  => bob => blog       => there is no app blog here
+    git-upload-pack 'blog'  => bob => blog       => no app blog here
     git-receive-pack 'etc'  => bob =>            => /etc/init/etc.conf is on this server
     git-receive-pack 'ssh'  => bob =>            => the server itself
     id                      => bob =>            => "id" is not for this key''')
