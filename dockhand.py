@@ -895,8 +895,7 @@ def expand_word(word, env):
 
 # ---- Proxy files (pure functions) ------------------------------------------------------
 
-Directive = namedtuple('Directive', 'line words block')     # block: [Directive] or None
-Server = namedtuple('Server', 'line listens names')
+Server = namedtuple('Server', 'line listens names')     # listens: [Listen]
 Listen = namedtuple('Listen', 'address port default line')
 ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
@@ -904,7 +903,6 @@ NGINX_TOKEN = r'''(?xs)
     (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
   | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
   '''
-HOST_NAME = re.compile(r'[a-z0-9][a-z0-9.-]*\Z')
 
 def headed(app, what, text):
     """A pushed file under our line, which one copied from the server has already."""
@@ -912,68 +910,61 @@ def headed(app, what, text):
         app, what)
     return text if text.startswith(line) else line + text
 
-def without_header(text):
-    """A job or proxy file as it was pushed: its lines are counted from here."""
-    return text.partition('\n')[2]
-
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file, or None, for this app."""
     return (text or '').startswith("# dockhand: %s's" % app)
 
-def parse_nginx(text):
-    """An nginx file as [Directive]; lenient, since `nginx -t` has the last word."""
-    stack, words, line = [[]], [], 1
+def servers_of(text):
+    """The server blocks of a file in conf.d, as [Server]; lenient, since `nginx -t` has
+    the last word. blocks: the words before each brace that is open."""
+    found, blocks, words, line = [], [], [], 1
     for match in re.finditer(NGINX_TOKEN, text):
+        token = match.group()
         if match.lastgroup == 'word':
             line = line if words else text.count('\n', 0, match.start()) + 1
-            words.append(match.group().strip('"\''))
+            words.append(token.strip('"\''))
         elif match.lastgroup == 'mark':
-            block = [] if match.group() == '{' else None
-            if words:
-                stack[-1].append(Directive(line, words, block))
+            if blocks == [['server']]:
+                read_directive(found[-1], words, line)
+            elif (token, blocks, words) == ('{', [], ['server']):
+                found.append(Server(line, [], []))
+            if token == '{':
+                blocks.append(words)
+            elif token == '}':
+                del blocks[-1:]
             words = []
-            if block is not None:
-                stack.append(block)
-            elif match.group() == '}':
-                stack[1:] = stack[1:-1]
-    return stack[0]
-
-def servers_of(text):
-    """The server blocks of a file in conf.d, as [Server]."""
-    found = []
-    for line, words, block in parse_nginx(text):
-        if words == ['server'] and block is not None:
-            listens = [parse_listen(each) for each in block
-                       if each.words[0] == 'listen' and each.words[1:]]
-            names = [name.lower() for each in block if each.words[0] == 'server_name'
-                     for name in each.words[1:]]
-            listens = listens or [Listen('*', '80', False, line)]
-            found.append(Server(line, listens, names))
+    for server in found:
+        if not server.listens:
+            read_directive(server, ['listen', '80'], server.line)
     return found
 
-def parse_listen(directive):
-    """The Listen of `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
-    value, options = directive.words[1], directive.words[2:]
-    match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', value)
-    address, port = match.groups() if match else (
-        value, '' if value.startswith('unix:') else '80')
-    shown = '*' if address in (None, '0.0.0.0') else address
-    default = bool({'default_server', 'default'} & set(options))
-    return Listen(shown, port, default, directive.line)
+def read_directive(server, words, line):
+    """Note what a Server is told: `server_name NAME...`, or
+    `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
+    if words[:1] == ['server_name']:
+        server.names.extend(name.lower() for name in words[1:])
+    elif words[:1] == ['listen'] and words[1:]:
+        match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', words[1])
+        address, port = match.groups() if match else (
+            words[1], '' if words[1].startswith('unix:') else '80')
+        shown = '*' if address in (None, '0.0.0.0') else address
+        default = bool({'default_server', 'default'} & set(words[2:]))
+        server.listens.append(Listen(shown, port, default, line))
 
 def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
 
 def server_claims(server):
-    """{(port, what, in words): line} that only one server block of a machine can have."""
+    """{what is taken, in words: line}: what one server block of a machine can have."""
     claims = {}
-    for listen in server.listens:
+    for address, port, default, line in server.listens:
+        where = 'is taken on port ' + port
         for name in server.names or ['']:
             for each in (name[1:], '*' + name) if name.startswith('.') else (name,):
-                claims[listen.port, 'server_name "%s"' % each] = server.line
-        if listen.default:
-            claims[listen.address + ':' + listen.port, 'default_server'] = listen.line
+                claims['server_name "%s" %s' % (each, where)] = server.line
+        if default:
+            claims['default_server %s of %s' % (where, address)] = line
     return claims
 
 def check_proxy(servers, others):
@@ -987,9 +978,8 @@ def check_proxy(servers, others):
     for server in servers:
         for claim, line in sorted(server_claims(server).items()):
             if claim in taken:
-                raise proxy_failure(
-                    line, '%s is taken on port %s, by %s: change one of the two',
-                    printable(claim[1]), claim[0].rpartition(':')[2], taken[claim])
+                raise proxy_failure(line, '%s, by %s: change one of the two',
+                                    printable(claim, 160), taken[claim])
         check_listens(server, shared)
 
 def proxy_failure(line, text, *values):
@@ -998,9 +988,9 @@ def proxy_failure(line, text, *values):
 def check_listens(server, shared):
     """An unknown name on port 80 is answered by 000-dockhand.conf; a server on one
     address of a shared port gets every request to it, whatever its name."""
-    unnamed = set(server.names) <= set(['', '_'])
-    if unnamed and all(each.port in ('80', '443') and not each.default
-                       for each in server.listens):
+    shared_port = [each.port in ('80', '443') and not each.default
+                   for each in server.listens]
+    if all(shared_port) and set(server.names) <= set(['', '_']):
         raise proxy_failure(server.line, 'no request reaches this server: give it a '
                             'server_name, or write `listen 80 default_server;`')
     for address, port, _, line in server.listens:
@@ -1040,7 +1030,8 @@ def proxy_address(servers):
     """The address that a person would type for a web app, or None."""
     for server in servers:
         port = server.listens[0].port
-        names = [name for name in server.names if HOST_NAME.match(name)]
+        names = [name for name in server.names
+                 if re.match(r'[a-z0-9][a-z0-9.-]*\Z', name)]
         names += [os.uname()[1]] if server.listens[0].default else []
         if names and port:
             shape = {'80': 'http://%s/', '443': 'https://%s/'}
@@ -1107,10 +1098,8 @@ def tag_image(host, source, target):
 def remove_image_tag(host, tag, *options):
     """Take a tag away, and its image if nothing else uses it; False where a container
     does."""
-    result = host.ask(('docker', 'rmi') + options + (tag,))
-    if result.status and not re.search('(?i)no such image|container', result.err):
-        raise command_failed(['docker', 'rmi', tag], result)
-    return not result.status or 'such image' in result.err
+    command = ('docker', 'rmi') + options + (tag,)
+    return host.run_unless('no such image|container', command) or not inspect(host, tag)
 
 def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
@@ -1138,10 +1127,6 @@ def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
 
-def nginx_version(host):
-    match = re.search(r'nginx/(\d+)\.(\d+)\.(\d+)', host.ask(['nginx', '-v']).err)
-    return tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
-
 def proxy_files(host):
     """{path: text} of nginx's files in conf.d and sites-enabled, not our catch-all."""
     folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
@@ -1154,14 +1139,15 @@ def catch_all_text(host, files):
     """What 000-dockhand.conf is to hold beside these files, {path: text}."""
     listens = [listen for text in files.values() for server in servers_of(text)
                for listen in server.listens]
-    ipv6 = os.path.exists(host.path('/proc/net/if_inet6'))
-    return render_catch_all(listens, nginx_version(host), ipv6)
+    version = re.findall(r'\d+', host.ask(['nginx', '-v']).err.partition('nginx/')[2])
+    return render_catch_all(listens, tuple(map(int, version[:3])),
+                            os.path.exists(host.path('/proc/net/if_inet6')))
 
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
     own, files = PROXIES + '/%s.conf' % app, proxy_files(host)
     others = dict((path, servers_of(files[path])) for path in files if path != own)
-    check_proxy(servers_of(without_header(text)), others)
+    check_proxy(servers_of(text.partition('\n')[2]), others)
     problem = try_nginx(host, app, text)
     if problem and try_nginx(host, app, read_file(host.path(own))):
         raise Failure("nginx's configuration was broken before this push, mend it first: "
@@ -1174,20 +1160,19 @@ def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own, or None.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
     own = PROXIES + '/%s.conf' % app
-    candidate, catch_all, staged, pid = staged_files(app)
+    paths = candidate, catch_all, staged, pid = staged_files(app)
     files = dict(proxy_files(host), **{own: text or ''})
     order = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), [catch_all] + order, pid)
     try:
-        replace_file(host.path(candidate), files[own])
-        replace_file(host.path(catch_all), catch_all_text(host, files))
-        replace_file(host.path(staged), conf)
+        for path, new in zip(paths, (files[own], catch_all_text(host, files), conf)):
+            replace_file(host.path(path), new)
         result = host.ask(['nginx', '-t', '-q', '-c', staged])
-        said = nginx_error(result.err).replace(catch_all, CATCH_ALL)
-        return in_repository(said, candidate) if result.status else None
+        said = nginx_error(result.err, candidate).replace(catch_all, CATCH_ALL)
+        return said if result.status else None
     finally:
-        for path in staged_files(app):
+        for path in paths:
             remove_file(host.path(path))
 
 def staged_files(app):
@@ -1195,15 +1180,12 @@ def staged_files(app):
     return ['%s/.dockhand-%s.%s' % (NGINX, app, part)
             for part in ('candidate', 'catch-all', 'nginx', 'nginx.pid')]
 
-def nginx_error(err):
+def nginx_error(err, candidate='nginx-proxy.conf'):
+    """What `nginx -t` says first, about a candidate as `nginx-proxy.conf:LINE: what`."""
     lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
-    return plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
-
-def in_repository(problem, candidate):
-    """nginx's words about a candidate, as `nginx-proxy.conf:LINE: what`."""
-    match = re.match(r'(.*?)(?: in)? %s:(\d+)' % re.escape(candidate), problem)
-    what, line = match.groups() if match else (problem, None)
-    return str(proxy_failure(int(line) - 1, what)) if match else problem
+    said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
+    match = re.match(r'(.*?)(?: in)? %s:(\d+)' % re.escape(candidate), said)
+    return str(proxy_failure(int(match.group(2)) - 1, match.group(1))) if match else said
 
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow. What is
@@ -1213,12 +1195,10 @@ def install_proxy(host, app, text, certain=False):
         found = read_file(path)
         if text == found and not certain:
             return
-        if text is None:
-            changed = is_ours(found, app) and remove_file(path)
-        else:
-            if not certain:
-                check_proxy_file(host, app, text)
-            changed = replace_file(path, text)
+        if text and not certain:
+            check_proxy_file(host, app, text)
+        changed = replace_file(path, text) if text else (
+            is_ours(found, app) and remove_file(path))
         if write_catch_all(host) or changed or certain:
             reload_nginx(host)
 
@@ -1242,7 +1222,9 @@ def reload_nginx(host):
     deadline = monotonic() + RELOAD_TIMEOUT
     while earlier & set(nginx_workers(host, master)):
         if monotonic() > deadline:
-            raise Failure('nginx keeps its old configuration: ' + nginx_log(host))
+            path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
+            why = (['see ' + path] + re.findall(pattern, host.text(path)))[-1]
+            raise Failure('nginx keeps its old configuration: ' + plain_line(why))
         time.sleep(0.01)
 
 def is_systemd(host):
@@ -1253,7 +1235,7 @@ def nginx_master(host):
     named = re.findall(r'(?m)^\s*pid\s+([^;]+);', host.text(NGINX, 'nginx.conf'))[:1]
     for path in named + ['/run/nginx.pid']:
         pid = host.text(path).strip()
-        if pid.isdigit() and 'nginx' in process_title(host, pid):
+        if pid.isdigit() and 'nginx' in host.text('/proc', pid, 'cmdline'):
             return pid
     return None
 
@@ -1262,15 +1244,7 @@ def nginx_workers(host, master):
     found = [(pid, host.text('/proc', pid, 'stat').rpartition(')')[2].split())
              for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
     return [pid for pid, fields in found if fields[1:2] == [master]
-            and 'shutting down' not in process_title(host, pid)]
-
-def process_title(host, pid):
-    return host.text('/proc', pid, 'cmdline').replace('\0', ' ')
-
-def nginx_log(host):
-    lines = [line for line in host.text('/var/log/nginx/error.log').splitlines()
-             if '[emerg]' in line or '[alert]' in line]
-    return plain_line(lines[-1]) if lines else 'see /var/log/nginx/error.log'
+            and 'shutting down' not in host.text('/proc', pid, 'cmdline')]
 
 # ---- The two engines: what keeps an app running ----------------------------------------
 
@@ -1316,9 +1290,10 @@ def on_container(host, release, *words):
 
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
-    def check(self, release):
-        """Failure where the release cannot run here, before anything is touched."""
-        self.job(release)
+    def job(self, release):
+        """How docker runs a release's job; Failure where it cannot."""
+        return container_of(job_of(release), release.app)
+    check = job
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
@@ -1331,9 +1306,6 @@ class Containers(Engine):
         command += log + [image] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
             on_container(self.host, release, 'update', '--restart', 'no')
-
-    def job(self, release):
-        return container_of(job_of(release), release.app)
 
     def start(self, release):
         """Start the container; one that was pruned away is made again."""
@@ -1364,23 +1336,21 @@ class Containers(Engine):
         return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
 
 def job_of(release):
-    return parse_job(without_header(release.job))
+    return parse_job(release.job.partition('\n')[2])    # as pushed: no line of ours
 
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
 
+HELD = 'manual\n'       # an override that keeps a reboot from starting a mixture
+
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     def place(self, release):
-        self.hold(release)
+        replace_file(self.path(release, '.override'), HELD)
         replace_file(self.path(release, '.conf'), release.job)
 
     def path(self, release, ending):
         return self.host.path(JOBS, release.app + ending)
-
-    def hold(self, release):
-        """`manual` keeps a reboot from starting a mixture."""
-        replace_file(self.path(release, '.override'), 'manual\n')
 
     def start(self, release):
         path = self.path(release, '.conf')
@@ -1390,7 +1360,7 @@ class Upstart(Engine):
 
     def stop(self, release):
         """Stop the job, and the containers that init leaves behind."""
-        self.hold(release)
+        replace_file(self.path(release, '.override'), HELD)
         self.host.run_unless('Unknown (instance|job)', ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
@@ -1455,23 +1425,15 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
 
 def silent_ports(state):
     """What does not answer yet, in words; '' when all does."""
-    if state.health == 'healthy':
-        return ''
-    if state.health:
+    import socket
+    if state.health not in ('', 'healthy'):
         return 'its HEALTHCHECK is still ' + state.health
-    for address, port in state.ports:
-        if not accepts(address, port):
+    for address, port in [] if state.health else state.ports:
+        try:
+            socket.create_connection((address, port), 1).close()
+        except (EnvironmentError, socket.error):
             return 'nothing listens on port %d of the container' % port
     return ''
-
-def accepts(address, port):
-    """Whether something takes a TCP connection there, within a second."""
-    import socket
-    try:
-        socket.create_connection((address, port), 1).close()
-        return True
-    except (EnvironmentError, socket.error):
-        return False
 
 # ---- Releases: the store, apply, deploy, recover ---------------------------------------
 
@@ -2057,8 +2019,7 @@ def serve(host, name, *apps):
               '%s', name, app, ', '.join(apps))
     folder = repository(host, app)
     if not os.path.isdir(folder):
-        if verb == 'upload-pack':
-            raise Failure('there is no app %s here; a first push makes it', app)
+        refuse_if(verb == 'upload-pack', 'no app %s here; a first push makes it', app)
         check_host_names(host, app)
         make_repository(host, app, folder)
     kept = ('PATH', 'HOME', 'USER', 'LOGNAME', 'LANG', 'SSH_CONNECTION', 'GIT_PROTOCOL')
@@ -2095,44 +2056,37 @@ def after_push(host, app):
     """Once the branch has moved: say where the app answers, remove what is too old.
     Nothing depends on it, since it does not run when the pusher is gone."""
     live = live_release(host, app)
-    if live is None:
-        return
-    head = 'refs/heads/' + live.branch
-    if git(host, app, 'symbolic-ref', 'HEAD').strip() != head:
-        git(host, app, 'symbolic-ref', 'HEAD', head)
-    show_address(host, live)
-    with app_lock(host, app, 'the clean-up of ' + app) as live:
-        if live:
-            clean_up(host, live)
+    if live:
+        git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
+        show_address(host, live)
+        with app_lock(host, app, 'the clean-up of ' + app) as live:
+            if live:
+                clean_up(host, live)
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
-Part = namedtuple('Part', 'path text mode')     # a file, the git user's under its home
-
 def installed_parts(host):
-    """Every file that `install` writes, but for nginx's, as [Part]."""
+    """Every file that `install` writes, but for nginx's, as [(path, text, mode)].
+    The launchers are for the interpreter that runs now, isolated. They neither collect
+    garbage nor take the interpreter down: 7 of a start's 30 ms."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
+    launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
+                       flags='-Es' if PYTHON_2 else '-IS', user=host.user)
     parts = [
-        Part(LIBRARY + '/dockhand.py', source, 0o644),
-        Part(PROGRAM, launcher(host, 'dockhand'), 0o755),
-        Part(RECEIVE, launcher(host, 'receive'), 0o755),
-        Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        Part(TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
-        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
+        (LIBRARY + '/dockhand.py', source, 0o644),
+        (PROGRAM, launcher(role='dockhand'), 0o755),
+        (RECEIVE, launcher(role='receive'), 0o755),
+        (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
+        (TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
+        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
     if is_systemd(host):
-        parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
+        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
-        parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
+        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
     folders = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
     folders = [TEMPLATE] + [each for each in folders if os.path.isdir(host.path(each))]
-    return parts + [Part(folder + '/hooks/' + name, text, 0o755)
+    return parts + [(folder + '/hooks/' + name, text, 0o755)
                     for folder in folders for name, text in HOOKS]
-
-def launcher(host, role):
-    """A script of a few lines for the interpreter that runs now, isolated. It neither
-    collects garbage nor takes the interpreter down: 7 of a start's 30 ms."""
-    return LAUNCHER.format(python=sys.executable, flags='-Es' if PYTHON_2 else '-IS',
-                           library=LIBRARY, role=role, user=host.user)
 
 PACKAGES = (('git', 'git'), ('docker', 'docker.io'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
@@ -2162,51 +2116,44 @@ def ensure_user(host):
     """The git user; True if it was made or changed."""
     account, user = host.account(), host.user
     if account is None:
-        home = '/home/' + user
-        host.run(['useradd', '-m', '-d', home, '-s', '/bin/sh', '-p', '*', user])
-        tell('made the user ' + user)
-        return True
-    if account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
+        argv, said = 'useradd -m -d /home/%s -s /bin/sh -p *' % user, 'made the user %s'
+    elif account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
         raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
                       'install --user NAME takes another', account.name, account.shell)
-    if re.search(r'(?m)^%s:!' % re.escape(user), host.text('/etc/shadow')):
-        host.run(['usermod', '-p', '*', user])
-        tell('unlocked the user %s for keys (no password works)', user)
-        return True
-    return False
+    elif re.search(r'(?m)^%s:!' % re.escape(user), host.text('/etc/shadow')):
+        argv, said = 'usermod -p *', 'unlocked the user %s for keys (no password works)'
+    else:
+        return False
+    host.run(argv.split() + [user])
+    tell(said, user)
+    return True
 
-def install_part(host, part):
-    path, home = host.path(part.path), host.home() + '/'
+def install_part(host, name, text, mode):
+    """Write a file, the git user's under its home; True if it changed."""
+    path, visudo = host.path(name), ['visudo', '-c', '-q', '-f']
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
-    owner = host.account() if part.path.startswith(home) else None
-    check = None if part.path != SUDOERS else (
-        lambda new: host.run(['visudo', '-c', '-q', '-f', new]))
-    changed = replace_file(path, part.text, part.mode, owner, check)
+    owner = host.account() if name.startswith(host.home() + '/') else None
+    check = (lambda new: host.run(visudo + [new])) if name == SUDOERS else None
+    changed = replace_file(path, text, mode, owner, check)
     if changed:
-        tell('wrote ' + part.path)
+        tell('wrote ' + name)
     return changed
 
 def disable_default_site(host):
-    """The distribution's default site claims `default_server`; taken out if untouched."""
-    link, packaged = host.path(NGINX, 'sites-enabled/default'), PROXIES + '/default.conf'
-    if os.path.islink(link) and is_untouched(host, NGINX + '/sites-available/default'):
-        remove_file(link)
-        left = 'sites-available/default is left'
-    elif is_untouched(host, packaged):
-        left = packaged + '.disabled'
-        os.rename(host.path(packaged), host.path(left))
-    else:
-        return False
-    tell("disabled nginx's default site (%s)", left)
-    return True
-
-def is_untouched(host, path):
-    """Whether a file is as its package brought it (dpkg's own checksum)."""
+    """Move the distribution's default site, which claims `default_server`, out of the way
+    if it is as its package brought it, by dpkg's own checksum."""
     import hashlib
-    text = read_file(host.path(path))
-    known = text and host.ask(['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']).out
-    return bool(known) and path + ' ' + hashlib.md5(to_bytes(text)).hexdigest() in known
+    query = ['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']
+    for site, packaged in ((NGINX + '/sites-enabled/default', '/sites-available/default'),
+                           (PROXIES + '/default.conf', '/conf.d/default.conf')):
+        text, left = host.text(site), NGINX + packaged + '.disabled'
+        known = '%s%s %s' % (NGINX, packaged, hashlib.md5(to_bytes(text)).hexdigest())
+        if text and known in host.ask(query).out:
+            os.rename(host.path(site), host.path(left))
+            tell("disabled nginx's default site: it is %s now", left)
+            return True
+    return False
 
 def install_nginx(host):
     """The catch-all, tested before it is in place; True if something changed."""
@@ -2218,15 +2165,6 @@ def install_nginx(host):
     if changed or nginx_master(host) is None:
         reload_nginx(host)
     return changed
-
-def install_boot_job(host):
-    folder, name = os.path.split(UNIT)
-    wanted = host.path(folder, 'multi-user.target.wants', name)
-    if not is_systemd(host) or os.path.islink(wanted):
-        return False
-    host.run(['systemctl', 'daemon-reload'])
-    host.run(['systemctl', 'enable', '-q', 'dockhand-recover'])
-    return True
 
 def check_sudo(host):
     """Run the one command as the git user, as a hook will."""
@@ -2248,23 +2186,22 @@ def install(host, user=None):
     changes = [ensure_user(host),
                make_folder(host.path(STATE)), make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account())]
-    changes += [part.path for part in installed_parts(host) if install_part(host, part)]
-    script = LIBRARY + '/dockhand.py'
-    if script in changes:               # a start then costs the same at any length
-        py_compile.compile(host.path(script), dfile=script, doraise=True)
-    changes += [replace_link(host.path(OLDER_NAME), PROGRAM), install_nginx(host),
-                install_boot_job(host)]
+    changes += [install_part(host, *part) for part in installed_parts(host)]
+    script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
+    py_compile.compile(host.path(script), dfile=script, doraise=True)
+    changes += [replace_link(host.path(OLDER_NAME), PROGRAM), install_nginx(host)]
+    if is_systemd(host):                # what `systemctl enable` does
+        wants = host.path('/etc/systemd/system/multi-user.target.wants')
+        make_folder(wants)
+        changes.append(replace_link(wants + '/dockhand-recover.service', UNIT))
     check_sudo(host)
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
 
-def keys_path(host):
-    return host.path(host.home(), KEYS)
-
 def write_keys(host, before, keys, after):
-    account, text = host.account(), render_authorized_keys(before, keys, after)
-    make_folder(os.path.dirname(keys_path(host)), 0o700, account)
-    return replace_file(keys_path(host), text, 0o600, account)
+    account, path = host.account(), host.path(host.home(), KEYS)
+    make_folder(os.path.dirname(path), 0o700, account)
+    return replace_file(path, render_authorized_keys(before, keys, after), 0o600, account)
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
@@ -2281,7 +2218,7 @@ def upload_key(host, name, *apps):
     if host.account() is None:
         raise Failure('dockhand is not installed here: python3 dockhand.py install')
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
+        before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
         changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
     where = ', '.join(apps) or 'every app'
     for kind, blob in uploaded:
@@ -2302,14 +2239,14 @@ def check_key_type(host, kind, blob):
 
 def list_keys(host):
     """list who may push, and which apps"""
-    for key in split_authorized_keys(read_file(keys_path(host)) or '')[1]:
+    for key in split_authorized_keys(host.text(host.home(), KEYS))[1]:
         where = ' '.join(key.apps) or '(every app)'
         tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob), where)
 
 def remove_key(host, name):
     """take the right to push away from a key"""
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(read_file(keys_path(host)) or '')
+        before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
         kept = [key for key in keys if key.name != name]
         if kept == keys:
             raise Failure('no key is named "%s": see dockhand keys', printable(name))
@@ -2345,20 +2282,17 @@ def restart(host, app):
     """stop an app and start it again"""
     with live_app(host, app, 'restart') as live:
         choose_engine(host).stop(live)
-        run_app(host, live)
+    start(host, app)
 
 def start(host, app):
     """start an app that was stopped"""
     with live_app(host, app, 'start') as live:
-        run_app(host, live)
-
-def run_app(host, live):
-    engine = choose_engine(host)
-    engine.place(live)
-    engine.start(live)
-    check_or_show_log(host, live, engine)
-    finish(host, live, engine, True)
-    tell('%s runs', live.app)
+        engine = choose_engine(host)
+        engine.place(live)
+        engine.start(live)
+        check_or_show_log(host, live, engine)
+        finish(host, live, engine, True)
+    tell('%s runs', app)
 
 def stop(host, app):
     """stop an app; it stays so over a reboot, until a start or a push"""
@@ -2446,8 +2380,8 @@ def destroy(host, app, force=False):
 def doctor(host):
     """check every part of the installation, and say what to type"""
     checks = missing_requirements(host)
-    checks += [] if checks else doctor_apps(host)
-    checks += doctor_parts(host) + doctor_ssh(host) + doctor_nginx(host)
+    for part in () if checks else (doctor_parts, doctor_ssh, doctor_nginx, doctor_apps):
+        checks += part(host)
     for what, command in checks:
         tell('WRONG  %s\n       type: %s', what, command)
     refuse_if(checks, '%d thing(s) to mend', len(checks))
@@ -2455,39 +2389,35 @@ def doctor(host):
 
 def doctor_parts(host):
     if host.account() is None:
-        return [('there is no user ' + host.user, INSTALL_AGAIN)]
-    found = [(part.path + ' is not as installed', INSTALL_AGAIN)
-             for part in installed_parts(host)
-             if read_file(host.path(part.path)) != part.text]
+        yield 'there is no user ' + host.user, INSTALL_AGAIN
+        return
+    for path, text, _ in installed_parts(host):
+        if host.text(path) != text:
+            yield path + ' is not as installed', INSTALL_AGAIN
     try:
         check_sudo(host)
     except Failure as failure:
-        found.append((str(failure), 'visudo'))
-    return found
+        yield str(failure), 'visudo'
 
 def doctor_ssh(host):
-    said = host.ask(['sshd', '-T']).out
-    users, groups, files = [
-        ' '.join(re.findall('(?im)^%s (.*)' % name, said))
-        for name in ('allowusers', 'allowgroups', 'authorizedkeysfile')]
-    user, edit = host.user, 'edit /etc/ssh/sshd_config, then reload ssh'
-    left_out = users and user not in users.split()
-    upload = 'dockhand upload-key NAME < id_ed25519.pub'
-    return [(what, command) for wrong, what, command in (
-        (left_out, 'AllowUsers of sshd leaves out ' + user, edit),
-        (groups, 'AllowGroups of sshd may leave out ' + user, edit),
-        (KEYS not in (files or KEYS), 'AuthorizedKeysFile of sshd is ' + files, edit),
-        (not os.path.exists(keys_path(host)), 'no key may push', upload)) if wrong]
+    said, named = host.ask(['sshd', '-T']).out, '(?:^|[ /])%s(?: |$)'
+    for option, wanted in (('AllowUsers', host.user), ('AllowGroups', host.user),
+                           ('AuthorizedKeysFile', KEYS)):
+        found = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
+        if found and not re.search(named % re.escape(wanted), found):
+            yield ('%s of sshd is %s, without %s' % (option, found, wanted),
+                   'edit /etc/ssh/sshd_config, then reload ssh')
+    if not host.text(host.home(), KEYS):
+        yield 'no key may push', 'dockhand upload-key NAME < id_ed25519.pub'
 
 def doctor_nginx(host):
     result = host.ask(['nginx', '-t', '-q'])
     if result.status:
-        return [(nginx_error(result.err), 'edit that file, then nginx -t')]
-    if nginx_master(host) is None:
-        return [('nginx does not run', 'systemctl start nginx, or service nginx start')]
-    if read_file(host.path(CATCH_ALL)) != catch_all_text(host, proxy_files(host)):
-        return [(CATCH_ALL + ' is not as it should be', INSTALL_AGAIN)]
-    return []
+        yield nginx_error(result.err), 'edit that file, then nginx -t'
+    elif nginx_master(host) is None:
+        yield 'nginx does not run', 'systemctl start nginx, or service nginx start'
+    elif host.text(CATCH_ALL) != catch_all_text(host, proxy_files(host)):
+        yield CATCH_ALL + ' is not as it should be', INSTALL_AGAIN
 
 def doctor_apps(host):
     engine = choose_engine(host)
@@ -2513,11 +2443,6 @@ COMMANDS = [
     ('rebuild', rebuild, 'APP [--pull]'), ('destroy', destroy, 'APP [--force]'),
     ('recover', recover, ''), ('doctor', doctor, '')]
 
-def usage():
-    return 'dockhand: git push deploys anything that fits in a container\n' + ''.join(
-        '\n  dockhand %-28s %s' % (name + ' ' + words, function.__doc__)
-        for name, function, words in COMMANDS)
-
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
     options = dict(re.findall(r'\[--?([a-z]+)(?: ([A-Z]+))?\]', pattern))
@@ -2541,7 +2466,9 @@ def parse_arguments(pattern, words):
 
 def run_command(host, words):
     if not words or words[0] in ('help', '-h', '--help'):
-        return tell(usage())
+        return tell('dockhand: git push deploys anything that fits in a container\n%s',
+                    ''.join('\n  dockhand %-28s %s' % (name + ' ' + words, act.__doc__)
+                            for name, act, words in COMMANDS))
     for name, function, pattern in COMMANDS:
         if name == words[0]:
             given, options = parse_arguments(pattern, words[1:])

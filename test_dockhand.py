@@ -761,7 +761,7 @@ def test_the_address_is_what_a_person_would_type(text, address):
     strange                                                => strange
     => nginx -t failed''')
 def test_the_words_of_nginx_become_a_line_of_the_pushed_file(err, said):
-    assert dh.in_repository(dh.nginx_error(err), '/etc/nginx/.c') == said
+    assert dh.nginx_error(err, '/etc/nginx/.c') == said
 
 
 # ---------------------------------------------------------------------------------------
@@ -1322,12 +1322,8 @@ class Machine(object):
         return app + ' stop/waiting\n'
 
     def systemctl(self, verb, *words):
-        wants = self.host.path('/etc/systemd/system/multi-user.target.wants')
-        if verb == 'start':
-            return self.nginx()
-        if verb == 'enable':
-            dh.make_folder(wants)
-            os.symlink('x', wants + '/dockhand-recover.service')
+        assert (verb, words) == ('start', ('nginx',))
+        return self.nginx()
 
     # nginx
 
@@ -2108,7 +2104,7 @@ def ssh_command(text):
 @table('command, name, apps, said', '''
     git-receive-pack 'blog' => bob => wiki wikis => the key "bob" has no right to blog: it
     git-upload-pack 'blog'  => bob => wiki       => the key "bob" has no right to blog: it
-    git-upload-pack 'blog'  => bob => blog       => there is no app blog here
+    git-upload-pack 'blog'  => bob => blog       => no app blog here
     git-receive-pack 'etc'  => bob =>            => /etc/init/etc.conf is on this server
     git-receive-pack 'ssh'  => bob =>            => the server itself
     id                      => bob =>            => "id" is not for this key''')
@@ -2594,6 +2590,8 @@ def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capf
         re.sub('pyc$', 'py', dh.__file__))
     files = fresh.files()
     assert files['/usr/local/bin/gitreceive'][0] == '/usr/local/bin/dockhand'
+    link = '/etc/systemd/system/multi-user.target.wants/dockhand-recover.service'
+    assert files.get(link, [None])[0] == (dh.UNIT if fresh.init == 'systemd' else None)
     assert files['/var/lib/dockhand/build'][1:] == ('700', (USER, GROUP))
     assert fresh.served is not None
     out, done = capfd.readouterr().out, set(fresh.done)
@@ -2757,9 +2755,11 @@ def dead(machine):
     (edited('/etc/sudoers.d/dockhand'), 'sudoers.d/dockhand is not as', 'install'),
     (edited('/usr/local/bin/dockhand'), 'bin/dockhand is not as installed', 'install'),
     (broken('sudo -n'), 'the user git cannot run', 'visudo'),
-    (says('sshd', 'AllowUsers admin\n'), 'AllowUsers of sshd leaves out', 'sshd_config'),
-    (says('sshd', 'allowgroups a\n'), 'AllowGroups of sshd may leave', 'sshd_config'),
-    (says('sshd', 'authorizedkeysfile /k\n'), 'AuthorizedKeysFile of sshd', 'sshd'),
+    (says('sshd', 'AllowUsers admin\n'), 'AllowUsers of sshd is admin, without git', 'sshd'),
+    (says('sshd', 'AllowUsers git2 legit\n'), 'is git2 legit, without git', 'sshd_config'),
+    (says('sshd', 'allowgroups a\n'), 'AllowGroups of sshd is a, without git', 'sshd_config'),
+    (says('sshd', 'authorizedkeysfile /k\n'), 'sshd is /k, without .ssh/authorized_keys',
+     'sshd_config'),
     (gone(KEYS_FILE), 'no key may push', 'dockhand upload-key NAME'),
     (edited('/etc/nginx/conf.d/000-dockhand.conf'), '000-dockhand.conf', 'install'),
     (edited('/etc/nginx/conf.d/blog.conf'), 'blog.conf was changed', 'dockhand apps'),
@@ -2773,6 +2773,15 @@ def test_doctor_says_what_is_wrong_and_what_to_type(healthy, capfd, harm, what, 
     assert 'thing(s) to mend' in refusal(dh.doctor, healthy.host)
     rows = re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out)
     assert [row for row in rows if what in row[0] and command in row[1]]
+
+@pytest.mark.parametrize('said', [
+    'AllowUsers admin git', 'AllowGroups git wheel', 'allowusers a\nallowusers git',
+    'AuthorizedKeysFile /k %h/.ssh/authorized_keys',
+    'authorizedkeysfile /home/git/.ssh/authorized_keys'])
+def test_doctor_finds_nothing_where_sshd_lets_git_in(healthy, capfd, said):
+    healthy.sshd = lambda option: said + '\n'
+    dh.doctor(healthy.host)
+    assert capfd.readouterr().out == 'all is well\n'
 
 def test_doctor_leaves_an_app_that_is_stopped_alone(healthy, capfd):
     dh.stop(healthy.host, 'blog')
@@ -3759,10 +3768,10 @@ AILMENTS = [
     ('rm /etc/sudoers.d/dockhand', 'sudoers.d/dockhand is not as installed', None),
     ('sed -i "/includedir/s/^/# /" /etc/sudoers', 'git cannot run .*receive by sudo',
      'sed -i "/includedir/s/^# //" /etc/sudoers'),
-    ('echo AllowUsers root >/etc/ssh/sshd_config.d/x.conf', 'AllowUsers of sshd leaves out git',
-     'rm /etc/ssh/sshd_config.d/x.conf'),
-    ('echo AllowGroups root >/etc/ssh/sshd_config.d/x.conf', 'AllowGroups of sshd may leave',
-     'rm /etc/ssh/sshd_config.d/x.conf'),
+    ('echo AllowUsers root >/etc/ssh/sshd_config.d/x.conf',
+     'AllowUsers of sshd is root, without git', 'rm /etc/ssh/sshd_config.d/x.conf'),
+    ('echo AllowGroups root >/etc/ssh/sshd_config.d/x.conf',
+     'AllowGroups of sshd is root, without git', 'rm /etc/ssh/sshd_config.d/x.conf'),
     ('echo AuthorizedKeysFile /etc/keys/%u >/etc/ssh/sshd_config.d/x.conf',
      'AuthorizedKeysFile of sshd is /etc/keys', 'rm /etc/ssh/sshd_config.d/x.conf'),
     ('mv /home/git/.ssh /home/git/.ssh.off', 'no key may push',
