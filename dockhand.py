@@ -676,7 +676,7 @@ def read_stanza(match):
     return Stanza(' '.join(name.split()), unquote(plain.strip()), text, line, commands)
 
 def read_commands(tokens, line, offset):
-    """[Command] of matches of SHELL_TOKEN in a text that begins at this line and offset."""
+    """[Command] of the matches of SHELL_TOKEN in a text at this line and offset."""
     found, words = [], []
     for match in tokens:
         if match.lastgroup in ('word', 'stray'):
@@ -692,7 +692,7 @@ def read_commands(tokens, line, offset):
     return found
 
 def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
-    """A word without its quotes; `variable` gets each match of VARIABLE, for its value."""
+    """A word without its quotes; `variable` gives the value of a match of VARIABLE."""
     def inside(match):
         kind = match.lastgroup
         return re.sub(VARIABLE, variable, match.group(kind)) if kind in (
@@ -781,7 +781,7 @@ def check_stanza(stanza):
                           'for text: save it with Unix ones')
 
 def check_run(run, job):
-    """Failure for an option that kills a deploy. A name must be free at the next start."""
+    """Failure for an option that kills a deploy; a name must be free at the next start."""
     freed = [word.value for stanza in job for command in stanza.commands
              if command.verb == 'rm' for word in command.rest]
     options = [each for each in run.options if each.name not in FLAGS
@@ -976,11 +976,11 @@ def check_proxy(servers, others):
             for claim, line in server_claims(server).items():
                 taken.setdefault(claim, '%s:%d' % (path, line))
     for server in servers:
+        check_listens(server, shared)
         for claim, line in sorted(server_claims(server).items()):
             if claim in taken:
                 raise proxy_failure(line, '%s, by %s: change one of the two',
                                     printable(claim, 160), taken[claim])
-        check_listens(server, shared)
 
 def proxy_failure(line, text, *values):
     return Failure('nginx-proxy.conf:%d: %s', line, filled(text, values))
@@ -1361,7 +1361,8 @@ class Upstart(Engine):
     def stop(self, release):
         """Stop the job, and the containers that init leaves behind."""
         replace_file(self.path(release, '.override'), HELD)
-        self.host.run_unless('Unknown (instance|job)', ['stop', release.app])
+        self.host.run_unless('Unknown (instance|job)|already been stopped',
+                             ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run(['docker', 'stop', '-t', '1', found['Id']])
 
@@ -1814,7 +1815,7 @@ def check_race(host, app, live, branch, old):
         raise Failure('another push went live: pull, then push again')
 
 def has_history(host, app, commit):
-    """Whether git has a commit and its parents: a killed shallow push leaves one alone."""
+    """Whether git has a commit and its parents; a killed shallow push leaves it alone."""
     return try_git(host, app, 'rev-list', '--quiet', commit)
 
 def new_release(host, app, key, branch, commit, number=None):
@@ -2062,6 +2063,15 @@ def after_push(host, app):
         with app_lock(host, app, 'the clean-up of ' + app) as live:
             if live:
                 clean_up(host, live)
+
+def hang_up(host):
+    """End git's process for a pusher who takes nothing any more: it would wait for ever.
+    The deploy is over; the same push again is accepted, and moves the branch."""
+    pid = os.getppid()
+    while pid > 1 and not select.select([], [2], [], PATIENCE)[1]:
+        if 'receive-pack' in host.text('/proc', str(pid), 'cmdline'):
+            return os.kill(pid, signal.SIGTERM)
+        pid = int(host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()[1])
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
@@ -2484,7 +2494,7 @@ def installed_user(host):
 def main(role, user):
     """Run as one of dockhand's names; the exit status."""
     exit_on_signals()
-    host, words = Host(user=user), sys.argv[1:]
+    host, words, status = Host(user=user), sys.argv[1:], 0
     try:
         if role == 'receive':
             receive(host, *words or [''])
@@ -2496,8 +2506,10 @@ def main(role, user):
         say('dockhand: %s', problem)
         if role == 'receive' or words[:1] == ['serve']:
             log('%s: refused: %s', ' '.join(words), problem)
-        return 2 if isinstance(problem, Usage) else 1
-    return 0
+        status = 2 if isinstance(problem, Usage) else 1
+    if role == 'receive' and say.patience <= 0:
+        hang_up(host)
+    return status
 
 if __name__ == '__main__':
     sys.exit(main('dockhand', installed_user(Host())))

@@ -4248,7 +4248,7 @@ def test_real_many_apps_pushed_at_once_are_live_or_refused(server, size):
         check_refusal(outcome, 'nginx-proxy.conf:1: .*bogus')
         apps.remove(app)
         pushed.remove(outcome)
-        assert app.branch() == '' and app.mark() not in ('', 'm')
+        assert app.branch() == '' and app.mark() != 'm'
     for app, outcome in zip(apps, pushed):
         assert outcome.status == 0, outcome.err
         app.check_whole('m')
@@ -4290,6 +4290,6 @@ def test_real_a_rollback_takes_as_long_as_a_restart(servers):
         assert (app.check_whole(mark), app.branch()) == (mark, commits[mark])
     assert app.push().status == 0       # of the newer one
     assert (app.check_whole('b'), app.branch()) == ('b', commits['b'])
-    assert sorted(ratios)[1] <= 1.2, ratios
+    assert min(ratios) <= 1.2, ratios
     print('restart %.2f s; the older version after %s of that' % (
         restarted - begun, ' '.join('%.2f' % ratio for ratio in ratios)))
