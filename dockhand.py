@@ -988,9 +988,8 @@ def proxy_failure(line, text, *values):
 def check_listens(server, shared):
     """An unknown name on port 80 is answered by 000-dockhand.conf; a server on one
     address of a shared port gets every request to it, whatever its name."""
-    shared_port = [each.port in ('80', '443') and not each.default
-                   for each in server.listens]
-    if all(shared_port) and set(server.names) <= set(['', '_']):
+    ours = [each.port in ('80', '443') and not each.default for each in server.listens]
+    if all(ours) and set(server.names) <= set(['', '_']):
         raise proxy_failure(server.line, 'no request reaches this server: give it a '
                             'server_name, or write `listen 80 default_server;`')
     for address, port, _, line in server.listens:
@@ -1096,8 +1095,7 @@ def tag_image(host, source, target):
         host.run(['docker', 'tag', '-f', source, target])
 
 def remove_image_tag(host, tag, *options):
-    """Take a tag away, and its image if nothing else uses it; False where a container
-    does."""
+    """Take a tag away, and an unused image with it; False where a container uses it."""
     command = ('docker', 'rmi') + options + (tag,)
     return host.run_unless('no such image|container', command) or not inspect(host, tag)
 
@@ -1336,7 +1334,7 @@ class Containers(Engine):
         return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
 
 def job_of(release):
-    return parse_job(release.job.partition('\n')[2])    # as pushed: no line of ours
+    return parse_job(release.job.partition('\n')[2])    # lines count as they were pushed
 
 def container_name(release):
     return '%s--%d' % (release.app, release.number)
