@@ -400,8 +400,7 @@ def make_folder(path, mode=0o755, account=None):
     found = os.stat(path)
     os.chmod(path, mode)
     os.chown(path, *account[1:3] if account else (-1, -1))
-    now = os.stat(path)
-    return now[:1] + now[4:6] != found[:1] + found[4:6]     # mode, owner and group
+    return os.stat(path)[:6] != found[:6]
 
 @contextmanager
 def locked(path, purpose):
@@ -779,10 +778,9 @@ def check_run(run, job):
             raise job_failure(word.line, '`%s`: %s', word.text, wrong)
 
 def doubts_of_image(run, app, volumes):
-    mounts = [each.value for each in run.options
-              if each.name in ('volume', 'mount', 'tmpfs')]
-    mounted = re.findall(r'(?m)^(?:.*(?:dst|destination|target)=|[^:\n]*:(?=/))?'
-                         r'(/[^:,\n]*?)/?(?:[:,]|$)', '\n'.join(mounts))
+    given = '\n'.join('%s %s' % option[:2] for option in run.options)
+    mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
+                         r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
     if not is_image_of(app, run.image):
         yield run.line, ('warning: it runs the image `%s`, not what this repository '
                          'builds, `%s`' % (printable(run.image), app))
