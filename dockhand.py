@@ -222,8 +222,7 @@ def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
                 processes.append(spawn(feed, null, PIPE, null))
             given = processes[0].stdout if feed else null
             processes.append(spawn(argv, given, PIPE, STDOUT if each else PIPE))
-        if feed:
-            given.close()
+        given.close()
         if each:
             read_lines(processes[-1].stdout.fileno(), each)
         out, err = processes[-1].communicate()
@@ -297,11 +296,10 @@ class Host(object):
 
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
-        for line in self.text('/etc/passwd').splitlines():
-            name, _, fields = line.partition(':')
-            if name == self.user and fields.count(':') == 5:
-                _, uid, gid, _, home, shell = fields.split(':')
-                return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
+        fields = r':[^:\n]*:(\d+):(\d+):[^:\n]*:([^:\n]*):([^:\n]*)$'
+        for uid, gid, home, shell in re.findall(
+                '(?m)^' + re.escape(self.user) + fields, self.text('/etc/passwd')):
+            return Account(self.user, int(uid), int(gid), home, shell or '/bin/sh')
         return None
 
     def home(self):
@@ -352,8 +350,7 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
             target.write(to_bytes(text))
             target.flush()
             os.fchmod(fd, mode)
-            if account:
-                os.fchown(fd, account.uid, account.gid)
+            os.fchown(fd, *account[1:3] if account else (-1, -1))
             os.fsync(fd)
         if check:
             check(temporary)
@@ -403,8 +400,7 @@ def make_folder(path, mode=0o755, account=None):
     found = os.stat(path)
     os.chmod(path, mode)
     os.chown(path, *account[1:3] if account else (-1, -1))
-    now = os.stat(path)
-    return now[:1] + now[4:6] != found[:1] + found[4:6]     # mode, owner and group
+    return os.stat(path)[:6] != found[:6]
 
 @contextmanager
 def locked(path, purpose):
@@ -448,11 +444,9 @@ def undone_by(function, *args):
         attempt('while undoing', function, *args)
         raise
 
-def exit_on_signals():
-    """What would end the process becomes a Failure, so that what was begun is undone."""
-    def leave(number, frame):
-        raise Stopped('stopped by signal %d', number)
-    on_signals(leave)
+def leave(number, frame):
+    """What would end the process is a Failure, so that what was begun is undone."""
+    raise Stopped('stopped by signal %d', number)
 
 def on_signals(action):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -485,11 +479,11 @@ def parse_ssh_command(command):
     git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
     clone or fetch (git-receive-pack(1)); after ssh://HOST the path has a "/" first."""
     refuse_if(not command, 'no shell here: git push git@HOST:APP.git main')
-    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*)'\Z", command)
+    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z",
+                     command)
     refuse_if(not match, '"%s" is not for this key: it can git push, fetch and clone',
               printable(command))
-    verb, name = match.groups()
-    return verb, check_app_name(name[:-4] if name.endswith('.git') else name)
+    return match.group(1), check_app_name(match.group(2))
 
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
@@ -541,9 +535,7 @@ def fingerprint(blob):
 
 def split_authorized_keys(text):
     """(lines before our marks, our keys, lines after) of an authorized_keys file."""
-    lines = text.split('\n')
-    if not lines[-1]:
-        lines.pop()
+    lines = re.sub(r'\n\Z', '', text).split('\n') if text else []
     first = (lines + [KEYS_BEGIN]).index(KEYS_BEGIN)
     ours = list(takewhile(bool, (re.match(KEY_LINE, line) for line in lines[first + 1:])))
     keys = [Key(*match.group(3, 4, 1) + (tuple(match.group(2).split()),))
@@ -566,10 +558,8 @@ def add_keys(keys, uploaded, name, apps):
             raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
                           'go on using it', key.name, key.name)
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
-    for kind, blob in uploaded:
-        if Key(kind, blob, name, apps) not in kept:
-            kept.append(Key(kind, blob, name, apps))
-    return kept
+    new = [Key(kind, blob, name, apps) for kind, blob in uploaded]
+    return kept + [key for at, key in enumerate(new) if key not in kept + new[:at]]
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
@@ -577,9 +567,8 @@ def add_keys(keys, uploaded, name, apps):
 # commands: the simple commands of an exec or a script, [] of another
 Stanza = namedtuple('Stanza', 'name value text line commands')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
-# verb: what docker is told to do, '' for another command; rest: the words after the verb;
-# operator: what ends it
-Command = namedtuple('Command', 'words verb rest operator')
+# verb: what docker is told to do, None for another command; rest: the words after that
+Command = namedtuple('Command', 'words verb rest operator')     # operator: what ends it
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 Run = namedtuple('Run', 'options image command line')
 Published = namedtuple('Published', 'address host container protocol')
@@ -587,7 +576,8 @@ Published = namedtuple('Published', 'address host container protocol')
 # Long patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
 # in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
-# It matches two groups, a name and a value; none in an empty line or a comment.
+# It matches two groups, a name and a value, none in an empty line or a comment, and
+# `trouble`, all the rest of the file, where init knows no stanza.
 STANZA = r'''(?x)[ \t]*(?:
     ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
@@ -599,7 +589,7 @@ STANZA = r'''(?x)[ \t]*(?:
       |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
         (?P<value>(?:\\\r?\n|[^\n])*)
   | (?:\#[^\n]*)?
-  )[ \t\r]*(?:\n|\Z)'''
+  )[ \t\r]*(?:\n|\Z) | (?P<trouble>[\s\S]+)'''
 
 # What a stanza's value must match, and what to say where it does not.
 WANTED_VALUES = {
@@ -625,18 +615,17 @@ LETTERS = dict(zip('acdehilmpPqtuvw', '''
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
-# What may stand before docker's verb, each word ended by a NUL: keywords and variables
-# of the shell, docker itself, its own options.
-DOCKER = r'''(?x)(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*  (?:[^\0]*/)?docker\0
+# A docker command up to its verb, each word ended by a NUL: keywords and variables of the
+# shell, docker itself, its own options; of another command, nothing.
+DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)?docker\0
     (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
-    (?:container\0)?'''
+    (?:container\0)?(?P<verb>[^\0]*)\0)?'''
 
 SHELL_TOKEN = r'''(?xs)
     (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+|\Z)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
   | (?P<stray>.)'''
-QUOTED = r'''(?xs) '(?P<single>[^']*)' | \\(?P<escaped>.)
-  | "(?P<double>(?:\\.|[^"\\])*)" | (?P<bare>[^'"\\]+)'''
+QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
 VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]'
 
 def job_failure(line, text, *values):
@@ -644,14 +633,13 @@ def job_failure(line, text, *values):
 
 def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
-    stanzas, at = [], 0
-    while at < len(text):
-        match = re.compile(STANZA).match(text, at)
-        if not match:
-            raise job_failure(text.count('\n', 0, at) + 1, stanza_trouble(text[at:]))
+    stanzas = []
+    for match in re.finditer(STANZA, text):
+        if match.lastgroup == 'trouble':
+            line = text.count('\n', 0, match.start()) + 1
+            raise job_failure(line, stanza_trouble(match.group()))
         if match.lastindex:
             stanzas.append(read_stanza(match))
-        at = match.end()
     return stanzas
 
 def stanza_trouble(text):
@@ -671,12 +659,12 @@ def read_stanza(match):
     if match.group('value') and {'"', "'"} & set(each.group() for each in tokens):
         raise job_failure(line, 'a quote is not closed')
     plain = ''.join(each.group() for each in tokens if each.lastgroup != 'comment')
-    commands = read_commands(tokens, line, begin) if re.search(
-        '(exec|script)$', name) else []
-    return Stanza(' '.join(name.split()), unquote(plain.strip()), text, line, commands)
+    runs = name.endswith(('exec', 'script'))
+    return Stanza(' '.join(name.split()), unquote(plain.strip()), text, line,
+                  read_commands(tokens, line, begin) if runs else [])
 
 def read_commands(tokens, line, offset):
-    """[Command] of the matches of SHELL_TOKEN in a text at this line and offset."""
+    """[Command] of the matches of SHELL_TOKEN in a text that begins there."""
     found, words = [], []
     for match in tokens:
         if match.lastgroup in ('word', 'stray'):
@@ -684,24 +672,22 @@ def read_commands(tokens, line, offset):
             words.append(Word(text, unquote(text), line + match.string.count('\n', 0, at),
                               offset + at))
         elif match.lastgroup == 'operator' and words:
-            before = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
-            docker = words[before.group().count('\0'):] if before else []
-            verb = docker[0].value if docker else ''
-            found.append(Command(words, verb, docker[1:], match.group()))
+            docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
+            rest = words[docker.group().count('\0'):]
+            found.append(Command(words, docker.group('verb'), rest, match.group()))
             words = []
     return found
 
 def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
     """A word without its quotes; `variable` gives the value of a match of VARIABLE."""
     def inside(match):
-        kind = match.lastgroup
-        return re.sub(VARIABLE, variable, match.group(kind)) if kind in (
-            'bare', 'double') else match.group(kind)
+        part, kept = match.group(match.lastindex), match.lastindex < 3
+        return part if kept else re.sub(VARIABLE, variable, part)
     return re.sub(QUOTED, inside, text)
 
 def read_run(command):
     options, words = [], list(command.rest)
-    while words and words[0].value.startswith('-'):
+    while words and re.match('-.', words[0].value):
         word = words.pop(0)
         if word.value == '--':
             break
@@ -718,13 +704,10 @@ def split_option(text):
     name, equals, value = text.lstrip('-').partition('=')
     if text.startswith('--') or name in SINGLE_DASH:
         return [(name, value if equals else None)]
-    found = []
-    for at, letter in enumerate(text[1:], 2):
-        name = LETTERS.get(letter, letter)
-        if name not in FLAGS or text[at:at + 1] == '=':
-            return found + [(name, text[at:].lstrip('=') or None)]
-        found.append((name, None))
-    return found
+    name, rest = LETTERS.get(text[1:2], text[1:2]), text[2:]
+    if name in FLAGS and rest and rest[0] != '=':
+        return [(name, None)] + split_option('-' + rest)
+    return [(name, rest.lstrip('=') or None)]
 
 def runs_of(job):
     """Every `docker run` of the main process, the last `exec` or `script`, as [Run]."""
@@ -742,10 +725,8 @@ def modernize_job(text):
 
 def parse_published(value):
     """The Published of a `-p` value: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
-    ports, _, protocol = value.partition('/')
-    outside, _, container = ports.rpartition(':')
-    address, _, host = outside.rpartition(':')
-    return Published(address, host, container, protocol or 'tcp')
+    match = re.match(r'(?:(?:(.*):)?([^:]*):)?([^:/]*)(?:/(.*))?', value)
+    return Published(*match.groups('')[:3] + (match.group(4) or 'tcp',))
 
 def published_ports(job):
     """The Published of every `-p` of the job's last `docker run`."""
@@ -781,7 +762,7 @@ def check_stanza(stanza):
                           'for text: save it with Unix ones')
 
 def check_run(run, job):
-    """Failure for an option that kills a deploy; a name must be free at the next start."""
+    """Failure for what kills a deploy; a name must be free again at the next start."""
     freed = [word.value for stanza in job for command in stanza.commands
              if command.verb == 'rm' for word in command.rest]
     options = [each for each in run.options if each.name not in FLAGS
@@ -797,10 +778,9 @@ def check_run(run, job):
             raise job_failure(word.line, '`%s`: %s', word.text, wrong)
 
 def doubts_of_image(run, app, volumes):
-    mounts = [each.value for each in run.options
-              if each.name in ('volume', 'mount', 'tmpfs')]
-    mounted = re.findall(r'(?m)^(?:.*(?:dst|destination|target)=|[^:\n]*:(?=/))?'
-                         r'(/[^:,\n]*?)/?(?:[:,]|$)', '\n'.join(mounts))
+    given = '\n'.join('%s %s' % option[:2] for option in run.options)
+    mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
+                         r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
     if not is_image_of(app, run.image):
         yield run.line, ('warning: it runs the image `%s`, not what this repository '
                          'builds, `%s`' % (printable(run.image), app))
@@ -816,9 +796,9 @@ def doubts_of_ports(run, proxied):
         address, outside, inside, protocol = parse_published(option.value)
         is_web = outside in proxied or inside in HTTP_PORTS
         if is_web and not address and protocol == 'tcp':
-            text = ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
-                    '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
-            yield option.word.line, text
+            yield option.word.line, (
+                'warning: `-p %s` is open to the world, past ufw; behind nginx: '
+                '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
@@ -882,11 +862,10 @@ def check_harmless(commands):
 def expand_word(word, env):
     """The values of a word, `$NAME` of the job's own env put in as the shell would."""
     def value(match):
-        if match.group('escaped'):
-            return match.group('escaped')
-        if match.group('name') not in env:
+        name, escaped = match.group('name', 'escaped')
+        if not escaped and name not in env:
             raise no_equivalent(word, word.text, 'only the `env` of the job is known')
-        return env[match.group('name')]
+        return escaped or env[name]
     if word.text in ('"', "'"):
         raise job_failure(word.line, 'a quote is not closed')
     whole = unquote(word.text, value)
@@ -2491,7 +2470,7 @@ def installed_user(host):
 
 def main(role, user):
     """Run as one of dockhand's names; the exit status."""
-    exit_on_signals()
+    on_signals(leave)
     host, words, status = Host(user=user), sys.argv[1:], 0
     try:
         if role == 'receive':

@@ -533,6 +533,8 @@ def test_a_job_without_start_on_is_not_started_at_boot(text, at_boot):
     env A=1 # x\nexec docker run --rm -e A=$A blog      => --env=A=1
     env A="it's"\nexec docker run --rm -e X="$A" blog   => --env=X=it's
     env B=1\nexec docker run --rm -e '$A'$B blog        => --env=$A1
+    env A=1\nexec docker run -e X="it's$A's" blog       => --env=X=it's1's
+    env A=1\nexec docker run -e "X=\\$A" blog           => --env=X=$A
     env A=-P\nexec docker run --rm $A blog              => --publish-all''')
 def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     assert contained(text).options == options.split() and contained(text).image == 'blog'
@@ -1035,7 +1037,7 @@ def test_what_ends_well_is_not_undone():
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_becomes_a_failure_so_that_undo_runs(number):
-    dh.exit_on_signals()
+    dh.on_signals(dh.leave)
     assert 'stopped by signal %d' % number in refusal(os.kill, os.getpid(), number)
 
 def read_to_end(fd):
