@@ -112,11 +112,13 @@ REPOSITORY_CONFIG = '''[core]
 \thooksPath = hooks
 [receive]
 \tshallowUpdate = true
+\tunpackLimit = 1
 \tdenyDeleteCurrent = ignore
 [transfer]
 \thideRefs = refs/dockhand
 [gc]
-\tauto = 100
+\tautoPackLimit = 20
+\tbigPackThreshold = 32m
 \tautoDetach = false
 '''
 UNIT_TEXT = '''[Unit]
@@ -1526,6 +1528,8 @@ def apply(host, old, new):
     moving `live` is the commit point. Gives what there is to report, in words."""
     engine, begun = choose_engine(host), monotonic()
     served = old and not is_stopped(host, new.app)
+    if not old or new.proxy != old.proxy:       # a build takes long; others work meanwhile
+        check_proxy_change(host, new)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, new.app, 'pending', new)
@@ -2042,13 +2046,17 @@ def after_push(host, app):
                 clean_up(host, live)
 
 def hang_up(host):
-    """End git's process for a pusher who takes nothing any more: it would wait for ever.
+    """End git's process for a pusher who takes nothing any more, or it waits for ever.
     The deploy is over; the same push again is accepted, and moves the branch."""
-    pid = os.getppid()
-    while pid > 1 and not select.select([], [2], [], PATIENCE)[1]:
-        if 'receive-pack' in host.text('/proc', str(pid), 'cmdline'):
-            return os.kill(pid, signal.SIGTERM)
-        pid = int(host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()[1])
+    from termios import FIONREAD
+    pid, unread = os.getppid(), fcntl.ioctl(2, FIONREAD, b'none')
+    time.sleep(2 * PATIENCE)
+    if fcntl.ioctl(2, FIONREAD, b'none') == unread != b'\0\0\0\0':
+        while pid > 1 and 'receive-pack' not in host.text('/proc', str(pid), 'cmdline'):
+            stats = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
+            pid = int((stats + [0, 0])[1])
+        if pid > 1:
+            os.kill(pid, signal.SIGTERM)
 
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
@@ -2319,8 +2327,6 @@ def rollback(host, app, number=None):
     with live_app(host, app, 'rollback') as live:
         release = earlier_release(host, live, number)
         check_edited(host, live, release)
-        if release.proxy != live.proxy:
-            check_proxy_change(host, release)
         was, now = live.number, release.number
         step('Switching from release %d to %d', was, now)
         step('Release %d is live again: %s', now, apply(host, live, release))

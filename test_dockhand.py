@@ -1512,7 +1512,8 @@ nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
 docker build --force-rm -t blog:2 /var/lib/dockhand/build/blog
 rm -rf -- /var/lib/dockhand/build/blog
 '''
-ORDER = {'none': BUILD + '''docker create --name blog--2 --log-driver=json-file \
+ORDER = {'none': BUILD + '''nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
+docker create --name blog--2 --log-driver=json-file \
 --log-opt=max-size=10m --log-opt=max-file=3 sha256:FROMtwo
 docker update --restart no blog--1
 docker stop -t 5 blog--1
@@ -1520,7 +1521,8 @@ docker tag blog:2 blog:latest
 nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
 nginx -s reload
 docker start blog--2
-docker update --restart unless-stopped blog--2''', 'upstart': BUILD + '''stop blog
+docker update --restart unless-stopped blog--2''', 'upstart': BUILD + '''nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
+stop blog
 docker tag blog:2 blog:latest
 nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
 nginx -s reload
@@ -2555,11 +2557,13 @@ INSTALLED = [
 \thooksPath = hooks
 [receive]
 \tshallowUpdate = true
+\tunpackLimit = 1
 \tdenyDeleteCurrent = ignore
 [transfer]
 \thideRefs = refs/dockhand
 [gc]
-\tauto = 100
+\tautoPackLimit = 20
+\tbigPackThreshold = 32m
 \tautoDetach = false
 '''),
     ('/etc/nginx/conf.d/000-dockhand.conf', '644', PLAIN_ALL)]
