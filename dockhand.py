@@ -1528,7 +1528,7 @@ def apply(host, old, new):
     moving `live` is the commit point. Gives what there is to report, in words."""
     engine, begun = choose_engine(host), monotonic()
     served = old and not is_stopped(host, new.app)
-    if not old or new.proxy != old.proxy:       # a build takes long; others work meanwhile
+    if not old or new.proxy != old.proxy:       # others worked during the build
         check_proxy_change(host, new)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
