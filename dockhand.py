@@ -315,6 +315,7 @@ def command_failed(argv, result):
 
 def last_line(text):
     """The last line that a command said: docker repeats itself for each name."""
+    text = re.sub(r'(?m)^Error: failed to start containers.*', '', text)
     return plain_line(text.strip().rpartition('\n')[2])
 
 def read_file(path):

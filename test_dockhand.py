@@ -1123,7 +1123,8 @@ def test_a_command_that_is_missing_is_named():
 
 def test_a_command_that_fails_is_told_with_its_last_words():
     def run(argv):
-        return Result(2, 'out\n', 'first\n\x1b[1mlast\x1b[0m\n\n')
+        return Result(2, 'out\n', 'first\n\x1b[1mlast\x1b[0m\nError: failed to start '
+                      'containers: blog--3\n\n')
     assert refusal(Host('/', run).run, ['docker', 'start', 'blog--3', 'x', 'y']) == \
         'docker start blog--3 x failed (2): last'
     assert Host('/', run).ask(['docker']).status == 2
