@@ -1344,7 +1344,7 @@ class Upstart(Engine):
         self.host.run_unless('Unknown (instance|job)|already been stopped',
                              ['stop', release.app])
         for found in running_containers(self.host, release.image):
-            self.host.run(['docker', 'stop', '-t', '1', found['Id']])
+            self.host.run_unless('No such', ['docker', 'stop', '-t', '1', found['Id']])
 
     def revives(self, release):
         """Whether init does not do that: a command was killed that held the job."""
