@@ -4036,6 +4036,8 @@ def test_real_killed_pushes_leave_one_whole_release(server, size):
     assert '' not in watch.heard['neighbour']
     return '%s; %s processes killed; %s' % (said, ' '.join(struck), watch.figures())
 
+@pytest.mark.xfail(strict=False, reason='a power cut in the middle of docker start leaves '
+                   'a docker-proxy that leads elsewhere: moby/libnetwork#2448')
 @drill('systemd', 2, 10)
 def test_real_power_cuts_leave_one_whole_release(server, size):
     (app, neighbour, seconds), leaks = two_apps(server), []
@@ -4055,8 +4057,11 @@ def test_real_power_cuts_leave_one_whole_release(server, size):
                 server.ok('systemctl restart docker; dockhand recover')
         watch.test_nginx()
         neighbour.check_whole('n')
-    with Watch(server, app, neighbour) as watch:
-        said = interrupt(app, size, seconds, cut, boot)
+    try:
+        with Watch(server, app, neighbour) as watch:
+            said = interrupt(app, size, seconds, cut, boot)
+    finally:
+        server.ok('systemctl restart docker; dockhand recover')
     return '%s; %d times docker kept a port; %s' % (said, len(leaks), watch.figures())
 
 def refused_after(app, pattern, harm, reason):
