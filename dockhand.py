@@ -51,8 +51,6 @@ def to_bytes(text):
         return text
     return text.encode('utf-8', 'strict' if PYTHON_2 else 'surrogateescape')
 
-BYTE_ORDER_MARK = to_text(b'\xef\xbb\xbf')
-
 # ---- Constants: paths, limits, templates -----------------------------------------------
 
 LIBRARY = '/usr/local/lib/dockhand'
@@ -123,7 +121,8 @@ REPOSITORY_CONFIG = '''[core]
 '''
 UNIT_TEXT = '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
-After=docker.service nginx.service
+After=docker.service
+Before=nginx.service
 
 [Service]
 Type=oneshot
@@ -158,7 +157,7 @@ def refuse_if(wrong, text, *values):
     if wrong:
         raise Failure(text, *values)
 
-class Stopped(Failure):
+class Stopped(Exception):
     """A signal came that would have ended the process."""
 
 class Usage(Failure):
@@ -212,34 +211,24 @@ def plain_line(text):
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
 
-def execute(argv, env=None, cwd='/', account=None, feed=None, each=None):
+def execute(argv, env=None, cwd='/', account=None, each=None):
     """Run a command, never through a shell, as an Account; a Result(status, out, err).
-    env: variables added to ENVIRONMENT; feed: a command whose output it reads, and whose
-    failure counts; each: gets each line of its output, both streams, as it comes."""
-    from subprocess import PIPE, STDOUT
-    spawn, processes = partial(start_process, env, cwd, account), []
+    env: added to ENVIRONMENT; each: gets each line of both its streams as it comes."""
+    process = start_process(argv, env, cwd, account, bool(each))
     try:
-        with open(os.devnull, 'r+b') as null:
-            if feed:
-                processes.append(spawn(feed, null, PIPE, null))
-            given = processes[0].stdout if feed else null
-            processes.append(spawn(argv, given, PIPE, STDOUT if each else PIPE))
-        given.close()
         if each:
-            read_lines(processes[-1].stdout.fileno(), each)
-        out, err = processes[-1].communicate()
+            read_lines(process.stdout.fileno(), each)
+        out, err = process.communicate()
     except BaseException:
-        for process in processes:
-            process.kill()
-            process.stdout.close()
+        process.kill()
+        process.stdout.close()
+        process.wait()
         raise
-    finally:
-        statuses = [process.wait() for process in processes]
-    return Result(statuses[-1] or statuses[0], to_text(out), to_text(err or b''))
+    return Result(process.returncode, to_text(out), to_text(err or b''))
 
-def start_process(env, cwd, account, argv, stdin, stdout, stderr):
-    """Start a command, which gets nothing of ours but its streams."""
-    from subprocess import Popen
+def start_process(argv, env, cwd, account, together):
+    """Start a command, which gets nothing of ours; its output through pipes, or one."""
+    from subprocess import PIPE, STDOUT, Popen
     variables = dict(ENVIRONMENT, **(env or {}))
     if account:
         variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
@@ -251,8 +240,10 @@ def start_process(env, cwd, account, argv, stdin, stdout, stderr):
             os.initgroups(account.name, account.gid)
             os.setuid(account.uid)
     try:
-        return Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=variables,
-                     cwd=cwd, close_fds=True, preexec_fn=prepare)
+        with open(os.devnull) as null:
+            return Popen(argv, stdin=null, stdout=PIPE,
+                         stderr=STDOUT if together else PIPE, env=variables, cwd=cwd,
+                         close_fds=True, preexec_fn=prepare)
     except OSError as error:
         raise Failure('%s: %s', argv[0], error.strerror)
 
@@ -328,6 +319,13 @@ def read_file(path):
             return None
         raise
 
+def children(host, parent):
+    """{process id: command line, a NUL after each word} of what a process started."""
+    found = [(pid, host.text('/proc', pid, 'stat').rpartition(')')[2].split())
+             for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
+    return dict((pid, host.text('/proc', pid, 'cmdline')) for pid, fields in found
+                if fields[1:2] == [parent])
+
 @contextmanager
 def replacing(path):
     """A name beside a path to write to; it takes the path's place if all goes well."""
@@ -397,9 +395,7 @@ def list_folder(path):
 def make_folder(path, mode=0o755, account=None):
     """Make a folder, and those above it that are missing; True if it was not as asked."""
     if not os.path.isdir(path):
-        if not os.path.isdir(os.path.dirname(path)):
-            make_folder(os.path.dirname(path))
-        os.mkdir(path)
+        os.makedirs(path)
     found = os.stat(path)
     os.chmod(path, mode)
     os.chown(path, *account[1:3] if account else (-1, -1))
@@ -448,8 +444,8 @@ def undone_by(function, *args):
         raise
 
 def leave(number, frame):
-    """What would end the process is a Failure, so that what was begun is undone."""
-    raise Stopped('stopped by signal %d', number)
+    """What would end the process is raised, so that what was begun is undone."""
+    raise Stopped('stopped by signal %d' % number)
 
 def on_signals(action):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -646,8 +642,6 @@ def parse_job(text):
     return stanzas
 
 def stanza_trouble(text):
-    if text.startswith(BYTE_ORDER_MARK):
-        return 'begins with a byte order mark: save it as UTF-8 without one'
     two_words = r'\s*(?:(?:pre-|post-|kill|normal|start|stop|reload)\S*\s+)?\S*'
     words = re.match(two_words, text).group().split()
     if 'script' in words:
@@ -1025,9 +1019,8 @@ def docker_version(host):
     """The version of docker's engine, as a tuple; Failure where it does not answer."""
     _, out, err = host.ask(['docker', 'version'])
     match = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
-    if not match:
-        said = last_line(err or out) or 'is it running?'
-        raise Failure('docker does not answer: ' + said)
+    refuse_if(not match, 'docker does not answer: %s',
+              last_line(err or out) or 'is it running?')
     return tuple(int(part) for part in match.group(1).strip('.').split('.'))
 
 def inspect(host, *names):
@@ -1038,12 +1031,33 @@ def inspect(host, *names):
         raise Failure('docker does not answer: ' + last_line(result.err or result.out))
     return json.loads(result.out or '[]')
 
-def running_containers(host, image):
-    """docker's description of the containers that run an image (by id), newest first."""
+def running_containers(host, image=None):
+    """docker's description of the containers that run (an image, by id), newest first."""
     ids = host.run(['docker', 'ps', '-q', '--no-trunc']).split()
     found = inspect(host, *ids) if ids else []
-    return sorted([each for each in found if each['Image'] == image],
+    return sorted([each for each in found if image in (None, each['Image'])],
                   key=lambda each: each['State']['StartedAt'], reverse=True)
+
+def kept_ports(host):
+    """The ports of this machine, as [str], that docker keeps for no running container."""
+    proxies = children(host, host.text('/run/docker.pid').strip()).values()
+    kept = re.findall(r'docker-proxy\0.*-host-port\0(\d+)', '\n'.join(proxies))
+    used = [each['HostPort'] for found in (running_containers(host) if kept else [])
+            for places in (found['NetworkSettings'].get('Ports') or {}).values()
+            for each in places or []]
+    return sorted(set(kept) - set(used))
+
+def free_ports(host):
+    """Restart docker where it keeps a port, as after a power cut while it started an app:
+    nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
+    deadline = monotonic() + 3          # a container that is just being started has one
+    while kept_ports(host) and monotonic() < deadline:
+        time.sleep(0.1)
+    for port in kept_ports(host)[:1]:
+        refuse_if(not is_systemd(host) and not is_upstart(host), 'docker keeps port %s '
+                  'for no container: restart it, then: sudo dockhand recover', port)
+        step('docker keeps port %s for no container; restarting it', port)
+        host.run(['service', 'docker', 'restart'])
 
 def build_image(host, folder, tag, layers, *options):
     """Build an image from a folder; docker's output goes to the pusher as it comes.
@@ -1090,7 +1104,8 @@ def written_files(host, container):
             and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)]
 
 def check_space(host, wanted=SPACE):
-    for path in (images_folder(host), '/var/lib/containerd', STATE):
+    folders = images_folder(host), '/var/lib/containerd', STATE
+    for path in [path for path in folders if os.path.isdir(host.path(path))]:
         free = free_bytes(host, path) // 1000000
         refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: docker image '
                   'prune removes what nobody uses', free, path, wanted)
@@ -1101,9 +1116,7 @@ def images_folder(host):
     return (moved + ['/var/lib/docker'])[0]
 
 def free_bytes(host, path):
-    """The bytes free on the disk of a folder, which may not be there yet."""
-    while not os.path.isdir(host.path(path)):
-        path = os.path.dirname(path)
+    """The bytes free on the disk of a folder."""
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
 
@@ -1195,20 +1208,33 @@ def reload_nginx(host):
     it counts when every earlier worker has gone or says that it is shutting down."""
     master = nginx_master(host)
     if master is None:
-        host.run(['systemctl', 'start', 'nginx'] if is_systemd(host) else ['nginx'])
-        return
-    earlier = set(nginx_workers(host, master))
+        return start_nginx(host)
+    earlier = nginx_workers(host, master)
     host.run(['nginx', '-s', 'reload'])
     deadline = monotonic() + RELOAD_TIMEOUT
-    while earlier & set(nginx_workers(host, master)):
-        if monotonic() > deadline:
-            path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
-            why = (['see ' + path] + re.findall(pattern, host.text(path)))[-1]
-            raise Failure('nginx keeps its old configuration: ' + plain_line(why))
+    while earlier & nginx_workers(host, master):
+        refuse_if(monotonic() > deadline, 'nginx keeps its old configuration: '
+                  + nginx_complaint(host))
         time.sleep(0.01)
+
+def start_nginx(host):
+    """Start nginx by whatever init is there. At boot it waits for `dockhand recover`."""
+    state = host.ask(['systemctl', 'is-system-running']).out if is_systemd(host) else ''
+    if state.strip() != 'starting':
+        refuse_if(host.ask(['service', 'nginx', 'start']).status, 'nginx does not start: '
+                  + nginx_complaint(host))
+
+def nginx_complaint(host):
+    path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
+    return plain_line((['see ' + path] + re.findall(pattern, host.text(path)))[-1])
 
 def is_systemd(host):
     return os.path.isdir(host.path('/run/systemd/system'))
+
+def is_upstart(host):
+    """Whether PID 1 is Upstart (its tools may lie beside another init)."""
+    return not is_systemd(host) and os.path.exists(host.path('/sbin/initctl')) and (
+        'upstart' in host.ask(['initctl', 'version']).out)
 
 def nginx_master(host):
     """The process id of nginx's master, None where it does not run."""
@@ -1220,11 +1246,9 @@ def nginx_master(host):
     return None
 
 def nginx_workers(host, master):
-    """The workers that still take requests, as [process id]."""
-    found = [(pid, host.text('/proc', pid, 'stat').rpartition(')')[2].split())
-             for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
-    return [pid for pid, fields in found if fields[1:2] == [master]
-            and 'shutting down' not in host.text('/proc', pid, 'cmdline')]
+    """The process ids of the workers that still take requests."""
+    return set(pid for pid, title in children(host, master).items()
+               if 'shutting down' not in title)
 
 # ---- The two engines: what keeps an app running ----------------------------------------
 
@@ -1234,11 +1258,6 @@ State = namedtuple('State', 'alive identity ports health text')
 
 def choose_engine(host):
     return Upstart(host) if is_upstart(host) else Containers(host)
-
-def is_upstart(host):
-    """Whether PID 1 is Upstart (its tools may lie beside another init)."""
-    return not is_systemd(host) and os.path.exists(host.path('/sbin/initctl')) and (
-        'upstart' in host.ask(['initctl', 'version']).out)
 
 def container_state(found):
     state = found['State']
@@ -1569,8 +1588,6 @@ def check_or_show_log(host, release, engine):
     """The moment of a release's first answer; its log for the pusher if none comes."""
     try:
         return check_health(release, engine)
-    except Stopped:
-        raise
     except Failure as error:
         lines = []
         host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
@@ -1603,6 +1620,7 @@ def sweep(host, app):
     links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
     installed = [host.path(folder, app + ending) for folder in (JOBS, PROXIES)
                  for ending in ('.conf', '.override')]
+    remove_file(repository(host, app) + '/index.lock')
     for path in staged + [temporary_of(path) for path in staged + links + installed]:
         remove_file(path)
     if os.path.isdir(build_folder(host, app)):
@@ -1672,22 +1690,18 @@ def read_pushed(folder, name):
         data = source.read(FILE_LIMIT + 1)
     refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
     refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
+    refuse_if(data.startswith(b'\xef\xbb\xbf') and name.endswith('.conf'), '%s:1: begins '
+              'with a byte order mark: save it as UTF-8 without one', name)
     refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
 
 def repository(host, app):
     return host.path(host.home(), app + '.git')
 
-def git_command(host, app, *args):
-    """A git command for an app's repository, to be run as the git user only."""
-    return ['git', '--git-dir=' + repository(host, app)] + list(args)
-
-def git(host, app, *args):
-    return host.run(git_command(host, app, *args), account=host.account())
-
-def try_git(host, app, *args):
-    """Run git where it may fail; whether it did not."""
-    return not host.ask(git_command(host, app, *args), account=host.account()).status
+def git(host, app, *args, **options):
+    """Run git in an app's repository, as the git user only; what it prints."""
+    command = ['git', '--git-dir=' + repository(host, app)] + list(args)
+    return options.get('act', host.run)(command, account=host.account())
 
 def commit_of(host, app, ref):
     """The id of the commit a ref points to, '' where there is none."""
@@ -1701,8 +1715,8 @@ def check_out(host, app, commit):
     folder = build_folder(host, app)
     empty_build_folder(host, app)
     host.run(['mkdir', folder], account=host.account())
-    host.run(['tar', '-x', '-C', folder], account=host.account(),
-             feed=git_command(host, app, 'archive', '--format=tar', commit))
+    git(host, app, 'read-tree', commit)
+    git(host, app, '--work-tree=' + folder, 'checkout-index', '-a')
     return folder
 
 def empty_build_folder(host, app):
@@ -1717,15 +1731,10 @@ def check_files(release, folder):
     job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
     refuse_if(job is None, 'no upstart.conf in this commit: it says how to run the app, '
               'as in `exec docker run --rm %s`', app)
-    if proxy and proxy.startswith(BYTE_ORDER_MARK):
-        raise proxy_failure(1, 'begins with a byte order mark: save it without')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
-    attributes = read('.gitattributes') or ''
-    if 'filter=lfs' in attributes:
+    if 'filter=lfs' in (read('.gitattributes') or ''):
         step('Note: files kept by git LFS are not part of a push; their pointers are')
-    refuse_if(re.search(r'(?m)^/?Dockerfile\s(.*\s)?export-ignore(\s|\Z)', attributes),
-        '.gitattributes makes Dockerfile export-ignore: it is needed here; take that out')
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
@@ -1798,7 +1807,7 @@ def check_race(host, app, live, branch, old):
 
 def has_history(host, app, commit):
     """Whether git has a commit and its parents; a killed shallow push leaves it alone."""
-    return try_git(host, app, 'rev-list', '--quiet', commit)
+    return not git(host, app, 'rev-list', '--quiet', commit, act=host.ask).status
 
 def new_release(host, app, key, branch, commit, number=None):
     """The next Release of an app, as far as it is known before the build."""
@@ -1859,7 +1868,7 @@ def build_release(host, live, release, options=()):
         check_proxy_change(host, release)
         step('Building %s', image_tag(release))
         build_image(host, folder, image_tag(release), layers, *options)
-    except Failure:
+    except (Failure, Stopped):
         if layers and release.number != 'plan':
             save_release(host, release._replace(image=layers[-1]))
         raise
@@ -1905,7 +1914,7 @@ def drop(host, release, *options):
     on_container(host, release, 'rm', '-f', '-v')
     gone = remove_image_tag(host, image_tag(release), *options)
     if gone:
-        try_git(host, release.app, 'update-ref', '-d', commit_ref(release))
+        git(host, release.app, 'update-ref', '-d', commit_ref(release), act=host.ask)
     return gone
 
 def clean_up(host, live):
@@ -1969,8 +1978,8 @@ def show_address(host, release):
         return step('%s: %s', app, address)
     name, port = match.groups()
     status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
-    lines = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
-    found = [line.split()[0] for line in lines]
+    hosts = host.ask(['timeout', '2', 'getent', 'ahosts', name])
+    found = re.findall(r'(?m)^\S+', hosts.out)
     if set(found) & set(own.split()):
         return step('%s: %s answers %s', app, address, status)
     route = host.ask(['timeout', '2', 'ip', 'route', 'get', '192.0.2.1']).out
@@ -2073,7 +2082,6 @@ def installed_parts(host):
         (PROGRAM, launcher(role='dockhand'), 0o755),
         (RECEIVE, launcher(role='receive'), 0o755),
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        (TEMPLATE + '/info/attributes', '* -export-ignore -export-subst\n', 0o644),
         (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
     if is_systemd(host):
         parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
@@ -2086,7 +2094,7 @@ def installed_parts(host):
 
 PACKAGES = (('git', 'git'), ('docker', 'docker.io'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
-            ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'), ('tar', 'tar'))
+            ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'))
 
 def missing_requirements(host):
     """[(what is missing, the command that brings it)]."""
@@ -2103,9 +2111,7 @@ def missing_requirements(host):
             if docker_version(host) < (1, 11) and not is_upstart(host):
                 found.append(('docker 1.11 or later, where init is not Upstart', bring))
         except Failure as failure:
-            start = 'service docker start || dockerd &'
-            found.append((str(failure), 'systemctl start docker' if is_systemd(host)
-                          else start))
+            found.append((str(failure), 'service docker start || dockerd &'))
     return found
 
 def ensure_user(host):
@@ -2211,8 +2217,7 @@ def upload_key(host, name, *apps):
     uploaded = parse_public_keys(text)
     for kind, blob in uploaded:
         check_key_type(host, kind, blob)
-    if host.account() is None:
-        raise Failure('dockhand is not installed here: python3 dockhand.py install')
+    refuse_if(not host.account(), 'dockhand is not installed here: dockhand.py install')
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
         before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
         changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
@@ -2349,6 +2354,7 @@ def earlier_release(host, live, number):
 
 def recover(host):
     """put right what a crash or a prune left; runs at boot"""
+    free_ports(host)
     apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
     wrong = [app for app in apps if not attempt(app, put_right, host, app)]
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
@@ -2409,7 +2415,7 @@ def doctor_nginx(host):
     if result.status:
         yield nginx_error(result.err), 'edit that file, then nginx -t'
     elif nginx_master(host) is None:
-        yield 'nginx does not run', 'systemctl start nginx, or service nginx start'
+        yield 'nginx does not run', 'service nginx start'
     elif host.text(CATCH_ALL) != catch_all_text(host, proxy_files(host)):
         yield CATCH_ALL + ' is not as it should be', INSTALL_AGAIN
 
@@ -2423,9 +2429,6 @@ def doctor_apps(host):
             yield 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
         elif live and not is_stopped(host, app) and not engine.state(live).alive:
             yield app + ' does not run', 'sudo dockhand start ' + app
-        for _, path, _, _ in edited_files(host, live) if live else []:
-            what = path + ' was changed by hand: the next push will ask'
-            yield what, 'sudo dockhand apps'
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
@@ -2439,24 +2442,21 @@ COMMANDS = [
 
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
-    options = dict(re.findall(r'\[--?([a-z]+)(?: ([A-Z]+))?\]', pattern))
+    from getopt import GetoptError, gnu_getopt
+    known = re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern)
+    short = ''.join(name + (value and ':') for name, value in known if len(name) == 1)
+    longer = [name + (value and '=') for name, value in known if len(name) > 1]
     least = re.sub(r'\[.*?\]', '', pattern).split()
     most = re.sub(r'\[-.*?\]', '', pattern).split()
-    given, found, words = [], {}, list(words)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.lstrip('-').partition('=')
-        if not word.startswith('-') or word == '-':
-            given.append(word)
-        elif name not in options or (equals and not options[name]):
-            raise Usage('unknown option ' + printable(word))
-        elif options[name] and not equals and not words:
-            raise Usage('%s wants a value', word)
-        else:
-            found[name] = value if equals else words.pop(0) if options[name] else True
+    try:
+        found, given = gnu_getopt(words, short, longer)
+    except GetoptError as error:
+        raise Usage(printable(str(error)))
     if len(given) < len(least) or (len(given) > len(most) and '...' not in pattern):
         raise Usage('wanted: ' + (pattern or 'no words'))
-    return given, found
+    takes = dict(known)
+    return given, dict((name, value if takes[name] else True) for name, value in [
+        (option.lstrip('-'), value) for option, value in found])
 
 def run_command(host, words):
     if not words or words[0] in ('help', '-h', '--help'):
@@ -2472,12 +2472,13 @@ def run_command(host, words):
 
 def installed_user(host):
     """The git user of the installation at hand, for a script that is run directly."""
-    match = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
-    return match.group(1) if match else 'git'
+    found = re.findall(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
+    return (found + ['git'])[0]
 
 def main(role, user):
     """Run as one of dockhand's names; the exit status."""
     on_signals(leave)
+    os.umask(0o022)
     host, words, status = Host(user=user), sys.argv[1:], 0
     try:
         if role == 'receive':
@@ -2486,7 +2487,7 @@ def main(role, user):
             serve(host, *words[1:])
         else:
             run_command(host, words)
-    except (Failure, EnvironmentError) as problem:
+    except (Failure, Stopped, EnvironmentError) as problem:
         say('dockhand: %s', problem)
         if role == 'receive' or words[:1] == ['serve']:
             log('%s: refused: %s', ' '.join(words), problem)

@@ -357,8 +357,7 @@ def test_a_stanza_knows_its_line():
     \e[2J\n                  => 1: unknown stanza `?[2J`
     a\0b                     => 1: unknown stanza `a?b`
     exec docker run b "x\n   => 1: a quote is not closed
-    respawn\nauthor don't    => 2: a quote is not closed''',
-    (dh.BYTE_ORDER_MARK + 'exec a', '1: begins with a byte order mark'))
+    respawn\nauthor don't    => 2: a quote is not closed''')
 def test_a_job_that_init_would_not_read_is_refused_by_line(text, said):
     assert refusal(dh.parse_job, text).startswith('upstart.conf:' + said)
 
@@ -778,6 +777,8 @@ def test_the_words_of_nginx_become_a_line_of_the_pushed_file(err, said):
     [--user NAME]   => --user=bob     =>                => user=bob
     APP [-f] [-n N] => -f blog -n 5   => blog           => f=True n=5
     APP [-n N]      => blog -n -1     => blog           => n=-1
+    APP [-n N]      => blog -n5       => blog           => n=5
+    APP [-f]        => -f -- -blog    => -blog          => f=True
     NAME [APP...]   => anna           => anna           =>
     NAME [APP...]   => anna blog wiki => anna blog wiki =>
     APP [--pull]    => --pull -       => -              => pull=True
@@ -794,11 +795,10 @@ def test_a_command_line_is_read_by_its_pattern(pattern, words, given, options):
     APP           => a b
     NAME [APP...] =>
     APP [-f]      => a -x
-    APP [-f]      => a --
     APP [-f]      => -f
     APP [N]       => a 3 4
     APP           => a -h
-    APP [-n N]    => a -n5
+    APP [-n N]    => a -n
     APP [--pull]  => a --pull=1
     [--user NAME] => --user''')
 def test_a_command_line_that_does_not_fit_its_pattern_is_a_usage_error(pattern, words):
@@ -1036,9 +1036,11 @@ def test_what_ends_well_is_not_undone():
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_becomes_a_failure_so_that_undo_runs(number):
+def test_a_signal_is_raised_so_that_undo_runs(number):
     dh.on_signals(dh.leave)
-    assert 'stopped by signal %d' % number in refusal(os.kill, os.getpid(), number)
+    with pytest.raises(dh.Stopped) as caught:
+        os.kill(os.getpid(), number)
+    assert str(caught.value) == 'stopped by signal %d' % number
 
 def read_to_end(fd):
     parts = []
@@ -1112,12 +1114,6 @@ def test_each_line_of_both_outputs_is_given_without_control_characters():
     assert [line for line in lines if line] == ['a', 'b', 'red', 'last']
     assert result.status == 0 and shell('exit 4', each=lines.append).status == 4
 
-def test_a_command_feeds_another_and_either_failure_counts():
-    assert dh.execute(['cat'], feed=['printf', 'a\nb']) == Result(0, 'a\nb', '')
-    assert shell('cat', feed=['sh', '-c', 'echo a; exit 3']) == Result(3, 'a\n', '')
-    assert shell('cat; exit 5', feed=['true']).status == 5
-    assert dh.execute(['true'], feed=['yes']).status != 0
-
 def test_a_command_that_is_missing_is_named():
     assert refusal(dh.execute, ['no-such-command', 'x']).startswith('no-such-command: No')
 
@@ -1164,10 +1160,10 @@ class Machine(object):
         self.root, self.init, self.host = str(root), init, Host(str(root), self)
         self.done, self.broken, self.count = [], {}, 100
         self.images, self.containers, self.jobs = {}, {}, {}
-        self.commits, self.refs, self.served = {}, {}, None
+        self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
-        folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run
+        folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run /var/lib/docker
             /usr/local/bin /etc/sudoers.d /etc/init'''.split() + {
                 'systemd': ['/run/systemd/system', '/etc/systemd/system'],
                 'upstart': ['/sbin/initctl'], 'none': []}[init]
@@ -1181,7 +1177,7 @@ class Machine(object):
     def read(self, path):
         return dh.read_file(self.host.path(path))
 
-    def __call__(self, argv, account=None, feed=None, each=None, **options):
+    def __call__(self, argv, account=None, each=None, **options):
         line = ' '.join(argv).replace(self.root, '')
         if not line.startswith(QUERIES):
             self.done.append(line)
@@ -1192,7 +1188,7 @@ class Machine(object):
         names = [re.sub(r'\W+', '_', ' '.join(argv[:count])) for count in (2, 1)]
         method = getattr(self, names[0], None) or getattr(self, names[1], None)
         assert method, 'unexpected command: ' + line
-        self.each, self.feed = each, feed
+        self.each = each
         result = method(*argv[1:])
         return result if isinstance(result, Result) else Result(0, result or '', '')
 
@@ -1241,6 +1237,7 @@ class Machine(object):
 
     def container(self, name, image):
         return {'Id': name, 'Image': image, 'RestartCount': 0, 'policy': 'no',
+                'NetworkSettings': {},
                 'State': {'Running': False, 'StartedAt': '', 'ExitCode': 0}}
 
     def docker_start(self, _, name):
@@ -1324,8 +1321,14 @@ class Machine(object):
             return '%s start/running, process %s\n' % (app, self.jobs[app][3:])
         return app + ' stop/waiting\n'
 
-    def systemctl(self, verb, *words):
-        assert (verb, words) == ('start', ('nginx',))
+    def systemctl(self, verb):
+        assert verb == 'is-system-running'
+        return self.state + '\n'
+
+    def service(self, name, verb):
+        if (name, verb) == ('docker', 'restart'):
+            return shutil.rmtree(self.host.path('/proc/60'))
+        assert (name, verb) == ('nginx', 'start')
         return self.nginx()
 
     # nginx
@@ -1362,6 +1365,11 @@ class Machine(object):
 
     def git(self, folder, verb, *words):
         assert folder == '--git-dir=' + self.host.path('/home/git/blog.git')
+        if verb == 'read-tree':
+            self.index = self.commits[words[0]]
+        if verb.startswith('--work-tree='):
+            assert words == ('checkout-index', '-a')
+            self.check_out(verb.partition('=')[2])
         if verb == 'for-each-ref':
             return self.refs.get(words[-1], '') + '\n'
         if verb == 'symbolic-ref':
@@ -1377,9 +1385,8 @@ class Machine(object):
     def mkdir(self, folder):
         os.mkdir(folder)
 
-    def tar(self, x, c, folder):
-        assert (x, c) == ('-x', '-C') and self.feed[2:4] == ['archive', '--format=tar']
-        for name, text in self.commits[self.feed[-1]].items():
+    def check_out(self, folder):
+        for name, text in self.index.items():
             with open(os.path.join(folder, name), 'wb') as target:
                 target.write(dh.to_bytes(text))
 
@@ -1493,6 +1500,48 @@ def but(name, text):
     files = dict(FILES_2, **{SHORT.get(name, name): text})
     return dict((name, text) for name, text in files.items() if text is not None)
 
+PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
+USED = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
+
+@table('init, said', """
+    systemd =>
+    upstart =>
+    none    => docker keeps port 8000 for no container: restart it, then""")
+def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    machine.write('/run/docker.pid', '40\n')
+    machine.process(60, 40, (PROXY % '::').replace(' ', '\0'))
+    if said:
+        assert refusal(dh.recover, machine.host).startswith(said)
+    else:
+        dh.recover(machine.host)
+    assert machine.done == ([] if said else ['service docker restart'])
+
+@pytest.mark.parametrize('parent, settings', [(40, USED), (41, {})])
+def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, parent, settings):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(FILES)
+    machine.write('/run/docker.pid', '40\n')
+    machine.process(60, parent, (PROXY % '0.0.0.0').replace(' ', '\0'))
+    machine.containers['blog--1']['NetworkSettings'] = settings
+    dh.recover(machine.host)
+    assert not [line for line in machine.done if 'service' in line]
+
+def test_at_boot_nginx_is_left_to_start_once_dockhand_has_recovered(tmpdir):
+    machine = Machine(tmpdir, 'systemd')
+    machine.state = 'starting'
+    dh.reload_nginx(machine.host)
+    assert machine.served is None
+    machine.state = 'degraded'
+    dh.reload_nginx(machine.host)
+    assert machine.served == {}
+
+def test_an_nginx_that_does_not_start_is_told_with_its_last_complaint(plain):
+    plain.broken['service nginx'] = 1
+    plain.write('/var/log/nginx/error.log', 'x [notice] a\nx [emerg] bind() failed\nb\n')
+    assert refusal(dh.reload_nginx, plain.host) == 'nginx does not start: x [emerg] bind() failed'
+
 @pytest.fixture(params=['none', 'upstart'])
 def machine(request, tmpdir):
     return Machine(tmpdir, request.param)
@@ -1508,7 +1557,6 @@ def plain(tmpdir):
 
 BUILD = '''rm -rf -- /var/lib/dockhand/build/blog
 mkdir /var/lib/dockhand/build/blog
-tar -x -C /var/lib/dockhand/build/blog
 nginx -t -q -c /etc/nginx/.dockhand-blog.nginx
 docker build --force-rm -t blog:2 /var/lib/dockhand/build/blog
 rm -rf -- /var/lib/dockhand/build/blog
@@ -1711,7 +1759,8 @@ def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     ('job', None, 'no upstart.conf in this commit'),
     ('job', JOB + 'x\n', 'upstart.conf:3: unknown stanza `x`'),
     ('job', 'exec docker run -d blog', 'upstart.conf:1: `-d`'),
-    ('proxy', dh.BYTE_ORDER_MARK + WEB, 'nginx-proxy.conf:1: begins with a byte order'),
+    ('job', dh.to_text(b'\xef\xbb\xbf') + JOB, 'upstart.conf:1: begins with a byte order'),
+    ('proxy', dh.to_text(b'\xef\xbb\xbf') + WEB, 'nginx-proxy.conf:1: begins with a byte'),
     ('proxy', '\0', 'nginx-proxy.conf holds a NUL byte'),
     ('proxy', '\n\nbroken;\n', 'nginx-proxy.conf:3: broken'),
     ('proxy', 'server { listen 80; }', 'nginx-proxy.conf:1: no request reaches this'),
@@ -2070,6 +2119,7 @@ def test_a_push_without_room_for_a_build_is_refused(plain):
     assert re.match(r'\d+ MB are free on /var/lib/docker, a build wants 99999999: ',
                     refusal(dh.check_space, plain.host, 99999999))
     plain.write('/etc/docker/daemon.json', '{"data-root": "/mnt/docker"}')
+    dh.make_folder(plain.host.path('/mnt/docker'))
     assert 'on /mnt/docker' in refusal(dh.check_space, plain.host, 99999999)
     dh.check_space(plain.host, 1)
 
@@ -2147,9 +2197,10 @@ def test_root_checks_again_what_the_git_user_asks(words):
 HELD = 'images containers jobs commits refs served count'.split()
 LOOKING = 'fspath read stat lstat fstat statvfs listdir readlink fdopen __exit__'.split()
 FREEING = 'unlink remove rmdir truncate chmod chown fchmod fchown'.split()
-HALVES = ('rm -rf', 'tar -x')       # these commands are killed half-way too
-FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir', 'tar',
-        'git --git-dir=/home/git/blog.git update-ref refs')
+GIT = 'git --git-dir=/home/git/blog.git '
+HALVES = ('rm -rf', GIT + '--work')      # these commands are killed half-way too
+FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir',
+        GIT + '--work', GIT + 'update-ref refs')
 TWICE = 'docker (build|start)|timeout|nginx'
 MOST = 32                           # processes at a time: an app is watched for seconds
 
@@ -2550,7 +2601,6 @@ INSTALLED = [
     ('/usr/local/bin/dockhand', '755', LAUNCHER.format('dockhand')),
     (RECEIVE, '755', LAUNCHER.format('receive')),
     ('/etc/sudoers.d/dockhand', '440', 'git ALL=(root) NOPASSWD: %s\n' % RECEIVE),
-    (TEMPLATE + '/info/attributes', '644', '* -export-ignore -export-subst\n'),
     (TEMPLATE + '/hooks/update', '755', HOOK.format('update', ' "$@"')),
     (TEMPLATE + '/hooks/post-receive', '755', HOOK.format('post-receive', '')),
     (TEMPLATE + '/config', '644', '''[core]
@@ -2575,7 +2625,8 @@ task
 exec /usr/local/bin/dockhand recover
 ''')], 'systemd': [('/etc/systemd/system/dockhand-recover.service', '644', '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
-After=docker.service nginx.service
+After=docker.service
+Before=nginx.service
 
 [Service]
 Type=oneshot
@@ -2757,7 +2808,7 @@ def dead(machine):
         each.clear()
 
 @pytest.mark.parametrize('harm, what, command', [
-    (says('which', ''), 'tar', 'apt-get install tar'),
+    (says('which', ''), 'git', 'apt-get install git'),
     (edited('/etc/passwd', ''), 'there is no user git', 'dockhand.py install'),
     (edited('/etc/sudoers.d/dockhand'), 'sudoers.d/dockhand is not as', 'install'),
     (edited('/usr/local/bin/dockhand'), 'bin/dockhand is not as installed', 'install'),
@@ -2769,9 +2820,8 @@ def dead(machine):
      'sshd_config'),
     (gone(KEYS_FILE), 'no key may push', 'dockhand upload-key NAME'),
     (edited('/etc/nginx/conf.d/000-dockhand.conf'), '000-dockhand.conf', 'install'),
-    (edited('/etc/nginx/conf.d/blog.conf'), 'blog.conf was changed', 'dockhand apps'),
     (broken('nginx -t'), 'broken on purpose', 'nginx -t'),
-    (gone('/run/nginx.pid'), 'nginx does not run', 'systemctl start nginx'),
+    (gone('/run/nginx.pid'), 'nginx does not run', 'service nginx start'),
     (pending, 'a deploy of blog was interrupted', 'sudo dockhand recover'),
     (lambda m: m.images.pop('blog:1'), 'the image of blog is gone', 'rebuild blog'),
     (dead, 'blog does not run', 'sudo dockhand start blog')])
@@ -3314,12 +3364,11 @@ def test_real_a_plan_shows_the_difference_and_changes_nothing(server):
     assert app.branch('plan') == ''
 
 @everywhere
-def test_real_what_is_export_ignore_is_built_all_the_same_but_a_dockerfile_is_refused(server):
-    """.gitattributes would keep it from git archive, but info/attributes is stronger."""
+def test_real_what_is_export_ignore_is_built_all_the_same(server):
+    """.gitattributes would keep it from git archive."""
     app = server.app('shop')
-    app.deploy({'.gitattributes': 'www export-ignore\n'})
+    app.deploy({'.gitattributes': 'www export-ignore\nDockerfile export-ignore\n'})
     app.change('exported all the same')
-    refused(app, {'.gitattributes': 'Dockerfile export-ignore\n'}, 'Dockerfile export-ignore')
 
 @everywhere
 def test_real_an_app_with_a_healthcheck_waits_for_it(server):
@@ -4036,33 +4085,29 @@ def test_real_killed_pushes_leave_one_whole_release(server, size):
     assert '' not in watch.heard['neighbour']
     return '%s; %s processes killed; %s' % (said, ' '.join(struck), watch.figures())
 
-@pytest.mark.xfail(strict=False, reason='a power cut in the middle of docker start leaves '
-                   'a docker-proxy that leads elsewhere: moby/libnetwork#2448')
+# Until docker has just begun to start the container of a new release
+STARTING = '''
+there() { pgrep -f '^[^ ]*docker-proxy .*-host-port 8501 ' >/dev/null; }
+for _ in $(seq 2000); do there || break; sleep 0.01; done
+for _ in $(seq 2000); do ! there || break; sleep 0.001; done'''
+
 @drill('systemd', 2, 10)
 def test_real_power_cuts_leave_one_whole_release(server, size):
-    (app, neighbour, seconds), leaks = two_apps(server), []
+    """The first comes at the worst moment: docker would keep the port of what it starts."""
+    (app, neighbour, seconds), kept = two_apps(server), []
 
     def cut(moment):
-        time.sleep(moment)
-        must(['docker', 'kill', server.name])
+        server.ok(STARTING) if not kept else time.sleep(moment)
+        kept.append(must(['docker', 'kill', server.name]))
 
     def boot():
         server.reboot(('start',))
-        # Docker may keep the port of a container that was being started for ever
-        # (moby/libnetwork#2448): what the README says then is done here.
-        if not until(lambda: app.mark() != '', True, 20):
-            said = server.dockhand('recover')
-            if 'port is already allocated' in said.err:
-                leaks.append(said.err)
-                server.ok('systemctl restart docker; dockhand recover')
+        kept[-1] = 'docker keeps' in server.ok('journalctl -b -u dockhand-recover')
         watch.test_nginx()
         neighbour.check_whole('n')
-    try:
-        with Watch(server, app, neighbour) as watch:
-            said = interrupt(app, size, seconds, cut, boot)
-    finally:
-        server.ok('systemctl restart docker; dockhand recover')
-    return '%s; %d times docker kept a port; %s' % (said, len(leaks), watch.figures())
+    with Watch(server, app, neighbour) as watch:
+        said = interrupt(app, size, seconds, cut, boot)
+    return '%s; %d times docker had kept a port; %s' % (said, sum(kept), watch.figures())
 
 def refused_after(app, pattern, harm, reason):
     """Push, do harm as soon as the push says this, and see it refused for the reason."""
