@@ -71,12 +71,18 @@ PATIENCE = 5.0                  # seconds in all that a pusher may keep us waiti
 HEALTH_TIMEOUT = 60             # seconds for an app to answer
 STEADY = 2.0                    # seconds that an app must keep running
 RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
+DRAIN = 30                      # seconds for requests that the old release has begun
 LOG_LINES = 20                  # of a failed app, shown to the pusher
 KEPT = 5                        # releases that one can go back to, the live one included
 LISTED = 50                     # numbers for which a failed release is remembered
 SPACE = 512                     # MB that must be free before a build
 DEFAULT_BRANCHES = ('main', 'master')
+COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
+NETWORK = 'dockhand'            # of the containers of plain apps
+# A /16 for them: the first that the host has no route to
+SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
+    '172.%d' % number for number in range(31, 19, -1)]
 
 ENVIRONMENT = {
     'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
@@ -560,6 +566,29 @@ def add_keys(keys, uploaded, name, apps):
     new = [Key(kind, blob, name, apps) for kind, blob in uploaded]
     return kept + [key for at, key in enumerate(new) if key not in kept + new[:at]]
 
+# What config says of the app itself, with a pattern of its value; every other key is a
+# variable of its environment.
+SETTINGS = {'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*', 'port': r'[1-9]\d{0,4}',
+            'branch': r'\w[\w./-]*', 'overlap': 'yes|no', 'timeout': r'[1-9]\d{0,3}',
+            'release': '.+'}
+
+def check_setting(key, value):
+    """Failure unless docker's env files or dockhand can hold it."""
+    refuse_if(not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', key), '"%s" is no name for a '
+              'variable: letters, digits and "_"', printable(key))
+    refuse_if(re.search(r'[\r\n\0]', value), "%s has more than one line, which docker's "
+              'env files cannot hold: write it as base64, or put it on a volume', key)
+    refuse_if(len(value) > 32768, '%s is longer than 32 KB', key)
+    wanted = SETTINGS.get(key, '.*')
+    refuse_if(not re.match('(?:%s)\\Z' % wanted, value), '%s=%s does not match %s',
+              key, printable(value), wanted)
+
+def environment_text(config, port):
+    """The variables of a config as docker's --env-file has them; PORT for a web app."""
+    variables = dict({'PORT': port} if port else {}, **config)
+    return ''.join('%s=%s\n' % (key, variables[key]) for key in sorted(variables)
+                   if key not in SETTINGS)
+
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
 # value: as init takes it, without comments and quotes; text: as it is written;
@@ -823,6 +852,31 @@ def container_of(job, app):
     return Container(options, run.image, run.command, env, last.get('chdir', '/'),
                      starts[-1:] == ['start on'], last.get('kill timeout', '5'))
 
+def volume_of(app, path):
+    """The name of the docker volume that keeps a VOLUME of an app: shop--var_lib_data."""
+    def escaped(match):
+        return '_' if match.group() == '/' else '_%02x_' % ord(match.group())
+    return '%s--%s' % (app, re.sub(r'[^A-Za-z0-9.-]', escaped, path.strip('/')))
+
+def plain_container(release, env_file):
+    """The Container of a release that brings no job: it runs as its Dockerfile says."""
+    app = release.app
+    options = ['--net=' + NETWORK, '--ip=' + release.address, '--net-alias=' + app,
+               '--init', '--env-file=' + env_file]
+    options += ['--volume=%s:%s' % (volume_of(app, path), path)
+                for path in release.volumes]
+    return Container(options, app, [], {}, '/', True, '10')
+
+def read_image(settings, config, proxied):
+    """(port, whether nginx passes requests to it, [volume path]) of a plain app.
+    settings: the Config of its image; proxied: whether it brings a proxy file"""
+    exposed = settings.get('ExposedPorts') or {}
+    ports = sorted((int(port.split('/')[0]) for port in exposed if port.endswith('/tcp')))
+    web = [int(port) for port in HTTP_PORTS[:-1] if int(port) in ports]
+    port = ([int(config['port'])] if 'port' in config else web + ports + [None])[0]
+    is_web = port is not None and bool(web or 'port' in config or proxied)
+    return port, is_web, sorted(settings.get('Volumes') or {})
+
 def no_equivalent(place, what, remedy):
     """The Failure for a Stanza or a Word."""
     return job_failure(place.line, '`%s` cannot be had where docker instead of Upstart '
@@ -889,6 +943,52 @@ def headed(app, what, text):
 def is_ours(text, app):
     """Whether dockhand wrote this job or proxy file, or None, for this app."""
     return (text or '').startswith("# dockhand: %s's" % app)
+
+MARK = '# dockhand: where requests go\n'
+MADE = "# dockhand: %s's proxy file, made at each push; `dockhand proxy %s` prints one\n"
+GENERATED = '''map $http_upgrade ${variable} {{
+    default upgrade;
+    '' '';
+}}
+server {{
+    listen {listen};
+    server_name {names};
+    client_max_body_size 100m;
+    location / {{
+        proxy_pass http://{app};
+        proxy_http_version 1.1;
+        proxy_set_header Host $http_host;
+        proxy_set_header X-Real-IP $remote_addr;
+        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+        proxy_set_header X-Forwarded-Host $http_host;
+        proxy_set_header X-Forwarded-Proto $scheme;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection ${variable};
+        proxy_connect_timeout 5s;
+        proxy_read_timeout 10m;
+        proxy_send_timeout 10m;
+    }}
+}}
+'''
+
+def render_proxy(app, domains, version, ipv6):
+    """The proxy file of a web app that brings none. domains: as in config; version:
+    nginx's, as a tuple. A client's idle connection outlives a reload by a second where
+    nginx can do that: a request may be on its way already."""
+    default = ' default_server' if '_' in domains.split() else ''
+    listen = '80%s;' % default + (
+        '\n    listen [::]:80%s%s;' % (default, '') if ipv6 else '')
+    text = GENERATED.format(app=app, names=domains, listen=listen[:-1],
+                            variable='connection_' + re.sub(r'\W', '_', app))
+    slow = '    keepalive_min_timeout 1s;\n' if version >= (1, 27, 4) else ''
+    return text.replace('    location', slow + '    location')
+
+def upstream(app, address, port, version):
+    """Where `proxy_pass http://APP` leads. The app may close an idle connection at any
+    time: ours are closed first, where nginx can do that."""
+    limit = '    keepalive_timeout 1s;\n' if version >= (1, 15, 3) else ''
+    return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 16;\n%s}\n' % (
+        app, address, port, limit)
 
 def servers_of(text):
     """The server blocks of a file in conf.d, as [Server]; lenient, since `nginx -t` has
@@ -1006,7 +1106,7 @@ def proxy_address(servers):
     for server in servers:
         port = server.listens[0].port
         names = [name for name in server.names
-                 if re.match(r'[a-z0-9][a-z0-9.-]*\Z', name)]
+                 if re.match(r'[a-z0-9][a-z0-9._-]*\Z', name)]
         names += [os.uname()[1]] if server.listens[0].default else []
         if names and port:
             shape = {'80': 'http://%s/', '443': 'https://%s/'}
@@ -1095,6 +1195,36 @@ def remove_image_tag(host, tag, *options):
     command = ('docker', 'rmi') + options + (tag,)
     return host.run_unless('no such image|container', command) or not inspect(host, tag)
 
+def subnet_of(host):
+    """The first half of the addresses on our network: what it has, or a free one."""
+    there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
+    routes = host.ask(['ip', '-4', 'route']).out
+    free = [subnet for subnet in SUBNETS if not is_routed(subnet, routes)]
+    found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there) + free
+    refuse_if(not found, 'no /16 of 10.86 to 172.31 is free for the network of the apps')
+    return found[0]
+
+def is_routed(subnet, routes):
+    """Whether a route of `ip route` leads to a part of subnet.0.0/16."""
+    def bits(address, length):
+        first, second = address.split('.')[:2]
+        return (int(first) * 256 + int(second)) >> (16 - min(length, 16))
+    return any(bits(address, int(length or 32)) == bits(subnet, int(length or 32))
+               for address, length in re.findall(r'(?m)^([\d.]+)(?:/(\d+))? ', routes))
+
+def volumes_of(host, app):
+    """The names of the docker volumes that an app of this name left."""
+    names = host.run(['docker', 'volume', 'ls', '-q']).split()
+    return [name for name in names if name.startswith(app + '--')]
+
+def ensure_network(host, address):
+    """The network of plain apps, for one of their addresses. Docker's own choices come
+    from the end of it, so that no other container gets an address of ours."""
+    net = '.'.join(address.split('.')[:2])
+    host.run_unless('already exists', [
+        'docker', 'network', 'create', '--subnet=%s.0.0/16' % net,
+        '--ip-range=%s.255.0/24' % net, '--gateway=%s.0.1' % net, NETWORK])
+
 def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
     out = host.ask(['docker', 'diff', container]).out
@@ -1132,9 +1262,14 @@ def catch_all_text(host, files):
     """What 000-dockhand.conf is to hold beside these files, {path: text}."""
     listens = [listen for text in files.values() for server in servers_of(text)
                for listen in server.listens]
+    return render_catch_all(listens, nginx_version(host), has_ipv6(host))
+
+def nginx_version(host):
     version = re.findall(r'\d+', host.ask(['nginx', '-v']).err.partition('nginx/')[2])
-    return render_catch_all(listens, tuple(map(int, version[:3])),
-                            os.path.exists(host.path('/proc/net/if_inet6')))
+    return tuple(map(int, version[:3]))
+
+def has_ipv6(host):
+    return os.path.exists(host.path('/proc/net/if_inet6'))
 
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
@@ -1250,14 +1385,65 @@ def nginx_workers(host, master):
     return set(pid for pid, title in children(host, master).items()
                if 'shutting down' not in title)
 
+# A line of /proc/net/tcp, addresses and ports in hexadecimal as there.
+Socket = namedtuple('Socket', 'address port other_address other_port state inode')
+LISTENS = '0A'
+
+def sockets(host, pid='self'):
+    """Every tcp Socket in the network that a process sees."""
+    lines = [line.split() for name in ('tcp', 'tcp6')
+             for line in host.text('/proc', pid, 'net', name).splitlines()[1:]]
+    return [Socket(*fields[1].split(':') + fields[2].split(':') + [fields[3], fields[9]])
+            for fields in lines]
+
+def drain(host, address):
+    """Wait, DRAIN seconds at most, until no request can reach an address any more."""
+    deadline = monotonic() + DRAIN
+    while not is_drained(host, address) and monotonic() < deadline:
+        time.sleep(0.1)
+
+def is_drained(host, address):
+    """Whether each worker that is shutting down has no connection to an address, and no
+    more clients than connections to apps: one more may be about to connect there."""
+    import socket
+    import struct
+    found, number = sockets(host), struct.unpack('=I', socket.inet_aton(address))[0]
+    served = set(each.port for each in found if each.state == LISTENS)
+    for pid, title in children(host, nginx_master(host)).items():
+        folder = host.path('/proc', pid, 'fd')
+        held = [each for each in found if 'shutting down' in title
+                and 'socket:[%s]' % each.inode in open_files(folder)]
+        clients = [each for each in held if each.port in served]
+        if len(clients) * 2 > len(held) or '%08X' % number in [
+                each.other_address for each in held]:
+            return False
+    return True
+
+def open_files(folder):
+    """What the files are that a process has open; [] where it has gone."""
+    found = []
+    for name in list_folder(folder):
+        try:
+            found.append(os.readlink(os.path.join(folder, name)))
+        except OSError:
+            pass
+    return found
+
 # ---- The two engines: what keeps an app running ----------------------------------------
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
 # identity changes when the app is started anew; ports: [(address, tcp port)].
 State = namedtuple('State', 'alive identity ports health text')
 
-def choose_engine(host):
-    return Upstart(host) if is_upstart(host) else Containers(host)
+def app_folder(host, app, *parts):
+    return host.path(STATE, 'apps', app, *parts)
+
+def release_folder(host, app, number):
+    return app_folder(host, app, 'releases', str(number))
+
+def engine_of(host, release):
+    """What runs a release: init its job where that is Upstart, docker all else."""
+    return Upstart(host) if release.job and is_upstart(host) else Containers(host)
 
 def container_state(found):
     state = found['State']
@@ -1290,14 +1476,28 @@ def on_container(host, release, *words):
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
     def job(self, release):
-        """How docker runs a release's job; Failure where it cannot."""
-        return container_of(job_of(release), release.app)
-    check = job
+        """How docker runs a release; Failure where it cannot."""
+        env_file = release_folder(self.host, release.app, release.number) + '/env'
+        if not release.job:
+            return plain_container(release, env_file)
+        job, in_force = container_of(job_of(release), release.app), '=%s/apps/%s/env' % (
+            STATE, release.app)
+        return job._replace(options=[option.replace(in_force, '=' + env_file)
+                                     for option in job.options])
+
+    def check(self, release):
+        if release.job:
+            self.job(release)
+        elif is_upstart(self.host):             # elsewhere `install` has looked
+            refuse_if(docker_version(self.host) < (1, 11), 'without an upstart.conf an '
+                      'app wants docker 1.11 or later; say in one how to run it')
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
         job, host = self.job(release), self.host
+        if release.address:
+            ensure_network(host, release.address)
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
@@ -1307,10 +1507,12 @@ class Containers(Engine):
             on_container(self.host, release, 'update', '--restart', 'no')
 
     def start(self, release):
-        """Start the container; one that was pruned away is made again."""
-        if not on_container(self.host, release, 'start'):
+        """Start the container; if it was pruned away, or its network, it is new."""
+        command = ['docker', 'start', container_name(release)]
+        if not self.host.run_unless('No such container|network .* not found', command):
+            on_container(self.host, release, 'rm', '-f')
             self.prepare(release)
-            self.host.run(['docker', 'start', container_name(release)])
+            self.host.run(command)
 
     def stop(self, release):
         """Stop it for good: docker's own start must not bring it back beside another."""
@@ -1328,7 +1530,9 @@ class Containers(Engine):
 
     def state(self, release):
         for found in inspect(self.host, container_name(release)):
-            return container_state(found)
+            ports = [(release.address, release.port)] if release.port else []
+            state = container_state(found)
+            return state._replace(ports=ports) if release.address else state
         return State(False, None, [], '', 'its container is gone')
 
     def logs_command(self, release, lines, *follow):
@@ -1338,13 +1542,15 @@ def job_of(release):
     return parse_job(release.job.partition('\n')[2])    # lines count as they were pushed
 
 def container_name(release):
-    return '%s--%d' % (release.app, release.number)
+    return '%s--%s' % (release.app, release.number)
 
 HELD = 'manual\n'       # an override that keeps a reboot from starting a mixture
 
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     def place(self, release):
+        env = environment_text(release.config, None)
+        replace_file(app_folder(self.host, release.app, 'env'), env, 0o600)
         replace_file(self.path(release, '.override'), HELD)
         replace_file(self.path(release, '.conf'), release.job)
 
@@ -1439,15 +1645,11 @@ def silent_ports(state):
 
 # number: counted from 1, never used again. time: of its push, in seconds since 1970.
 # seconds: that the deploy took, None until it is through. failed: why it never was live,
-# or None. image: its id. job, proxy: the files as they are installed, or None.
+# or None. image: its id. config: {key: value}. job, proxy: the files as they are
+# installed, or None. Of a plain app: port, None for a worker; web: whether nginx passes
+# requests to it; volumes: [path]; address: its own on our network.
 Release = namedtuple('Release', 'app number commit branch key time seconds failed image '
-                     'job proxy')
-
-def app_folder(host, app, *parts):
-    return host.path(STATE, 'apps', app, *parts)
-
-def release_folder(host, app, number):
-    return app_folder(host, app, 'releases', str(number))
+                     'config port web volumes address job proxy')
 
 def list_apps(host):
     return list_folder(host.path(STATE, 'apps'))
@@ -1459,14 +1661,35 @@ def list_releases(host, app):
 
 def load_release(host, app, number):
     """A Release from the store; what is not written down of it yet is None."""
-    import json
     folder = release_folder(host, app, number)
-    found, unicode = json.loads(read_file(folder + '/release.json') or '{}'), type(u'')
+    found = dict({'config': {}}, **read_json(folder + '/release.json'))
     found.update(app=app, number=number, job=read_file(folder + '/upstart.conf'),
                  proxy=read_file(folder + '/nginx-proxy.conf'))
-    values = [found.get(field) for field in Release._fields]
-    return Release(*[to_text(to_bytes(value)) if isinstance(value, unicode) else value
-                     for value in values])      # Python 2.7's json gives unicode
+    return Release(*[found.get(field) for field in Release._fields])
+
+def read_json(path):
+    """The dict in a file of ours, {} where there is none."""
+    import json
+    return native(json.loads(read_file(path) or '{}'))
+
+def native(value):
+    """What json read, in native str: Python 2.7's gives unicode."""
+    if isinstance(value, dict):
+        return dict((native(key), native(each)) for key, each in value.items())
+    if isinstance(value, list):
+        return [native(each) for each in value]
+    return to_text(to_bytes(value)) if isinstance(value, type(u'')) else value
+
+def load_config(host, app):
+    """{key: value} of what the host knows about an app and its repository does not."""
+    return read_json(app_folder(host, app, 'config'))
+
+def save_config(host, app, config):
+    import json
+    path = app_folder(host, app, 'config')
+    make_folder(os.path.dirname(path), 0o700)
+    text = json.dumps(config, indent=1, sort_keys=True) + '\n'
+    replace_file(path, text, 0o600) if config else remove_file(path)
 
 def kept_releases(host, app):
     """The releases that one can go back to, the one that was live last first."""
@@ -1486,8 +1709,10 @@ def save_release(host, release):
                        (folder + '/nginx-proxy.conf', record.pop('proxy'))):
         remove_file(temporary_of(path))
         remove_file(path) if text is None else replace_file(path, text)
+    port = release.port if release.web else None
+    replace_file(folder + '/env', environment_text(release.config, port), 0o600)
     replace_file(folder + '/release.json',
-                 json.dumps(record, indent=1, sort_keys=True) + '\n')
+                 json.dumps(record, indent=1, sort_keys=True) + '\n', 0o600)
 
 def linked_release(host, app, link):
     """The Release that `live` or `pending` points to, or None."""
@@ -1525,19 +1750,33 @@ def must_be_live(app, live):
     refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
     return live
 
-def switch_steps(host, old, new, run=True, certain=False):
+def switch_steps(host, old, new, beside=False, run=True, certain=False):
     """What makes the host go from one release to another, as functions in their order.
-    old, new: a Release or None, in a first deploy, or its undoing; run, certain: whether
-    the new one is started, and whether it was live before"""
-    engine, app = choose_engine(host), (new or old).app
-    latest = app + ':latest'
+    old, new: a Release or None, in a first deploy, or its undoing; beside: whether they
+    may run at the same time; run, certain: whether the new one is started, was live"""
+    app = (new or old).app
     proxy = partial(install_proxy, host, app, new and new.proxy, certain)
-    stop = [partial(engine.stop, old)] if old else []
+    stop = [partial(engine_of(host, old).stop, old)] if old else []
     if new is None:
-        return stop + [proxy, partial(engine.withdraw, old),
-                       partial(remove_image_tag, host, latest)]
-    place = [partial(tag_image, host, image_tag(new), latest), partial(engine.place, new)]
-    return stop + place + [proxy] + ([partial(engine.start, new)] if run else [])
+        return stop + [proxy, partial(engine_of(host, old).withdraw, old),
+                       partial(remove_image_tag, host, app + ':latest')]
+    engine = engine_of(host, new)
+    start = [partial(engine.start, new)] if run else []
+    place = [partial(tag_image, host, image_tag(new), app + ':latest'),
+             partial(engine.place, new), proxy]
+    if beside:
+        return start + place + (stop if certain else [])
+    if old and type(engine) != type(engine_of(host, old)):
+        stop.append(partial(engine_of(host, old).withdraw, old))
+    return stop + place + start
+
+def hands_over(old, new):
+    """Whether a new release may run beside the old one: both are web apps to whose own
+    addresses nginx passes requests, and they share no data."""
+    if not old or not new or not (old.web and new.web):
+        return False
+    default = 'no' if old.volumes or new.volumes else 'yes'
+    return new.config.get('overlap', default) == 'yes'
 
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
@@ -1546,37 +1785,45 @@ def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise.
     The one place that changes a running app. `pending` says what is being switched to;
     moving `live` is the commit point. Gives what there is to report, in words."""
-    engine, begun = choose_engine(host), monotonic()
-    served = old and not is_stopped(host, new.app)
+    engine, begun, app = engine_of(host, new), monotonic(), new.app
+    served = old and not is_stopped(host, app)
+    beside = served and hands_over(old, new)
     if not old or new.proxy != old.proxy:       # others worked during the build
         check_proxy_change(host, new)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
-        set_link(host, new.app, 'pending', new)
+        set_link(host, app, 'pending', new)
         stopped = monotonic()
-        for act in switch_steps(host, old, new):
+        steps = switch_steps(host, old, new, beside)
+        if beside:                              # it is checked before requests reach it
+            steps[:1] = [steps[0], partial(check_or_show_log, host, new, engine)]
+        for act in steps:
             act()
         switched = monotonic()
-        answered = check_or_show_log(host, new, engine)
+        answered = switched if beside else check_or_show_log(host, new, engine)
         checked = monotonic()
-        set_link(host, new.app, 'live', new)
+        set_link(host, app, 'live', new)
     finish(host, new, engine, new.seconds is not None)
-    gap = ', down for %.1f s' % (answered - stopped) if served else ''
+    gap = '' if not served else ', no gap' if beside else ', down for %.1f s' % (
+        answered - stopped)
     return 'switched in %.1f s, checked in %.1f s%s' % (
         switched - begun, checked - switched, gap)
 
 def finish(host, release, engine, follow):
-    """What follows the commit point: the app comes back by itself from now on, and where
-    git does not move the branch, as after a push, it follows."""
+    """What follows the commit point: the old release is stopped once it is drained, the
+    app comes back by itself from now on, and where git does not move the branch, as
+    after a push, it follows."""
     app, branch = release.app, 'refs/heads/' + release.branch
     try:
         remove_file(app_folder(host, app, 'stopped'))
         engine.settle(release)
+        stop_others(host, release)
         if follow and has_history(host, app, release.commit):
             git(host, app, 'update-ref', branch, release.commit)
         if release.seconds is None:
             took = max(0, round(time.time() - release.time, 1))
             save_release(host, release._replace(seconds=took))
+        save_config(host, app, release.config)
         os.utime(release_folder(host, app, release.number), None)
         pending = linked_release(host, app, 'pending')
         if pending and pending.number == release.number:
@@ -1584,34 +1831,60 @@ def finish(host, release, engine, follow):
     except (Failure, EnvironmentError) as error:
         say('dockhand: %s is live, but: %s; `dockhand recover` tries again', app, error)
 
+def stop_others(host, release):
+    """Stop what still runs of the app's earlier releases, once it is drained."""
+    others = dict(('/' + container_name(each), each)
+                  for each in kept_releases(host, release.app)
+                  if each.address and each.number != release.number)
+    for found in inspect(host, *[name[1:] for name in others]) if others else []:
+        if found['State']['Running']:
+            drain(host, others[found['Name']].address)
+            Containers(host).stop(others[found['Name']])
+
 def check_or_show_log(host, release, engine):
     """The moment of a release's first answer; its log for the pusher if none comes."""
     try:
-        return check_health(release, engine)
+        timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
+        return check_health(release, engine, timeout)
     except Failure as error:
         lines = []
         host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
+        for port in loopback_ports(host, release):
+            step('It listens on 127.0.0.1:%d, which only the container itself reaches: '
+                 'make it listen on 0.0.0.0', port)
         raise Failure('release %d failed its health check: %s', release.number, error)
+
+def loopback_ports(host, release):
+    """The ports on which an app listens for its own container alone."""
+    local = '(0100007F|0{24}01000000)\\Z'
+    found = [each for container in running_containers(host, release.image)
+             for each in sockets(host, str(container['State'].get('Pid')))]
+    return sorted(set(int(each.port, 16) for each in found
+                      if each.state == LISTENS and re.match(local, each.address)))
 
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
-    engine, live = choose_engine(host), live_release(host, new.app)
+    engine, live = engine_of(host, new), live_release(host, new.app)
     failed = 'could not be put back'
     if live and live.number == new.number:      # and it may be down since a power cut
         attempt(failed, engine.place, new)
         attempt(failed, engine.start, new)
         return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
-    steps = switch_steps(host, new, old, run, certain=True)
-    if run:                     # a stop that was begun by a crashed command goes on
-        steps = [partial(engine.stop, old)] + steps + [partial(engine.settle, old)]
+    beside = run and hands_over(old, new)
+    steps = switch_steps(host, new, old, beside, run, certain=True)
+    if run:
+        before = engine_of(host, old)
+        # a stop that was begun by a crashed command goes on
+        begin = [] if beside else [partial(before.stop, old)]
+        steps = begin + steps + [partial(before.settle, old)]
     if not all([attempt(failed, act) for act in steps]):
         return say('dockhand: mend that, then: sudo dockhand recover')
     remove_file(app_folder(host, new.app, 'pending'))
     if run and attempt('release %d was started again, but' % old.number,
-                       check_health, old, engine, HEALTH_TIMEOUT, 0):
+                       check_health, old, before, HEALTH_TIMEOUT, 0):
         step('Release %d runs as before', old.number)
 
 def sweep(host, app):
@@ -1640,7 +1913,7 @@ def recover_app(host, app):
             break
         forget(host, release, live, 'interrupted')
     if app in list_apps(host) and not list_releases(host, app):
-        host.run(['rm', '-rf', '--', app_folder(host, app)])
+        remove_app(host, app)
 
 def put_right(host, app):
     with app_lock(host, app, 'dockhand recover') as live:
@@ -1650,7 +1923,7 @@ def put_right(host, app):
 
 def bring_back(host, live):
     """Bring back what is gone of a live release: tags, files, its container."""
-    engine, app, number = choose_engine(host), live.app, live.number
+    engine, app, number = engine_of(host, live), live.app, live.number
     for tag in (image_tag(live), app + ':latest'):
         if [each['Id'] for each in inspect(host, tag)] != [live.image]:
             refuse_if(not inspect(host, live.image), 'the image of release %d is gone: '
@@ -1725,16 +1998,20 @@ def empty_build_folder(host, app):
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""
     app, read = release.app, partial(read_pushed, folder)
+    composed = [name for name in list_folder(folder) if re.match(COMPOSE, name)]
     if read('Dockerfile') is None:
-        raise Failure('no Dockerfile in this commit: it says how to build the app')
+        raise Failure('no Dockerfile in this commit: it says how to build the app' + (
+            '; %s is not read: push one repository for each service' % composed[0]
+            if composed else ''))
     read('.dockerignore')
     job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
-    refuse_if(job is None, 'no upstart.conf in this commit: it says how to run the app, '
-              'as in `exec docker run --rm %s`', app)
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
     if 'filter=lfs' in (read('.gitattributes') or ''):
         step('Note: files kept by git LFS are not part of a push; their pointers are')
+    if job is None:             # until the image is built, its port is not known
+        there = upstream(app, '127.0.0.1', 80, ())
+        return release._replace(proxy=proxy and headed(app, 'proxy file', proxy) + there)
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
@@ -1777,12 +2054,13 @@ def diff_text(old, new, old_name, new_name):
 def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
     with app_lock(host, app, 'a push of %s by %s' % (app, key)) as live:
-        there = [] if live else [each for each in DEFAULT_BRANCHES
-                                 if commit_of(host, app, 'refs/heads/' + each)]
-        verdict = judge_ref(ref, new, live.branch if live else (there + [None])[0])
+        there = [live.branch] if live else [each for each in DEFAULT_BRANCHES
+                                            if commit_of(host, app, 'refs/heads/' + each)]
+        branch = load_config(host, app).get('branch', (there + [None])[0])
+        verdict = judge_ref(ref, new, branch)
         if verdict == 'store' or verdict == 'deploy' and live and live.commit == new:
             return
-        branch = ref[len('refs/heads/'):]
+        branch = branch or ref[len('refs/heads/'):]
         if verdict == 'plan':
             plan_release(host, live, new_release(host, app, key, branch, new, 'plan'))
         check_race(host, app, live, branch, old)
@@ -1812,7 +2090,8 @@ def has_history(host, app, commit):
 def new_release(host, app, key, branch, commit, number=None):
     """The next Release of an app, as far as it is known before the build."""
     number = number or (list_releases(host, app) or [0])[-1] + 1
-    return Release(app, number, commit, branch, key, round(time.time(), 2), *[None] * 5)
+    return Release(app, number, commit, branch, key, round(time.time(), 2), None, None,
+                   None, load_config(host, app), *[None] * 6)
 
 def make_release(host, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was."""
@@ -1824,6 +2103,8 @@ def make_release(host, live, release, options=()):
         release = build_release(host, live, release, options)
         git(host, app, 'update-ref', commit_ref(release), release.commit)
         save_release(host, release)
+        if 'release' in release.config:
+            run_release_command(host, release)
         built, number = monotonic() - begun, release.number
         step('Switching to release %d', number)
         report = apply(host, live, release)
@@ -1856,34 +2137,107 @@ def check_free(host, live, release):
                           'or docker %s %s', name, verb, name)
 
 def build_release(host, live, release, options=()):
-    """The Release with its image built, and all checked that can be before a switch."""
-    layers = []
+    """The Release with its image, and all checked that can be before a switch. One that
+    has an image already differs from the live one in its config."""
     step('Checking %s', release.commit[:10])
+    if release.image:
+        tag_image(host, release.image, image_tag(release))
+    else:
+        release = build_commit(host, live, release, options)
+    images = inspect(host, image_tag(release))
+    refuse_if(not images, 'the build left no image %s in docker: does `docker buildx` '
+              'use a builder elsewhere?', image_tag(release))
+    settings = native(images[0].get('Config') or {})
+    release = release._replace(image=str(images[0]['Id']))
+    if not release.job:
+        return complete_plain(host, release, settings)
+    ports, volumes = proxied_ports(release.proxy), settings.get('Volumes') or {}
+    for line, text in check_job(job_of(release), release.app, ports, volumes):
+        if 'under Upstart' not in text or is_upstart(host):
+            step('upstart.conf:%d: %s', line, text)
+    return release
+
+def build_commit(host, live, release, options):
+    """The Release with the files of its commit, its image built from them."""
+    layers = []
     try:
         folder = check_out(host, release.app, release.commit)
         release = check_files(release, folder)
-        choose_engine(host).check(release)
+        engine_of(host, release).check(release)
         if live:
             check_edited(host, live, release)
         check_proxy_change(host, release)
         step('Building %s', image_tag(release))
         build_image(host, folder, image_tag(release), layers, *options)
+        return release
     except (Failure, Stopped):
         if layers and release.number != 'plan':
             save_release(host, release._replace(image=layers[-1]))
         raise
     finally:
         empty_build_folder(host, release.app)
-    images = inspect(host, image_tag(release))
-    refuse_if(not images, 'the build left no image %s in docker: does `docker buildx` '
-              'use a builder elsewhere?', image_tag(release))
-    declared = (images[0].get('Config') or {}).get('Volumes') or {}
-    volumes = [to_text(to_bytes(path)) for path in declared]
-    ports = proxied_ports(release.proxy)
-    for line, text in check_job(job_of(release), release.app, ports, volumes):
-        if 'under Upstart' not in text or is_upstart(host):
-            step('upstart.conf:%d: %s', line, text)
-    return release._replace(image=str(images[0]['Id']))
+
+def complete_plain(host, release, settings):
+    """The Release of a plain app, with what its image and config say; its address and
+    proxy file. settings: the Config of its image"""
+    app, config = release.app, release.config
+    port, web, volumes = read_image(settings, config, release.proxy)
+    for name in volumes_of(host, app) if not live_release(host, app) else []:
+        step('Found a volume of an earlier %s: %s', app, name)
+    with host_lock(host, app):                  # other apps choose addresses too
+        release = release._replace(port=port, web=web, volumes=volumes,
+                                   address=free_address(host))
+        if web:
+            release = release._replace(proxy=complete_proxy(host, release))
+        elif release.proxy:
+            release = release._replace(proxy=release.proxy.partition(MARK)[0])
+        if release.number != 'plan':
+            save_release(host, release)
+    check_proxy_change(host, release)
+    step('%s is %s', app, kind_text(release))
+    return release
+
+def kind_text(release):
+    """What a plain app is, and how to change that."""
+    if release.web:
+        return ('a web app: nginx passes requests to its port %d (another: dockhand '
+                'config %s port=N)' % (release.port, release.app))
+    if release.port:
+        return 'a service that other apps reach as %s:%d, and nginx does not' % (
+            release.app, release.port)
+    return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
+
+def complete_proxy(host, release):
+    """The proxy file of a plain web app, pushed or made here, and where it leads."""
+    app, version = release.app, nginx_version(host)
+    text, made = (release.proxy or '').partition(MARK)[0], MADE % (app, app)
+    if not text or text.startswith(made):
+        domains = release.config.get('domains', '%s %s.*' % (app, app))
+        text = made + render_proxy(app, domains, version, has_ipv6(host))
+    return text + upstream(app, release.address, release.port, version)
+
+def free_address(host):
+    """An address on our network that no release of any app has."""
+    taken = set(load_release(host, app, number).address for app in list_apps(host)
+                for number in list_releases(host, app))
+    subnet = subnet_of(host)
+    every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
+    return next(address for address in every if address not in taken)
+
+def run_release_command(host, release):
+    """Run what config's `release` says in the new image, with its volumes and network."""
+    import shlex
+    job = Containers(host).job(release)
+    options = [option for option in job.options
+               if not option.startswith(('--ip', '--net-alias', '--publish'))]
+    command, name = release.config['release'], container_name(release) + '--release'
+    step('Running the release command: %s', command)
+    if release.address:
+        ensure_network(host, release.address)
+    command = ['docker', 'run', '--rm', '--name', name] + options + [release.image] + (
+        shlex.split(command))
+    status = host.ask(command, each=detail).status
+    refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 def check_proxy_change(host, release):
     if release.proxy:
@@ -1900,18 +2254,27 @@ def forget(host, release, live, reason=None):
     except Failure:
         return                                  # docker has gone: a later command does
     if live is None:
-        host.run(['rm', '-rf', '--', app_folder(host, app)])
+        remove_app(host, app)
     elif release.commit is None:                # killed before it was written down
         host.run(['rm', '-rf', '--', release_folder(host, app, release.number)])
     else:
         why = printable(reason or str(sys.exc_info()[1]), 300)
         found = load_release(host, app, release.number)
-        save_release(host, found._replace(failed=why, job=None, proxy=None))
+        save_release(host, found._replace(failed=why, job=None, proxy=None, config={},
+                                          address=None))
+
+def remove_app(host, app):
+    """Remove what the store has of an app that is not live, but what a person told it."""
+    parts = [] if load_config(host, app) else ['']
+    host.run(['rm', '-rf', '--'] + [app_folder(host, app, part)
+                                    for part in parts or ('releases', 'env', 'live')])
 
 def drop(host, release, *options):
     """Take away what a release has outside the store: container, image tag, commit.
     False where the image stays, since somebody's container uses it."""
     on_container(host, release, 'rm', '-f', '-v')
+    if 'release' in release.config:
+        host.ask(['docker', 'rm', '-f', '-v', container_name(release) + '--release'])
     gone = remove_image_tag(host, image_tag(release), *options)
     if gone:
         git(host, release.app, 'update-ref', '-d', commit_ref(release), act=host.ask)
@@ -1955,12 +2318,15 @@ def show_plan(host, live, release):
     was, now = ports_text(live), ports_text(release)
     same = ', as it is live' if live and live.image == release.image else ''
     size = inspect(host, image_tag(release))[0]['Size'] / 1e6
-    gap = 'one stop and one start of the service' if live else 'none, it is new'
+    gap = 'none' if not live or hands_over(live, release) else (
+        'one stop and one start of the service')
     detail('ports: %s', now if was == now else '%s, now %s' % (now, was))
     detail('image: %s (%.1f MB)%s', release.image[:19], size, same)
     detail('gap: %s\nspace: %.0f MB free', gap, free_bytes(host, STATE) / 1e6)
 
 def ports_text(release):
+    if release and not release.job:
+        return '%s on %s' % (release.port or 'none', release.address)
     ports = published_ports(job_of(release)) if release else []
     return ', '.join('%s%s -> %s/%s' % (each.address and each.address + ':',
                                         each.host or 'any', each.container, each.protocol)
@@ -1968,7 +2334,8 @@ def ports_text(release):
 
 def address_text(release):
     address = release.proxy and proxy_address(servers_of(release.proxy))
-    return address or 'ports ' + ports_text(release)
+    return address or (
+        'ports ' + ports_text(release) if release.job else kind_text(release))
 
 def show_address(host, release):
     """Tell where an app answers; a web app's address is fetched through nginx first."""
@@ -1985,9 +2352,10 @@ def show_address(host, release):
     route = host.ask(['timeout', '2', 'ip', 'route', 'get', '192.0.2.1']).out
     here = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0] + (port and ':' + port)
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
-    detail('%s leads %s: point it here in DNS, or take every name with '
-           '`listen 80 default_server;`', name, 'to %s, which may be this server or not'
-           % found[0] if found else 'nowhere yet')
+    other = 'take every name with `listen 80 default_server;`' if release.job else (
+        'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app)
+    detail('%s leads %s: point it here in DNS, or %s', name, 'to %s, which may be this '
+           'server or not' % found[0] if found else 'nowhere yet', other)
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
@@ -2205,13 +2573,16 @@ def write_keys(host, before, keys, after):
     make_folder(os.path.dirname(path), 0o700, account)
     return replace_file(path, render_authorized_keys(before, keys, after), 0o600, account)
 
+def read_stdin():
+    source = sys.stdin if PYTHON_2 else sys.stdin.buffer
+    return '' if source.isatty() else to_text(source.read(FILE_LIMIT + 1))
+
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
     check_key_name(name)
     for app in apps:
         check_app_name(app)
-    source = sys.stdin if PYTHON_2 else sys.stdin.buffer
-    text = '' if source.isatty() else to_text(source.read(FILE_LIMIT + 1))
+    text = read_stdin()
     if len(text) > FILE_LIMIT:
         raise Failure('this is no key file: it is larger than %d KB', FILE_LIMIT // 1024)
     uploaded = parse_public_keys(text)
@@ -2257,7 +2628,6 @@ def remove_key(host, name):
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
-    engine = choose_engine(host)
     repositories = [name[:-4] for name in list_folder(host.path(host.home()))
                     if name.endswith('.git')]
     names = sorted(set(list_apps(host) + repositories))
@@ -2266,7 +2636,7 @@ def apps(host):
     for app in names:
         live = live_release(host, app)
         if live:
-            alive = engine.state(live).alive
+            alive = engine_of(host, live).state(live).alive
             state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
             tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
         else:
@@ -2276,19 +2646,19 @@ def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
     live = must_be_live(app, live_release(host, check_app_name(app)))
-    command = choose_engine(host).logs_command(live, n, *['-f'] if f else [])
+    command = engine_of(host, live).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
 
 def restart(host, app):
     """stop an app and start it again"""
     with live_app(host, app, 'restart') as live:
-        choose_engine(host).stop(live)
+        engine_of(host, live).stop(live)
     start(host, app)
 
 def start(host, app):
     """start an app that was stopped"""
     with live_app(host, app, 'start') as live:
-        engine = choose_engine(host)
+        engine = engine_of(host, live)
         engine.place(live)
         engine.start(live)
         check_or_show_log(host, live, engine)
@@ -2299,7 +2669,7 @@ def stop(host, app):
     """stop an app; it stays so over a reboot, until a start or a push"""
     with live_app(host, app, 'stop') as live:
         replace_file(app_folder(host, app, 'stopped'), '')
-        choose_engine(host).stop(live)
+        engine_of(host, live).stop(live)
     tell('%s is stopped', app)
 
 def rebuild(host, app, pull=False):
@@ -2359,11 +2729,56 @@ def recover(host):
     wrong = [app for app in apps if not attempt(app, put_right, host, app)]
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
 
-def destroy(host, app, force=False):
-    """remove an app: its containers, images, files and repository"""
+def config(host, app, *changes, **options):
+    """print what only this server knows of an app, or change it; KEY=- reads a secret"""
+    with app_lock(host, app, 'dockhand config ' + app) as live:
+        found = load_config(host, app)
+        wanted = change_config(found, changes, options.get('unset'))
+        if wanted == found:
+            return tell_config(wanted, 'values' in options)
+        if live is None:
+            save_config(host, app, wanted)
+            return tell('%s: noted for its first push', app)
+        branch = wanted.get('branch', live.branch)
+        release = new_release(host, app, live.key, branch, live.commit)
+        make_release(host, live, release._replace(
+            config=wanted, image=live.image, job=live.job, proxy=live.proxy))
+        changed = [pair[0] for pair in set(found.items()) ^ set(wanted.items())]
+        log('%s: config changed: %s', app, ' '.join(sorted(set(changed))))
+
+def change_config(found, changes, unset):
+    """The {key: value} that these KEY=VALUE words make of a config; Failure by word."""
+    wanted = dict(found)
+    for word in changes:
+        key, equals, value = word.partition('=')
+        refuse_if(not equals, '"%s" is not KEY=VALUE', printable(word))
+        if value == '-':
+            value = re.sub(r'\r?\n\Z', '', read_stdin())
+        check_setting(key, value)
+        wanted[key] = value
+    refuse_if(unset and wanted.pop(unset, None) is None, 'no %s is set', unset)
+    return wanted
+
+def tell_config(config, values):
+    for key in sorted(config):
+        shown = values or key in SETTINGS
+        tell('%s', '%s=%s' % (key, config[key] if shown else '(see it with --values)'))
+
+def proxy(host, app):
+    """print the proxy file that is made for an app, to start one of its own from"""
+    live = must_be_live(app, live_release(host, check_app_name(app)))
+    refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app)
+    text = complete_proxy(host, live._replace(proxy=None))
+    tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
+
+def destroy(host, app, force=False, volumes=False):
+    """remove an app: its containers, images, files and repository; --volumes: its data"""
     check_app_name(app)
     if app not in list_apps(host) and not os.path.isdir(repository(host, app)):
         raise Failure('no app %s here: see dockhand apps', app)
+    if not force and sys.stdin.isatty():
+        tell('This removes %s and its repository for good. Type its name again:', app)
+        force = sys.stdin.readline().strip() == app
     refuse_if(not force, 'this removes %s and its repository for good; if you are sure: '
               'dockhand destroy %s --force', app, app)
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
@@ -2375,7 +2790,15 @@ def destroy(host, app, force=False):
             drop(host, load_release(host, app, number))
         remove_image_tag(host, app + ':plan')
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
+        if not list_apps(host):
+            host.ask(['docker', 'network', 'rm', NETWORK])
+        kept = volumes_of(host, app)
+        if kept and volumes:
+            host.run(['docker', 'volume', 'rm'] + kept)
     tell('%s is removed', app)
+    for name in kept:
+        tell('volume %s is %s', name, 'removed' if volumes else 'kept: docker volume rm '
+             + name)
 
 def doctor(host):
     """check every part of the installation, and say what to type"""
@@ -2420,14 +2843,14 @@ def doctor_nginx(host):
         yield CATCH_ALL + ' is not as it should be', INSTALL_AGAIN
 
 def doctor_apps(host):
-    engine = choose_engine(host)
     for app in list_apps(host):
         live = live_release(host, app)
         if linked_release(host, app, 'pending'):
             yield 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
         elif live and not inspect(host, image_tag(live)):
             yield 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
-        elif live and not is_stopped(host, app) and not engine.state(live).alive:
+        elif live and not is_stopped(host, app) and not engine_of(host, live).state(
+                live).alive:
             yield app + ' does not run', 'sudo dockhand start ' + app
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
@@ -2437,7 +2860,9 @@ COMMANDS = [
     ('apps', apps, ''), ('logs', logs, 'APP [-f] [-n N]'),
     ('restart', restart, 'APP'), ('stop', stop, 'APP'), ('start', start, 'APP'),
     ('releases', releases, 'APP'), ('rollback', rollback, 'APP [N]'),
-    ('rebuild', rebuild, 'APP [--pull]'), ('destroy', destroy, 'APP [--force]'),
+    ('rebuild', rebuild, 'APP [--pull]'), ('proxy', proxy, 'APP'),
+    ('config', config, 'APP [KEY=VALUE...] [--unset KEY] [--values]'),
+    ('destroy', destroy, 'APP [--force] [--volumes]'),
     ('recover', recover, ''), ('doctor', doctor, '')]
 
 def parse_arguments(pattern, words):
