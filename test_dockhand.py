@@ -1500,7 +1500,7 @@ def but(name, text):
     files = dict(FILES_2, **{SHORT.get(name, name): text})
     return dict((name, text) for name, text in files.items() if text is not None)
 
-PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
+DOCKER_PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
 USED = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
 
 @table('init, said', """
@@ -1511,7 +1511,7 @@ def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
     machine = Machine(tmpdir, init)
     machine.lives(FILES)
     machine.write('/run/docker.pid', '40\n')
-    machine.process(60, 40, (PROXY % '::').replace(' ', '\0'))
+    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
     if said:
         assert refusal(dh.free_ports, machine.host, 0).startswith(said)
     else:
@@ -1523,7 +1523,7 @@ def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, par
     machine = Machine(tmpdir, 'systemd')
     machine.lives(FILES)
     machine.write('/run/docker.pid', '40\n')
-    machine.process(60, parent, (PROXY % '0.0.0.0').replace(' ', '\0'))
+    machine.process(60, parent, (DOCKER_PROXY % '0.0.0.0').replace(' ', '\0'))
     machine.containers['blog--1']['NetworkSettings'] = settings
     dh.recover(machine.host)
     assert not [line for line in machine.done if 'service' in line]
