@@ -1144,8 +1144,9 @@ def test_a_path_stays_under_the_root(tmpdir):
 # A machine in a folder
 # ---------------------------------------------------------------------------------------
 
-QUERIES = ('docker inspect', 'docker volume ls', 'docker ps', 'docker version', 'docker logs', 'nginx -v',
-           'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen')
+QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'ip',
+           'docker version', 'docker logs', 'docker diff', 'nginx -v', 'initctl version',
+           'status', 'git', 'which', 'tail', 'ssh-keygen')
 
 MAIN = 'refs/heads/main'
 
@@ -1159,8 +1160,9 @@ class Machine(object):
     """
     def __init__(self, root, init='none'):
         self.root, self.init, self.host = str(root), init, Host(str(root), self)
-        self.done, self.broken, self.count = [], {}, 100
-        self.images, self.containers, self.jobs, self.volumes = {}, {}, {}, []
+        self.done, self.broken, self.count, self.shares = [], {}, 100, False
+        self.images, self.containers, self.jobs = {}, {}, {}
+        self.volumes, self.networks, self.routes = [], {}, 'default via 192.0.2.9 dev eth0\n'
         self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
@@ -1212,8 +1214,28 @@ class Machine(object):
         found = [thing for key, thing in things if name in (key, thing['Id'])]
         return found[0] if found else None
 
-    def docker_volume(self, ls, q):
+    def docker_volume(self, _, verb, *words):
+        if verb == 'rm':
+            self.volumes = [name for name in self.volumes if name not in words]
+            return
+        assert (verb, words) == ('ls', ('-q',))
         return '\n'.join(self.volumes) + '\n'
+
+    def docker_network(self, _, verb, *words):
+        name = words[-1]
+        if verb == 'create':
+            if name in self.networks:
+                return Result(1, '', 'network with name %s already exists\n' % name)
+            subnet = re.match(r'--subnet=(\d+\.\d+)\.0\.0/16\Z', words[0]).group(1)
+            self.networks[name] = {'Id': 'n%d' % self.next(), 'IPAM': {'Config': [
+                {'Subnet': subnet + '.0.0/16', 'Gateway': subnet + '.0.1'}]}}
+        elif name not in self.networks:
+            return Result(1, '[]\n', 'Error response from daemon: network x not found\n')
+        elif verb == 'rm':
+            del self.networks[name]
+        else:
+            assert verb == 'inspect'
+            return json.dumps([self.networks[name]], indent=4)
 
     def docker_build(self, *words):
         folder, tag = words[-1], words[words.index('-t') + 1]
@@ -1237,19 +1259,53 @@ class Machine(object):
         if words[2] in self.containers:
             return Result(1, '', 'Conflict. The name "/x" is already in use by y.\n')
         found = [self.find(word) for word in words if self.find(word)]
-        self.containers[words[2]] = self.container('c%d' % self.next(), found[0]['Id'])
+        made = self.container('c%d' % self.next(), found[0]['Id'])
+        self.containers[words[2]] = dict(made, Name='/' + words[2], **self.given(words))
 
     def container(self, name, image):
         return {'Id': name, 'Image': image, 'RestartCount': 0, 'policy': 'no',
-                'NetworkSettings': {},
+                'NetworkSettings': {}, 'volumes': [], 'address': None, 'env': None,
                 'State': {'Running': False, 'StartedAt': '', 'ExitCode': 0}}
+
+    def given(self, words):
+        """What the options of `docker create` or `run` say, as docker takes it then."""
+        found = [word.partition('=')[::2] for word in words if word[:2] == '--']
+        options = dict(found)
+        volumes = [value.partition(':')[0] for name, value in found if name == '--volume']
+        self.volumes += [name for name in volumes if name not in self.volumes]
+        env, network = options.get('--env-file'), self.networks.get(options.get('--net'))
+        assert network or '--net' not in options
+        address = options.get('--ip')
+        if address and not network['IPAM']['Config'][0]['Subnet'].startswith(
+                address.rsplit('.', 2)[0] + '.'):
+            raise AssertionError('no configured subnet contains ' + address)
+        return {'volumes': volumes, 'network': network and network['Id'], 'address': address,
+                'env': env and dh.read_file(env)}
+
+    def docker_run(self, *words):
+        found = [self.find(word) for word in words if self.find(word)]
+        self.ran = dict(self.given(words), image=found[0]['Id'])
+        self.each('migrated')
 
     def docker_start(self, _, name):
         if name not in self.containers:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
         found = self.containers[name]
+        if found['State']['Running']:
+            return
+        others = [each for each in self.containers.values() if each['State']['Running']]
+        if found.get('network') not in [None] + [n['Id'] for n in self.networks.values()]:
+            return Result(1, '', 'network %s not found\n' % found['network'])
+        assert found['address'] not in [each['address'] for each in others] or (
+            not found['address'])
+        for each in others:
+            assert self.shares or not set(found['volumes']) & set(each['volumes'])
         found['State'] = {'Running': 'dies' not in found['Image'], 'ExitCode': 1,
                           'StartedAt': str(self.next())}
+        config = (self.find(found['Image']) or {}).get('Config') or {}
+        if 'Healthcheck' in config:
+            sick = 'un' if 'sick' in found['Image'] else ''
+            found['State']['Health'] = {'Status': sick + 'healthy'}
 
     def docker_stop(self, _, t, seconds, name):
         assert t == '-t' and seconds.isdigit()
@@ -1263,8 +1319,9 @@ class Machine(object):
             return Result(1, '', 'Error response from daemon: No such container: x\n')
         self.containers[name]['policy'] = policy
 
-    def docker_rm(self, _, f, v, name):
-        assert (f, v) == ('-f', '-v')
+    def docker_rm(self, _, f, *words):
+        name = words[-1]
+        assert (f,) + words[:-1] in (('-f',), ('-f', '-v'))
         if name not in self.containers:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
         del self.containers[name]
@@ -1290,7 +1347,9 @@ class Machine(object):
     def timeout(self, seconds, command, *words):
         return getattr(self, command)(*words)
 
-    def ip(self, *route):
+    def ip(self, *words):
+        if words == ('-4', 'route'):
+            return self.routes
         return '192.0.2.1 via 192.0.2.9 dev eth0 src 192.0.2.2 uid 0\n    cache\n'
 
     def hostname(self, all_addresses):
@@ -1350,11 +1409,17 @@ class Machine(object):
         return Result(0, '', 'nginx version: nginx/1.24.0\n')
 
     def nginx_t(self, t, q, c='-c', path='/etc/nginx/nginx.conf'):
-        for name in re.findall(r'include (\S+/\.dockhand\S+);', self.read(path)):
-            found = self.read(name)
-            if 'broken' in found:
-                line = found[:found.index('broken')].count('\n') + 1
-                return Result(1, '', 'nginx: [emerg] broken in %s:%d\n' % (name, line))
+        names = re.findall(r'include (/etc/nginx/\S*[^*\s]);', self.read(path))
+        known = re.findall('upstream (.*) {', '\n'.join(self.read(name) or '' for name in names))
+        for name in [name for name in names if '/.dockhand' in name]:
+            found, told = self.read(name), []
+            told += re.findall('broken', found)
+            told += ['upstream ' + each for each in known if known.count(each) > 1]
+            told += ['proxy_pass http://' + each for each in re.findall(
+                r'proxy_pass http://([a-z]+);', found) if each not in known]
+            for each in told:
+                line = found[:found.index(each)].count('\n') + 1
+                return Result(1, '', 'nginx: [emerg] %s in %s:%d\n' % (each, name, line))
 
     def nginx_s(self, s, reload):
         for pid in os.listdir(self.host.path('/proc')):
@@ -1440,7 +1505,8 @@ class Machine(object):
         """All that must be as before when a deploy of release 2 fails."""
         found = self.files('/var/lib/dockhand/apps/blog/releases/2')
         found.update((tag, image['Id']) for tag, image in self.images.items())
-        found.update((name, each['policy']) for name, each in self.containers.items()
+        found.update((name, (each['policy'], each['address'], each['env']))
+                     for name, each in self.containers.items()
                      if not name.startswith('job'))
         return dict(found, refs=self.refs.copy(), running=self.running(),
                     jobs=sorted(self.jobs), served=self.served)
@@ -1450,21 +1516,25 @@ class Machine(object):
         return sorted(key for key in set(before) | set(now)
                       if before.get(key, 0) != now.get(key, 0))
 
-    def release(self, number, commit, files, seconds=None):
+    def release(self, number, commit, files, seconds=None, **config):
         """A Release of these files, built, as a deploy makes it before the switch."""
         tag, self.commits[commit] = 'blog:%d' % number, files
         self.images[tag] = image(files['Dockerfile'])
         self.refs['refs/dockhand/%d' % number] = commit
+        job, proxy = files.get('upstart.conf'), files.get('nginx-proxy.conf')
         release = dh.Release('blog', number, commit, 'main', 'anna', 1, seconds, None,
-                             self.images[tag]['Id'], {}, None, None, None, None,
-                             JOB_HEADER + files['upstart.conf'],
-                             PROXY_HEADER + files['nginx-proxy.conf'])
+                             self.images[tag]['Id'], dict(config), None, None, None, None,
+                             job and JOB_HEADER + job, proxy and PROXY_HEADER + proxy)
+        if not job:
+            settings = self.images[tag]['Config']
+            release = dh.complete_plain(self.host, release, settings)
         dh.save_release(self.host, release)
         return release
 
-    def lives(self, files):
+    def lives(self, files, **config):
         """Release 1, as a deploy would have left it."""
-        live = self.release(1, SHA, files, 2.5)
+        live = self.release(1, SHA, files, 2.5, **config)
+        dh.save_config(self.host, 'blog', config)
         engine = dh.engine_of(self.host, live)
         self.images['blog:latest'] = self.images['blog:1']
         self.refs['refs/heads/main'] = SHA
@@ -1482,8 +1552,15 @@ class Machine(object):
         self.refs[ref] = new
 
 def image(dockerfile):
-    return {'Id': 'sha256:' + re.sub(r'\W', '', dockerfile), 'Size': 5000000, 'Config': {
-        'Volumes': {'/data': {}} if 'VOLUME' in dockerfile else None}}
+    """What docker says of an image, which is named for the first line."""
+    ports = re.findall(r'(?m)^EXPOSE (\S+)', dockerfile)
+    paths = re.findall(r'(?m)VOLUME ?(\S*)', dockerfile)
+    config = {'Volumes': dict((path or '/data', {}) for path in paths) or None,
+              'ExposedPorts': dict((port, {}) for port in ports)}
+    if 'HEALTHCHECK' in dockerfile:
+        config['Healthcheck'] = {'Test': ['CMD', 'true']}
+    return {'Id': 'sha256:' + re.sub(r'\W', '', dockerfile.partition('\n')[0]),
+            'Size': 5000000, 'Config': config}
 
 def content(path):
     if os.path.islink(path):
@@ -1762,7 +1839,6 @@ def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     ('docker', None, 'no Dockerfile in this commit'), ('docker', '\n', 'file is empty'),
     ('docker', 'a\0', 'file holds a NUL byte'), ('job', '', 'upstart.conf is empty'),
     ('docker', 'x' * (256 * 1024 + 1), 'Dockerfile is larger than 256 KB'),
-    ('job', None, 'no upstart.conf in this commit'),
     ('job', JOB + 'x\n', 'upstart.conf:3: unknown stanza `x`'),
     ('job', 'exec docker run -d blog', 'upstart.conf:1: `-d`'),
     ('job', dh.to_text(b'\xef\xbb\xbf') + JOB, 'upstart.conf:1: begins with a byte order'),
