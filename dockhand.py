@@ -578,7 +578,10 @@ def check_setting(key, value):
               'variable: letters, digits and "_"', printable(key))
     refuse_if(re.search(r'[\r\n\0]', value), "%s has more than one line, which docker's "
               'env files cannot hold: write it as base64, or put it on a volume', key)
-    refuse_if(len(value) > 32768, '%s is longer than 32 KB', key)
+    data = to_bytes(value)
+    refuse_if(len(data) > 32768, '%s is longer than 32 KB', key)
+    refuse_if(u'\ufffd' in data.decode('utf-8', 'replace'), '%s is not UTF-8, and docker '
+              'takes no other text: write it as base64', key)
     wanted = SETTINGS.get(key, '.*')
     refuse_if(not re.match('(?:%s)\\Z' % wanted, value), '%s=%s does not match %s',
               key, printable(value), wanted)
