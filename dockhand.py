@@ -570,7 +570,7 @@ def add_keys(keys, uploaded, name, apps):
 # variable of its environment.
 SETTINGS = {'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*', 'port': r'[1-9]\d{0,4}',
             'branch': r'\w[\w./-]*', 'overlap': 'yes|no', 'timeout': r'[1-9]\d{0,3}',
-            'release': '.+'}
+            'release': r'''([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+'''}
 
 def check_setting(key, value):
     """Failure unless docker's env files or dockhand can hold it."""
