@@ -1213,7 +1213,8 @@ def is_routed(subnet, routes):
         first, second = address.split('.')[:2]
         return (int(first) * 256 + int(second)) >> (16 - min(length, 16))
     return any(bits(address, int(length or 32)) == bits(subnet, int(length or 32))
-               for address, length in re.findall(r'(?m)^([\d.]+)(?:/(\d+))? ', routes))
+               for address, length in re.findall(
+                   r'(?m)^(?:[a-z]+ )?([\d.]+)(?:/(\d+))?\s', routes))
 
 def volumes_of(host, app):
     """The names of the docker volumes that an app of this name left."""
