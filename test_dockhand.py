@@ -764,6 +764,244 @@ def test_the_address_is_what_a_person_would_type(text, address):
 def test_the_words_of_nginx_become_a_line_of_the_pushed_file(err, said):
     assert dh.nginx_error(err, '/etc/nginx/.c') == said
 
+# ---- Plain apps ------------------------------------------------------------------------
+
+@table('key, value', r"""
+    A               =>
+    A               => it's "quoted" = #1, $HOME \\ and \t so_on
+    DATABASE_URL    => postgres://u:p%20w@db:5432/x?a=b#c
+    port            => 8000
+    port            => 65535
+    domains         => _
+    domains         => blog.org *.blog.org _ .x.org
+    branch          => feature/x-1.0
+    overlap         => no
+    timeout         => 600
+    release         => ./manage.py migrate --set 'a b' "c \\" d"
+    release         => sh -c 'echo "it"'\\''s' """)
+def test_a_setting_may_have_any_value_on_one_line(key, value):
+    dh.check_setting(key, value)
+
+@table('key, value, said', r"""
+              => 1      => "" is no name for a variable: letters, digits and "_"
+    1A        => 1      => "1A" is no name
+    A\_B      => 1      => "A B" is no name
+    A\n       => 1      => "A?" is no name
+    A         => a\nb   => A has more than one line, which docker's env files cannot hold
+    A         => a\r    => A has more than one line
+    A         => a\0b   => A has more than one line
+    port      => 0      => port=0 does not match
+    port      => 80/udp => port=80/udp does not match
+    port      =>        => port= does not match
+    domains   => A.org  => domains=A.org does not match
+    domains   => a;b    => domains=a;b does not match
+    domains   => a\_\_b => does not match
+    branch    => -x     => branch=-x does not match
+    overlap   => maybe  => overlap=maybe does not match yes|no
+    timeout   => 1.5    => timeout=1.5 does not match
+    release   => echo 'x => release=echo 'x does not match
+    release   =>        => release= does not match""")
+def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
+    assert said in refusal(dh.check_setting, key, value)
+
+@pytest.mark.parametrize('data, times, said', [
+    (b'x', 32769, 'A is longer than 32 KB'), (b'\xc3\xa9', 16385, 'A is longer than 32 KB'),
+    (b'caf\xe9', 1, 'A is not UTF-8')])
+def test_a_value_that_dockers_env_files_cannot_hold_is_refused(data, times, said):
+    assert said in refusal(dh.check_setting, 'A', dh.to_text(data * times))
+    dh.check_setting('A', dh.to_text(b'\xc3\xa9' * 16384))
+
+def test_an_environment_is_written_as_docker_reads_it():
+    config = {'B': 'it\'s "a" = #1, $X \\ ', 'A': dh.to_text(b'\xe2\x98\x83'), 'C': '',
+              'port': '8000', 'domains': 'a b', 'release': 'x', 'branch': 'b',
+              'overlap': 'no', 'timeout': '5', 'a.b': '1'}
+    assert dh.environment_text(config, 8000) == dh.to_text(
+        b'A=\xe2\x98\x83\nB=it\'s "a" = #1, $X \\ \nC=\nPORT=8000\na.b=1\n')
+    assert dh.environment_text(dict(config, PORT='9'), 8000).count('PORT=') == 1
+    assert 'PORT' not in dh.environment_text(config, None)
+    assert dh.environment_text({}, None) == ''
+
+@pytest.mark.parametrize('words, unset, wanted', [
+    (['A=1'], None, {'A': '1', 'port': '80'}),
+    (['A=a=b=#c d'], None, {'A': 'a=b=#c d', 'port': '80'}),
+    (['port=8000', 'B='], None, {'A': 'old', 'port': '8000', 'B': ''}),
+    (['A=1', 'A=2'], 'port', {'A': '2'}), ([], 'A', {'port': '80'}),
+    ([], None, {'A': 'old', 'port': '80'})])
+def test_a_config_is_changed_word_by_word(words, unset, wanted):
+    found = {'A': 'old', 'port': '80'}
+    assert dh.change_config(found, words, unset) == wanted
+    assert found == {'A': 'old', 'port': '80'}
+
+@pytest.mark.parametrize('words, unset, said', [
+    (['A'], None, '"A" is not KEY=VALUE'), (['A=1', 'port=x'], None, 'port=x does not match'),
+    (['=1'], None, '"" is no name'), ([], 'B', 'no B is set'), (['A=1'], 'B', 'no B is set')])
+def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
+    found = {'A': 'old'}
+    assert said in refusal(dh.change_config, found, words, unset)
+    assert found == {'A': 'old'}
+
+@pytest.mark.parametrize('data, value', [
+    (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
+    (b'a#"\' ', 'a#"\' '), (b'-\n', '-'), (b'', ''), (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
+def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
+    with standard_input(data):
+        assert dh.change_config({}, ['A=-'], None) == {'A': value}
+
+@pytest.mark.parametrize('data, times, said', [
+    (b'a\n', 2, 'A has more than one line'), (b'\xff\n', 1, 'A is not UTF-8'),
+    (b'x', 300000, 'A is longer than 32 KB')])
+def test_a_secret_that_will_not_do_is_refused(data, times, said):
+    with standard_input(data * times):
+        assert said in refusal(dh.change_config, {}, ['A=-'], None)
+
+@table('exposed, port, proxied, found, web', """
+                        =>      =>     => None => False
+                        => 9000 =>     => 9000 => True
+                        =>      => yes => None => False
+    8000/tcp            =>      =>     => 8000 => True
+    3000/tcp 8080/tcp 443/tcp  =>      =>     => 8080 => True
+    5000/tcp 80/tcp     =>      =>     => 80   => True
+    80/tcp              => 81   =>     => 81   => True
+    5432/tcp            =>      =>     => 5432 => False
+    25/tcp 143/tcp 25/udp  =>   =>     => 25   => False
+    5432/tcp            => 5432 =>     => 5432 => True
+    9000/tcp            =>      => yes => 9000 => True
+    9000/tcp 3000/tcp   =>      => yes => 3000 => True
+    443/tcp             =>      =>     => 443  => False
+    53/udp              =>      =>     => None => False
+    80/udp              =>      =>     => None => False
+    80/sctp             =>      =>     => None => False""")
+def test_what_an_image_exposes_says_what_an_app_is(exposed, port, proxied, found, web):
+    settings = {'ExposedPorts': dict((each, {}) for each in exposed.split()) or None}
+    config = {'port': port} if port else {}
+    assert [str(each) for each in dh.read_image(settings, config, proxied)] == [
+        found, web, '[]']
+
+def test_an_image_of_any_docker_is_read():
+    assert dh.read_image({}, {}, None) == (None, False, [])
+    volumes = {'/var/lib/b': {}, '/a b': {}}
+    assert dh.read_image({'Volumes': volumes}, {}, None)[2] == ['/a b', '/var/lib/b']
+
+@table('path, name', r"""
+    /data                    => shop--data
+    /data/                   => shop--data
+    /var/lib/postgresql/data => shop--var_lib_postgresql_data
+    /var_lib                 => shop--var_5f_lib
+    /a\_b                    => shop--a_20_b
+    /a-b.c/D9                => shop--a-b.c_D9
+    /a:b                     => shop--a_3a_b""")
+def test_a_volume_is_named_for_its_path(path, name):
+    assert dh.volume_of('shop', path) == name
+
+def plain_release(**changes):
+    release = dh.Release('blog', 3, SHA, 'main', 'anna', 1, None, None, 'sha256:x', {}, 8000,
+                         True, [], '10.86.0.2', None, None)
+    return release._replace(**changes)
+
+def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
+    release = plain_release(volumes=['/data', '/var/lib/x'])
+    assert dh.plain_container(release, '/r/env') == dh.Container(
+        ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--init', '--env-file=/r/env',
+         '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
+        'blog', [], {}, '/', True, '10')
+
+GENERATED = '''map $http_upgrade $connection_{0} {{
+    default upgrade;
+    '' '';
+}}
+server {{
+    listen 80{2};{3}
+    server_name {1};
+    client_max_body_size 100m;
+{4}    location / {{
+        proxy_pass http://{5};
+        proxy_http_version 1.1;
+        proxy_set_header Host $http_host;
+        proxy_set_header X-Real-IP $remote_addr;
+        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+        proxy_set_header X-Forwarded-Host $http_host;
+        proxy_set_header X-Forwarded-Proto $scheme;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $connection_{0};
+        proxy_connect_timeout 5s;
+        proxy_read_timeout 10m;
+        proxy_send_timeout 10m;
+    }}
+}}
+'''
+MIN_TIMEOUT = '    keepalive_min_timeout 1s;\n'
+
+@pytest.mark.parametrize('app, domains, version, ipv6, expected', [
+    ('blog', 'blog blog.*', (1, 24, 0), False,
+     GENERATED.format('blog', 'blog blog.*', '', '', '', 'blog')),
+    ('my-app.x_y', 'a.org *.b.org', (1, 24, 0), True, GENERATED.format(
+        'my_app_x_y', 'a.org *.b.org', '', '\n    listen [::]:80;', '', 'my-app.x_y')),
+    ('blog', '_', (1, 24, 0), False,
+     GENERATED.format('blog', '_', ' default_server', '', '', 'blog')),
+    ('blog', 'a.org _', (1, 27, 3), True, GENERATED.format(
+        'blog', 'a.org _', ' default_server', '\n    listen [::]:80 default_server;', '',
+        'blog')),
+    ('blog', 'a', (1, 27, 4), False, GENERATED.format('blog', 'a', '', '', MIN_TIMEOUT, 'blog')),
+    ('blog', 'a', (1, 31, 0), True, GENERATED.format(
+        'blog', 'a', '', '\n    listen [::]:80;', MIN_TIMEOUT, 'blog'))])
+def test_a_proxy_file_is_made_for_this_nginx_and_this_host(app, domains, version, ipv6, expected):
+    text = dh.render_proxy(app, domains, version, ipv6)
+    assert text == expected
+    server, = dh.servers_of(text)
+    assert server.names == domains.split() and len(server.listens) == 1 + ipv6
+    dh.check_proxy([server], {})
+
+UPSTREAM = '''# dockhand: where requests go
+upstream blog {
+    server 10.86.0.2:8000;
+    keepalive 16;
+%s}
+'''
+
+@pytest.mark.parametrize('version, more', [
+    ((1, 4, 6), ''), ((1, 15, 2), ''), ((1, 15, 3), '    keepalive_timeout 1s;\n'),
+    ((1, 31, 0), '    keepalive_timeout 1s;\n')])
+def test_an_upstream_leads_to_the_container_and_keeps_connections(version, more):
+    assert dh.upstream('blog', '10.86.0.2', 8000, version) == UPSTREAM % more
+
+@table('route, routed', """
+    10.86.0.0/16 dev br-1 proto kernel scope link src 10.86.0.1 => 10.86
+    10.0.0.0/8 via 192.0.2.1 dev tun0                   => 10.86 10.87 10.127
+    10.86.3.0/24 dev eth1                               => 10.86
+    10.86.3.4 via 192.0.2.1 dev eth0                    => 10.86
+    10.86.0.0/15 dev eth1                               => 10.86 10.87
+    172.16.0.0/12 dev eth1                              => 172.31 172.20
+    default via 10.86.0.1 dev eth0                      =>
+    blackhole 10.86.0.0/16                              => 10.86
+    unreachable 10.0.0.0/9 metric 1                     => 10.86 10.87 10.127
+    192.168.1.0/24 dev eth0 src 10.86.0.1               =>
+    110.86.0.0/16 dev eth0                              =>""")
+def test_a_subnet_that_a_route_leads_to_is_known(route, routed):
+    routes = 'default via 192.0.2.1 dev eth0\n%s\n192.0.2.0/24 dev eth0\n' % route
+    assert [each for each in '10.86 10.87 10.127 172.31 172.20'.split()
+            if dh.is_routed(each, routes)] == routed.split()
+
+@pytest.mark.parametrize('overlap', [None, 'yes', 'no'])
+@pytest.mark.parametrize('old, new, expected', [
+    ({}, {}, True), ({'volumes': ['/a']}, {}, False), ({}, {'volumes': ['/a']}, False),
+    ({'volumes': ['/a']}, {'volumes': ['/a']}, False), ({'web': False}, {}, None),
+    ({}, {'web': False}, None), ({'web': None, 'job': 'exec x'}, {}, None), (None, {}, None),
+    ({}, None, None)])
+def test_only_web_apps_without_common_data_are_handed_over(old, new, expected, overlap):
+    config = {'overlap': overlap} if overlap else {}
+    old, new = [None if each is None else plain_release(config=more, **each)
+                for each, more in ((old, {}), (new, config))]
+    assert dh.hands_over(old, new) == (
+        expected is not None and (overlap == 'yes' if overlap else expected))
+
+@table('changes, said', """
+    web    => a web app: nginx passes requests to its port 8000 (another:
+    inside => a service that other apps reach as blog:8000, and nginx does not
+    worker => a worker without a port (a web app has an EXPOSE in its Dockerfile)""")
+def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
+    release = plain_release(web=changes == 'web', port=None if changes == 'worker' else 8000)
+    assert dh.kind_text(release).startswith(said)
+
 
 # ---------------------------------------------------------------------------------------
 # Command lines, and what programs say
