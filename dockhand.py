@@ -2025,7 +2025,7 @@ def check_files(release, folder):
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
-    if app in list_apps(host):
+    if list_releases(host, app):
         return
     for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
         refuse_if(os.path.exists(host.path(path)),
