@@ -2015,7 +2015,8 @@ def check_files(release, folder):
         step('Note: files kept by git LFS are not part of a push; their pointers are')
     if job is None:             # until the image is built, its port is not known
         there = upstream(app, '127.0.0.1', 80, ())
-        return release._replace(proxy=proxy and headed(app, 'proxy file', proxy) + there)
+        pushed = proxy and headed(app, 'proxy file', proxy).partition(MARK)[0]
+        return release._replace(proxy=pushed and pushed + there)
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
@@ -2038,10 +2039,11 @@ def check_host_names(host, app):
 def edited_files(host, live, new=None):
     """[(name, path, live text, text found)] of what was changed by hand on the host.
     A file that is as a new Release on its way says counts as unchanged."""
-    to_be = [text for _, _, text in installed_files(host, new or live)]
-    found = [(name, path, text, read_file(host.path(path)))
+    to_be = dict(each[1:] for each in installed_files(host, new or live))
+    found = [(name, path, text, read_file(host.path(path)), ''.join(
+        to_be.get(path, text).partition(MARK)[:1] + text.partition(MARK)[1:]))
              for name, path, text in installed_files(host, live)]
-    return [each for each in found if each[3] not in [None, each[2]] + to_be]
+    return [each[:4] for each in found if each[3] not in (None, each[2], each[4])]
 
 def check_edited(host, live, release):
     for name, path, ours, text in edited_files(host, live, release):
@@ -2743,6 +2745,7 @@ def config(host, app, *changes, **options):
         if live is None:
             save_config(host, app, wanted)
             return tell('%s: noted for its first push', app)
+        check_edited(host, live, live)
         branch = wanted.get('branch', live.branch)
         release = new_release(host, app, live.key, branch, live.commit)
         make_release(host, live, release._replace(
