@@ -2187,6 +2187,8 @@ def complete_plain(host, release, settings):
     """The Release of a plain app, with what its image and config say; its address and
     proxy file. settings: the Config of its image"""
     app, config = release.app, release.config
+    if (release.proxy or '').startswith(MADE % (app, app)):
+        release = release._replace(proxy=None)
     port, web, volumes = read_image(settings, config, release.proxy)
     for name in volumes_of(host, app) if not live_release(host, app) else []:
         step('Found a volume of an earlier %s: %s', app, name)
@@ -2216,10 +2218,10 @@ def kind_text(release):
 def complete_proxy(host, release):
     """The proxy file of a plain web app, pushed or made here, and where it leads."""
     app, version = release.app, nginx_version(host)
-    text, made = (release.proxy or '').partition(MARK)[0], MADE % (app, app)
-    if not text or text.startswith(made):
+    text = (release.proxy or '').partition(MARK)[0]
+    if not text:
         domains = release.config.get('domains', '%s %s.*' % (app, app))
-        text = made + render_proxy(app, domains, version, has_ipv6(host))
+        text = MADE % (app, app) + render_proxy(app, domains, version, has_ipv6(host))
     return text + upstream(app, release.address, release.port, version)
 
 def free_address(host):
