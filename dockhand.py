@@ -1198,12 +1198,14 @@ def remove_image_tag(host, tag, *options):
     command = ('docker', 'rmi') + options + (tag,)
     return host.run_unless('no such image|container', command) or not inspect(host, tag)
 
-def subnet_of(host):
-    """The first half of the addresses on our network: what it has, or a free one."""
+def subnet_of(host, given=()):
+    """The first half of the addresses on our network: what it has, or that of those
+    given to releases, or a free one."""
     there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
     routes = host.ask(['ip', '-4', 'route']).out
     free = [subnet for subnet in SUBNETS if not is_routed(subnet, routes)]
-    found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there) + free
+    found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there)
+    found += [address.rsplit('.', 2)[0] for address in given] + free
     refuse_if(not found, 'no /16 of 10.86 to 172.31 is free for the network of the apps')
     return found[0]
 
@@ -2228,7 +2230,7 @@ def free_address(host):
     """An address on our network that no release of any app has."""
     taken = set(load_release(host, app, number).address for app in list_apps(host)
                 for number in list_releases(host, app))
-    subnet = subnet_of(host)
+    subnet = subnet_of(host, sorted(filter(None, taken)))
     every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
     return next(address for address in every if address not in taken)
 
