@@ -2754,6 +2754,7 @@ def config(host, app, *changes, **options):
         release = new_release(host, app, live.key, branch, live.commit)
         make_release(host, live, release._replace(
             config=wanted, image=live.image, job=live.job, proxy=live.proxy))
+        clean_up(host, live_release(host, app))
         changed = [pair[0] for pair in set(found.items()) ^ set(wanted.items())]
         log('%s: config changed: %s', app, ' '.join(sorted(set(changed))))
 
