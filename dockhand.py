@@ -1809,7 +1809,8 @@ def apply(host, old, new):
         answered = switched if beside else check_or_show_log(host, new, engine)
         checked = monotonic()
         set_link(host, app, 'live', new)
-    finish(host, new, engine, new.seconds is not None)
+    pushed = new.seconds is None and not (old and old.commit == new.commit)
+    finish(host, new, engine, not pushed)
     gap = '' if not served else ', no gap' if beside else ', down for %.1f s' % (
         answered - stopped)
     return 'switched in %.1f s, checked in %.1f s%s' % (
