@@ -2247,7 +2247,7 @@ def run_release_command(host, release):
         ensure_network(host, release.address)
     command = ['docker', 'run', '--rm', '--name', name] + options + [release.image] + (
         shlex.split(command))
-    status = host.ask(command, each=detail).status
+    status = host.ask(command, each=detail, env=job.env, cwd=job.folder).status
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 def check_proxy_change(host, release):
