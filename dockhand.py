@@ -1865,7 +1865,7 @@ def check_or_show_log(host, release, engine):
 
 def loopback_ports(host, release):
     """The ports on which an app listens for its own container alone."""
-    local = '(0100007F|0{24}01000000)\\Z'
+    local = '(0{16}FFFF0000)?0100007F|0{24}01000000'
     found = [each for container in running_containers(host, release.image)
              for each in sockets(host, str(container['State'].get('Pid')))]
     return sorted(set(int(each.port, 16) for each in found
