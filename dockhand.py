@@ -1589,6 +1589,7 @@ class Upstart(Engine):
         if is_ours(read_file(self.path(release, '.conf')), release.app):
             remove_file(self.path(release, '.conf'))
         remove_file(self.path(release, '.override'))
+        remove_file(app_folder(self.host, release.app, 'env'))
 
     def state(self, release):
         _, out, err = self.host.ask(['status', release.app])
