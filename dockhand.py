@@ -569,7 +569,8 @@ def add_keys(keys, uploaded, name, apps):
 # What config says of the app itself, with a pattern of its value; every other key is a
 # variable of its environment.
 SETTINGS = {'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*', 'port': r'[1-9]\d{0,4}',
-            'branch': r'\w[\w./-]*', 'overlap': 'yes|no', 'timeout': r'[1-9]\d{0,3}',
+            'branch': r'\w[\w./-]*', 'overlap': 'yes|no',
+            'timeout': r'[3-9]|[1-9]\d{1,3}',
             'release': r'''([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+'''}
 
 def check_setting(key, value):
