@@ -799,6 +799,7 @@ def test_a_setting_may_have_any_value_on_one_line(key, value):
     branch    => -x     => branch=-x does not match
     overlap   => maybe  => overlap=maybe does not match yes|no
     timeout   => 1.5    => timeout=1.5 does not match
+    timeout   => 2      => timeout=2 does not match
     release   => echo 'x => release=echo 'x does not match
     release   =>        => release= does not match""")
 def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
@@ -1655,7 +1656,7 @@ class Machine(object):
             told += ['upstream ' + each for each in known if known.count(each) > 1]
             told += ['proxy_pass http://' + each for each in re.findall(
                 r'proxy_pass http://([a-z]+);', found) if each not in known]
-            for each in told:
+            for each in [each for each in told if each in found]:
                 line = found[:found.index(each)].count('\n') + 1
                 return Result(1, '', 'nginx: [emerg] %s in %s:%d\n' % (each, name, line))
 
@@ -1791,7 +1792,8 @@ class Machine(object):
 
 def image(dockerfile):
     """What docker says of an image, which is named for the first line."""
-    ports = re.findall(r'(?m)^EXPOSE (\S+)', dockerfile)
+    ports = [port + ('' if '/' in port else '/tcp')
+             for port in re.findall(r'(?m)^EXPOSE (\S+)', dockerfile)]
     paths = re.findall(r'(?m)VOLUME ?(\S*)', dockerfile)
     config = {'Volumes': dict((path or '/data', {}) for path in paths) or None,
               'ExposedPorts': dict((port, {}) for port in ports)}
@@ -1983,9 +1985,10 @@ def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, cap
     assert machine.changed(before) == []
     assert 'blog: the switch to release 2 was interrupted' in capfd.readouterr().err
 
-def half_deployed(machine, steps=99):
+def half_deployed(machine, steps=99, files=None):
     """A crash after so many steps of a switch to release 2."""
-    live, new = machine.lives(FILES), machine.release(2, SHA_2, FILES_2)
+    one, two = files or (FILES, FILES_2)
+    live, new = machine.lives(one), machine.release(2, SHA_2, two)
     dh.set_link(machine.host, 'blog', 'pending', new)
     acts = [lambda: dh.engine_of(machine.host, new).prepare(new)]
     for act in (acts + dh.switch_steps(machine.host, live, new))[:steps]:
@@ -2508,6 +2511,708 @@ def test_root_checks_again_what_the_git_user_asks(words):
     words = [word.strip('_') for word in words.replace('  ', '_ ').format(SHA).split(' ')]
     assert refusal(dh.receive, Host('/nowhere', run=None), *words)
 
+# ---- Plain apps: handed over, or stopped and started ---------------------------------
+
+def an_app(name, more='EXPOSE 8000', proxy=None):
+    """The files of a plain app. Its HEALTHCHECK is what the machine here can answer."""
+    files = {'Dockerfile': 'FROM %s\nHEALTHCHECK x\n%s\n' % (name, more)}
+    return dict(files, **{'nginx-proxy.conf': proxy} if proxy else {})
+
+ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
+ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data') for name in ('one', 'two')]
+LOGGED = '--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3'
+NGINX_T = 'nginx -t -q -c /etc/nginx/.dockhand-blog.nginx\n'
+NETWORKED = '''docker network create --subnet=10.86.0.0/16 --ip-range=10.86.255.0/24 \
+--gateway=10.86.0.1 dockhand
+docker create --name blog--%s --net=dockhand --ip=10.86.0.%s --net-alias=blog --init \
+--env-file=/var/lib/dockhand/apps/blog/releases/%s/env %s''' + LOGGED + ' sha256:FROM%s\n'
+PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T + NGINX_T
+STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
+PLACED = 'docker tag blog:2 blog:latest\n' + NGINX_T + 'nginx -s reload\n'
+SETTLED = 'docker update --restart unless-stopped blog--2\n'
+HANDED_OVER = ('docker start blog--2\n' + PLACED + SETTLED + STOPPED)
+RESTARTED = (STOPPED + PLACED + 'docker start blog--2\n' + SETTLED)
+ON_VOLUME = '--volume=blog--data:/data '
+
+def plain_proxy(number, domains='blog blog.*', port=8000):
+    """The proxy file of a plain app's release with this number."""
+    made = "# dockhand: blog's proxy file, made at each push; `dockhand proxy blog` prints one\n"
+    body = GENERATED.format('blog', domains, '', '', '', 'blog')
+    address = '10.86.0.%d:%d' % (number + 1, port)
+    where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
+    return made + body + where
+
+@pytest.mark.parametrize('more, config, expected, gap', [
+    ('', {}, NETWORKED % (2, 3, 2, '', 'two') + HANDED_OVER, ', no gap'),
+    ('', {'overlap': 'no'}, NETWORKED % (2, 3, 2, '', 'two') + RESTARTED, ', down for N s'),
+    ('VOLUME /data', {}, NETWORKED % (2, 3, 2, ON_VOLUME, 'two') + RESTARTED, ', down for N s'),
+    ('VOLUME /data', {'overlap': 'yes'},
+     NETWORKED % (2, 3, 2, ON_VOLUME, 'two') + HANDED_OVER, ', no gap')])
+def test_a_plain_web_app_is_switched_in_this_order(plain, capfd, more, config, expected, gap):
+    plain.lives(an_app('one', 'EXPOSE 8000\n' + more), **config)
+    plain.shares = config.get('overlap') == 'yes'
+    capfd.readouterr()
+    plain.push(an_app('two', 'EXPOSE 8000\n' + more))
+    assert '\n'.join(plain.done) + '\n' == PLAIN_BUILD + expected
+    assert plain.running() == ['sha256:FROMtwo']
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(2)}
+    policies = dict((name, each['policy']) for name, each in plain.containers.items())
+    assert policies == {'blog--1': 'no', 'blog--2': 'unless-stopped'}
+    assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
+    live = dh.live_release(plain.host, 'blog')
+    assert (live.number, live.port, live.web, live.address, live.config, live.job) == (
+        2, 8000, True, '10.86.0.3', config, None)
+    assert live.volumes == (['/data'] if more else []) and live.seconds > 0
+    said = re.sub(r'\d\.\d s', 'N s', capfd.readouterr().err)
+    assert re.findall('-----> (.*)', said) == [
+        'Checking 2222222222', 'Building blog:2', 'blog is a web app: nginx passes requests '
+        'to its port 8000 (another: dockhand config blog port=N)', 'Switching to release 2',
+        'Release 2 is live: built in N s, switched in N s, checked in N s' + gap]
+
+@pytest.mark.parametrize('more', ['', 'VOLUME /data'])
+def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
+    plain.lives(an_app('one', 'EXPOSE 8000\n' + more))
+    plain.push(an_app('two', 'EXPOSE 8000\n' + more))
+    del plain.done[:]
+    dh.rollback(plain.host, 'blog')
+    def turned(text):
+        swapped = {'1': '2', '2': '1'}
+        return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()], text)
+    create = NETWORKED % (1, 2, 1, ON_VOLUME if more else '', 'one')
+    done = [line for line in plain.done if line.startswith(('docker', 'nginx'))]
+    assert '\n'.join(done) + '\n' == (
+        NGINX_T + create + 'docker update --restart no blog--1\n'
+        + turned(RESTARTED if more else HANDED_OVER))
+    assert plain.running() == ['sha256:FROMone']
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
+
+@table('more, said, port, address', """
+    EXPOSE 3000 => a web app: nginx passes requests to its port 3000 => 3000 => 10.86.0.2
+    EXPOSE 5432 => a service that other apps reach as blog:5432, and nginx does => 5432 => 10.86.0.2
+                => a worker without a port (a web app has an EXPOSE in its  => None => 10.86.0.2""")
+def test_a_first_push_says_what_the_app_is(plain, capfd, more, said, port, address):
+    plain.nginx()
+    plain.push(an_app('one', more), old=ZERO, new=SHA)
+    assert '-----> blog is ' + said in capfd.readouterr().err
+    live = dh.live_release(plain.host, 'blog')
+    assert (str(live.port), live.web, live.address) == (
+        port, said.startswith('a web'), address)
+    served = {'/etc/nginx/conf.d/blog.conf': plain_proxy(1, port=3000)}
+    assert plain.served == (served if live.web else {})
+    env = 'PORT=3000\n' if live.web else ''
+    assert plain.containers['blog--1']['env'] == env
+    assert plain.files()['/var/lib/dockhand/apps/blog/releases/1/env'][:2] == (
+        dh.to_bytes(env), '600')
+    assert plain.running() == ['sha256:FROMone']
+    assert not re.search("'[^']*pending|build/blog|nginx/.dock", str(sorted(plain.files())))
+
+def test_what_else_a_dockerfile_can_be_is_stopped_then_started(plain):
+    plain.lives(an_app('one', ''))
+    plain.push(an_app('two', ''))
+    tail = [line for line in plain.done if re.match('docker (st|up|tag)', line)]
+    assert '\n'.join(tail) + '\n' == (
+        STOPPED + 'docker tag blog:2 blog:latest\ndocker start blog--2\n' + SETTLED)
+
+BROKEN_SWITCH = '''
+    docker network create
+    docker create
+    docker start
+    docker tag
+    nginx -s
+    nginx -t'''
+
+@table('broken', BROKEN_SWITCH)
+@pytest.mark.parametrize('old, new', [(ONE_WEB, TWO_WEB), (ONE_DATA, TWO_DATA)])
+def test_a_switch_of_a_plain_app_that_fails_is_put_back(plain, broken, old, new):
+    plain.lives(old)
+    before = plain.whole()
+    plain.broken[broken] = 1
+    assert 'broken on purpose' in refusal(plain.push, new)
+    assert plain.changed(before) == []
+    stopped = [line for line in plain.done if line.endswith('stop -t 10 blog--1')]
+    assert not stopped or 'VOLUME' in new['Dockerfile']
+
+@each('name', 'dies sick')
+def test_a_version_that_never_gets_well_is_not_handed_over_to(plain, capfd, name):
+    plain.lives(ONE_WEB)
+    before, served = plain.whole(), plain.served
+    assert 'release 2 failed its health check' in refusal(plain.push, an_app(name))
+    assert plain.changed(before) == [] and plain.served == served
+    assert not [line for line in plain.done if re.match('docker stop.*--1', line)]
+    err = capfd.readouterr().err
+    assert '       its last words\n' in err
+    assert err.endswith('-----> Release 1 runs as before\n')
+
+@each('name', 'one dies')
+def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
+    plain.lives(ONE_WEB)
+    dh.stop(plain.host, 'blog')
+    before = plain.whole()
+    if name == 'dies':
+        assert refusal(plain.push, an_app('dies'))
+        assert plain.changed(before) == [] and plain.running() == []
+    else:
+        plain.push(TWO_WEB)
+        assert plain.running() == ['sha256:FROMtwo']
+
+def test_a_first_push_of_a_plain_app_that_fails_leaves_nothing_but_its_data(plain):
+    plain.nginx()
+    dh.write_catch_all(plain.host)
+    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
+    before = plain.whole()
+    for broken in ('none', 'docker create', 'docker start', 'nginx -s'):
+        plain.broken[broken] = 1
+        assert refusal(lambda: plain.push(an_app('dies', 'EXPOSE 80\nVOLUME /x'), old=ZERO, new=SHA))
+        assert plain.changed(before) == []
+    assert plain.volumes == ['blog--x']
+
+def test_volumes_of_an_earlier_app_of_that_name_are_told(plain, capfd):
+    plain.nginx()
+    plain.volumes = ['blog--data', 'blogs--data', 'blog', 'x-blog--data', 'blog--old']
+    plain.push(ONE_DATA, old=ZERO, new=SHA)
+    assert re.findall('-----> (Found.*)', capfd.readouterr().err) == [
+        'Found a volume of an earlier blog: ' + name for name in ('blog--data', 'blog--old')]
+    plain.push(TWO_DATA)
+    assert 'Found' not in capfd.readouterr().err
+
+def test_a_plan_of_a_plain_app_changes_nothing(plain, capfd):
+    plain.lives(ONE_WEB)
+    before, containers = plain.whole(), str(plain.containers)
+    for more, gap in (('', 'none'), ('VOLUME /data', 'one stop and one start of the service')):
+        said = refusal(plain.push, an_app('two', 'EXPOSE 80\n' + more), 'refs/heads/plan', ZERO)
+        assert said.startswith('this was a plan, nothing has changed; to deploy it: ')
+        assert plain.changed(before) == [] and str(plain.containers) == containers
+        err = capfd.readouterr().err
+        for line in ('ports: 80 on 10.86.0.3, now 8000 on 10.86.0.2', 'gap: ' + gap,
+                     'image: sha256:FROMtwo (5.0 MB)', 'upstart.conf: no change',
+                     '-    server 10.86.0.2:8000;', '+    server 10.86.0.3:80;'):
+            assert '       %s\n' % line in err
+
+def test_a_plan_of_a_first_push_leaves_no_trace(plain, capfd):
+    plain.nginx()
+    dh.write_catch_all(plain.host)
+    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
+    before = plain.whole()
+    refusal(lambda: plain.push(ONE_WEB, 'refs/heads/plan', ZERO))
+    assert plain.changed(before) == []
+    assert 'ports: 8000 on 10.86.0.2, now none' in capfd.readouterr().err
+
+PUSHED = 'server {\n    server_name www.org;\n    location / { proxy_pass http://blog; }\n}\n'
+
+def test_a_pushed_proxy_file_may_name_the_app_as_its_upstream(plain):
+    plain.nginx()
+    plain.push(an_app('one', 'EXPOSE 9000', PUSHED), old=ZERO, new=SHA)
+    where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('8000', '9000')
+    wanted = PROXY_HEADER + PUSHED + where
+    assert wanted == plain.read('/etc/nginx/conf.d/blog.conf')
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted}
+    assert dh.live_release(plain.host, 'blog').web
+    plain.push(an_app('two', 'EXPOSE 9000', wanted))     # copied from the server
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted.replace('.0.2', '.0.3')}
+    assert 'docker stop -t 10 blog--1' == plain.done[-1]
+
+@table('proxy, more, said', r"""
+    \n\nbroken; => EXPOSE 80 => nginx-proxy.conf:3: broken
+    server { server_name a; location / { proxy_pass http://bloc; } } => EXPOSE 80 => nginx-proxy.conf:1: proxy_pass http://bloc
+    server { server_name a; location / { proxy_pass http://blog; } } => CMD x => proxy_pass http://blog
+    upstream blog { }\n => EXPOSE 80 => upstream blog
+    server { server_name wiki.org; } => EXPOSE 80 => nginx-proxy.conf:1: server_name "wiki.org" is taken""")
+def test_a_pushed_proxy_file_of_a_plain_app_that_will_not_do_is_refused(plain, proxy, more, said):
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    assert said in refusal(plain.push, an_app('two', more, proxy))
+    assert plain.changed(before) == []
+
+def test_what_was_changed_by_hand_may_be_committed_and_pushed(plain):
+    plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
+    path, edited = '/etc/nginx/conf.d/blog.conf', PUSHED.replace('www', 'w3')
+    plain.write(path, plain.read(path).replace('www', 'w3'))
+    assert 'commit it in nginx-proxy.conf' in refusal(plain.push, TWO_WEB)
+    assert 'commit it in nginx-proxy.conf' in refusal(dh.config, plain.host, 'blog', 'A=1')
+    assert 'w3' in plain.read(path)
+    plain.push(an_app('two', 'EXPOSE 9000', edited))
+    assert plain.read(path).startswith(PROXY_HEADER + edited)
+
+@each('name', 'docker-compose.yml compose.yaml docker-compose.prod.yml')
+def test_a_repository_with_only_a_compose_file_is_refused(plain, name):
+    plain.lives(ONE_WEB)
+    assert refusal(plain.push, {name: 'services:'}) == (
+        'no Dockerfile in this commit: it says how to build the app; %s is not read: push '
+        'one repository for each service' % name)
+    assert not [line for line in plain.done if 'docker build' in line]
+
+def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
+    plain.lives(an_app('one', 'EXPOSE 8000', PUSHED))
+    plain.write('/proc/net/if_inet6', '')
+    capfd.readouterr()
+    dh.proxy(plain.host, 'blog')
+    printed = capfd.readouterr().out
+    assert printed == GENERATED.format('blog', 'blog blog.*', '', '\n    listen [::]:80;', '',
+                                       'blog')
+    plain.push(an_app('two', 'EXPOSE 8000', printed))
+    assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
+
+def test_an_app_without_a_made_proxy_file_has_none_to_print(plain):
+    assert 'no app blog is live' in refusal(dh.proxy, plain.host, 'blog')
+    plain.lives(an_app('one', ''))
+    assert 'blog is no web app' in refusal(dh.proxy, plain.host, 'blog')
+
+@pytest.mark.parametrize('init', ['none', 'upstart'])
+def test_a_job_app_becomes_a_plain_one_and_a_job_app_again(tmpdir, init):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    machine.push(TWO_WEB)
+    assert machine.running() == ['sha256:FROMtwo'] and machine.jobs == {}
+    assert machine.read('/etc/init/blog.conf') is machine.read('/etc/init/blog.override') is None
+    assert machine.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
+    machine.push(but('docker', 'FROM three'), MAIN, SHA_2, SHA_3)
+    assert machine.running() == ['sha256:FROMthree']
+    assert list(machine.jobs) == (['blog'] if init == 'upstart' else [])
+    for wanted in ('two', 'three', 'two'):
+        dh.rollback(machine.host, 'blog')
+        assert machine.running() == ['sha256:FROM' + wanted]
+        assert len(machine.jobs) == (init == 'upstart' and wanted == 'three')
+        dh.recover(machine.host)
+        assert machine.running() == ['sha256:FROM' + wanted]
+
+@pytest.mark.parametrize('init', ['none', 'upstart'])
+@pytest.mark.parametrize('plain_first', [False, True])
+def test_an_app_that_cannot_change_its_kind_stays_as_it_was(tmpdir, init, plain_first):
+    machine = Machine(tmpdir, init)
+    machine.lives(ONE_WEB if plain_first else FILES)
+    before = machine.whole()
+    assert refusal(machine.push, but('docker', 'FROM dies') if plain_first else an_app('dies'))
+    assert machine.changed(before) == []
+
+def test_under_upstart_a_plain_app_wants_a_docker_that_can(tmpdir):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(FILES)
+    machine.docker_version = lambda _: 'Server version: 1.9.1\n'
+    before = machine.whole()
+    assert 'without an upstart.conf an app wants docker' in refusal(machine.push, TWO_WEB)
+    assert machine.changed(before) == []
+
+# ---- Addresses ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('there, routes, subnet', [
+    (None, '', '10.86'), (None, '10.86.0.0/16 dev br\n', '10.87'),
+    (None, '10.0.0.0/8 dev tun0\n', '172.31'), ('10.99', '10.99.0.0/16 dev br-1\n', '10.99'),
+    (None, '10.0.0.0/8 dev a\n172.28.0.0/14 dev b\n', '172.27')])
+def test_a_network_gets_a_subnet_that_nobody_has(plain, there, routes, subnet):
+    plain.routes += routes
+    if there:
+        plain.docker_network('network', 'create', '--subnet=%s.0.0/16' % there, 'dockhand')
+    assert dh.subnet_of(plain.host) == subnet
+    live = plain.lives(ONE_WEB)
+    assert live.address == subnet + '.0.2'
+    assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == subnet + '.0.0/16'
+
+def test_a_host_without_a_free_subnet_is_said(plain):
+    plain.routes += '10.0.0.0/8 dev a\n172.16.0.0/12 dev b\n'
+    assert 'no /16 of 10.86 to 172.31 is free' in refusal(dh.subnet_of, plain.host)
+
+def test_an_address_is_given_once_kept_releases_included(plain):
+    folder = dh.app_folder(plain.host, 'wiki', 'releases')
+    for number, address in enumerate(['10.86.0.2', None, '10.86.0.4', '10.86.0.250'], 1):
+        dh.save_release(plain.host, plain_release(app='wiki', number=number, address=address))
+    assert len(os.listdir(folder)) == 4
+    assert dh.free_address(plain.host) == '10.86.0.3'
+    dh.save_release(plain.host, plain_release(number=1, address='10.86.0.3'))
+    assert dh.free_address(plain.host) == '10.86.0.5'
+
+def test_there_are_more_addresses_than_one_byte_holds(plain):
+    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
+    given = ['10.86.%d.%d' % (at // 250, at % 250 + 2) for at in range(251)]
+    load = dh.load_release
+    try:
+        dh.save_release(plain.host, plain_release())
+        taken = iter(given)
+        dh.list_releases, kept = (lambda host, app: range(251)), dh.list_releases
+        dh.load_release = lambda host, app, number: plain_release(address=next(taken))
+        assert dh.free_address(plain.host) == '10.86.1.3'
+    finally:
+        dh.load_release, dh.list_releases = load, kept
+
+def test_a_network_that_was_pruned_is_made_again_as_it_was(plain):
+    plain.docker_network('network', 'create', '--subnet=10.99.0.0/16', 'dockhand')
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    plain.docker_stop('', '-t', '1', 'blog--1')
+    plain.networks.clear()
+    dh.recover(plain.host)
+    assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == '10.99.0.0/16'
+    assert plain.changed(before) == []
+    plain.networks.clear()
+    plain.containers.clear()
+    assert dh.free_address(plain.host) == '10.99.0.3'
+    dh.recover(plain.host)
+    assert plain.changed(before) == []
+
+# ---- Config ------------------------------------------------------------------------------
+
+CONFIG = '/var/lib/dockhand/apps/blog/config'
+
+def test_config_may_be_set_before_the_first_push(plain, capfd):
+    plain.nginx()
+    dh.config(plain.host, 'blog', 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
+    assert capfd.readouterr().out == 'blog: noted for its first push\n'
+    assert plain.files()[CONFIG][1] == '600' and plain.done == [
+        'rm -rf -- ' + ' '.join('/var/lib/dockhand/apps/blog/' + part for part in (
+            'releases', 'env', 'live'))] * len(plain.done)
+    dh.recover(plain.host)
+    assert refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
+    assert json.loads(plain.read(CONFIG))['port'] == '9000'
+    plain.push(ONE_WEB, old=ZERO, new=SHA)
+    live = dh.live_release(plain.host, 'blog')
+    assert (live.port, live.config['port']) == (9000, '9000')
+    assert plain.containers['blog--1']['env'] == 'A=it\'s "x" #1\nPORT=9000\n'
+
+@each('path', '/etc/init/blog.conf /etc/init.d/blog /etc/nginx/conf.d/blog.conf')
+def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
+    plain.write(path, 'not ours')
+    try:
+        dh.config(plain.host, 'blog', 'A=1')
+    except Failure:
+        pass
+    assert path in refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
+    assert plain.read(path) == 'not ours'
+
+CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T * 2
+
+def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
+    plain.lives(ONE_WEB, A='1', B='2')
+    capfd.readouterr()
+    dh.config(plain.host, 'blog', 'A=new', 'domains=blog.org www.blog.org', unset='B')
+    assert '\n'.join(plain.done) + '\n' == (
+        CHANGED + NETWORKED % (2, 3, 2, '', 'one') + HANDED_OVER)
+    assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
+    assert plain.served == {
+        '/etc/nginx/conf.d/blog.conf': plain_proxy(2, 'blog.org www.blog.org')}
+    live, wanted = dh.live_release(plain.host, 'blog'), {
+        'A': 'new', 'domains': 'blog.org www.blog.org'}
+    assert live.config == dh.load_config(plain.host, 'blog') == wanted
+    assert (live.number, live.commit, live.image) == (2, SHA, 'sha256:FROMone')
+    assert 'Release 2 is live' in capfd.readouterr().err
+    dh.rollback(plain.host, 'blog')
+    assert dh.load_config(plain.host, 'blog') == {'A': '1', 'B': '2'}
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
+    assert plain.running() == ['sha256:FROMone']
+
+def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
+    plain.lives(ONE_WEB, SECRET='a b=#"', port='8000')
+    capfd.readouterr()
+    dh.config(plain.host, 'blog')
+    assert capfd.readouterr().out == 'SECRET=(see it with --values)\nport=8000\n'
+    dh.config(plain.host, 'blog', values=True)
+    assert capfd.readouterr().out == 'SECRET=a b=#"\nport=8000\n'
+    dh.config(plain.host, 'blog', 'port=8000')
+    assert plain.done == []
+
+@pytest.mark.parametrize('words, unset, said', [
+    (['A=1', 'no'], None, '"no" is not KEY=VALUE'), (['A=a\nb'], None, 'more than one line'),
+    (['A=1'], 'B', 'no B is set'), (['domains=wiki.org'], None, '"wiki.org" is taken')])
+def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
+    plain.lives(ONE_WEB, A='0')
+    before, containers = plain.whole(), str(plain.containers)
+    assert said in refusal(lambda: dh.config(plain.host, 'blog', *words, unset=unset))
+    assert plain.changed(before) == [] and str(plain.containers) == containers
+
+@each('broken', 'docker_create docker_start nginx_-s docker_run')
+@pytest.mark.parametrize('files', [ONE_WEB, ONE_DATA, FILES])
+def test_a_config_with_which_the_app_does_not_run_is_rolled_back(plain, broken, files):
+    plain.lives(files, A='0')
+    before = plain.whole()
+    plain.broken[broken.replace('_', ' ')] = 1
+    changes = ['A=1'] + ['release=x'] * (broken == 'docker_run')
+    if files == FILES and broken == 'nginx_-s':
+        return dh.config(plain.host, 'blog', *changes)      # its proxy file stays
+    assert refusal(dh.config, plain.host, 'blog', *changes)
+    assert plain.changed(before) == []
+    dh.config(plain.host, 'blog', *changes)
+    assert dh.load_config(plain.host, 'blog')['A'] == '1'
+
+@pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
+def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
+    plain.lives(an_app('one', exposed), port='9000')
+    assert dh.live_release(plain.host, 'blog').web
+    dh.config(plain.host, 'blog', unset='port')
+    live = dh.live_release(plain.host, 'blog')
+    assert not live.web and live.proxy is None and plain.served == {}
+    assert plain.containers['blog--2']['env'] == ''
+
+def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
+    plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
+    dh.config(plain.host, 'blog', 'A=1')
+    text = plain.read('/etc/nginx/conf.d/blog.conf')
+    assert text.startswith(PROXY_HEADER + PUSHED) and 'server 10.86.0.3:9000;' in text
+
+def test_changes_of_config_do_not_pile_up_releases(plain):
+    plain.lives(ONE_WEB)
+    for number in range(2, 7):
+        release = plain.release(number, SHA, ONE_WEB, 1.5)
+        dh.Containers(plain.host).prepare(release)
+    dh.config(plain.host, 'blog', 'A=1')
+    kept = [each.number for each in dh.kept_releases(plain.host, 'blog')]
+    assert len(kept) == 5 and kept[0] == 7
+    assert len(plain.containers) == 5
+
+def test_a_job_app_finds_its_config_as_a_file(machine):
+    path = '/var/lib/dockhand/apps/blog/env'
+    job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % path
+    machine.lives(but('job', job), A='1')
+    dh.config(machine.host, 'blog', 'A=2', 'B=a "b" #c')
+    if machine.init == 'upstart':
+        assert machine.files()[path][:2] == (b'A=2\nB=a "b" #c\n', '600')
+        assert machine.done[-1] == 'timeout 60 start blog'
+    else:
+        assert machine.containers['blog--2']['env'] == 'A=2\nB=a "b" #c\n'
+    dh.rollback(machine.host, 'blog')
+    if machine.init == 'upstart':
+        assert machine.read(path) == 'A=1\n'
+    else:
+        assert machine.containers['blog--1']['env'] == 'A=1\n'
+    assert dh.load_config(machine.host, 'blog') == {'A': '1'}
+
+def test_config_says_which_branch_is_deployed(plain):
+    plain.lives(ONE_WEB)
+    dh.config(plain.host, 'blog', 'branch=live/x')
+    assert dh.live_release(plain.host, 'blog').branch == 'live/x'
+    assert plain.refs['refs/heads/live/x'] == SHA
+    assert 'only live/x is deployed' in refusal(plain.push, TWO_WEB)
+    plain.push(TWO_WEB, 'refs/heads/live/x')
+    assert plain.running() == ['sha256:FROMtwo']
+
+def test_a_record_of_an_earlier_dockhand_is_read(plain):
+    plain.lives(FILES)
+    path = '/var/lib/dockhand/apps/blog/releases/1/release.json'
+    record = json.loads(plain.read(path))
+    for name in 'config port web volumes address'.split():
+        del record[name]
+    plain.write(path, json.dumps(record))
+    assert dh.live_release(plain.host, 'blog').config == {}
+    plain.push(TWO_WEB)
+    dh.rollback(plain.host, 'blog')
+    assert plain.running() == ['sha256:FROMone']
+
+# ---- The release command -------------------------------------------------------------------
+
+def test_a_release_command_runs_in_the_new_image_before_the_switch(plain, capfd):
+    plain.lives(ONE_DATA, release="migrate --to 'a b'", A='1')
+    plain.push(TWO_DATA)
+    found, = [line for line in plain.done if line.startswith('docker run')]
+    assert found == (
+        'docker run --rm --name blog--2--release --net=dockhand --init --env-file='
+        '/var/lib/dockhand/apps/blog/releases/2/env --volume=blog--data:/data '
+        'sha256:FROMtwo migrate --to a b')
+    assert plain.ran == {'volumes': ['blog--data'], 'address': None, 'env': 'A=1\nPORT=8000\n',
+                         'network': plain.networks['dockhand']['Id'], 'image': 'sha256:FROMtwo'}
+    at = plain.done.index(found)
+    assert not [line for line in plain.done[:at] if re.match('docker (st|cr|tag)', line)]
+    err = capfd.readouterr().err
+    assert "-----> Running the release command: migrate --to 'a b'\n       migrated\n" in err
+
+def test_a_release_command_that_fails_refuses_the_push(plain):
+    plain.lives(ONE_WEB, release='migrate')
+    before, containers = plain.whole(), str(plain.containers)
+    plain.broken['docker run'] = 1
+    assert refusal(plain.push, TWO_WEB) == (
+        'the release command failed (1); nothing has changed')
+    assert plain.changed(before) == [] and str(plain.containers) == containers
+    assert 'docker rm -f -v blog--2--release' in plain.done
+
+def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
+    job = 'env X=1\nchdir /srv\nexec docker run --rm -p 81:80 -v /srv/x:/x -e X blog serve\n'
+    machine.lives(but('job', job), release='migrate')
+    ran, options = machine.docker_run, []
+    call = machine.host.ask
+    machine.host.ask = lambda argv, **given: (
+        options.append(given) if argv[1] == 'run' else None) or call(argv, **given)
+    machine.push(dict(but('job', job), Dockerfile='FROM two'))
+    found, = [line for line in machine.done if line.startswith('docker run')]
+    assert found == ('docker run --rm --name blog--2--release --volume=/srv/x:/x --env=X '
+                     'sha256:FROMtwo migrate')
+    assert (options[0].get('env'), options[0].get('cwd')) == ({'X': '1'}, '/srv')
+    assert ran
+
+# ---- Removed -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('volumes', [False, True])
+def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volumes):
+    plain.lives(ONE_DATA)
+    plain.write('/home/git/blog.git/config', '')
+    plain.volumes += ['wiki--data', 'blogs--x']
+    plain.push(TWO_DATA)
+    capfd.readouterr()
+    dh.destroy(plain.host, 'blog', force=True, volumes=volumes)
+    assert plain.images == plain.containers == plain.served == plain.networks == {}
+    assert not [path for path in plain.files() if 'blog' in path]
+    assert plain.volumes == ['blog--data'] * (not volumes) + ['wiki--data', 'blogs--x']
+    assert capfd.readouterr().out == 'blog is removed\nvolume blog--data is %s\n' % (
+        'removed' if volumes else 'kept: docker volume rm blog--data')
+
+def test_a_network_that_another_app_uses_stays(plain):
+    plain.lives(ONE_WEB)
+    dh.save_release(plain.host, plain_release(app='wiki'))
+    dh.destroy(plain.host, 'blog', force=True)
+    assert list(plain.networks) == ['dockhand']
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+@pytest.mark.parametrize('typed, removed', [(u'blog\n', True), (u'wiki\n', False), (u'', False),
+                                            (u'y\n', False)])
+def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(plain, capfd, typed, removed):
+    plain.lives(ONE_WEB)
+    kept, sys.stdin = sys.stdin, Terminal(typed)
+    try:
+        if removed:
+            dh.destroy(plain.host, 'blog')
+        else:
+            assert 'if you are sure: dockhand destroy blog --force' in refusal(
+                dh.destroy, plain.host, 'blog')
+    finally:
+        sys.stdin = kept
+    assert 'Type its name again' in capfd.readouterr().out
+    assert plain.running() == ([] if removed else ['sha256:FROMone'])
+
+def test_config_of_an_app_that_never_came_can_be_removed(plain):
+    dh.config(plain.host, 'blog', 'A=1')
+    dh.destroy(plain.host, 'blog', force=True)
+    assert not [path for path in plain.files() if 'blog' in path]
+
+# ---- Drained ---------------------------------------------------------------------------------
+
+def v4(address):
+    """An address and port as in /proc/net/tcp on this machine."""
+    host, port = address.split(':')
+    packed = socket.inet_aton(host)
+    return '%08X:%04X' % (int.from_bytes(packed, sys.byteorder) if sys.version_info[0] > 2
+                          else __import__('struct').unpack('=I', packed)[0], int(port))
+
+def v6(port):
+    return '0' * 24 + '01000000:%04X' % port
+
+def tcp(machine, *rows, **options):
+    """/proc/PID/net/tcp or tcp6 with rows of (local, remote, state, inode)."""
+    head = '  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n'
+    line = '%4d: %s %s %s 00000000:00000000 00:00000000 00000000 0 0 %s 1 0000 100\n'
+    machine.write('/proc/%s/net/%s' % (options.get('pid', 'self'), options.get('name', 'tcp')),
+                  head + ''.join(line % ((at,) + row) for at, row in enumerate(rows)))
+
+def holding(machine, pid, *inodes):
+    """A worker of nginx with these sockets open, and what else one has."""
+    for number, inode in enumerate(inodes):
+        path = machine.host.path('/proc/%d/fd/%d' % (pid, number + 9))
+        dh.make_folder(os.path.dirname(path))
+        os.symlink('socket:[%s]' % inode, path)
+    machine.write('/proc/%d/fd/3' % pid, '')
+
+LISTEN = (v4('0.0.0.0:80'), v4('0.0.0.0:0'), '0A', '10')
+CLIENT = (v4('192.0.2.1:80'), v4('198.51.100.9:4000'), '01', '20')
+CLIENT_6 = (v6(80), v6(4001), '01', '21')
+TO_OLD = (v4('10.86.0.1:5001'), v4('10.86.0.2:8000'), '01', '30')
+TO_NEW = (v4('10.86.0.1:5002'), v4('10.86.0.3:8000'), '01', '31')
+LOG = ('unix', '40')
+
+@pytest.mark.parametrize('title, held, drained', [
+    ('worker process', '20 30', True),          # takes new requests, for the new one
+    ('worker process is shutting down', '', True),
+    ('worker process is shutting down', '20 30', False),        # a request, or a websocket
+    ('worker process is shutting down', '20', False),           # sent after its connection
+    ('worker process is shutting down', '21', False),           # the same over IPv6
+    ('worker process is shutting down', '20 31', True),         # of another app
+    ('worker process is shutting down', '21 31', True),
+    ('worker process is shutting down', '20 21 31', False),     # one of two may come here
+    ('worker process is shutting down', '30', False),
+    ('worker process is shutting down', '31', True),
+    ('worker process is shutting down', '40', True)])           # no tcp socket at all
+def test_an_old_release_is_drained_when_no_request_can_reach_it(plain, title, held, drained):
+    plain.nginx()
+    tcp(plain, LISTEN, CLIENT, TO_OLD, TO_NEW)
+    tcp(plain, (v6(80), v6(0), '0A', '11'), CLIENT_6, name='tcp6')
+    plain.process(60, 50, 'nginx: ' + title)
+    holding(plain, 60, *held.split())
+    assert dh.is_drained(plain.host, '10.86.0.2') is drained
+    assert dh.is_drained(plain.host, '10.86.0.9') is (drained or held in ('20 30', '30'))
+
+def test_workers_of_another_nginx_do_not_count(plain):
+    plain.nginx()
+    tcp(plain, LISTEN, CLIENT, TO_OLD)
+    plain.process(60, 1, 'nginx: worker process is shutting down')
+    holding(plain, 60, '20', '30')
+    assert dh.is_drained(plain.host, '10.86.0.2')
+
+def test_sockets_are_read_of_both_families_and_of_a_process_that_has_gone(plain):
+    tcp(plain, LISTEN, pid=7)
+    tcp(plain, CLIENT_6, pid=7, name='tcp6')
+    assert dh.sockets(plain.host, '7') == [
+        dh.Socket('00000000', '0050', '00000000', '0000', '0A', '10'),
+        dh.Socket('0' * 24 + '01000000', '0050', '0' * 24 + '01000000', '0FA1', '01', '21')]
+    assert dh.sockets(plain.host, '8') == []
+
+def test_the_old_release_is_stopped_once_it_is_drained(plain):
+    plain.lives(ONE_WEB)
+    plain.nginx()
+    reload = plain.nginx_s
+
+    def reload_with_a_late_request(*words):
+        reload(*words)
+        tcp(plain, LISTEN, CLIENT)
+        holding(plain, 51, '20')
+        threading.Timer(0.5, os.unlink, [late]).start()
+    late = plain.host.path('/proc/51/fd/9')
+    plain.nginx_s, stopped = reload_with_a_late_request, []
+    stop = plain.docker_stop
+    plain.docker_stop = lambda *words: stopped.append(os.path.lexists(late)) or stop(*words)
+    plain.push(TWO_WEB)
+    assert stopped == [False]
+
+@pytest.mark.parametrize('address, state, ports', [
+    ('0100007F', '0A', [8000]), ('00000000', '0A', []), ('0B00007F', '0A', []),
+    ('0' * 24 + '01000000', '0A', [8000]), ('0' * 32, '0A', []),
+    ('0000000000000000FFFF00000100007F', '0A', [8000]), ('0100007F', '01', [])])
+def test_an_app_that_listens_for_itself_alone_is_told(plain, address, state, ports):
+    live = plain.lives(ONE_WEB)
+    plain.containers['blog--1']['State']['Pid'] = 77
+    tcp(plain, (address + ':1F40', '0' * len(address) + ':0000', state, '1'), pid=77,
+        name='tcp6' if len(address) > 8 else 'tcp')
+    assert dh.loopback_ports(plain.host, live) == ports
+
+def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, capfd):
+    plain.docker_network('network', 'create', '--subnet=127.86.0.0/16', 'dockhand')
+    plain.nginx()
+    start = plain.docker_start
+    plain.docker_start = lambda *words: start(*words) or plain.containers['blog--1'][
+        'State'].update(Pid=77)
+    dh.config(plain.host, 'blog', 'timeout=3')
+    files = {'Dockerfile': 'FROM one\nEXPOSE 8000\n'}
+    with a_listener('127.86.0.2') as port:
+        dh.config(plain.host, 'blog', 'port=%d' % port)
+        plain.push(files, old=ZERO, new=SHA)
+    assert plain.running() == ['sha256:FROMone']
+    said = refusal(lambda: plain.push({'Dockerfile': 'FROM two\nEXPOSE 8000\n'}))
+    assert re.search(r'after 3 s nothing listens on port \d+ of the container', said)
+    assert plain.running() == ['sha256:FROMone']
+    capfd.readouterr()
+    tcp(plain, ('0100007F:1F40', '00000000:0000', '0A', '1'), pid=77)
+    live = dh.live_release(plain.host, 'blog')
+    refusal(dh.check_or_show_log, plain.host, live, dh.Containers(plain.host))
+    assert ('-----> It listens on 127.0.0.1:8000, which only the container itself reaches: '
+            'make it listen on 0.0.0.0\n') in capfd.readouterr().err
+
+@contextmanager
+def a_listener(address):
+    listener = socket.socket()
+    listener.bind((address, 0))
+    listener.listen(50)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()
+
 # ---- Killed at any moment, the disk full at any write ----------------------------------
 
 # What an act changes is found by looking: Python tells a profile function of each call of
@@ -2515,15 +3220,20 @@ def test_root_checks_again_what_the_git_user_asks(words):
 # what docker, git and init hold, is another than before. Later runs are killed there.
 # What one effect leaves the next one finds: so that is before and after each of them.
 
-HELD = 'images containers jobs commits refs served count'.split()
+HELD = 'images containers jobs commits refs served count volumes networks'.split()
 LOOKING = 'fspath read stat lstat fstat statvfs listdir readlink fdopen __exit__'.split()
 FREEING = 'unlink remove rmdir truncate chmod chown fchmod fchown'.split()
 GIT = 'git --git-dir=/home/git/blog.git '
 HALVES = ('rm -rf', GIT + '--work')      # these commands are killed half-way too
 FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir',
-        GIT + '--work', GIT + 'update-ref refs')
+        'docker network create', GIT + '--work', GIT + 'update-ref refs')
 TWICE = 'docker (build|start)|timeout|nginx'
 MOST = 32                           # processes at a time: an app is watched for seconds
+
+# (files of release 1, of release 2): of a job app, of a web app that is handed over, of one
+# that is stopped first for its VOLUME, of a job app that becomes a plain one
+KINDS_OF_APP = {'job': (FILES, FILES_2), 'web': (ONE_WEB, TWO_WEB),
+                'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB)}
 
 def deploy_two(machine):
     dh.deploy(machine.host, 'blog', 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
@@ -2532,21 +3242,24 @@ ACTS = {'first': deploy_two, 'deploy': deploy_two,
         'rollback': lambda machine: dh.rollback(machine.host, 'blog'),
         'recover': lambda machine: dh.recover(machine.host)}
 RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
-        ('deploy', 'upstart'), ('rollback', 'none'), ('rollback', 'upstart')]
+        ('deploy', 'upstart'), ('rollback', 'none'), ('rollback', 'upstart')] + [
+    (act, 'none ' + kind) for kind in ('web', 'data') for act in ('first', 'deploy', 'rollback')] + [
+    ('deploy', 'upstart turned'), ('rollback', 'upstart turned')]
 
 def about_to(act, init, folder):
-    """A Machine on which an act can begin."""
-    machine = Machine(os.path.join(folder, 'machine'), init)
+    """A Machine on which an act can begin. init: and the kind of the app after it"""
+    one, two = KINDS_OF_APP[(init.split() + ['job'])[1]]
+    machine = Machine(os.path.join(folder, 'machine'), init.split()[0])
     if act == 'first':
         machine.nginx()
         dh.write_catch_all(machine.host)
         dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     elif act == 'deploy':
-        machine.lives(FILES)
+        machine.lives(one)
     else:
-        dh.set_link(machine.host, 'blog', 'live', half_deployed(machine))
+        dh.set_link(machine.host, 'blog', 'live', half_deployed(machine, files=(one, two)))
         dh.recover(machine.host)
-    machine.commits[SHA_2] = FILES_2
+    machine.commits[SHA_2] = two
     return machine
 
 class Moments(object):
@@ -2830,7 +3543,8 @@ def test_every_kind_of_effect_is_found(trials, act, init):
     assert kinds >= set('open flush fchmod rename unlink symlink docker nginx git'
                         .split())
     assert act == 'rollback' or kinds >= set(['mkdir', 'open:', 'rmdir:'])
-    assert init != 'upstart' or kinds >= set(['stop', 'timeout'][act == 'first':])
+    assert 'upstart' not in init or kinds >= set(['stop', 'timeout'][act == 'first':]) or (
+        'turned' in init)
     assert len(trials['kill', act, init]) > 40
 
 @runs
