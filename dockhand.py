@@ -1713,12 +1713,13 @@ def save_release(host, release):
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
     record = release._asdict()
-    for path, text in ((folder + '/upstart.conf', record.pop('job')),
-                       (folder + '/nginx-proxy.conf', record.pop('proxy'))):
-        remove_file(temporary_of(path))
-        remove_file(path) if text is None else replace_file(path, text)
-    port = release.port if release.web else None
-    replace_file(folder + '/env', environment_text(release.config, port), 0o600)
+    env = environment_text(release.config, release.port if release.web else None)
+    for name, text, mode in (('/upstart.conf', record.pop('job'), 0o644),
+                             ('/nginx-proxy.conf', record.pop('proxy'), 0o644),
+                             ('/env', None if release.failed else env, 0o600)):
+        remove_file(temporary_of(folder + name))
+        remove_file(folder + name) if text is None else replace_file(
+            folder + name, text, mode)
     replace_file(folder + '/release.json',
                  json.dumps(record, indent=1, sort_keys=True) + '\n', 0o600)
 
