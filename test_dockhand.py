@@ -4482,6 +4482,7 @@ def test_real_dockerfiles_that_nobody_wrote_for_this_are_pushed_unmodified(serve
             assert app.answer() == answer
         said += re.findall('Release .*', pushed.err)
         assert ', no gap' in pushed.err, pushed.err
+        server.ok('dockhand destroy $1 --force', name)
     return ' / '.join(said)
 
 DATABASE = {'Dockerfile': 'FROM postgres\nCOPY mark /mark\n'
