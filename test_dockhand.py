@@ -4480,7 +4480,7 @@ def test_real_dockerfiles_that_nobody_wrote_for_this_are_pushed_unmodified(serve
         for turn in range(2):                   # the second one beside the first
             pushed = app.deploy(dict(files, turn='%d' % turn))
             assert app.answer() == answer
-        said += re.findall('Release .*', pushed.err)
+        said += re.findall(r'Release .*\S', pushed.err)
         assert ', no gap' in pushed.err, pushed.err
         server.ok('dockhand destroy $1 --force', name)
     return ' / '.join(said)
