@@ -4838,9 +4838,10 @@ def test_real_a_version_that_fails_is_refused_with_its_log_and_no_request(server
 def each_its_own(server, size):
     """Five apps, and a container that somebody put on their network."""
     apps, generator = [Plain(server, 'five%d' % number) for number in range(5)], random.Random(SEED)
-    for mark in 'ab':
-        for app in generator.sample(apps, 5):
-            app.release(mark)
+    for app in generator.sample(apps, 5):
+        app.release('a')
+    for app in apps[:2]:
+        app.release('b')
     server.ok('docker run -d --name elses --restart always --net dockhand tiny:1 sleep 99999')
 
     def reboot():
@@ -4856,7 +4857,7 @@ def each_its_own(server, size):
             for event in itertools.chain(*orders):
                 event()
                 for app in apps:
-                    app.check_whole('b')
+                    app.check_whole('b' if app in apps[:2] else 'a')
             for app in apps[:2]:
                 server.ok('dockhand rollback ' + app.name)
                 app.check_whole('a')
@@ -4909,7 +4910,7 @@ def test_real_nothing_runs_but_what_docker_runs_for_a_container(server, size):
         for key in ('main', 'main.pub', 'other', 'other.pub'):
             shutil.copy(os.path.join(server.folder, key), fresh.folder)
         now, added, gone, memory = more(before)
-        assert (added, gone) == ([], []), (added, gone)
+        assert not added and set(gone) <= set(['socket tcp [::]:80']), (added, gone)
         said = ['%d processes, %d KB before, %d KB more with dockhand' % (
             sum(before[0].values()), before[1], memory)]
         fresh.connect()
