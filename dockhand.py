@@ -1417,9 +1417,8 @@ def is_drained(host, address):
     found, number = sockets(host), struct.unpack('=I', socket.inet_aton(address))[0]
     served = set(each.port for each in found if each.state == LISTENS)
     for pid, title in children(host, nginx_master(host)).items():
-        folder = host.path('/proc', pid, 'fd')
-        held = [each for each in found if 'shutting down' in title
-                and 'socket:[%s]' % each.inode in open_files(folder)]
+        opened = open_files(host.path('/proc', pid, 'fd')) if 'shutting' in title else ()
+        held = [each for each in found if 'socket:[%s]' % each.inode in opened]
         clients = [each for each in held if each.port in served]
         if len(clients) * 2 > len(held) or '%08X' % number in [
                 each.other_address for each in held]:
@@ -1427,11 +1426,11 @@ def is_drained(host, address):
     return True
 
 def open_files(folder):
-    """What the files are that a process has open; [] where it has gone."""
-    found = []
+    """What the files are that a process has open; none where it has gone."""
+    found = set()
     for name in list_folder(folder):
         try:
-            found.append(os.readlink(os.path.join(folder, name)))
+            found.add(os.readlink(os.path.join(folder, name)))
         except OSError:
             pass
     return found

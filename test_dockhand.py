@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -26,7 +27,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 
 import pytest
@@ -4023,8 +4024,9 @@ class Server(object):
                 must(['docker', 'cp', '-L', os.path.join(HERE, name),
                       self.name + ':/root/dockhand/'])
         if kept:
-            self.ok('for app in $(ls /var/lib/dockhand/apps); do dockhand destroy $app --force;'
-                    ' done; /usr/bin/python3 /root/dockhand/dockhand.py install --user git')
+            self.ok('for app in $(ls /var/lib/dockhand/apps); do dockhand destroy $app --force'
+                    ' --volumes; done; /usr/bin/python3 /root/dockhand/dockhand.py install'
+                    ' --user git')
         else:
             begun = time.time()
             self.demo = self.ok('sh /root/dockhand/configure-system.sh --demo 2>&1')
@@ -4137,13 +4139,23 @@ class Server(object):
         self.apps[name].follow()
         return self.apps[name]
 
+    def import_image(self, system, tag):
+        """Make an image offline, of a system that .ci/server bootstraps from packages."""
+        with open(must(['sh', os.path.join(HERE, '.ci', 'server'), system]), 'rb') as source:
+            subprocess.check_call(['docker', 'exec', '-i', self.name, 'docker', 'import', '-',
+                                   tag], stdin=source, stdout=subprocess.DEVNULL)
+
+    def bases(self):
+        """The images that people's Dockerfiles start from, as far as these here need them."""
+        if self.run('docker', 'inspect', *BASES).status != 0:
+            self.import_image('bases', 'bases:1')
+            for name in sorted(BASES):
+                self.ok('docker build -q -t $1 -', name, stdin='FROM bases:1\n' + BASES[name])
+
     def apache(self):
         """The example of 2014, its base image made offline under the name it starts from."""
         if 'apache-example' not in self.apps:
-            tar = must(['sh', os.path.join(HERE, '.ci', 'server'), 'apache'])
-            with open(tar, 'rb') as source:
-                assert self.run('docker', 'import', '-', 'ubuntu:12.04',
-                                stdin=source.read()).status == 0
+            self.import_image('apache', 'ubuntu:12.04')
             app = self.apps['apache-example'] = App(self, 'apache-example')
             app.first_push = app.deploy(APACHE)
         return self.apps['apache-example']
@@ -4269,6 +4281,37 @@ APACHE = {
                     'exec docker run -rm -p 127.0.0.1:8000:80 apache-example\n',
     'nginx-proxy.conf': 'server {\n    listen 80 default_server;\n'
                         '    location / { proxy_pass http://127.0.0.1:8000; }\n}\n'}
+
+# What is in the official images of these names, and Dockerfiles rely on, made of Debian's
+# packages. Postgres's entrypoint is theirs in short: the folder is made at the first start.
+BASES = {
+    'nginx': r'''
+RUN rm /etc/nginx/sites-enabled/default && mkdir -p /usr/share/nginx/html && \
+    echo 'server { listen 80; root /usr/share/nginx/html; }' >/etc/nginx/conf.d/default.conf && \
+    ln -sf /dev/stdout /var/log/nginx/access.log && ln -sf /dev/stderr /var/log/nginx/error.log
+EXPOSE 80
+STOPSIGNAL SIGQUIT
+CMD ["nginx", "-g", "daemon off;"]''',
+    'python:3': '''
+RUN rm -f /usr/lib/python3*/EXTERNALLY-MANAGED
+CMD ["python3"]''',
+    'node:20': '''
+CMD ["node"]''',
+    'postgres': r'''
+RUN install -d -o postgres -m 2775 /var/run/postgresql /var/lib/postgresql/data && \
+    ln -s /usr/lib/postgresql/*/bin/postgres /usr/lib/postgresql/*/bin/initdb /usr/local/bin
+ENV PGDATA=/var/lib/postgresql/data
+VOLUME /var/lib/postgresql/data
+EXPOSE 5432
+STOPSIGNAL SIGINT
+ENTRYPOINT ["sh", "-euc", "\
+    run() { exec setpriv --reuid postgres --regid postgres --init-groups \"$@\"; }; \
+    [ -s $PGDATA/PG_VERSION ] || { chown postgres $PGDATA; \
+    echo ${POSTGRES_PASSWORD} >/tmp/password; \
+    (run initdb --auth-local trust --auth-host scram-sha-256 --pwfile /tmp/password); \
+    echo host all all all scram-sha-256 >>$PGDATA/pg_hba.conf; }; \
+    run \"$@\"", "entrypoint"]
+CMD ["postgres", "-c", "listen_addresses=*"]'''}
 
 @pytest.fixture(scope='session')
 def servers():
@@ -5402,3 +5445,518 @@ def test_real_a_rollback_takes_as_long_as_a_restart(servers):
     assert min(ratios) <= 1.2, ratios
     print('restart %.2f s; the older version after %s of that' % (
         restarted - begun, ' '.join('%.2f' % ratio for ratio in ratios)))
+
+# ---------------------------------------------------------------------------------------
+# Drills: plain apps
+# ---------------------------------------------------------------------------------------
+
+# Nobody wrote these here: they are the examples in the descriptions of Docker's official
+# images nginx and python, and in nodejs.org's guide, word for word. Beside each, the least
+# that it copies; what it answers; and what a person has to say to dockhand before.
+FOUND = [('site', 'Hello from nginx', [], {
+    'Dockerfile': '''\
+FROM nginx
+COPY static-html-directory /usr/share/nginx/html
+''',
+    'static-html-directory/index.html': 'Hello from nginx\n'}),
+         ('wsgi', 'Hello from Flask', ['port=8000'], {
+    'Dockerfile': '''\
+FROM python:3
+
+WORKDIR /usr/src/app
+
+COPY requirements.txt ./
+RUN pip install --no-cache-dir -r requirements.txt
+
+COPY . .
+
+CMD [ "python", "./your-daemon-or-script.py" ]
+''',
+    'requirements.txt': 'flask\ngunicorn\n',
+    'hello.py': 'import flask\napp = flask.Flask("hello")\n'
+                'app.add_url_rule("/", view_func=lambda: "Hello from Flask")\n',
+    'your-daemon-or-script.py': 'import os\nos.execlp("gunicorn", "gunicorn", "--bind", '
+                                '"0.0.0.0:" + os.environ["PORT"], "hello:app")\n'}),
+         ('guide', 'Hello World', [], {
+    'Dockerfile': '''\
+FROM node:20
+
+# Create app directory
+WORKDIR /usr/src/app
+
+# Install app dependencies
+# A wildcard is used to ensure both package.json AND package-lock.json are copied
+# where available (npm@5+)
+COPY package*.json ./
+
+RUN npm install
+# If you are building your code for production
+# RUN npm ci --omit=dev
+
+# Bundle app source
+COPY . .
+
+EXPOSE 8080
+CMD [ "node", "server.js" ]
+''',
+    'package.json': '{"name": "guide", "version": "1.0.0", "main": "server.js"}\n',
+    'server.js': 'require("http").createServer((request, response) => '
+                 'response.end("Hello World")).listen(8080, "0.0.0.0");\n'})]
+
+@drill('none')
+def test_real_dockerfiles_that_nobody_wrote_for_this_are_pushed_unmodified(server, size):
+    server.bases()
+    said = []
+    for name, answer, config, files in FOUND:
+        app = App(server, name)
+        if config:
+            server.ok('dockhand config "$@"', name, *config)
+        for turn in range(2):                   # the second one beside the first
+            pushed = app.deploy(dict(files, turn='%d' % turn))
+            assert app.answer() == answer
+        said += re.findall(r'Release .*\S', pushed.err)
+        assert ', no gap' in pushed.err, pushed.err
+        server.ok('dockhand destroy $1 --force', name)
+    return ' / '.join(said)
+
+DATABASE = {'Dockerfile': 'FROM postgres\nCOPY mark /mark\n'
+                          'HEALTHCHECK --interval=1s --retries=60 CMD pg_isready -U postgres\n'}
+WRITER = {'Dockerfile': 'FROM python:3\nCOPY write.py /\nVOLUME /acknowledged\n'
+                        'CMD ["python3", "/write.py"]\n', 'write.py': '''
+import os, psycopg2, time
+acknowledged = os.open('/acknowledged/rows', os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+while True:
+    try:
+        connection = psycopg2.connect(host='data', user='postgres', connect_timeout=2)
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute('CREATE TABLE IF NOT EXISTS rows (row bigint PRIMARY KEY)')
+        while True:
+            row = time.time_ns()
+            cursor.execute('INSERT INTO rows VALUES (%s)', [row])
+            os.write(acknowledged, b'%d\\n' % row)
+    except psycopg2.Error:
+        time.sleep(0.05)
+'''}
+
+class Database(App):
+    """Real PostgreSQL, and another app that writes to it all the time."""
+
+    def begin(self):
+        self.writer = App(self.server, 'writer')
+        self.server.ok('dockhand config data POSTGRES_PASSWORD=- && '
+                       'dockhand config writer PGPASSWORD=secret', stdin='secret\n')
+        self.deploy(dict(DATABASE, mark='0'))
+        self.writer.deploy(WRITER)
+        self.check(0)
+
+    def acknowledged(self):
+        return self.server.ok('docker exec $1 cat /acknowledged/rows', self.writer.container()
+                              ).split()
+
+    def rows(self):
+        return self.server.ok('docker exec $1 psql -U postgres -Atc "SELECT row FROM rows"',
+                              self.container()).split()
+
+    def check(self, before):
+        """Every acknowledged row is there, and 20 more than before; how many."""
+        def count():
+            found = self.server.run('sh', '-c', 'wc -l </var/lib/docker/volumes/'
+                                    'writer--acknowledged/_data/rows').out
+            return int(found or 0)
+        assert until(lambda: count() >= before + 20, True, 60), count()
+        acknowledged = self.acknowledged()
+        lost = set(acknowledged) - set(self.rows())
+        assert not lost, '%d of %d rows are lost' % (len(lost), len(acknowledged))
+        return len(acknowledged)
+
+@drill('none', 3, 10)
+def test_real_every_row_that_postgresql_acknowledged_is_there_whatever_happens(server, size):
+    server.bases()
+    app, gaps = Database(server, 'data'), []
+    app.begin()
+
+    def deploy(number):
+        said = app.deploy({'mark': '%d' % number}).err
+        gaps.append(float(re.search('down for ([0-9.]+) s', said).group(1)))
+
+    def prune():
+        server.ok('docker system prune -f')
+        server.ok('dockhand stop writer && dockhand stop data && docker system prune -f && '
+                  '! docker network inspect dockhand && '
+                  'dockhand start data && dockhand start writer')
+    events = [functools.partial(deploy, number + 1) for number in range(size)] + [
+        lambda: server.ok('dockhand rollback data'), server.reboot, prune,
+        functools.partial(deploy, size + 1)]
+    count = app.check(0)
+    for event in events:
+        event()
+        count = app.check(count)
+    server.ok('dockhand destroy writer --force --volumes && '
+              'dockhand destroy data --force --volumes')
+    return '%d rows acknowledged, none lost; down for %s s in deploys' % (
+        count, ' '.join('%.1f' % gap for gap in gaps))
+
+class Plain(Marked):
+    """A plain web app whose image says of which release it is."""
+
+    COMMAND = 'CMD ["httpd", "-f", "-h", "/www"]\n'
+
+    def files(self, mark, command=COMMAND, **more):
+        return dict({'Dockerfile': REAL_WEB + 'EXPOSE 80\n' + command,
+                     'www/index.html': '%s %s' % (self.name, mark)}, **more)
+
+    def mark(self):
+        """The release that answers, '' where none does, the answer where it is another's."""
+        answer = self.server.hear(80, 'GET / HTTP/1.0\r\nHost: %s.test\r\n\r\n' % self.name)
+        body = answer.partition('\r\n\r\n')[2]
+        if not body or re.match(r'HTTP/1.1 50[234] ', answer):
+            return ''
+        mark = re.match(r'%s (\w+)\Z' % self.name, body)
+        return mark.group(1) if mark else answer
+
+# Answers at once, to /slow after 5 s, what is uploaded with its length, and to what wants
+# another protocol with what it says. It dies at once when it is told to.
+ANSWERING = '''
+import http.server, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def do_GET(self):
+        if self.headers['Upgrade']:
+            return self.echo()
+        time.sleep(5 if self.path == '/slow' else 0)
+        self.answer(MARK)
+    def do_POST(self):
+        self.answer('%d %s' % (len(self.rfile.read(int(self.headers['Content-Length']))), MARK))
+    def answer(self, text):
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+    def echo(self):
+        self.send_response(101)
+        self.send_header('Upgrade', 'websocket')
+        self.send_header('Connection', 'Upgrade')
+        self.end_headers()
+        self.close_connection = True
+        for data in iter(lambda: self.rfile.read1(4096), b''):
+            self.wfile.write(data)
+    def log_message(self, *args):
+        pass
+MARK = open('/www/index.html').read()
+http.server.ThreadingHTTPServer.request_queue_size = 128
+http.server.ThreadingHTTPServer(('', 8000), Handler).serve_forever()
+'''
+
+class Busy(Plain):
+    """One that takes its time to answer."""
+
+    def files(self, mark):
+        return dict(Plain.files(self, mark), **{
+            'Dockerfile': 'FROM python:3\nCOPY www /www\nCOPY answer.py /\nEXPOSE 8000\n'
+                          'CMD ["python3", "/answer.py"]\n', 'answer.py': ANSWERING})
+
+# Runs in a server while /root/load is there; prints {kind: {what came of it: how often}}.
+LOADING = r'''
+import collections, http.client, json, os, random, select, sys, threading, time
+name, kinds, came = sys.argv[1], sys.argv[2].split(), collections.defaultdict(collections.Counter)
+going = lambda: os.path.exists('/root/load')
+longest = {}
+
+def request(connection, path='/'):
+    connection.request('GET', path, headers={'Host': name + '.test'})
+
+def upload(connection):
+    connection.putrequest('POST', '/', skip_host=True)
+    connection.putheader('Host', name + '.test')
+    connection.putheader('Content-Length', '8000')
+    connection.endheaders()
+    for _ in range(8):
+        time.sleep(1)
+        connection.send(b'x' * 1000)
+
+def late(connection):
+    connection.connect()
+    time.sleep(2)
+    request(connection)
+
+def slow(connection):
+    request(connection, '/slow')
+
+def outcome(connection):
+    """'' for an answer as it should be"""
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    right = answer.status == 200 and body.split()[-2:-1] == [name]
+    return '' if right else '%d %s' % (answer.status, body[:80])
+
+def once(kind, act):
+    begun, connection = time.time(), http.client.HTTPConnection('127.0.0.1', 80, timeout=60)
+    try:
+        act(connection)
+        came[kind][outcome(connection)] += 1
+    except Exception as error:
+        came[kind][repr(error)] += 1
+    connection.close()
+    longest[kind] = max(longest.get(kind, 0), time.time() - begun)
+
+def kept(kind):
+    """Requests on one connection, until nginx closes it: a new one, where that was seen."""
+    connection, sent = http.client.HTTPConnection('127.0.0.1', 80, timeout=60), 0
+    while going():
+        time.sleep(random.random() / 50)
+        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
+            connection.close()
+        fresh, path = not connection.sock, '/?%d-%d' % (threading.get_ident(), sent)
+        sent += 1
+        try:
+            request(connection, path)
+            came[kind][outcome(connection)] += 1
+        except Exception as error:
+            came[kind]['%s %s %s' % ('fresh' if fresh else 'used', path, type(error).__name__)] += 1
+            connection.close()
+
+def work(kind):
+    act, pause = dict(new=(request, 0.01), slow=(slow, 0), upload=(upload, 0), late=(late, 0),
+                      kept=(None, 0))[kind]
+    if kind == 'kept':
+        return kept(kind)
+    while going():
+        once(kind, act)
+        time.sleep(pause)
+
+open('/root/load', 'w').close()
+threads = [threading.Thread(target=work, args=(kind,)) for kind in kinds]
+for thread in threads:
+    thread.start()
+print('begun', flush=True)
+for thread in threads:
+    thread.join()
+print(json.dumps({'came': came, 'longest': longest}))
+'''
+
+class Load(object):
+    """Requests to an app, made inside its server, inside a `with`; then what came of them."""
+
+    def __init__(self, app, **threads):
+        self.app = app
+        kinds = ' '.join(kind for kind in sorted(threads) for _ in range(threads[kind]))
+        self.process = subprocess.Popen(
+            ['docker', 'exec', app.server.name, 'python3', '-c', LOADING, app.name, kinds],
+            stdout=subprocess.PIPE)
+
+    def __enter__(self):
+        assert self.process.stdout.readline() == b'begun\n'
+        return self
+
+    def __exit__(self, *error):
+        self.app.server.run('rm', '-f', '/root/load')
+        result = json.loads(self.process.communicate(timeout=120)[0].decode())
+        self.came, self.longest = result['came'], result['longest']
+
+    def check(self):
+        """No error, but for those of kept connections, each of which has its known cause;
+        how many requests there were, in words."""
+        counts, raced = [], 0
+        for kind in sorted(self.came):
+            counts.append('%d %s' % (sum(self.came[kind].values()), kind))
+            for error in set(self.came[kind]) - set(['']):
+                assert kind == 'kept' and self.is_race(error), (kind, self.came[kind])
+                raced += 1
+        return 'requests: %s; the longest new one took %.2f s; kept ones that met the end of ' \
+               'their connection: %d' % (', '.join(counts), self.longest.get('new', 0), raced)
+
+    def is_race(self, error):
+        """Whether nginx closed an idle connection of an old worker as the next request was
+        on its way: it was used before, brought no byte, and no worker has read the request."""
+        match = re.match(r'used (\S+) (RemoteDisconnected|ConnectionResetError|BrokenPipeError)$',
+                         error)
+        return match and self.app.server.run('grep', '-qF', match.group(1) + ' ',
+                                             '/var/log/nginx/access.log').status == 1
+
+    def requests(self):
+        return sum(sum(kind.values()) for kind in self.came.values())
+
+def roll(app, deploys, rollbacks):
+    """So many deploys, then rollbacks, spread among them; how long each took, in seconds."""
+    took, every = [], deploys // rollbacks
+    for turn in range(1, deploys + 1):
+        app.follow()
+        app.commit(app.files('r%d' % turn))
+        acts = [(app.push, 'r%d' % turn)]
+        if turn % every == 0:
+            acts.append((lambda: app.server.dockhand('rollback', app.name), 'r%d' % (turn - 1)))
+        for act, mark in acts:
+            begun = time.time()
+            outcome = act()
+            took.append(time.time() - begun)
+            assert outcome.status == 0 and app.mark() == mark, outcome
+    return took
+
+@drill('none', 4, 30)
+def test_real_no_request_fails_in_deploys_and_rollbacks(server, size):
+    server.bases()
+    app = Busy(server, 'busy')
+    app.release('r0')
+    with Load(app, new=4, slow=2, upload=2, late=4, kept=4) as load:
+        took = roll(app, size, size // 3)
+    figures = '%d deploys and rollbacks, %.1f s at the median; %s' % (
+        len(took), sorted(took)[len(took) // 2], load.check())
+    assert load.requests() >= (20000 if size > 4 else 2000), figures
+    return figures
+
+@drill('none')
+def test_real_a_websocket_lives_until_the_drain_ends(server, size):
+    server.bases()
+    app, ended = Busy(server, 'socket'), []
+    app.release('a')
+    connection = socket.create_connection(('127.0.0.1', server.outside[80]), 60)
+    connection.sendall(b'GET / HTTP/1.1\r\nHost: socket.test\r\nUpgrade: websocket\r\n'
+                       b'Connection: Upgrade\r\n\r\n')
+    assert b' 101 ' in connection.recv(4096)
+
+    def echo():
+        while time.time() < begun + 120:
+            try:
+                connection.sendall(b'ping')
+                if connection.recv(4096) != b'ping':
+                    break
+            except EnvironmentError:
+                break
+            time.sleep(0.05)
+        ended.append(time.time())
+    begun = time.time()
+    together(echo, functools.partial(app.release, 'b'))
+    lived = ended[0] - begun
+    assert dh.DRAIN <= lived <= dh.DRAIN + 15, lived
+    with Load(app, new=1) as load:
+        time.sleep(1)
+    load.check()
+    return 'it lived for %.1f s of a deploy that drains for %d s at most' % (lived, dh.DRAIN)
+
+# What is wrong with a new version, the reason given, and what else the push says.
+SPOILED = [
+    ({'command': 'HEALTHCHECK --interval=1s --retries=2 CMD false\n'
+                 'CMD ["sh", "-c", "echo no disk; exec httpd -f -h /www"]\n'},
+     'its HEALTHCHECK says unhealthy', 'no disk'),
+    ({'command': 'CMD ["sh", "-c", "echo waiting for a friend; sleep 999"]\n'},
+     'after 5 s nothing listens on port 80', 'waiting for a friend'),
+    ({'command': 'CMD ["sh", "-c", "echo no database; exit 3"]\n'}, 'it does not run|keeps dying',
+     'no database'),
+    ({'command': 'CMD ["sh", "-c", "httpd -f -h /www & sleep 1; echo no memory; exit 3"]\n'},
+     'it does not run|keeps dying', 'no memory'),
+    ({'www/migrate': 'echo no such table; exit 4\n'}, r'release command failed \(4\)',
+     'no such table'),
+    ({'command': 'CMD ["httpd", "-f", "-h", "/www", "-p", "127.0.0.1:80"]\n'},
+     'after 5 s nothing listens', r'listens on 127\.0\.0\.1:80.*make it listen on 0\.0\.0\.0'),
+    ({'command': 'CMD ["python3", "-m", "http.server", "8000"]\n'}, 'build failed|does not run',
+     'python3')]
+
+@drill('systemd')
+def test_real_a_version_that_fails_is_refused_with_its_log_and_no_request(server, size):
+    app, said = Plain(server, 'spoiled'), []
+    server.ok('dockhand config spoiled timeout=5 release="sh /www/migrate"')
+    fine = {'www/migrate': 'echo migrated\n'}
+    pushed = app.deploy(app.files('fine', **fine))
+    assert any('migrated' in line for line in pushed.out), pushed.err
+    with Load(app, new=3, late=2) as load:
+        for changes, reason, line in SPOILED:
+            begun = time.time()
+            pushed = refused(app, app.files('bad', **dict(fine, **changes)), reason, 1)
+            assert any(re.search(line, each) for each in pushed.out), pushed.err
+            assert app.check_whole('fine') == 'fine'
+            said.append('%.1f s: %s' % (time.time() - begun, pushed.out[-1]))
+            assert server.ok('docker ps -aq --filter name=^/spoiled--').count('\n') == 0
+    return ' / '.join(said + [load.check()])
+
+def each_its_own(server, size):
+    """Five apps, and a container that somebody put on their network."""
+    apps, generator = [Plain(server, 'five%d' % number) for number in range(5)], random.Random(SEED)
+    for app in generator.sample(apps, 5):
+        app.release('a')
+    for app in apps[:2]:
+        app.release('b')
+    server.ok('docker run -d --name elses --restart always --net dockhand tiny:1 sleep 99999')
+
+    def reboot():
+        server.reboot()
+        watch.test_nginx()
+
+    def prune():
+        server.ok('docker system prune -f')
+    orders = generator.sample(list(itertools.permutations(
+        [reboot, server.restart_docker, prune])), size)
+    try:
+        with Watch(server, *apps) as watch:
+            for event in itertools.chain(*orders):
+                event()
+                for app in apps:
+                    app.check_whole('b' if app in apps[:2] else 'a')
+            for app in apps[:2]:
+                server.ok('dockhand rollback ' + app.name)
+                app.check_whole('a')
+    finally:
+        server.ok('docker rm -f elses')
+    return '; '.join([' '.join(event.__name__ for event in order) for order in orders] + [
+        watch.figures()])
+
+@drill('systemd', 1, 6)
+def test_real_each_name_gets_its_own_app_whatever_happens(server, size):
+    return each_its_own(server, size)
+
+@drill('upstart', 1, 6)
+def test_real_each_name_gets_its_own_app_whatever_happens_under_upstart(server, size):
+    return each_its_own(server, size)
+
+# What is there while nothing happens; not what only the test's own look at it takes.
+IDLE = r'''
+sleep 1
+ps -eo comm= | grep -vE '^(ps|sh|grep|sed|sleep|sshd|\(sd-pam\))$' | sed 's/^/process /'
+systemctl list-timers --all --no-legend | grep -oE '[^ ]+\.timer' | sed 's/^/timer /'
+ss -Hltun | awk '{ print "socket", $1, $5 }'
+'''
+MEMORY = "cat /proc/[0-9]*/smaps_rollup 2>/dev/null | awk '/^Pss:/ { all += $2 } END { print all }'"
+
+@drill('systemd')
+def test_real_nothing_runs_but_what_docker_runs_for_a_container(server, size):
+    """On a fresh server, on which all is there that dockhand needs before dockhand is."""
+    fresh = Server('systemd', tempfile.mkdtemp(dir=server.folder))
+    fresh.name += '-idle'
+    fresh.control('remove')
+    fresh.control('boot', 'systemd')
+
+    def look():
+        return Counter(fresh.ok(IDLE).splitlines()), int(fresh.ok(MEMORY))
+
+    def more(before):
+        """What there is more than before, and less, in words; memory in KB."""
+        until(lambda: look()[0] == look()[0], True)
+        now = look()
+        return now, sorted((now[0] - before[0]).elements()), sorted(
+            (before[0] - now[0]).elements()), now[1] - before[1]
+    try:
+        fresh.ok('mkdir -p /root/dockhand && echo >/root/dockhand/dockhand.py')
+        must(['docker', 'cp', HERE + '/configure-system.sh', fresh.name + ':/root/dockhand/'])
+        fresh.ok('sh /root/dockhand/configure-system.sh' + TINY)
+        before = more((Counter(), 0))[0]
+        must(['docker', 'cp', HERE + '/dockhand.py', fresh.name + ':/root/dockhand/'])
+        fresh.ok('sh /root/dockhand/configure-system.sh')
+        for key in ('main', 'main.pub', 'other', 'other.pub'):
+            shutil.copy(os.path.join(server.folder, key), fresh.folder)
+        now, added, gone, memory = more(before)
+        assert not added and set(gone) <= set(['socket tcp [::]:80']), (added, gone)
+        said = ['%d processes, %d KB before, %d KB more with dockhand' % (
+            sum(before[0].values()), before[1], memory)]
+        fresh.connect()
+        now = more(before)[0]
+        for number in range(2):
+            Plain(fresh, 'idle%d' % number).release('a')
+            now, added, gone, memory = more(now)
+            said.append('an app: %s, %d KB' % (' '.join(added), memory))
+            assert [each for each in added if each.startswith('process')] == [
+                'process ' + name for name in ('containerd-shim', 'docker-init', 'httpd')], added
+            assert not gone and len(added) <= 4 - number, (added, gone)
+        return '; '.join(said)
+    finally:
+        fresh.disconnect('main', 'other')
+        fresh.control('remove')
