@@ -200,7 +200,7 @@ def test_public_keys_are_read_one_a_line(text, keys):
 @table('text, said', r'''
     => no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub)
     \_\r\n\n                                    => no key came in
-    # a comment\n                               => no key among these lines
+    # a comment\n                               => no key came in
     -----BEGIN OPENSSH PRIVATE KEY-----\nb3Bl\n => this is a private key
     -----BEGIN RSA PRIVATE KEY-----\n           => this is a private key
     ---- BEGIN SSH2 PUBLIC KEY ----\n           => is no public key
@@ -274,7 +274,12 @@ def test_a_file_copied_from_the_server_gets_no_second_header():
 # ---- Jobs ------------------------------------------------------------------------------
 
 def parsed(text):
-    return [(stanza.name, stanza.text.strip()) for stanza in dh.parse_job(text)]
+    """[(name, value as it is written)] of the stanzas that are read."""
+    values = [match.group(match.lastindex).strip()
+              for match in re.finditer(dh.STANZA, text) if match.lastindex]
+    names = [stanza.name for stanza in dh.parse_job(text)]
+    assert len(names) == len(values)
+    return list(zip(names, values))
 
 @pytest.mark.parametrize('end', ['\n', '\r\n', ''])
 @table('name, value', r'''
@@ -342,20 +347,20 @@ def test_a_stanza_knows_its_line():
     assert [stanza.line for stanza in dh.parse_job(text)] == [3, 6, 8]
 
 @table('text, said', r'''
-    nonsense\n               => 1: unknown stanza `nonsense`
-    \nExec a\n               => 2: unknown stanza `Exec`
-    exec a\nexecute b        => 2: unknown stanza `execute`
-    respawn\npre-begin exec x => 2: unknown stanza `pre-begin exec`
-    kill\n                   => 1: unknown stanza `kill`
-    kill hard x              => 1: unknown stanza `kill hard`
-    start with x\n           => 1: unknown stanza `start with`
-    \n\nscript\n a\n         => 3: `script` without `end script`
-    script\n a\nend scripts  => 1: `script` without `end script`
-    pre-start script\n a     => 1: `script` without `end script`
-    script                   => 1: `script` without `end script`
+    nonsense\n               => 1: `nonsense`: an unknown stanza
+    \nExec a\n               => 2: `Exec a`: an unknown stanza
+    exec a\nexecute b        => 2: `execute b`: an unknown stanza
+    respawn\npre-begin exec x => 2: `pre-begin exec x`: an unknown stanza
+    kill\n                   => 1: `kill`: an unknown stanza
+    kill hard x              => 1: `kill hard x`: an unknown stanza
+    start with x\n           => 1: `start with x`: an unknown stanza
+    \n\nscript\n a\n         => 3: `script`: an unknown stanza, or a script without
+    script\n a\nend scripts  => 1: `script`: an unknown stanza, or
+    pre-start script\n a     => 1: `pre-start script`: an unknown stanza, or
+    script                   => 1: `script`: an unknown stanza, or a script without
     end script               => 1:
-    \e[2J\n                  => 1: unknown stanza `?[2J`
-    a\0b                     => 1: unknown stanza `a?b`
+    \e[2J\n                  => 1: `?[2J`: an unknown stanza
+    a\0b                     => 1: `a?b`: an unknown stanza
     exec docker run b "x\n   => 1: a quote is not closed
     respawn\nauthor don't    => 2: a quote is not closed''')
 def test_a_job_that_init_would_not_read_is_refused_by_line(text, said):
@@ -399,6 +404,8 @@ def checked(text, proxied=(), volumes=()):
     kill timeout 5s\nexec docker run --rm b     => 1: `kill timeout 5s`: a number
     instance $N\nexec x                         => 1: `instance $N`
     exec docker run --rm b\nexpect fork         => 2: `expect fork`
+    script\r\n docker run b\r\nend script\r\n  => 2: `script`: sh takes Windows line ends
+    exec docker run b\npre-start script\n\ta\r\nend script => 3: `pre-start script`: sh
     expect daemon\nexec x                       => 1: `expect daemon`''')
 def test_what_kills_a_deploy_is_refused_by_line(text, said):
     assert refusal(checked, text).startswith('upstart.conf:' + said)
@@ -548,8 +555,8 @@ def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     pre-start exec echo x | docker rm y\nexec docker run b  => 1: `echo` cannot
     exec docker run --rm blog | logger                      => 1: `|` cannot
     exec docker run --rm blog & wait                        => 1: `&` cannot
-    exec docker run --rm blog >> /var/log/x                 => 1: `>>` cannot
-    exec docker run --rm blog 2>&1                          => 1: `>&` cannot
+    exec docker run --rm blog >> /var/log/x                 => 1: `>> /var/log/x` cannot
+    exec docker run --rm blog 2>&1                          => 1: `>&1` cannot
     script\ndocker run a\ndocker run b\nend script          => 2: `script` cannot
     exec docker run --rm -e A=$(hostname) b                 => 1: `A=$(hostname)` cannot
     exec docker run --rm -e A=`hostname` b                  => 1: `A=`hostname`` cannot
@@ -1757,7 +1764,7 @@ def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     ('docker', 'a\0', 'file holds a NUL byte'), ('job', '', 'upstart.conf is empty'),
     ('docker', 'x' * (256 * 1024 + 1), 'Dockerfile is larger than 256 KB'),
     ('job', None, 'no upstart.conf in this commit'),
-    ('job', JOB + 'x\n', 'upstart.conf:3: unknown stanza `x`'),
+    ('job', JOB + 'x\n', 'upstart.conf:3: `x`: an unknown stanza'),
     ('job', 'exec docker run -d blog', 'upstart.conf:1: `-d`'),
     ('job', dh.to_text(b'\xef\xbb\xbf') + JOB, 'upstart.conf:1: begins with a byte order'),
     ('proxy', dh.to_text(b'\xef\xbb\xbf') + WEB, 'nginx-proxy.conf:1: begins with a byte'),
@@ -2031,7 +2038,7 @@ def test_releases_are_listed_with_what_became_of_them(plain, capfd):
     dh.releases(plain.host, 'blog')
     lines = capfd.readouterr().out.splitlines()
     assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
-                    'upstart.conf:1: unknown stanza `x`', lines[0])
+                    'upstart.conf:1: `x`: an unknown stanza', lines[0])
     assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
     assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
     assert 'no app wiki here' in refusal(dh.releases, plain.host, 'wiki')
@@ -3732,7 +3739,7 @@ FILES_REFUSED = [
     ('Dockerfile', 'FROM tiny:1\nRUN \x1b[31mfalse\n', 'the build failed'),
     ('upstart.conf', 'respawn\n', 'upstart.conf:1: no `exec` or `script`'),
     ('upstart.conf', 'script\n  docker run shop\n', 'upstart.conf:1: .*without `end script`'),
-    ('upstart.conf', 'respwan\n' + REAL_JOB, 'upstart.conf:1: unknown stanza `respwan`'),
+    ('upstart.conf', 'respwan\n' + REAL_JOB, 'upstart.conf:1: `respwan`: an unknown stanza'),
     ('upstart.conf', REAL_JOB.replace('--rm', '-d'), 'upstart.conf:4: `-d`'),
     ('upstart.conf', REAL_JOB.replace('--rm', '-i -t'), 'upstart.conf:4: `-[it]`'),
     ('upstart.conf', REAL_JOB.replace('--rm', '--name x1'), 'upstart.conf:4: `--name`: without'),
