@@ -3794,7 +3794,7 @@ def test_real_logs_shows_what_an_app_prints(server):
                          'exec httpd -f -h /www'))
     assert server.ok('dockhand logs chatty').split()[-3:] == ['one', 'two', 'three']
     assert server.ok('dockhand logs chatty -n 2').split() == ['two', 'three']
-    assert server.ok('dockhand logs -n=1 chatty').split() == ['three']
+    assert server.ok('dockhand logs -n1 chatty').split() == ['three']
     followed = server.run('timeout', '2', 'dockhand', 'logs', '-f', 'chatty', '-n', '1')
     assert (followed.status, followed.out) == (124, 'three')
     check_one_line(server.dockhand('logs', 'chatty', '-n', 'x'))
