@@ -1024,10 +1024,10 @@ def kept_ports(host):
             for each in places or []]
     return sorted(set(kept) - set(used))
 
-def free_ports(host):
+def free_ports(host, patience=10):
     """Restart docker where it keeps a port, as after a power cut while it started an app:
     nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
-    deadline = monotonic() + 3          # a container that is just being started has one
+    deadline = monotonic() + patience   # seconds; a container may be about to start
     while kept_ports(host) and monotonic() < deadline:
         time.sleep(0.1)
     for port in kept_ports(host)[:1]:
