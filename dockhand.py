@@ -92,7 +92,6 @@ TAKEN_NAMES = set('''
     kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
     php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
     solr swift tomcat traefik ubuntu varnish wordpress
-
     apt avahi-daemon containerd cron dbus default git gitreceive init mail network
     networking plan receive root rsyslog ssh sshd sudo systemd udev upstart'''.split())
 
@@ -106,19 +105,15 @@ os._exit(dockhand.main({role!r}, {user!r}))
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
-REPOSITORY_CONFIG = '''[core]
-\tbare = true
-\thooksPath = hooks
-[receive]
-\tshallowUpdate = true
-\tunpackLimit = 1
-\tdenyDeleteCurrent = ignore
-[transfer]
-\thideRefs = refs/dockhand
-[gc]
-\tautoPackLimit = 20
-\tbigPackThreshold = 32m
-\tautoDetach = false
+REPOSITORY_CONFIG = '''[core] bare = true
+[core] hooksPath = hooks
+[receive] shallowUpdate = true
+[receive] unpackLimit = 1
+[receive] denyDeleteCurrent = ignore
+[transfer] hideRefs = refs/dockhand
+[gc] autoPackLimit = 20
+[gc] bigPackThreshold = 32m
+[gc] autoDetach = false
 '''
 UNIT_TEXT = '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
@@ -404,7 +399,7 @@ def locked(path, purpose):
     """Hold a lock on a file that is never deleted; the purpose is written in it."""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
-        os.makedirs(folder, 0o755)
+        os.makedirs(folder)
     refuse_if(os.lstat(folder).st_uid != os.geteuid(), 'somebody else made %s, and could '
               'mislead root there: sudo rm -r %s', folder, folder)
     with open(path, 'a+') as holder:
@@ -417,10 +412,7 @@ def locked(path, purpose):
         holder.truncate(0)
         holder.write('%s, since %s\n' % (purpose, time.strftime('%H:%M:%S')))
         holder.flush()
-        try:
-            yield
-        finally:
-            holder.truncate(0)
+        yield
 
 def attempt(title, function, *args):
     """Call a function; False where it fails, which is told under a title."""
@@ -561,7 +553,6 @@ Stanza = namedtuple('Stanza', 'name value text line commands')
 Command = namedtuple('Command', 'name words operator')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
-Published = namedtuple('Published', 'address host container protocol')
 
 # Long patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
@@ -716,15 +707,9 @@ def modernize_job(text):
         text = text[:word.offset] + '-' + text[word.offset:]
     return text, [word.text for word in old]
 
-def parse_published(value):
-    """The Published of a `-p` value: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
-    match = re.match(r'(?:(?:(.*):)?([^:]*):)?([^:/]*)(?:/(.*))?', value)
-    return Published(*match.groups('')[:3] + (match.group(4) or 'tcp',))
-
 def published_ports(job):
-    """The Published of every `-p` of the job."""
-    return [parse_published(value) for name, value, _ in options_of(job)
-            if name == 'publish']
+    """The value of every `-p` of the job: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
+    return [value for name, value, _ in options_of(job) if name == 'publish']
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
@@ -758,11 +743,11 @@ def problems_of_options(options, job, proxied):
     given = '\n'.join('%s %s' % option[:2] for option in options)
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
     for name, value, word in options:
-        address, outside, inside, protocol = parse_published(value)
-        is_web = protocol == 'tcp' and (outside in proxied or inside in HTTP_PORTS)
         if name == 'name' and not free and value not in removed:
             yield word, 'without --rm the next start finds this name taken; add --rm'
-        elif name == 'publish' and is_web and not address:
+        match = re.match(r'(?:(\d*):)?(\d+)(?:/tcp)?\Z', value)      # without an address
+        outside, inside = match.groups('') if match else ('', '')
+        if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
                          '`-p 127.0.0.1:%s:%s`' % (value, outside or inside, inside))
 
@@ -1938,10 +1923,7 @@ def show_plan(host, live, release):
     detail('gap: %s\nspace: %.0f MB free', gap, free_bytes(host, STATE) / 1e6)
 
 def ports_text(release):
-    ports = published_ports(job_of(release)) if release else []
-    return ', '.join('%s%s -> %s/%s' % (each.address and each.address + ':',
-                                        each.host or 'any', each.container, each.protocol)
-                     for each in ports) or 'none'
+    return ', '.join(published_ports(job_of(release)) if release else []) or 'none'
 
 def address_text(release):
     address = release.proxy and proxy_address(servers_of(release.proxy))
