@@ -89,17 +89,17 @@ ENVIRONMENT = {
     'HOME': '/root', 'LC_ALL': 'C', 'GIT_NO_REPLACE_OBJECTS': '1',
     'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
-# Images that Dockerfiles start from: an app of that name would poison their FROM.
-BASE_IMAGES = set('''
+# What Dockerfiles start from (an app of that name would poison their FROM), and what the
+# server itself uses.
+TAKEN_NAMES = set('''
     almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos
     clojure composer consul couchdb debian docker dotnet elasticsearch elixir erlang
     fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia
     kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
     php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
-    solr swift tomcat traefik ubuntu varnish wordpress'''.split())
-SYSTEM_NAMES = set('''apt avahi-daemon containerd cron dbus default docker git
-    gitreceive init mail network networking nginx plan receive root rsyslog ssh sshd
-    sudo systemd udev upstart'''.split())
+    solr swift tomcat traefik ubuntu varnish wordpress
+    apt avahi-daemon containerd cron dbus default git gitreceive init mail network
+    networking plan receive root rsyslog ssh sshd sudo systemd udev upstart'''.split())
 
 LAUNCHER = '''#!{python} {flags}
 import gc, os, sys
@@ -111,19 +111,15 @@ os._exit(dockhand.main({role!r}, {user!r}))
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
-REPOSITORY_CONFIG = '''[core]
-\tbare = true
-\thooksPath = hooks
-[receive]
-\tshallowUpdate = true
-\tunpackLimit = 1
-\tdenyDeleteCurrent = ignore
-[transfer]
-\thideRefs = refs/dockhand
-[gc]
-\tautoPackLimit = 20
-\tbigPackThreshold = 32m
-\tautoDetach = false
+REPOSITORY_CONFIG = '''[core] bare = true
+[core] hooksPath = hooks
+[receive] shallowUpdate = true
+[receive] unpackLimit = 1
+[receive] denyDeleteCurrent = ignore
+[transfer] hideRefs = refs/dockhand
+[gc] autoPackLimit = 20
+[gc] bigPackThreshold = 32m
+[gc] autoDetach = false
 '''
 UNIT_TEXT = '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
@@ -146,6 +142,8 @@ KEYS = '.ssh/authorized_keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
+PUBLIC_KEY = (r'([a-z0-9.@-]{1,99})\s+((?:[A-Za-z0-9+/]{4})+'
+              r'(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)(?:\s|\Z)')
 KEY_LINE = r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)'
 
 # ---- The little OS layer ---------------------------------------------------------------
@@ -211,8 +209,8 @@ def printable(text, limit=80):
 
 def plain_line(text):
     """A line of a command's output without control characters and colours."""
-    text = re.sub(r'\x1b\[[0-9;?]*[ -/]*[@-~]', '', text)
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f]', '', text).rstrip()
+    colour, control = r'\x1b\[[0-9;?]*[ -/]*[@-~]', r'[\x00-\x08\x0b-\x1f\x7f]'
+    return re.sub(colour + '|' + control, '', text).rstrip()
 
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
@@ -220,7 +218,17 @@ Account = namedtuple('Account', 'name uid gid home shell')
 def execute(argv, env=None, cwd='/', account=None, each=None):
     """Run a command, never through a shell, as an Account; a Result(status, out, err).
     env: added to ENVIRONMENT; each: gets each line of both its streams as it comes."""
-    process = start_process(argv, env, cwd, account, bool(each))
+    from subprocess import PIPE, STDOUT, Popen
+    variables = dict(ENVIRONMENT, **(env or {}))
+    if account:
+        variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+    with open(os.devnull) as null:
+        try:
+            process = Popen(argv, stdin=null, stdout=PIPE, env=variables, cwd=cwd,
+                            stderr=STDOUT if each else PIPE, close_fds=True,
+                            preexec_fn=partial(become, account))
+        except OSError as error:
+            raise Failure('%s: %s', argv[0], error.strerror)
     try:
         if each:
             read_lines(process.stdout.fileno(), each)
@@ -232,26 +240,13 @@ def execute(argv, env=None, cwd='/', account=None, each=None):
         raise
     return Result(process.returncode, to_text(out), to_text(err or b''))
 
-def start_process(argv, env, cwd, account, together):
-    """Start a command, which gets nothing of ours; its output through pipes, or one."""
-    from subprocess import PIPE, STDOUT, Popen
-    variables = dict(ENVIRONMENT, **(env or {}))
-    if account:
-        variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
-
-    def prepare():
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        if account and os.geteuid() == 0:
-            os.setgid(account.gid)
-            os.initgroups(account.name, account.gid)
-            os.setuid(account.uid)
-    try:
-        with open(os.devnull) as null:
-            return Popen(argv, stdin=null, stdout=PIPE,
-                         stderr=STDOUT if together else PIPE, env=variables, cwd=cwd,
-                         close_fds=True, preexec_fn=prepare)
-    except OSError as error:
-        raise Failure('%s: %s', argv[0], error.strerror)
+def become(account):
+    """In the process of a command: what Python ignores, and who runs it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if account and os.geteuid() == 0:
+        os.setgid(account.gid)
+        os.initgroups(account.name, account.gid)
+        os.setuid(account.uid)
 
 def read_lines(fd, each, silence=20):
     """Give each line that comes from a pipe to `each`; a sign of life when none does."""
@@ -281,34 +276,32 @@ class Host(object):
 
     def run(self, argv, **options):
         """Run a command that must succeed; its standard output."""
-        result = self.ask(argv, **options)
-        if result.status:
-            raise command_failed(argv, result)
-        return result.out
+        return self.tried(argv, '(?!)', options).out
 
     def run_unless(self, pattern, argv, **options):
         """Run a command; False where it fails with words that match, as is expected."""
+        return not self.tried(argv, pattern, options).status
+
+    def tried(self, argv, expected, options):
+        """The Result, or the Failure `docker start blog--3 failed (1): its last line`."""
         result = self.ask(argv, **options)
-        if result.status and not re.search('(?i)' + pattern, result.err + result.out):
-            raise command_failed(argv, result)
-        return not result.status
+        if result.status and not re.search('(?i)' + expected, result.err + result.out):
+            said = last_line(result.err or result.out)
+            raise Failure('%s failed (%d)%s', ' '.join(argv[:4]), result.status,
+                          said and ': ' + said)
+        return result
 
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
-        fields = r':[^:\n]*:(\d+):(\d+):[^:\n]*:([^:\n]*):([^:\n]*)$'
-        for uid, gid, home, shell in re.findall(
-                '(?m)^' + re.escape(self.user) + fields, self.text('/etc/passwd')):
-            return Account(self.user, int(uid), int(gid), home, shell or '/bin/sh')
+        for line in self.text('/etc/passwd').split('\n'):
+            name, _, uid, gid, _, home, shell = (line + 6 * ':').split(':')[:7]
+            if name == self.user:
+                return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
         return None
 
     def home(self):
         account = self.account()
         return account.home if account else '/home/' + self.user
-
-def command_failed(argv, result):
-    """The Failure `docker start blog--3 failed (1): the last line that it said`."""
-    said, command = last_line(result.err or result.out), ' '.join(argv[:4])
-    return Failure('%s failed (%d)%s', command, result.status, said and ': ' + said)
 
 def last_line(text):
     """The last line that a command said: docker repeats itself for each name."""
@@ -412,7 +405,7 @@ def locked(path, purpose):
     """Hold a lock on a file that is never deleted; the purpose is written in it."""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
-        os.makedirs(folder, 0o755)
+        os.makedirs(folder)
     refuse_if(os.lstat(folder).st_uid != os.geteuid(), 'somebody else made %s, and could '
               'mislead root there: sudo rm -r %s', folder, folder)
     with open(path, 'a+') as holder:
@@ -425,10 +418,7 @@ def locked(path, purpose):
         holder.truncate(0)
         holder.write('%s, since %s\n' % (purpose, time.strftime('%H:%M:%S')))
         holder.flush()
-        try:
-            yield
-        finally:
-            holder.truncate(0)
+        yield
 
 def attempt(title, function, *args):
     """Call a function; False where it fails, which is told under a title."""
@@ -459,19 +449,17 @@ def on_signals(action):
 
 # ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
 
-APP_NAME = re.compile(r'[a-z][a-z0-9]*(?:[._-][a-z0-9]+)*\Z')
+APP_NAME = re.compile(r'(?!.{41}|.*\.git\Z)[a-z](?:[._-]?[a-z0-9])+\Z')
 KEY_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z')
 OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 
 def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
-    if not 2 <= len(name) <= 40 or not APP_NAME.match(name) or name.endswith('.git'):
-        raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9, and single "-", '
-                      '"_" or "." between them, a letter first', printable(name))
-    refuse_if(name in BASE_IMAGES, '"%s" is an image that Dockerfiles start from; an app '
-              'of that name would take its place: choose another name', name)
-    if name in SYSTEM_NAMES or name.startswith('dockhand'):
-        raise Failure('"%s" is a name that the server itself uses: choose another', name)
+    refuse_if(not APP_NAME.match(name), '"%s" is no name for an app: 2 to 40 of a-z, '
+              '0-9, and single "-", "_" or "." between them, a letter first',
+              printable(name))
+    refuse_if(name in TAKEN_NAMES or name.startswith('dockhand'), '"%s" is a name that '
+              'Dockerfiles start from or the server itself uses: choose another', name)
     return name
 
 def check_key_name(name):
@@ -492,43 +480,38 @@ def parse_ssh_command(command):
 
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
-    wanted = [branch] if branch else DEFAULT_BRANCHES
     if ref.startswith('refs/tags/'):
         return 'store'
-    if not ref.startswith('refs/heads/'):
-        raise Failure('%s is refused: push a branch or a tag', printable(ref))
+    name, wanted = ref[len('refs/heads/'):], (branch,) if branch else DEFAULT_BRANCHES
+    refuse_if(not ref.startswith('refs/heads/'), '%s is refused: push a branch or a tag',
+              printable(ref))
     refuse_if(not new.strip('0'), 'branches are not deleted here; to remove the app, on '
               'the server: sudo dockhand destroy APP')
-    name = ref[len('refs/heads/'):]
-    refuse_if(name != 'plan' and name not in wanted, 'only %s is deployed; to deploy '
-              'this: git push REMOTE HEAD:%s', ' or '.join(wanted), wanted[0])
+    refuse_if(name not in ('plan',) + wanted, 'only %s is deployed; to deploy this: git '
+              'push REMOTE HEAD:%s', ' or '.join(wanted), wanted[0])
     return 'plan' if name == 'plan' else 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
 
 def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
-    refuse_if(not text.strip(), 'no key came in: cat ~/.ssh/id_ed25519.pub (or '
-              'id_rsa.pub) | ssh HOST "sudo dockhand upload-key NAME"')
-    if 'PRIVATE KEY' in text:
-        raise Failure('this is a private key: keep it, send the file that ends in .pub')
+    refuse_if('PRIVATE KEY' in text, 'this is a private key: keep it, send the file that '
+              'ends in .pub')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
     found = [parse_public_key(line) for line in lines if line and line[0] != '#']
-    refuse_if(not found, 'no key among these lines')
+    refuse_if(not found, 'no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
+              'ssh HOST "sudo dockhand upload-key NAME"')
     return found
 
 def parse_public_key(line):
+    """Its base64 text, read again, holds the length of the type, and the type."""
     import base64
-    kind, text = (line.split(None, 2) + [''])[:2]
-    try:
-        blob = base64.b64decode(to_bytes(text))
-    except (TypeError, ValueError):
-        blob = b''
-    inside = b'\0\0\0' + to_bytes(chr(len(kind) % 128) + kind)
-    refuse_if(
-        not re.match(r'[a-z0-9.@-]+\Z', kind) or not blob.startswith(inside)
-        or to_text(base64.b64encode(blob)) != text, '"%s" is no public key: a line of '
-        'TYPE BASE64 COMMENT is, as in id_ed25519.pub', printable(line, 40))
+    match = re.match(PUBLIC_KEY, line)
+    kind, text = match.groups() if match else ('', '')
+    begin = b'\0\0\0' + to_bytes(chr(len(kind)) + kind)
+    refuse_if(not base64.b64decode(to_bytes(text)).startswith(begin), '"%s" is no public '
+              'key: a line of TYPE BASE64 COMMENT is, as in id_ed25519.pub',
+              printable(line, 40))
     return kind, text
 
 def fingerprint(blob):
@@ -595,47 +578,50 @@ def environment_text(config, port):
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
-# value: as init takes it, without comments and quotes; text: as it is written;
-# commands: the simple commands of an exec or a script, [] of another
+# value: as init takes it, without comments and quotes; text: its first line, as it is
+# written; commands: what an exec or a script runs, [] of another
 Stanza = namedtuple('Stanza', 'name value text line commands')
+# name: its first word, or `docker run` and the like; words: from the last of these on;
+# operator: what ends it
+Command = namedtuple('Command', 'name words operator')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
-# verb: what docker is told to do, None for another command; rest: the words after that
-Command = namedtuple('Command', 'words verb rest operator')     # operator: what ends it
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
-Run = namedtuple('Run', 'options image command line')
-Published = namedtuple('Published', 'address host container protocol')
 
 # Long patterns are compiled where they are used: a push starts this file three times.
 # One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
 # in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
 # It matches two groups, a name and a value, none in an empty line or a comment, and
-# `trouble`, all the rest of the file, where init knows no stanza.
+# `trouble` where init knows no stanza.
 STANZA = r'''(?x)[ \t]*(?:
     ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
   | ((?:start|stop)[ \t]+on)\b
-        ((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*)
+        ((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*?)
   | ((?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
       |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
       |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
       |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
-        (?P<value>(?:\\\r?\n|[^\n])*)
+        (?P<value>(?:\\\r?\n|[^\n])*?)
   | (?:\#[^\n]*)?
-  )[ \t\r]*(?:\n|\Z) | (?P<trouble>[\s\S]+)'''
+  )[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
 
-# What a stanza's value must match, and what to say where it does not.
-WANTED_VALUES = {
-    'exec': (r'(?s).', 'a command is wanted'),
-    'kill timeout': (r'\d+\Z', 'a number of seconds is wanted'),
-    'kill signal': (r'\D|\Z', 'a number crashes init 1.5; write its name, as in SIGINT'),
-    'task': (r'none\Z', 'dockhand runs services that go on; use cron for what ends'),
-    'instance': (r'none\Z', 'one app is one service; push it under several names'),
-    'expect': (r'none\Z', 'docker run does not fork, init would wait on; remove it')}
-REFUSED_OPTIONS = {
-    'detach': 'a detached container leaves init nothing to watch; remove it',
-    'interactive': 'a service has no terminal; remove it',
-    'tty': 'a service has no terminal; remove it',
-    'lxc-conf': 'docker has had no such option since 1.10; remove it'}
+# What is known to kill a deploy, and notes: a pattern of `STANZA VALUE` or of
+# `--OPTION VALUE` in the `docker run`, and what to say where it matches.
+JOB_CHECKS = [
+    (r'exec \Z', 'a command is wanted'),
+    (r'kill timeout (?!\d+\Z)', 'a number of seconds is wanted'),
+    (r'kill signal \d', 'a number crashes init 1.5; write its name, as in SIGINT'),
+    (r'task ', 'dockhand runs services that go on; use cron for what ends'),
+    (r'instance ', 'one app is one service; push it under several names'),
+    (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
+    (r'(?s)\S* ?script .*\r', 'sh takes Windows line ends for text; save it with Unix'),
+    (r'start on .*filesystem\s+and\s+started\s+docker',
+     'note: under Upstart this does not come back when docker is restarted; `start on '
+     'started docker` and `stop on stopping docker` does'),
+    (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
+    (r'--(interactive|tty) (?![fF0])', 'a service has no terminal; remove it'),
+    (r'--lxc-conf ', 'docker has had no such option since 1.10; remove it'),
+    (r'--name .?\Z', 'docker wants a name of two characters at least')]
 
 # Options of `docker run` that take no value, and the letters for those with and without.
 FLAGS = set('''
@@ -647,15 +633,16 @@ LETTERS = dict(zip('acdehilmpPqtuvw', '''
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
-# A docker command up to its verb, each word ended by a NUL: keywords and variables of the
-# shell, docker itself, its own options; of another command, nothing.
+# What stands before docker's verb, each word ended by a NUL: keywords and variables of
+# the shell, docker itself, its own options; of another command, nothing.
 DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)?docker\0
     (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
-    (?:container\0)?(?P<verb>[^\0]*)\0)?'''
+    (?:container\0)?(?=[^\0]))?'''
 
 SHELL_TOKEN = r'''(?xs)
-    (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*) | (?P<operator>\n|[;&|<>()]+|\Z)
-  | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'\\])+)
+    (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*)
+  | (?P<operator>\n|[;&|()]+|[<>]+&?[ \t]*[^\s;&|<>()"'\\]*|\Z)
+  | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'])+)
   | (?P<stray>.)'''
 QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
 VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]'
@@ -663,49 +650,41 @@ VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$
 def job_failure(line, text, *values):
     return Failure('upstart.conf:%d: %s', line, filled(text, values))
 
+def line_at(match):
+    return match.string.count('\n', 0, match.start()) + 1
+
 def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
-    stanzas = []
-    for match in re.finditer(STANZA, text):
-        if match.lastgroup == 'trouble':
-            line = text.count('\n', 0, match.start()) + 1
-            raise job_failure(line, stanza_trouble(match.group()))
-        if match.lastindex:
-            stanzas.append(read_stanza(match))
-    return stanzas
-
-def stanza_trouble(text):
-    two_words = r'\s*(?:(?:pre-|post-|kill|normal|start|stop|reload)\S*\s+)?\S*'
-    words = re.match(two_words, text).group().split()
-    if 'script' in words:
-        return '`script` without `end script`'
-    return 'unknown stanza `%s`' % printable(' '.join(words))
+    found = re.finditer(STANZA, text)
+    return [read_stanza(match) for match in found if match.lastindex]
 
 def read_stanza(match):
     """The Stanza that STANZA matches."""
-    name, text = match.group(match.lastindex - 1, match.lastindex)
-    begin, tokens = match.start(match.lastindex), list(re.finditer(SHELL_TOKEN, text))
-    line = match.string.count('\n', 0, begin) + 1
-    if match.group('value') and {'"', "'"} & set(each.group() for each in tokens):
+    said, last = match.group().strip().split('\n')[0].strip(), match.lastindex
+    if match.lastgroup == 'trouble':
+        raise job_failure(line_at(match), '`%s`: an unknown stanza, or a script without '
+                          '`end script`', printable(said))
+    tokens = list(re.compile(SHELL_TOKEN).finditer(match.string, *match.span(last)))
+    line, name = line_at(tokens[0]), ' '.join(match.group(last - 1).split())
+    if match.group('value') and 'stray' in [each.lastgroup for each in tokens]:
         raise job_failure(line, 'a quote is not closed')
     plain = ''.join(each.group() for each in tokens if each.lastgroup != 'comment')
     runs = name.endswith(('exec', 'script'))
-    return Stanza(' '.join(name.split()), unquote(plain.strip()), text, line,
-                  read_commands(tokens, line, begin) if runs else [])
+    return Stanza(name, unquote(plain.strip(' \t\n')), said, line,
+                  read_commands(tokens) if runs else [])
 
-def read_commands(tokens, line, offset):
-    """[Command] of the matches of SHELL_TOKEN in a text that begins there."""
+def read_commands(tokens):
+    """[Command] of the matches of SHELL_TOKEN in an exec or a script."""
     found, words = [], []
     for match in tokens:
+        text = match.group()
         if match.lastgroup in ('word', 'stray'):
-            text, at = match.group(), match.start()
-            words.append(Word(text, unquote(text), line + match.string.count('\n', 0, at),
-                              offset + at))
+            words.append(Word(text, unquote(text), line_at(match), match.start()))
         elif match.lastgroup == 'operator' and words:
             docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
-            rest = words[docker.group().count('\0'):]
-            found.append(Command(words, docker.group('verb'), rest, match.group()))
-            words = []
+            words = words[docker.group().count('\0'):]
+            name = ('docker ' if docker.group() else '') + words[0].value
+            found, words = found + [Command(name, words, text)], []
     return found
 
 def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
@@ -715,8 +694,9 @@ def unquote(text, variable=lambda match: match.group('escaped') or match.group()
         return part if kept else re.sub(VARIABLE, variable, part)
     return re.sub(QUOTED, inside, text)
 
-def read_run(command):
-    options, words = [], list(command.rest)
+def read_run(words):
+    """`run` and what follows it, as ([Option], [Word]): from the image on it is words."""
+    options, words, line = [], words[1:], words[0].line
     while words and re.match('-.', words[0].value):
         word = words.pop(0)
         if word.value == '--':
@@ -724,10 +704,10 @@ def read_run(command):
         for name, value in split_option(word.value):
             if value is None and name not in FLAGS:
                 value = words.pop(0).value if words else ''
-            options.append(Option(name, value, word))
+            options.append(Option(name, value or '', word))
     if not words:
-        raise job_failure(command.words[0].line, '`docker run` names no image')
-    return Run(options, words[0].value, [word.value for word in words[1:]], words[0].line)
+        raise job_failure(line, '`docker run` names no image')
+    return options, words
 
 def split_option(text):
     """[(long name, value or None)] of one word: --name=x, -rm, -itp80:80."""
@@ -739,96 +719,83 @@ def split_option(text):
         return [(name, None)] + split_option('-' + rest)
     return [(name, rest.lstrip('=') or None)]
 
+def main_of(job):
+    """The Stanza of the main process in a list; [] where there is none."""
+    return [each for each in job if each.name in ('exec', 'script')][-1:]
+
 def runs_of(job):
-    """Every `docker run` of the main process, the last `exec` or `script`, as [Run]."""
-    mains = [stanza for stanza in job if stanza.name in ('exec', 'script')]
-    return [read_run(command) for stanza in mains[-1:] for command in stanza.commands
-            if command.verb == 'run']
+    """Every `docker run` of the main process, as read_run gives it."""
+    return [read_run(command.words) for stanza in main_of(job)
+            for command in stanza.commands if command.name == 'docker run']
+
+def options_of(job):
+    """Every Option of these."""
+    return [option for options, _ in runs_of(job) for option in options]
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
-    old = [option.word for run in runs_of(parse_job(text)) for option in run.options
-           if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
+    old = [word for name, _, word in options_of(parse_job(text))
+           if name in SINGLE_DASH and not word.value.startswith('--')]
     for word in reversed(old):
         text = text[:word.offset] + '-' + text[word.offset:]
     return text, [word.text for word in old]
 
-def parse_published(value):
-    """The Published of a `-p` value: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
-    match = re.match(r'(?:(?:(.*):)?([^:]*):)?([^:/]*)(?:/(.*))?', value)
-    return Published(*match.groups('')[:3] + (match.group(4) or 'tcp',))
-
 def published_ports(job):
-    """The Published of every `-p` of the job's last `docker run`."""
-    return [parse_published(option.value) for run in runs_of(job)[-1:]
-            for option in run.options if option.name == 'publish']
+    """The value of every `-p` of the job: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
+    return [value for name, value, _ in options_of(job) if name == 'publish']
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
     proxied: the ports on the host that the app's proxy file passes requests to
     volumes: the paths that the image declares as VOLUME"""
-    if not {'exec', 'script'} & set(stanza.name for stanza in job):
+    if not main_of(job):
         raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
                           '`exec docker run --rm %s`', app)
-    for stanza in job:
-        check_stanza(stanza)
-    doubts = [(stanza.line, 'note: under Upstart this does not come back when docker is '
-               'restarted; `start on started docker` and `stop on stopping docker` does')
-              for stanza in job if stanza.name == 'start on'
-              and re.search(r'filesystem\s+and\s+started\s+docker', stanza.value)]
-    for run in runs_of(job):
-        check_run(run, job)
-        doubts.extend(doubts_of_image(run, app, volumes))
-        doubts.extend(doubts_of_ports(run, proxied))
-    return doubts
+    found = list(problems_of_words(job))
+    for options, words in runs_of(job):
+        found.extend(problems_of_options(options, job, proxied))
+        found.extend(problems_of_image(words[0], options, app, volumes))
+    for place, said in found:
+        if not said.startswith(('note: ', 'warning: ')):
+            raise job_failure(place.line, '`%s`: %s', printable(place.text), said)
+    return [(place.line, said) for place, said in found]
 
-def check_stanza(stanza):
-    pattern, said = WANTED_VALUES.get(stanza.name, ('', ''))
-    if not re.match(pattern, stanza.value):
-        text = printable((stanza.name + ' ' + stanza.value).strip())
-        raise job_failure(stanza.line, '`%s`: %s', text, said)
-    if stanza.name.endswith('script') and '\r' in stanza.text:
-        raise job_failure(stanza.line, 'a script with Windows line ends, which sh takes '
-                          'for text: save it with Unix ones')
+# Each of these gives what is wrong as (Stanza or Word, text), and doubts with a prefix.
 
-def check_run(run, job):
-    """Failure for what kills a deploy; a name must be free again at the next start."""
-    freed = [word.value for stanza in job for command in stanza.commands
-             if command.verb == 'rm' for word in command.rest]
-    options = [each for each in run.options if each.name not in FLAGS
-               or (each.value or 't').lower() in ('true', '1', 't')]
-    removed = 'rm' in [each.name for each in options] or '$' in ''.join(freed)
+def problems_of_words(job):
+    parts = [('%s %s' % each[:2], each) for each in job]
+    parts += [('--%s %s' % each[:2], each.word) for each in options_of(job)]
+    return [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
+            if re.match(pattern, text)]
+
+def problems_of_options(options, job, proxied):
+    """A name that the next start finds taken; ports that pass by ufw, the firewall that
+    people know, as all that docker publishes."""
+    removed = [word.value for stanza in job for command in stanza.commands
+               if command.name == 'docker rm' for word in command.words]
+    given = '\n'.join('%s %s' % option[:2] for option in options)
+    free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
     for name, value, word in options:
-        wrong = REFUSED_OPTIONS.get(name)
-        if name == 'name' and len(value) < 2:
-            wrong = 'docker wants a name of two characters at least'
-        elif name == 'name' and not removed and value not in freed:
-            wrong = 'without --rm the next start finds this name taken; add --rm'
-        if wrong:
-            raise job_failure(word.line, '`%s`: %s', word.text, wrong)
+        if name == 'name' and not free and value not in removed:
+            yield word, 'without --rm the next start finds this name taken; add --rm'
+        match = re.match(r'(?:(\d*):)?(\d+)(?:/tcp)?\Z', value)      # without an address
+        outside, inside = match.groups('') if match else ('', '')
+        if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
+            yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
+                         '`-p 127.0.0.1:%s:%s`' % (value, outside or inside, inside))
 
-def doubts_of_image(run, app, volumes):
-    given = '\n'.join('%s %s' % option[:2] for option in run.options)
+def problems_of_image(image, options, app, volumes):
+    """Somebody else's image, or a VOLUME of ours that goes with its container."""
+    given = '\n'.join('%s %s' % option[:2] for option in options)
     mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
                          r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
-    if not is_image_of(app, run.image):
-        yield run.line, ('warning: it runs the image `%s`, not what this repository '
-                         'builds, `%s`' % (printable(run.image), app))
-    elif 'volumes-from' not in [option.name for option in run.options]:
+    if not is_image_of(app, image.value):
+        yield image, ('warning: it runs the image `%s`, not what this repository builds, '
+                      '`%s`' % (printable(image.value), app))
+    elif 'volumes-from ' not in given:
         for path in sorted(set(path.rstrip('/') for path in volumes) - set(mounted)):
-            yield run.line, ('warning: VOLUME %s is mounted nowhere, its data goes at '
-                             'every stop; to keep it: `-v /srv/%s%s:%s`'
-                             % (path, app, path, path))
-
-def doubts_of_ports(run, proxied):
-    """Docker's published ports pass by the firewall that people know, ufw."""
-    for option in [each for each in run.options if each.name == 'publish']:
-        address, outside, inside, protocol = parse_published(option.value)
-        is_web = outside in proxied or inside in HTTP_PORTS
-        if is_web and not address and protocol == 'tcp':
-            yield option.word.line, (
-                'warning: `-p %s` is open to the world, past ufw; behind nginx: '
-                '`-p 127.0.0.1:%s:%s`' % (option.value, outside or inside, inside))
+            yield image, ('warning: VOLUME %s is mounted nowhere, its data goes at every '
+                          'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
@@ -839,22 +806,26 @@ Container = namedtuple('Container', 'options image command env folder at_boot gr
 
 DROPPED = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name', 'pull',
            'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
+HARMLESS = ('docker rm', 'docker stop', 'docker kill', 'docker pull', 'true', ':', 'set',
+            'sleep', 'echo', 'exit')
 NO_EQUIVALENT = {
     'chroot': 'the container has a root of its own; remove it',
     'normal exit': 'docker restarts it whatever it exits with; remove it'}
-HARMLESS = ('true', ':', 'set', 'sleep', 'echo', 'exit')
 
 def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
     last = dict((stanza.name, stanza.value) for stanza in job)
     env = dict(each.value.partition('=')[::2] for each in job if each.name == 'env')
-    run, stop = only_run(job, app, env), last.get('kill signal')
-    options = ['--' + name + ('' if value is None else '=' + value)
-               for name, value, _ in run.options if name not in DROPPED]
-    options += ['--stop-signal=' + stop] if stop else []
+    options, words = read_run([
+        word._replace(value=value) for word in only_run(job, app).words
+        for value in expand_word(word, env)])
+    given = ['--' + name + ('=' + value if value or name not in FLAGS else '')
+             for name, value, _ in options if name not in DROPPED]
+    given += ['--stop-signal=' + last['kill signal']] if 'kill signal' in last else []
     starts = [each.name for each in job if each.name in ('start on', 'manual')]
-    return Container(options, run.image, run.command, env, last.get('chdir', '/'),
-                     starts[-1:] == ['start on'], last.get('kill timeout', '5'))
+    return Container(given, words[0].value, [word.value for word in words[1:]], env,
+                     last.get('chdir', '/'), starts[-1:] == ['start on'],
+                     last.get('kill timeout', '5'))
 
 def volume_of(app, path):
     """The name of the docker volume that keeps a VOLUME of an app: shop--var_lib_data."""
@@ -886,33 +857,24 @@ def no_equivalent(place, what, remedy):
     return job_failure(place.line, '`%s` cannot be had where docker instead of Upstart '
                        'runs the app, as here: %s', printable(what), remedy)
 
-def only_run(job, app, env):
-    """The one `docker run` of a job whose other commands can be left out."""
-    main = [each for each in job if each.name in ('exec', 'script')][-1]
-    runs = [each for each in main.commands if each.verb == 'run']
+def only_run(job, app):
+    """The one `docker run` of a job, whose other commands can be left out."""
+    main = main_of(job)[0]
+    runs = [each for each in main.commands if each.name == 'docker run']
     if len(runs) != 1:
         raise no_equivalent(main, main.name, 'it must hold one `docker run`')
-    words, _, rest, operator = runs[0]
-    if operator.strip('\n;') not in ('', '||', '&&'):
-        raise no_equivalent(words[0], operator,
+    if runs[0].operator.strip('\n;') not in ('', '||', '&&'):
+        raise no_equivalent(runs[0].words[0], runs[0].operator,
                             'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
         if stanza.name in NO_EQUIVALENT:
             raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
-        if stanza is main or stanza.name.startswith(('pre-', 'post-')):
-            check_harmless([each for each in stanza.commands if each is not runs[0]])
-    return read_run(runs[0]._replace(rest=[
-        word._replace(value=value) for word in rest for value in expand_word(word, env)]))
-
-def check_harmless(commands):
-    """Refuse what does not happen anyway around a container's start and stop."""
-    before = ''
-    for words, verb, _, operator in commands:
-        known = verb in ('rm', 'stop', 'kill', 'pull') or words[0].value in HARMLESS
-        if operator == '|' or not known and not set(before) & set('<>'):
-            raise no_equivalent(words[0], words[0].text,
-                                'do it in the Dockerfile, or when the container starts')
-        before = operator
+        around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
+        for name, words, operator in stanza.commands if around else []:
+            if words is not runs[0].words and (name not in HARMLESS or operator == '|'):
+                raise no_equivalent(words[0], name, 'do it in the Dockerfile, or when '
+                                    'the container starts')
+    return runs[0]
 
 def expand_word(word, env):
     """The values of a word, `$NAME` of the job's own env put in as the shell would."""
@@ -1603,7 +1565,7 @@ class Upstart(Engine):
         for found in running_containers(self.host, release.image):
             state = container_state(found)
             return state._replace(identity=identity + state.identity, text=text)
-        images = [run.image for run in runs_of(job_of(release))]
+        images = [words[0].value for _, words in runs_of(job_of(release))]
         waits = any(is_image_of(release.app, image) for image in images)
         return State(None if waits else True, identity, [], '', text)
 
@@ -2340,10 +2302,7 @@ def show_plan(host, live, release):
 def ports_text(release):
     if release and not release.job:
         return '%s on %s' % (release.port or 'none', release.address)
-    ports = published_ports(job_of(release)) if release else []
-    return ', '.join('%s%s -> %s/%s' % (each.address and each.address + ':',
-                                        each.host or 'any', each.container, each.protocol)
-                     for each in ports) or 'none'
+    return ', '.join(published_ports(job_of(release)) if release else []) or 'none'
 
 def address_text(release):
     address = release.proxy and proxy_address(servers_of(release.proxy))
