@@ -1500,7 +1500,7 @@ def but(name, text):
     files = dict(FILES_2, **{SHORT.get(name, name): text})
     return dict((name, text) for name, text in files.items() if text is not None)
 
-PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
+DOCKER_PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
 USED = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
 
 @table('init, said', """
@@ -1511,19 +1511,19 @@ def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
     machine = Machine(tmpdir, init)
     machine.lives(FILES)
     machine.write('/run/docker.pid', '40\n')
-    machine.process(60, 40, (PROXY % '::').replace(' ', '\0'))
+    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
     if said:
         assert refusal(dh.recover, machine.host).startswith(said)
     else:
         dh.recover(machine.host)
-    assert machine.done == ([] if said else ['service docker restart'])
+    assert machine.done[:1] == ([] if said else ['service docker restart'])
 
 @pytest.mark.parametrize('parent, settings', [(40, USED), (41, {})])
 def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, parent, settings):
     machine = Machine(tmpdir, 'systemd')
     machine.lives(FILES)
     machine.write('/run/docker.pid', '40\n')
-    machine.process(60, parent, (PROXY % '0.0.0.0').replace(' ', '\0'))
+    machine.process(60, parent, (DOCKER_PROXY % '0.0.0.0').replace(' ', '\0'))
     machine.containers['blog--1']['NetworkSettings'] = settings
     dh.recover(machine.host)
     assert not [line for line in machine.done if 'service' in line]
