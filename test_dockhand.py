@@ -465,7 +465,8 @@ def test_what_is_doubtful_is_said_by_line(text, volumes, doubts):
     [::1]:80:80/tcp   => [::1] => 80 => 80 => tcp''')
 def test_a_published_port_is_read(value, first, second, third, fourth):
     job = dh.parse_job('exec docker run --rm -p%s blog' % value)
-    assert dh.published_ports(job) == [Published(first, second, third, fourth)]
+    assert dh.published_ports(job) == [value]
+    assert dh.parse_published(value) == Published(first, second, third, fourth)
 
 OLD_JOB = '''# apache, as of 2014
 pre-start exec docker run -rm busybox true
@@ -597,8 +598,9 @@ server
 server { listen; server_name; }'''
 
 def test_the_servers_of_a_file_are_read():
-    assert [(server.line, server.names) for server in dh.servers_of(PROXY)] == [
-        (4, ['blog.example.org', 'www.example.org', '.example.net']), (11, []), (13, [])]
+    assert [(server.place, server.names) for server in dh.servers_of(PROXY, 'f')] == [
+        ('f:4', ['blog.example.org', 'www.example.org', 'example.net', '*.example.net']),
+        ('f:11', ['']), ('f:13', [''])]
     assert [listen[0] for listen in listens(PROXY)] == ['*', '[::]', '*', '*']
     assert dh.proxied_ports(PROXY) == set(['8000', '8001']) and not dh.proxied_ports(None)
 
@@ -622,7 +624,7 @@ def test_a_broken_file_is_left_for_nginx_to_refuse(text):
     assert isinstance(dh.servers_of(text), list)
 
 def proxied(text, other):
-    others = {'/etc/nginx/conf.d/w.conf': dh.servers_of(other)}
+    others = dh.servers_of(other, '/etc/nginx/conf.d/w.conf')
     dh.check_proxy(dh.servers_of(text), others)
 
 def blocks(text):
@@ -705,9 +707,7 @@ V6 = '\n    listen [::]:80%s;'
     ('{a 443 ssl, [::]:443 ssl, [::]:80}', (1, 24, 0), True,
      CATCH_ALL % ('', V6 % '') + REJECT % '\n    listen [::]:443 ssl;')])
 def test_the_catch_all_listens_where_the_apps_do(text, version, ipv6, expected):
-    servers = dh.servers_of(blocks(text))
-    found = [listen for server in servers for listen in server.listens]
-    assert dh.render_catch_all(found, version, ipv6) == expected
+    assert dh.render_catch_all(dh.servers_of(blocks(text)), version, ipv6) == expected
 
 NGINX_CONF = '''user www-data;
 pid /run/nginx.pid;
@@ -725,21 +725,22 @@ http {
     include\tconf.d/*;''')
 def test_a_candidate_is_staged_in_a_copy_of_nginx_conf(line):
     files = ['/a.conf', '/b\\1.conf']
-    assert dh.stage_nginx_conf(NGINX_CONF % line, files, '/x.pid') == '''\
-pid /x.pid;
-user www-data;
+    assert dh.stage_nginx_conf(NGINX_CONF % line, 'server { }\n', files) == '''\
+pid /dev/null; user www-data;
 
 events { worker_connections 768; }
 http {
     include /etc/nginx/mime.types;
-    include /a.conf;
+    server { }
+include /a.conf;
 include /b\\1.conf;
+
     include /etc/nginx/sites-enabled/*;
 }
 '''
 
 def test_a_configuration_that_does_not_include_conf_d_is_refused():
-    said = refusal(dh.stage_nginx_conf, NGINX_CONF % '', [], '/x')
+    said = refusal(dh.stage_nginx_conf, NGINX_CONF % '', '', [])
     assert 'add it to its http block' in said
 
 @table('text, address', r'''
@@ -748,21 +749,25 @@ def test_a_configuration_that_does_not_include_conf_d_is_refused():
     {a 8081}              => http://a:8081/
     {_ 80 default_server} => http://{HOST}/
     {*.a}\n{b}            => http://b/
-    {~^w+$}               => None
-    {a unix:/x}           => None
-    {_}                   => None'''.replace('{HOST}', os.uname()[1]))
+    {~^w+$}               => ports 25:25
+    {a unix:/x}           => ports 25:25
+    {.a.org}              => http://a.org/
+    {_}                   => ports 25:25'''.replace('{HOST}', os.uname()[1]))
 def test_the_address_is_what_a_person_would_type(text, address):
-    assert str(dh.proxy_address(dh.servers_of(blocks(text)))) == address
+    values = dict.fromkeys(dh.Release._fields, '')
+    values.update(job='#\nexec docker run -p 25:25 a', proxy=blocks(text))
+    assert dh.address_text(dh.Release(**values)) == address
 
 @table('err, said', r'''
-    n: [emerg] unknown x in /etc/nginx/.c:3\nn: failed => nginx-proxy.conf:2: unknown x
-    n: [warn] a\nn: [emerg] no "x" in /etc/nginx/.c:9      => nginx-proxy.conf:8: no "x"
-    n: [emerg] a duplicate in /etc/nginx/w.conf:2 => a duplicate in /etc/nginx/w.conf:2
+    n: [emerg] unknown x in /etc/nginx/.c:3\nn: failed     => /etc/nginx/.c:3: unknown x
+    n: [warn] a\nn: [emerg] no "x" in /etc/nginx/w.conf:9 => /etc/nginx/w.conf:9: no "x"
     2024/01/01 00:00:00 [emerg] 12#12: bind() failed       => bind() failed
     strange                                                => strange
     => nginx -t failed''')
-def test_the_words_of_nginx_become_a_line_of_the_pushed_file(err, said):
-    assert dh.nginx_error(err, '/etc/nginx/.c') == said
+def test_the_words_of_nginx_begin_with_file_and_line(err, said):
+    for status, problem in ((1, said), (0, None)):
+        host = Host('/nowhere', run=lambda argv: Result(status, '', err))
+        assert dh.nginx_problem(host) == problem
 
 
 # ---------------------------------------------------------------------------------------
@@ -1165,7 +1170,7 @@ class Machine(object):
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run /var/lib/docker
             /usr/local/bin /etc/sudoers.d /etc/init'''.split() + {
-                'systemd': ['/run/systemd/system', '/etc/systemd/system'],
+                'systemd': ['/run/systemd/system', os.path.dirname(dh.UNIT_ENABLED)],
                 'upstart': ['/sbin/initctl'], 'none': []}[init]
         for folder in folders:
             dh.make_folder(self.host.path(folder))
@@ -1286,11 +1291,9 @@ class Machine(object):
     def timeout(self, seconds, command, *words):
         return getattr(self, command)(*words)
 
-    def ip(self, *route):
-        return '192.0.2.1 via 192.0.2.9 dev eth0 src 192.0.2.2 uid 0\n    cache\n'
-
-    def hostname(self, all_addresses):
-        return '192.0.2.1 192.0.2.2 \n'
+    def ip(self, route, get, address):
+        local = 'local ' * (address == '192.0.2.2')
+        return local + '%s dev eth0 src 192.0.2.2 uid 0\n    cache\n' % address
 
     def getent(self, ahosts, name):
         return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
@@ -1639,7 +1642,7 @@ def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, c
     nginx -s''')
 def test_a_first_deploy_that_fails_leaves_nothing(machine, broken):
     machine.nginx()
-    dh.write_catch_all(machine.host)
+    dh.install_proxy(machine.host, 'blog', None, True)
     dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     before = machine.whole()
     for _ in range(2):
@@ -1745,7 +1748,7 @@ def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
 
 def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     machine.nginx()
-    dh.write_catch_all(machine.host)
+    dh.install_proxy(machine.host, 'blog', None, True)
     dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     before = machine.whole()
     machine.release(1, SHA, FILES)
@@ -1862,7 +1865,7 @@ def test_a_plan_says_what_would_change_and_changes_nothing(machine, capfd):
     err = capfd.readouterr().err
     for line in ('--- live/upstart.conf', '+++ new/upstart.conf',
                  '-exec docker run --rm blog', '+exec docker run --rm -p ::1:81:80 blog',
-                 'ports: ::1:81 -> 80/tcp, now none', 'image: sha256:FROMtwo (5.0 MB)',
+                 '--- live/ports', '-none', '+::1:81:80', 'image: sha256:FROMtwo (5.0 MB)',
                  'gap: one stop and one start of the service'):
         assert '       %s\n' % line in err
 
@@ -2034,7 +2037,7 @@ def test_releases_are_listed_with_what_became_of_them(plain, capfd):
                     'upstart.conf:1: unknown stanza `x`', lines[0])
     assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
     assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
-    assert 'no app wiki here' in refusal(dh.releases, plain.host, 'wiki')
+    assert 'no app wiki is live here' in refusal(dh.releases, plain.host, 'wiki')
 
 def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
     pushed(machine, *[number * 40 for number in '234567'])
@@ -2218,7 +2221,7 @@ def about_to(act, init, folder):
     machine = Machine(os.path.join(folder, 'machine'), init)
     if act == 'first':
         machine.nginx()
-        dh.write_catch_all(machine.host)
+        dh.install_proxy(machine.host, 'blog', None, True)
         dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     elif act == 'deploy':
         machine.lives(FILES)
@@ -2685,9 +2688,10 @@ def test_install_names_every_missing_requirement_at_once(plain, capfd):
     plain.which = lambda name: '' if name in ('nginx', 'visudo') else '/usr/bin/' + name
     plain.broken['docker version'] = 2
     before = plain.files()
-    assert refusal(dh.install, plain.host).startswith('3 requirement(s) missing, nothing')
-    assert re.findall('missing: (.*)\n +to bring it: (.*)', capfd.readouterr().out) == [
-        ('nginx', 'apt-get install nginx'), ('visudo', 'apt-get install sudo'),
+    assert refusal(dh.install, plain.host) == '3 thing(s) to mend'
+    assert re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out) == [
+        ('nginx is missing', 'apt-get install nginx'),
+        ('visudo is missing', 'apt-get install sudo'),
         ('docker does not answer: broken on purpose',
          'service docker start || dockerd &')]
     assert plain.files() == before and plain.done == []
@@ -3594,7 +3598,7 @@ def test_real_a_configuration_of_nginx_that_was_broken_already_is_named(server):
     server.ok('echo "bogus on;" >/etc/nginx/conf.d/elses.conf')
     try:
         refused(app, {'www/index.html': 'never'},
-                r"configuration was broken before this push.*bogus.*/elses\.conf:1")
+                r"configuration was broken before this push.*/elses\.conf:1: .*bogus")
     finally:
         server.ok('rm /etc/nginx/conf.d/elses.conf')
 
@@ -3833,10 +3837,10 @@ AILMENTS = [
      'AuthorizedKeysFile of sshd is /etc/keys', 'rm /etc/ssh/sshd_config.d/x.conf'),
     ('mv /home/git/.ssh /home/git/.ssh.off', 'no key may push',
      'mv /home/git/.ssh.off /home/git/.ssh'),
-    ('echo "bogus on;" >/etc/nginx/conf.d/x.conf', 'unknown directive "bogus".*x.conf:1',
+    ('echo "bogus on;" >/etc/nginx/conf.d/x.conf', 'x.conf:1: unknown directive "bogus"',
      'rm /etc/nginx/conf.d/x.conf'),
     ('systemctl stop nginx', 'nginx does not run', 'systemctl start nginx'),
-    ('echo >>/etc/nginx/conf.d/000-dockhand.conf', '000-dockhand.conf is not as it should', None),
+    ('echo >>/etc/nginx/conf.d/000-dockhand.conf', '000-dockhand.conf is not as inst', None),
     ('docker stop $(docker ps -q --filter ancestor=shop:latest)', 'shop does not run', None),
     ('docker rmi -f $(docker images --format "{{.Repository}}:{{.Tag}}" shop)',
      'the image of shop is gone', None),
