@@ -895,14 +895,13 @@ def is_ours(text, app):
 def servers_of(text, path='nginx-proxy.conf'):
     """The server blocks of a file in conf.d, as [Server]; lenient, since `nginx -t` has
     the last word. blocks: the words before each brace that is open."""
-    found, blocks, words, place = [], [], [], ''
+    found, blocks, words = [], [], []
     for match in re.finditer(NGINX_TOKEN, text):
         token = match.group()
         if match.lastgroup == 'word':
-            line = text.count('\n', 0, match.start()) + 1
-            place = place if words else '%s:%d' % (path, line)
             words.append(token.strip('"\''))
         elif match.lastgroup == 'mark':
+            place = '%s:%d' % (path, text.count('\n', 0, match.start()) + 1)
             if blocks == [['server']]:
                 read_directive(found[-1], words, place)
             elif (token, blocks, words) == ('{', [], ['server']):
@@ -971,8 +970,8 @@ def render_catch_all(servers, version, ipv6):
     used = set((listen.address, listen.port) for listen in listens)
     claimed = any(listen.default and listen.port == '80' for listen in listens)
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
-    flag = ' default_server' if version < (1, 3, 10) and not claimed else ''
-    plain = ['listen 80%s;' % flag]
+    first = version >= (1, 3, 10) or claimed
+    plain = ['listen 80;' if first else 'listen 80 default_server;']
     if ipv6 and ('[::]', '80') in used:
         only = ' ipv6only=on' if version < (1, 3, 4) else ''
         plain.append('listen [::]:80%s;' % only)
@@ -1124,41 +1123,38 @@ def check_proxy_file(host, app, text):
     others.pop(PROXIES + '/%s.conf' % app, None)
     check_proxy(servers_of(pushed), servers_in(others))
     problem = try_nginx(host, app, pushed)
-    if problem and nginx_problem(host):
-        raise Failure("nginx's configuration was broken before this push, mend it first: "
-                      + problem)
-    if problem:
-        raise Failure(problem if problem.startswith('nginx-proxy.conf:') else
-                      'nginx-proxy.conf clashes with another file: ' + problem)
+    before = problem and nginx_problem(host)
+    refuse_if(before, "nginx's configuration was broken before this push, mend it first: "
+              '%s', before)
+    refuse_if(problem, problem if problem.startswith('nginx-proxy.conf:') else
+              'nginx-proxy.conf clashes with another file: ' + problem)
 
 def try_nginx(host, app, text):
-    """What nginx says against a proxy file in the place of the app's own, or None.
+    """What nginx says against a proxy file in the place of the app's own, or ''.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
-    (candidate, staged), own = staged_files(app), PROXIES + '/%s.conf' % app
-    files = dict(proxy_files(host), **{own: text})
+    own, files = PROXIES + '/%s.conf' % app, proxy_files(host)
+    candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
+    files[own] = text
     paths = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), catch_all_text(host, files),
                             paths)
     try:
-        replace_file(host.path(candidate), text)
-        replace_file(host.path(staged), conf)
-        said = nginx_problem(host, '-c', staged)
-        return said and said.replace(candidate, 'nginx-proxy.conf')
+        for path, new in ((candidate, text), (staged, conf)):
+            with open(host.path(path), 'wb') as target:
+                target.write(to_bytes(new))
+        said = nginx_problem(host, '-c', staged).replace(candidate, 'nginx-proxy.conf')
+        return said.replace(staged, NGINX + '/nginx.conf')
     finally:
         remove_file(host.path(candidate))
         remove_file(host.path(staged))
 
-def staged_files(app):
-    """Where a new proxy file of an app and a copy of nginx.conf with it are tested."""
-    return [NGINX + '/.dockhand-%s.%s' % (app, part) for part in ('candidate', 'nginx')]
-
 def nginx_problem(host, *options):
-    """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or None."""
+    """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
     status, _, err = host.ask(('nginx', '-t', '-q') + options)
     lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
     said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
-    return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said) if status else None
+    return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said) if status else ''
 
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow. What is
@@ -1594,13 +1590,12 @@ def put_back(host, new, old):
 
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
-    staged = [host.path(path) for path in staged_files(app)]
-    links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
-    installed = [host.path(folder, app + ending) for folder in (JOBS, PROXIES)
-                 for ending in ('.conf', '.override')]
-    remove_file(repository(host, app) + '/index.lock')
-    for path in staged + [temporary_of(path) for path in staged + links + installed]:
+    written = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
+    written += [host.path(folder, app + ending) for folder in (JOBS, PROXIES, NGINX)
+                for ending in ('.conf', '.override')]
+    for path in [temporary_of(path) for path in written]:
         remove_file(path)
+    remove_file(repository(host, app) + '/index.lock')
     if os.path.isdir(build_folder(host, app)):
         empty_build_folder(host, app)
         remove_image_tag(host, app + ':plan')
@@ -1929,14 +1924,14 @@ def show_plan(host, live, release):
     old = live or release._replace(job='', proxy='', image='')
     for name, was, now in (('upstart.conf', old.job, release.job),
                            ('nginx-proxy.conf', old.proxy, release.proxy),
-                           ('ports', ports_text(live), ports_text(release))):
+                           ('ports', ports_text(live), ports_text(release)),
+                           ('image', old.image, release.image)):
         diff = diff_text(was or '', now or '', 'live/' + name, 'new/' + name)
         detail(diff or name + ': no change')
-    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
-    same = ', as it is live' if old.image == release.image else ''
     gap = 'one stop and one start of the service' if live else 'none, it is new'
-    detail('image: %s (%.1f MB)%s', release.image[:19], size, same)
-    detail('gap: %s\nspace: %.0f MB free', gap, free_bytes(host, STATE) / 1e6)
+    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
+    detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
+           free_bytes(host, STATE) / 1e6)
 
 def ports_text(release):
     return ', '.join(published_ports(job_of(release)) if release else []) or 'none'
@@ -2026,15 +2021,14 @@ def receive(host, hook, app='', key='', *ref):
         raise Failure('this is for the hooks of a repository')
 
 def after_push(host, app):
-    """Once the branch has moved: say where the app answers, remove what is too old.
+    """Once the branch has moved: remove what is too old, say where the app answers.
     Nothing depends on it, since it does not run when the pusher is gone."""
-    live = live_release(host, app)
+    with app_lock(host, app, 'the clean-up of ' + app) as live:
+        if live:
+            git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
+            clean_up(host, live)
     if live:
-        git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
         show_address(host, live)
-        with app_lock(host, app, 'the clean-up of ' + app) as live:
-            if live:
-                clean_up(host, live)
 
 def hang_up(host):
     """End git's process for a pusher who takes nothing any more, or it waits for ever.
@@ -2074,7 +2068,7 @@ def installed_parts(host):
     return parts + [(folder + '/hooks/' + name, text, 0o755)
                     for folder in folders for name, text in HOOKS]
 
-PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
+PACKAGES = (('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
             ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'))
 
@@ -2087,23 +2081,25 @@ def demand(rows):
 
 def requirements(host):
     """Whether this machine has what dockhand calls, as rows for `demand`."""
-    paths = [host.ask(['which', name]).out.strip() for name, _ in PACKAGES]
-    rows = [(not path and name + ' is missing', 'apt-get install ' + package)
-            for path, (name, package) in zip(paths, PACKAGES)]
-    if not paths[0]:
-        return rows
+    return [docker_problem(host)] + [
+        (not host.ask(['which', name]).out.strip() and name + ' is missing',
+         'apt-get install ' + package) for name, package in PACKAGES]
+
+def docker_problem(host):
+    """What keeps docker from running apps, or nothing, and what to type."""
+    path, bring = host.ask(['which', 'docker']).out.strip(), 'apt-get install docker.io'
+    if not path:
+        return 'docker is missing', bring
+    if os.path.realpath(path).startswith('/snap'):
+        return 'a snap of docker cannot read /var/lib', 'snap remove docker; ' + bring
     status, out, err = host.ask(['docker', 'version'])
-    snap = os.path.realpath(paths[0]).startswith('/snap')
-    podman = 'podman' in (out + err).lower()
-    old = not status and not podman and docker_version(host) < (1, 11)
-    return rows + [
-        (snap and 'docker is from a snap, which cannot read /var/lib',
-         'snap remove docker; apt-get install docker.io'),
-        (podman and 'docker is podman', 'apt-get install docker.io'),
-        (status and 'docker does not answer: ' + last_line(err),
-         'service docker start || dockerd &'),
-        (old and not is_upstart(host) and 'docker is older than 1.11, and init is not '
-         'Upstart', 'apt-get install docker.io')]
+    if 'podman' in (out + err).lower():
+        return 'docker is podman', bring
+    if status:
+        return ('docker does not answer: ' + last_line(err),
+                'service docker start || dockerd &')
+    old = docker_version(host) < (1, 11) and not is_upstart(host)
+    return old and 'docker is older than 1.11, and init is not Upstart', bring
 
 def ensure_user(host):
     """Make the git user where there is none; True if there was none."""
@@ -2122,7 +2118,7 @@ def install_part(host, name, text, mode):
     def check(new):
         if name == SUDOERS:
             host.run(['visudo', '-c', '-q', '-f', new])
-        problem = try_nginx(host, '000-dockhand', '') if name == CATCH_ALL else None
+        problem = try_nginx(host, 'dockhand', '') if name == CATCH_ALL else ''
         refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
     path = host.path(name)
     if not os.path.isdir(os.path.dirname(path)):
@@ -2191,8 +2187,7 @@ def install(host, user=None):
     py_compile.compile(host.path(script), dfile=script, doraise=True)
     if any(changes) or nginx_master(host) is None:
         reload_nginx(host)
-    problem = sudo_problem(host)
-    refuse_if(problem, problem)
+    demand([(sudo_problem(host), 'visudo')])
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
 
@@ -2209,8 +2204,7 @@ def change_keys(host, change):
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
     check_key_name(name)
-    for app in apps:
-        check_app_name(app)
+    apps = tuple(check_app_name(app) for app in apps)
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
     uploaded = parse_public_keys('' if source.isatty() else to_text(source.read()))
     for kind, blob in uploaded:
@@ -2330,13 +2324,12 @@ def earlier_release(host, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more."""
     found = [each for each in kept_releases(host, live.app)
              if each.number != live.number and number in (None, str(each.number))]
-    if not found:
-        raise Failure('release %s is not one to go back to: see dockhand releases %s',
-                      printable(number or 'before %d' % live.number), live.app)
+    refuse_if(not found, 'release %s is not one to go back to: see dockhand releases '
+              '%s', printable(number or 'before %d' % live.number), live.app)
     tag = image_tag(found[0])
-    if [each['Id'] for each in inspect(host, tag)] != [found[0].image]:
-        raise Failure('release %d cannot run again: its image %s was removed; nothing '
-                      'has changed', found[0].number, tag)
+    refuse_if([each['Id'] for each in inspect(host, tag)] != [found[0].image],
+              'release %d cannot run again: its image %s was removed; nothing has '
+              'changed', found[0].number, tag)
     return found[0]
 
 def recover(host):
@@ -2349,8 +2342,8 @@ def recover(host):
 def destroy(host, app, force=False):
     """remove an app: its containers, images, files and repository"""
     check_app_name(app)
-    if app not in list_apps(host) and not os.path.isdir(repository(host, app)):
-        raise Failure('no app %s here: see dockhand apps', app)
+    there = app in list_apps(host) or os.path.isdir(repository(host, app))
+    refuse_if(not there, 'no app %s here: see dockhand apps', app)
     refuse_if(not force, 'this removes %s and its repository for good; if you are sure: '
               'dockhand destroy %s --force', app, app)
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
@@ -2367,8 +2360,6 @@ def destroy(host, app, force=False):
 def doctor(host):
     """check every part of the installation, and say what to type"""
     demand(requirements(host))
-    sshd = (('AllowUsers', host.user), ('AllowGroups', host.user),
-            ('AuthorizedKeysFile', KEYS))
     demand([
         (not host.account() and 'there is no user ' + host.user, INSTALL_AGAIN),
         (not host.text(host.home(), KEYS) and 'no key may push',
@@ -2376,8 +2367,10 @@ def doctor(host):
         (sudo_problem(host), 'visudo'),
         (nginx_problem(host), 'edit that file, then nginx -t'),
         (not nginx_master(host) and 'nginx does not run', 'service nginx start')]
-        + [(sshd_problem(host, *each), 'edit /etc/ssh/sshd_config, then reload ssh')
-           for each in sshd]
+        + [(sshd_problem(host, option, wanted),
+            'edit /etc/ssh/sshd_config, then reload ssh') for option, wanted in (
+                ('AllowUsers', host.user), ('AllowGroups', host.user),
+                ('AuthorizedKeysFile', KEYS))]
         + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
            for path, text, _ in installed_parts(host)]
         + [app_problem(host, app) for app in list_apps(host)])
