@@ -946,7 +946,7 @@ def check_proxy(servers, others):
     """Failure where these take what other servers of the machine have, or one of them
     gets no request, or all to an address: a server on one address of a shared port does,
     whatever its name. On port 80 000-dockhand.conf answers to unknown names."""
-    taken = dict(claim for other in reversed(others) for claim in server_claims(other))
+    taken = dict(claim for other in others for claim in server_claims(other))
     shared = ['80'] + [listen.port for other in others for listen in other.listens
                        if listen.address in ALL]
     for server in servers:
@@ -1099,29 +1099,25 @@ def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
 
-def proxy_files(host):
-    """{path: text} of nginx's files in conf.d and sites-enabled, not our catch-all."""
+def proxy_servers(host):
+    """{path: [Server]} of conf.d and sites-enabled, without our catch-all."""
     folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
     paths = [folder + '/' + name for folder, ending in folders
              for name in list_folder(host.path(folder)) if name.endswith(ending)]
-    return dict((path, host.text(path)) for path in paths
+    return dict((path, servers_of(host.text(path), path)) for path in paths
                 if path != CATCH_ALL and os.path.isfile(host.path(path)))
 
-def servers_in(files):
-    """All servers of nginx's files, {path: text}, as [Server]."""
-    return [server for path in sorted(files) for server in servers_of(files[path], path)]
-
 def catch_all_text(host, files):
-    """What 000-dockhand.conf is to hold beside these files, {path: text}."""
+    """What 000-dockhand.conf is to hold beside these files, {path: [Server]}."""
     version = re.findall(r'\d+', host.ask(['nginx', '-v']).err.partition('nginx/')[2])
-    return render_catch_all(servers_in(files), tuple(map(int, version[:3])),
+    return render_catch_all(sum(files.values(), []), tuple(map(int, version[:3])),
                             os.path.exists(host.path('/proc/net/if_inet6')))
 
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
-    pushed, others = text.partition('\n')[2], proxy_files(host)
+    pushed, others = text.partition('\n')[2], proxy_servers(host)
     others.pop(PROXIES + '/%s.conf' % app, None)
-    check_proxy(servers_of(pushed), servers_in(others))
+    check_proxy(servers_of(pushed), sum(others.values(), []))
     problem = try_nginx(host, app, pushed)
     before = problem and nginx_problem(host)
     refuse_if(before, "nginx's configuration was broken before this push, mend it first: "
@@ -1132,9 +1128,9 @@ def check_proxy_file(host, app, text):
 def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own, or ''.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
-    own, files = PROXIES + '/%s.conf' % app, proxy_files(host)
+    own, files = PROXIES + '/%s.conf' % app, proxy_servers(host)
     candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
-    files[own] = text
+    files[own] = servers_of(text)
     paths = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), catch_all_text(host, files),
@@ -1168,7 +1164,7 @@ def install_proxy(host, app, text, certain=False):
             check_proxy_file(host, app, text)
         changed = replace_file(path, text) if text else (
             is_ours(found, app) and remove_file(path))
-        catch_all = catch_all_text(host, proxy_files(host))
+        catch_all = catch_all_text(host, proxy_servers(host))
         if replace_file(host.path(CATCH_ALL), catch_all) or changed or certain:
             reload_nginx(host)
 
@@ -2021,8 +2017,8 @@ def receive(host, hook, app='', key='', *ref):
         raise Failure('this is for the hooks of a repository')
 
 def after_push(host, app):
-    """Once the branch has moved: remove what is too old, say where the app answers.
-    Nothing depends on it, since it does not run when the pusher is gone."""
+    """Once a release is live: remove what is too old, say where the app answers.
+    After a push nothing depends on it, since it does not run when the pusher is gone."""
     with app_lock(host, app, 'the clean-up of ' + app) as live:
         if live:
             git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
@@ -2058,7 +2054,7 @@ def installed_parts(host):
         (RECEIVE, launcher(role='receive'), 0o755),
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
         (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
-        (CATCH_ALL, catch_all_text(host, proxy_files(host)), 0o644)]
+        (CATCH_ALL, catch_all_text(host, proxy_servers(host)), 0o644)]
     if is_systemd(host):
         parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
@@ -2134,13 +2130,13 @@ def disable_default_site(host):
     if it is as its package brought it, by dpkg's own checksum."""
     import hashlib
     query = ['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']
-    for site, packaged in ((NGINX + '/sites-enabled/default', '/sites-available/default'),
-                           (PROXIES + '/default.conf', '/conf.d/default.conf')):
-        text, left = host.text(site), NGINX + packaged + '.disabled'
-        known = '%s%s %s' % (NGINX, packaged, hashlib.md5(to_bytes(text)).hexdigest())
+    for site, packaged in (('sites-enabled/default', 'sites-available/default'),
+                           ('conf.d/default.conf', 'conf.d/default.conf')):
+        text, packaged = host.text(NGINX, site), '%s/%s' % (NGINX, packaged)
+        known = '%s %s' % (packaged, hashlib.md5(to_bytes(text)).hexdigest())
         if text and known in host.ask(query).out:
-            os.rename(host.path(site), host.path(left))
-            tell("disabled nginx's default site: it is %s now", left)
+            os.rename(host.path(NGINX, site), host.path(packaged + '.disabled'))
+            tell("disabled nginx's default site: it is %s.disabled now", packaged)
             return True
     return False
 
@@ -2290,9 +2286,7 @@ def rebuild(host, app, pull=False):
     with live_app(host, app, 'rebuild') as live:
         release = new_release(host, app, live.key, live.branch, live.commit)
         make_release(host, live, release, ['--pull'] if pull else [])
-        release = live_release(host, app)
-        clean_up(host, release)
-    show_address(host, release)
+    after_push(host, app)
 
 def releases(host, app):
     """list an app's releases: commit, when, by whom, how long it took, live or not"""
