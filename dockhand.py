@@ -1955,9 +1955,10 @@ def show_address(host, release):
     found = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()
     to = found[0] if found else '192.0.2.1'
     route = host.ask(['timeout', '2', 'ip', 'route', 'get', to]).out
-    if route.startswith('local') and not to.startswith('127.'):
+    if re.match(r'local (?!127\.|::1 )', route):
         return step('%s: %s answers %s', app, address, status)
-    here = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0] + port
+    own = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0]
+    here = ('[%s]' if ':' in own else '%s') % own + port
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
     detail('%s leads %s: point it here in DNS, or take every name with '
            '`listen 80 default_server;`', name, 'to ' + to if found else 'nowhere yet')
