@@ -62,6 +62,7 @@ NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
 SUDOERS = '/etc/sudoers.d/dockhand'
 UNIT = '/etc/systemd/system/dockhand-recover.service'
+UNIT_ENABLED = '/etc/systemd/system/multi-user.target.wants/dockhand-recover.service'
 BOOT_JOB = JOBS + '/dockhand-recover.conf'
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
@@ -891,8 +892,9 @@ def expand_word(word, env):
 
 # ---- Proxy files (pure functions) ------------------------------------------------------
 
-Server = namedtuple('Server', 'line listens names')     # listens: [Listen]
-Listen = namedtuple('Listen', 'address port default line')
+# place: FILE:LINE; listens: [Listen]; names: in lower case, '' where there is none
+Server = namedtuple('Server', 'place listens names')
+Listen = namedtuple('Listen', 'address port default place')
 ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
 NGINX_TOKEN = r'''(?xs)
@@ -956,128 +958,105 @@ def upstream(app, address, port, version):
     return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 16;\n%s}\n' % (
         app, address, port, limit)
 
-def servers_of(text):
+def servers_of(text, path='nginx-proxy.conf'):
     """The server blocks of a file in conf.d, as [Server]; lenient, since `nginx -t` has
     the last word. blocks: the words before each brace that is open."""
-    found, blocks, words, line = [], [], [], 1
+    found, blocks, words = [], [], []
     for match in re.finditer(NGINX_TOKEN, text):
         token = match.group()
         if match.lastgroup == 'word':
-            line = line if words else text.count('\n', 0, match.start()) + 1
             words.append(token.strip('"\''))
         elif match.lastgroup == 'mark':
+            place = '%s:%d' % (path, text.count('\n', 0, match.start()) + 1)
             if blocks == [['server']]:
-                read_directive(found[-1], words, line)
+                read_directive(found[-1], words, place)
             elif (token, blocks, words) == ('{', [], ['server']):
-                found.append(Server(line, [], []))
+                found.append(Server(place, [], []))
             if token == '{':
                 blocks.append(words)
             elif token == '}':
                 del blocks[-1:]
             words = []
-    for server in found:
-        if not server.listens:
-            read_directive(server, ['listen', '80'], server.line)
-    return found
+    return [server._replace(
+        listens=server.listens or [Listen('*', '80', False, server.place)],
+        names=server.names or ['']) for server in found]
 
-def read_directive(server, words, line):
+def read_directive(server, words, place):
     """Note what a Server is told: `server_name NAME...`, or
     `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
     if words[:1] == ['server_name']:
-        server.names.extend(name.lower() for name in words[1:])
+        for name in [word.lower() for word in words[1:]]:
+            both = [name[1:], '*' + name] if name.startswith('.') else [name]
+            server.names.extend(both)
     elif words[:1] == ['listen'] and words[1:]:
         match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', words[1])
         address, port = match.groups() if match else (
             words[1], '' if words[1].startswith('unix:') else '80')
         shown = '*' if address in (None, '0.0.0.0') else address
         default = bool({'default_server', 'default'} & set(words[2:]))
-        server.listens.append(Listen(shown, port, default, line))
+        server.listens.append(Listen(shown, port, default, place))
 
 def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
 
 def server_claims(server):
-    """{what is taken, in words: line}: what one server block of a machine can have."""
-    claims = {}
-    for address, port, default, line in server.listens:
-        where = 'is taken on port ' + port
-        for name in server.names or ['']:
-            for each in (name[1:], '*' + name) if name.startswith('.') else (name,):
-                claims['server_name "%s" %s' % (each, where)] = server.line
+    """[(what only one server of a machine can have, in words, FILE:LINE)]."""
+    for address, port, default, place in server.listens:
         if default:
-            claims['default_server %s of %s' % (where, address)] = line
-    return claims
+            yield 'default_server is taken on port %s of %s' % (port, address), place
+        for name in server.names:
+            yield 'server_name "%s" is taken on port %s' % (name, port), server.place
 
 def check_proxy(servers, others):
-    """Failure where it takes what `others`, {path: [Server]}, have, or is unreachable."""
-    taken, shared = {}, set(['80'])
-    for path in sorted(others):
-        for server in others[path]:
-            shared.update(each.port for each in server.listens if each.address in ALL)
-            for claim, line in server_claims(server).items():
-                taken.setdefault(claim, '%s:%d' % (path, line))
+    """Failure where these take what other servers of the machine have, or one of them
+    gets no request, or all to an address: a server on one address of a shared port does,
+    whatever its name. On port 80 000-dockhand.conf answers to unknown names."""
+    taken = dict(claim for other in others for claim in server_claims(other))
+    shared = ['80'] + [listen.port for other in others for listen in other.listens
+                       if listen.address in ALL]
     for server in servers:
-        check_listens(server, shared)
-        for claim, line in sorted(server_claims(server).items()):
-            if claim in taken:
-                raise proxy_failure(line, '%s, by %s: change one of the two',
-                                    printable(claim, 160), taken[claim])
+        ours = [port in ('80', '443') and not default
+                for _, port, default, _ in server.listens]
+        refuse_if(all(ours) and set(server.names) <= set(['', '_']),
+                  '%s: no request reaches this server: give it a server_name, or write '
+                  '`listen 80 default_server;`', server.place)
+        for address, port, _, place in server.listens:
+            refuse_if(address not in ALL and port in shared, '%s: `listen %s:%s` would '
+                      'take all requests to that address: write `listen %s;`',
+                      place, address, port, port)
+        for claim, place in server_claims(server):
+            refuse_if(claim in taken, '%s: %s, by %s: change one of the two',
+                      place, printable(claim, 160), taken.get(claim))
 
-def proxy_failure(line, text, *values):
-    return Failure('nginx-proxy.conf:%d: %s', line, filled(text, values))
-
-def check_listens(server, shared):
-    """An unknown name on port 80 is answered by 000-dockhand.conf; a server on one
-    address of a shared port gets every request to it, whatever its name."""
-    ours = [each.port in ('80', '443') and not each.default for each in server.listens]
-    if all(ours) and set(server.names) <= set(['', '_']):
-        raise proxy_failure(server.line, 'no request reaches this server: give it a '
-                            'server_name, or write `listen 80 default_server;`')
-    for address, port, _, line in server.listens:
-        if address not in ALL and port in shared:
-            raise proxy_failure(line, '`listen %s:%s` would take all requests to that '
-                                'address: write `listen %s;`', address, port, port)
-
-def render_catch_all(listens, version, ipv6):
+def render_catch_all(servers, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
-    listens: every Listen of nginx's other files; version: nginx's, as a tuple"""
+    servers: those of nginx's other files; version: nginx's, as a tuple"""
+    listens = [listen for server in servers for listen in server.listens]
     used = set((listen.address, listen.port) for listen in listens)
     claimed = any(listen.default and listen.port == '80' for listen in listens)
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
-    flag = ' default_server' if version < (1, 3, 10) and not claimed else ''
-    plain = ['listen 80%s;' % flag]
+    first = version >= (1, 3, 10) or claimed
+    plain = ['listen 80;' if first else 'listen 80 default_server;']
     if ipv6 and ('[::]', '80') in used:
         only = ' ipv6only=on' if version < (1, 3, 4) else ''
         plain.append('listen [::]:80%s;' % only)
     blocks = [plain + ['server_name _;', 'return 404;']]
     secure = ['listen %s443 ssl;' % ('' if address == '*' else address + ':')
-              for address in ('*', '[::]') if (address, '443') in used]
+              for address in ALL if (address, '443') in used]
     if secure and version >= (1, 19, 4):
         blocks.append(secure + ['server_name _;', 'ssl_reject_handshake on;'])
     return '# dockhand: what no app answers to; written anew when the apps change\n' + \
         ''.join('server {\n    %s\n}\n' % '\n    '.join(block) for block in blocks)
 
-def stage_nginx_conf(text, files, pid):
-    """A copy of nginx.conf that includes these files instead of those in conf.d."""
-    includes = '\n'.join('include %s;' % path for path in files)
+def stage_nginx_conf(text, catch_all, paths):
+    """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
+    included = catch_all + ''.join('include %s;\n' % path for path in paths)
     text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
-                          lambda match: includes, text)
+                          lambda match: included, text)
     refuse_if(not count, '%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
               'block', NGINX, PROXIES)
-    return 'pid %s;\n' % pid + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
-
-def proxy_address(servers):
-    """The address that a person would type for a web app, or None."""
-    for server in servers:
-        port = server.listens[0].port
-        names = [name for name in server.names
-                 if re.match(r'[a-z0-9][a-z0-9._-]*\Z', name)]
-        names += [os.uname()[1]] if server.listens[0].default else []
-        if names and port:
-            shape = {'80': 'http://%s/', '443': 'https://%s/'}
-            return shape.get(port, 'http://%s:' + port + '/') % names[0]
-    return None
+    return 'pid /dev/null; ' + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
 # ---- Docker and nginx ------------------------------------------------------------------
 
@@ -1219,19 +1198,17 @@ def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
 
-def proxy_files(host):
-    """{path: text} of nginx's files in conf.d and sites-enabled, not our catch-all."""
+def proxy_servers(host):
+    """{path: [Server]} of conf.d and sites-enabled, without our catch-all."""
     folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
     paths = [folder + '/' + name for folder, ending in folders
              for name in list_folder(host.path(folder)) if name.endswith(ending)]
-    return dict((path, host.text(path)) for path in paths
+    return dict((path, servers_of(host.text(path), path)) for path in paths
                 if path != CATCH_ALL and os.path.isfile(host.path(path)))
 
 def catch_all_text(host, files):
-    """What 000-dockhand.conf is to hold beside these files, {path: text}."""
-    listens = [listen for text in files.values() for server in servers_of(text)
-               for listen in server.listens]
-    return render_catch_all(listens, nginx_version(host), has_ipv6(host))
+    """What 000-dockhand.conf is to hold beside these files, {path: [Server]}."""
+    return render_catch_all(sum(files.values(), []), nginx_version(host), has_ipv6(host))
 
 def nginx_version(host):
     version = re.findall(r'\d+', host.ask(['nginx', '-v']).err.partition('nginx/')[2])
@@ -1242,47 +1219,42 @@ def has_ipv6(host):
 
 def check_proxy_file(host, app, text):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
-    own, files = PROXIES + '/%s.conf' % app, proxy_files(host)
-    others = dict((path, servers_of(files[path])) for path in files if path != own)
-    check_proxy(servers_of(text.partition('\n')[2]), others)
-    problem = try_nginx(host, app, text)
-    if problem and try_nginx(host, app, read_file(host.path(own))):
-        raise Failure("nginx's configuration was broken before this push, mend it first: "
-                      + problem)
-    if problem:
-        raise Failure(problem if 'nginx-proxy.conf:' in problem else
-                      'nginx-proxy.conf clashes with another file: ' + problem)
+    pushed, others = text.partition('\n')[2], proxy_servers(host)
+    others.pop(PROXIES + '/%s.conf' % app, None)
+    check_proxy(servers_of(pushed), sum(others.values(), []))
+    problem = try_nginx(host, app, pushed)
+    before = problem and nginx_problem(host)
+    refuse_if(before, "nginx's configuration was broken before this push, mend it first: "
+              '%s', before)
+    refuse_if(problem, problem if problem.startswith('nginx-proxy.conf:') else
+              'nginx-proxy.conf clashes with another file: ' + problem)
 
 def try_nginx(host, app, text):
-    """What nginx says against a proxy file in the place of the app's own, or None.
+    """What nginx says against a proxy file in the place of the app's own, or ''.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
-    own = PROXIES + '/%s.conf' % app
-    paths = candidate, catch_all, staged, pid = staged_files(app)
-    files = dict(proxy_files(host), **{own: text or ''})
-    order = [candidate if path == own else path for path in sorted(files)
+    own, files = PROXIES + '/%s.conf' % app, proxy_servers(host)
+    candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
+    files[own] = servers_of(text)
+    paths = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
-    conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), [catch_all] + order, pid)
+    conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), catch_all_text(host, files),
+                            paths)
     try:
-        for path, new in zip(paths, (files[own], catch_all_text(host, files), conf)):
-            replace_file(host.path(path), new)
-        result = host.ask(['nginx', '-t', '-q', '-c', staged])
-        said = nginx_error(result.err, candidate).replace(catch_all, CATCH_ALL)
-        return said if result.status else None
+        for path, new in ((candidate, text), (staged, conf)):
+            with open(host.path(path), 'wb') as target:
+                target.write(to_bytes(new))
+        said = nginx_problem(host, '-c', staged).replace(candidate, 'nginx-proxy.conf')
+        return said.replace(staged, NGINX + '/nginx.conf')
     finally:
-        for path in paths:
-            remove_file(host.path(path))
+        remove_file(host.path(candidate))
+        remove_file(host.path(staged))
 
-def staged_files(app):
-    """The files of a test of nginx's configuration with a new file for an app."""
-    return ['%s/.dockhand-%s.%s' % (NGINX, app, part)
-            for part in ('candidate', 'catch-all', 'nginx', 'nginx.pid')]
-
-def nginx_error(err, candidate='nginx-proxy.conf'):
-    """What `nginx -t` says first, about a candidate as `nginx-proxy.conf:LINE: what`."""
+def nginx_problem(host, *options):
+    """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
+    status, _, err = host.ask(('nginx', '-t', '-q') + options)
     lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
     said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
-    match = re.match(r'(.*?)(?: in)? %s:(\d+)' % re.escape(candidate), said)
-    return str(proxy_failure(int(match.group(2)) - 1, match.group(1))) if match else said
+    return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said) if status else ''
 
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow. What is
@@ -1296,15 +1268,13 @@ def install_proxy(host, app, text, certain=False):
             check_proxy_file(host, app, text)
         changed = replace_file(path, text) if text else (
             is_ours(found, app) and remove_file(path))
-        if write_catch_all(host) or changed or certain:
+        catch_all = catch_all_text(host, proxy_servers(host))
+        if replace_file(host.path(CATCH_ALL), catch_all) or changed or certain:
             reload_nginx(host)
 
 def host_lock(host, app):
     """What apps share (names, nginx) changes under this lock, taken after the app's."""
     return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
-
-def write_catch_all(host):
-    return replace_file(host.path(CATCH_ALL), catch_all_text(host, proxy_files(host)))
 
 def reload_nginx(host):
     """Make nginx take up its configuration; Failure unless it really has.
@@ -1860,13 +1830,12 @@ def put_back(host, new, old):
 
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
-    staged = [host.path(path) for path in staged_files(app)]
-    links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
-    installed = [host.path(folder, app + ending) for folder in (JOBS, PROXIES)
-                 for ending in ('.conf', '.override')]
-    remove_file(repository(host, app) + '/index.lock')
-    for path in staged + [temporary_of(path) for path in staged + links + installed]:
+    written = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
+    written += [host.path(folder, app + ending) for folder in (JOBS, PROXIES, NGINX)
+                for ending in ('.conf', '.override')]
+    for path in [temporary_of(path) for path in written]:
         remove_file(path)
+    remove_file(repository(host, app) + '/index.lock')
     if os.path.isdir(build_folder(host, app)):
         empty_build_folder(host, app)
         remove_image_tag(host, app + ':plan')
@@ -2286,18 +2255,18 @@ def remove_release(host, release):
 
 def show_plan(host, live, release):
     step('What a push of this would change:')
-    for name, old, new in (('upstart.conf', live and live.job, release.job),
-                           ('nginx-proxy.conf', live and live.proxy, release.proxy)):
-        diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
+    old = live or release._replace(job='', proxy='', image='')
+    for name, was, now in (('upstart.conf', old.job, release.job),
+                           ('nginx-proxy.conf', old.proxy, release.proxy),
+                           ('ports', ports_text(live), ports_text(release)),
+                           ('image', old.image, release.image)):
+        diff = diff_text(was or '', now or '', 'live/' + name, 'new/' + name)
         detail(diff or name + ': no change')
-    was, now = ports_text(live), ports_text(release)
-    same = ', as it is live' if live and live.image == release.image else ''
-    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
     gap = 'none' if not live or hands_over(live, release) else (
         'one stop and one start of the service')
-    detail('ports: %s', now if was == now else '%s, now %s' % (now, was))
-    detail('image: %s (%.1f MB)%s', release.image[:19], size, same)
-    detail('gap: %s\nspace: %.0f MB free', gap, free_bytes(host, STATE) / 1e6)
+    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
+    detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
+           free_bytes(host, STATE) / 1e6)
 
 def ports_text(release):
     if release and not release.job:
@@ -2305,42 +2274,49 @@ def ports_text(release):
     return ', '.join(published_ports(job_of(release)) if release else []) or 'none'
 
 def address_text(release):
-    address = release.proxy and proxy_address(servers_of(release.proxy))
-    return address or (
-        'ports ' + ports_text(release) if release.job else kind_text(release))
+    """The address that a person would type for a web app; of another app, its ports."""
+    for server in servers_of(release.proxy or ''):
+        _, port, default, _ = server.listens[0]
+        names = [name for name in server.names
+                 if re.match(r'[a-z0-9][a-z0-9._-]*\Z', name)]
+        names += [os.uname()[1]] if default else []
+        if names and port:
+            shape = {'80': 'http://%s/', '443': 'https://%s/'}
+            return shape.get(port, 'http://%s:' + port + '/') % names[0]
+    return 'ports ' + ports_text(release) if release.job else kind_text(release)
 
 def show_address(host, release):
     """Tell where an app answers; a web app's address is fetched through nginx first."""
     app, address = release.app, address_text(release)
-    match = re.match(r'http://([^:/]+):?(\d*)/', address)
+    match = re.match(r'http://([^:/]+)((?::\d+)?)/', address)
     if not match:
         return step('%s: %s', app, address)
     name, port = match.groups()
-    status, own = fetch_status(name, int(port or 80)), host.ask(['hostname', '-I']).out
-    hosts = host.ask(['timeout', '2', 'getent', 'ahosts', name])
-    found = re.findall(r'(?m)^\S+', hosts.out)
-    if set(found) & set(own.split()):
+    status = fetch_status(name, int(port[1:] or 80))
+    found = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()
+    to = found[0] if found else '192.0.2.1'
+    route = host.ask(['timeout', '2', 'ip', 'route', 'get', to]).out
+    if re.match(r'local (?!127\.|::1 )', route):
         return step('%s: %s answers %s', app, address, status)
-    route = host.ask(['timeout', '2', 'ip', 'route', 'get', '192.0.2.1']).out
-    here = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0] + (port and ':' + port)
+    own = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0]
+    here = ('[%s]' if ':' in own else '%s') % own + port
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
     other = 'take every name with `listen 80 default_server;`' if release.job else (
         'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app)
-    detail('%s leads %s: point it here in DNS, or %s', name, 'to %s, which may be this '
-           'server or not' % found[0] if found else 'nowhere yet', other)
+    detail('%s leads %s: point it here in DNS, or %s', name,
+           'to ' + to if found else 'nowhere yet', other)
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
     import socket
-    request = 'GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % name
     try:
         connection = socket.create_connection(('127.0.0.1', port), 5)
-        connection.sendall(to_bytes(request))
-        answer = to_text(connection.makefile('rb').readline(100))
+        connection.sendall(to_bytes('GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % name))
+        answer = to_text(connection.recv(100)).split()
         connection.close()
-    except (EnvironmentError, socket.error) as error:
+        return answer[1] if answer[1:] else 'nothing'
+    except EnvironmentError as error:
         return 'nothing (%s)' % error
-    return (answer.split() + ['', 'nothing'])[1]
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
@@ -2385,15 +2361,14 @@ def receive(host, hook, app='', key='', *ref):
         raise Failure('this is for the hooks of a repository')
 
 def after_push(host, app):
-    """Once the branch has moved: say where the app answers, remove what is too old.
-    Nothing depends on it, since it does not run when the pusher is gone."""
-    live = live_release(host, app)
+    """Once a release is live: remove what is too old, say where the app answers.
+    After a push nothing depends on it, since it does not run when the pusher is gone."""
+    with app_lock(host, app, 'the clean-up of ' + app) as live:
+        if live:
+            git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
+            clean_up(host, live)
     if live:
-        git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
         show_address(host, live)
-        with app_lock(host, app, 'the clean-up of ' + app) as live:
-            if live:
-                clean_up(host, live)
 
 def hang_up(host):
     """End git's process for a pusher who takes nothing any more, or it waits for ever.
@@ -2411,7 +2386,7 @@ def hang_up(host):
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
 def installed_parts(host):
-    """Every file that `install` writes, but for nginx's, as [(path, text, mode)].
+    """Every file that `install` writes, as [(path, text, mode)].
     The launchers are for the interpreter that runs now, isolated. They neither collect
     garbage nor take the interpreter down: 7 of a start's 30 ms."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
@@ -2422,7 +2397,8 @@ def installed_parts(host):
         (PROGRAM, launcher(role='dockhand'), 0o755),
         (RECEIVE, launcher(role='receive'), 0o755),
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440)]
+        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
+        (CATCH_ALL, catch_all_text(host, proxy_servers(host)), 0o644)]
     if is_systemd(host):
         parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
@@ -2432,51 +2408,62 @@ def installed_parts(host):
     return parts + [(folder + '/hooks/' + name, text, 0o755)
                     for folder in folders for name, text in HOOKS]
 
-PACKAGES = (('git', 'git'), ('docker', 'docker.io'), ('nginx', 'nginx'),
+PACKAGES = (('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
             ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'))
 
-def missing_requirements(host):
-    """[(what is missing, the command that brings it)]."""
-    found = [(name, 'apt-get install ' + package) for name, package in PACKAGES
-             if not host.ask(['which', name]).out.strip()]
-    docker, bring = host.ask(['which', 'docker']).out.strip(), 'apt-get install docker.io'
-    if docker and os.path.realpath(docker).startswith('/snap'):
-        found.append(('docker, but not from a snap (it cannot read /var/lib)',
-                      'snap remove docker; ' + bring))
-    elif docker and 'podman' in ' '.join(host.ask(['docker', 'version'])[1:]).lower():
-        found.append(('docker itself, not podman', bring))
-    elif docker:
-        try:
-            if docker_version(host) < (1, 11) and not is_upstart(host):
-                found.append(('docker 1.11 or later, where init is not Upstart', bring))
-        except Failure as failure:
-            found.append((str(failure), 'service docker start || dockerd &'))
-    return found
+def demand(rows):
+    """Tell every problem, of [(what is wrong or nothing, what to type)]; Failure then."""
+    found = [row for row in rows if row[0]]
+    for row in found:
+        tell('WRONG  %s\n       type: %s', *row)
+    refuse_if(found, '%d thing(s) to mend', len(found))
+
+def requirements(host):
+    """Whether this machine has what dockhand calls, as rows for `demand`."""
+    return [docker_problem(host)] + [
+        (not host.ask(['which', name]).out.strip() and name + ' is missing',
+         'apt-get install ' + package) for name, package in PACKAGES]
+
+def docker_problem(host):
+    """What keeps docker from running apps, or nothing, and what to type."""
+    path, bring = host.ask(['which', 'docker']).out.strip(), 'apt-get install docker.io'
+    if not path:
+        return 'docker is missing', bring
+    if os.path.realpath(path).startswith('/snap'):
+        return 'a snap of docker cannot read /var/lib', 'snap remove docker; ' + bring
+    status, out, err = host.ask(['docker', 'version'])
+    if 'podman' in (out + err).lower():
+        return 'docker is podman', bring
+    if status:
+        return ('docker does not answer: ' + last_line(err),
+                'service docker start || dockerd &')
+    old = docker_version(host) < (1, 11) and not is_upstart(host)
+    return old and 'docker is older than 1.11, and init is not Upstart', bring
 
 def ensure_user(host):
-    """The git user; True if it was made or changed."""
+    """Make the git user where there is none; True if there was none."""
     account, user = host.account(), host.user
     if account is None:
-        argv, said = 'useradd -m -d /home/%s -s /bin/sh -p *' % user, 'made the user %s'
+        host.run('useradd -m -d /home/{0} -s /bin/sh -p * {0}'.format(user).split())
+        tell('made the user ' + user)
     elif account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
         raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
-                      'install --user NAME takes another', account.name, account.shell)
-    elif re.search(r'(?m)^%s:!' % re.escape(user), host.text('/etc/shadow')):
-        argv, said = 'usermod -p *', 'unlocked the user %s for keys (no password works)'
-    else:
-        return False
-    host.run(argv.split() + [user])
-    tell(said, user)
-    return True
+                      'install --user NAME takes another', user, account.shell)
+    return account is None
 
 def install_part(host, name, text, mode):
-    """Write a file, the git user's under its home; True if it changed."""
-    path, visudo = host.path(name), ['visudo', '-c', '-q', '-f']
+    """Write a file, the git user's under its home, after those who read it found nothing
+    wrong with it; True if it changed."""
+    def check(new):
+        if name == SUDOERS:
+            host.run(['visudo', '-c', '-q', '-f', new])
+        problem = try_nginx(host, 'dockhand', '') if name == CATCH_ALL else ''
+        refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
+    path = host.path(name)
     if not os.path.isdir(os.path.dirname(path)):
         make_folder(os.path.dirname(path))
     owner = host.account() if name.startswith(host.home() + '/') else None
-    check = (lambda new: host.run(visudo + [new])) if name == SUDOERS else None
     changed = replace_file(path, text, mode, owner, check)
     if changed:
         tell('wrote ' + name)
@@ -2487,32 +2474,40 @@ def disable_default_site(host):
     if it is as its package brought it, by dpkg's own checksum."""
     import hashlib
     query = ['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']
-    for site, packaged in ((NGINX + '/sites-enabled/default', '/sites-available/default'),
-                           (PROXIES + '/default.conf', '/conf.d/default.conf')):
-        text, left = host.text(site), NGINX + packaged + '.disabled'
-        known = '%s%s %s' % (NGINX, packaged, hashlib.md5(to_bytes(text)).hexdigest())
+    for site, packaged in (('sites-enabled/default', 'sites-available/default'),
+                           ('conf.d/default.conf', 'conf.d/default.conf')):
+        text, packaged = host.text(NGINX, site), '%s/%s' % (NGINX, packaged)
+        known = '%s %s' % (packaged, hashlib.md5(to_bytes(text)).hexdigest())
         if text and known in host.ask(query).out:
-            os.rename(host.path(site), host.path(left))
-            tell("disabled nginx's default site: it is %s now", left)
+            os.rename(host.path(NGINX, site), host.path(packaged + '.disabled'))
+            tell("disabled nginx's default site: it is %s.disabled now", packaged)
             return True
     return False
 
-def install_nginx(host):
-    """The catch-all, tested before it is in place; True if something changed."""
-    changed = disable_default_site(host)
-    if not os.path.exists(host.path(CATCH_ALL)):
-        problem = try_nginx(host, '000-dockhand', None)
-        refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
-    changed = write_catch_all(host) or changed
-    if changed or nginx_master(host) is None:
-        reload_nginx(host)
-    return changed
+def sudo_problem(host):
+    """What keeps the git user from running its one command, as a hook will, or None."""
+    status, _, err = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
+    return status and (
+        'the user %s cannot run %s by sudo (%s): /etc/sudoers must have `#includedir '
+        '/etc/sudoers.d`' % (host.user, RECEIVE, last_line(err)))
 
-def check_sudo(host):
-    """Run the one command as the git user, as a hook will."""
-    result = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
-    refuse_if(result.status, 'the user %s cannot run %s by sudo (%s): /etc/sudoers must '
-        'have `#includedir /etc/sudoers.d`', host.user, RECEIVE, last_line(result.err))
+def sshd_problem(host, option, wanted):
+    """What an option of sshd says, if that is not what is wanted, or None."""
+    said = host.ask(['sshd', '-T']).out
+    found = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
+    if found and not re.search('(?:^|[ /])%s(?: |$)' % re.escape(wanted), found):
+        return '%s of sshd is %s, without %s' % (option, found, wanted)
+
+def app_problem(host, app):
+    """What is wrong with an app, or nothing, and what to type: a row for `demand`."""
+    live = live_release(host, app)
+    if linked_release(host, app, 'pending'):
+        return 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
+    if live and not inspect(host, image_tag(live)):
+        return 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
+    runs = not live or is_stopped(host, app) or engine_of(
+        host, live).state(live).alive
+    return not runs and app + ' does not run', 'sudo dockhand start ' + app
 
 # ---- Commands --------------------------------------------------------------------------
 
@@ -2521,29 +2516,31 @@ def install(host, user=None):
     import py_compile
     if user:
         host.user = check_app_name(user) if user != 'git' else user
-    missing = missing_requirements(host)
-    for what, command in missing:
-        tell('missing: %s\n         to bring it: %s', what, command)
-    refuse_if(missing, '%d requirement(s) missing, nothing was changed', len(missing))
-    changes = [ensure_user(host),
-               make_folder(host.path(STATE)), make_folder(host.path(STATE, 'apps')),
-               make_folder(host.path(STATE, 'build'), 0o700, host.account())]
+    demand(requirements(host))
+    changes = [ensure_user(host), make_folder(host.path(STATE, 'apps')),
+               make_folder(host.path(STATE, 'build'), 0o700, host.account()),
+               disable_default_site(host)]
     changes += [install_part(host, *part) for part in installed_parts(host)]
+    changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
+    if is_systemd(host):
+        changes.append(replace_link(host.path(UNIT_ENABLED), UNIT))
     script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
     py_compile.compile(host.path(script), dfile=script, doraise=True)
-    changes += [replace_link(host.path(OLDER_NAME), PROGRAM), install_nginx(host)]
-    if is_systemd(host):                # what `systemctl enable` does
-        wants = host.path('/etc/systemd/system/multi-user.target.wants')
-        make_folder(wants)
-        changes.append(replace_link(wants + '/dockhand-recover.service', UNIT))
-    check_sudo(host)
+    if any(changes) or nginx_master(host) is None:
+        reload_nginx(host)
+    demand([(sudo_problem(host), 'visudo')])
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
 
-def write_keys(host, before, keys, after):
+def change_keys(host, change):
+    """Replace our keys by what a function makes of them; True if the file is another."""
     account, path = host.account(), host.path(host.home(), KEYS)
-    make_folder(os.path.dirname(path), 0o700, account)
-    return replace_file(path, render_authorized_keys(before, keys, after), 0o600, account)
+    refuse_if(not account, 'dockhand is not installed here: dockhand.py install')
+    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
+        before, keys, after = split_authorized_keys(read_file(path) or '')
+        text = render_authorized_keys(before, change(keys), after)
+        make_folder(os.path.dirname(path), 0o700, account)
+        return replace_file(path, text, 0o600, account)
 
 def read_stdin():
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
@@ -2552,18 +2549,11 @@ def read_stdin():
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
     check_key_name(name)
-    for app in apps:
-        check_app_name(app)
-    text = read_stdin()
-    if len(text) > FILE_LIMIT:
-        raise Failure('this is no key file: it is larger than %d KB', FILE_LIMIT // 1024)
-    uploaded = parse_public_keys(text)
+    apps = tuple(check_app_name(app) for app in apps)
+    uploaded = parse_public_keys(read_stdin())
     for kind, blob in uploaded:
         check_key_type(host, kind, blob)
-    refuse_if(not host.account(), 'dockhand is not installed here: dockhand.py install')
-    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
-        changed = write_keys(host, before, add_keys(keys, uploaded, name, apps), after)
+    changed = change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
     where = ', '.join(apps) or 'every app'
     for kind, blob in uploaded:
         tell('%s %s %s may push %s', name, kind, fingerprint(blob), where)
@@ -2589,30 +2579,24 @@ def list_keys(host):
 
 def remove_key(host, name):
     """take the right to push away from a key"""
-    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(host.text(host.home(), KEYS))
+    def without(keys):
         kept = [key for key in keys if key.name != name]
-        if kept == keys:
-            raise Failure('no key is named "%s": see dockhand keys', printable(name))
-        write_keys(host, before, kept, after)
+        refuse_if(kept == keys, 'no key is named "%s": see dockhand keys',
+                  printable(name))
+        return kept
+    change_keys(host, without)
     log('key %s: removed', name)
     tell('%s may push no longer', name)
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
-    repositories = [name[:-4] for name in list_folder(host.path(host.home()))
-                    if name.endswith('.git')]
-    names = sorted(set(list_apps(host) + repositories))
-    if not names:
+    found = [live_release(host, app) for app in list_apps(host)]
+    for live in filter(None, found):
+        state = 'running' if engine_of(host, live).state(live).alive else (
+            'stopped' if is_stopped(host, live.app) else 'DOWN')
+        tell('%-16s %-8s %s %s', live.app, state, origin_text(live), address_text(live))
+    if not any(found):
         tell('no apps yet')
-    for app in names:
-        live = live_release(host, app)
-        if live:
-            alive = engine_of(host, live).state(live).alive
-            state = 'running' if alive else 'stopped' if is_stopped(host, app) else 'DOWN'
-            tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
-        else:
-            tell('%-16s not live', app)
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
@@ -2649,18 +2633,14 @@ def rebuild(host, app, pull=False):
     with live_app(host, app, 'rebuild') as live:
         release = new_release(host, app, live.key, live.branch, live.commit)
         make_release(host, live, release, ['--pull'] if pull else [])
-        release = live_release(host, app)
-        clean_up(host, release)
-    show_address(host, release)
+    after_push(host, app)
 
 def releases(host, app):
     """list an app's releases: commit, when, by whom, how long it took, live or not"""
-    if app not in list_apps(host):
-        raise Failure('no app %s here: see dockhand apps', printable(app))
-    live = live_release(host, app)
+    live = must_be_live(app, live_release(host, check_app_name(app)))
     found = [load_release(host, app, number) for number in list_releases(host, app)]
     for release in [each for each in reversed(found) if each.commit]:
-        state = 'live' if live and live.number == release.number else (
+        state = 'live' if release.number == live.number else (
             'failed: ' + release.failed if release.failed else
             'kept' if release.seconds is not None else 'under way')
         took = '-' if release.seconds is None else '%.1f s' % release.seconds
@@ -2685,13 +2665,12 @@ def earlier_release(host, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more."""
     found = [each for each in kept_releases(host, live.app)
              if each.number != live.number and number in (None, str(each.number))]
-    if not found:
-        raise Failure('release %s is not one to go back to: see dockhand releases %s',
-                      printable(number or 'before %d' % live.number), live.app)
+    refuse_if(not found, 'release %s is not one to go back to: see dockhand releases '
+              '%s', printable(number or 'before %d' % live.number), live.app)
     tag = image_tag(found[0])
-    if [each['Id'] for each in inspect(host, tag)] != [found[0].image]:
-        raise Failure('release %d cannot run again: its image %s was removed; nothing '
-                      'has changed', found[0].number, tag)
+    refuse_if([each['Id'] for each in inspect(host, tag)] != [found[0].image],
+              'release %d cannot run again: its image %s was removed; nothing has '
+              'changed', found[0].number, tag)
     return found[0]
 
 def recover(host):
@@ -2748,8 +2727,8 @@ def proxy(host, app):
 def destroy(host, app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
     check_app_name(app)
-    if app not in list_apps(host) and not os.path.isdir(repository(host, app)):
-        raise Failure('no app %s here: see dockhand apps', app)
+    there = app in list_apps(host) or os.path.isdir(repository(host, app))
+    refuse_if(not there, 'no app %s here: see dockhand apps', app)
     if not force and sys.stdin.isatty():
         tell('This removes %s and its repository for good. Type its name again:', app)
         force = sys.stdin.readline().strip() == app
@@ -2776,56 +2755,22 @@ def destroy(host, app, force=False, volumes=False):
 
 def doctor(host):
     """check every part of the installation, and say what to type"""
-    checks = missing_requirements(host)
-    for part in () if checks else (doctor_parts, doctor_ssh, doctor_nginx, doctor_apps):
-        checks += part(host)
-    for what, command in checks:
-        tell('WRONG  %s\n       type: %s', what, command)
-    refuse_if(checks, '%d thing(s) to mend', len(checks))
+    demand(requirements(host))
+    demand([
+        (not host.account() and 'there is no user ' + host.user, INSTALL_AGAIN),
+        (not host.text(host.home(), KEYS) and 'no key may push',
+         'dockhand upload-key NAME < id_ed25519.pub'),
+        (sudo_problem(host), 'visudo'),
+        (nginx_problem(host), 'edit that file, then nginx -t'),
+        (not nginx_master(host) and 'nginx does not run', 'service nginx start')]
+        + [(sshd_problem(host, option, wanted),
+            'edit /etc/ssh/sshd_config, then reload ssh') for option, wanted in (
+                ('AllowUsers', host.user), ('AllowGroups', host.user),
+                ('AuthorizedKeysFile', KEYS))]
+        + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
+           for path, text, _ in installed_parts(host)]
+        + [app_problem(host, app) for app in list_apps(host)])
     tell('all is well')
-
-def doctor_parts(host):
-    if host.account() is None:
-        yield 'there is no user ' + host.user, INSTALL_AGAIN
-        return
-    for path, text, _ in installed_parts(host):
-        if host.text(path) != text:
-            yield path + ' is not as installed', INSTALL_AGAIN
-    try:
-        check_sudo(host)
-    except Failure as failure:
-        yield str(failure), 'visudo'
-
-def doctor_ssh(host):
-    said, named = host.ask(['sshd', '-T']).out, '(?:^|[ /])%s(?: |$)'
-    for option, wanted in (('AllowUsers', host.user), ('AllowGroups', host.user),
-                           ('AuthorizedKeysFile', KEYS)):
-        found = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
-        if found and not re.search(named % re.escape(wanted), found):
-            yield ('%s of sshd is %s, without %s' % (option, found, wanted),
-                   'edit /etc/ssh/sshd_config, then reload ssh')
-    if not host.text(host.home(), KEYS):
-        yield 'no key may push', 'dockhand upload-key NAME < id_ed25519.pub'
-
-def doctor_nginx(host):
-    result = host.ask(['nginx', '-t', '-q'])
-    if result.status:
-        yield nginx_error(result.err), 'edit that file, then nginx -t'
-    elif nginx_master(host) is None:
-        yield 'nginx does not run', 'service nginx start'
-    elif host.text(CATCH_ALL) != catch_all_text(host, proxy_files(host)):
-        yield CATCH_ALL + ' is not as it should be', INSTALL_AGAIN
-
-def doctor_apps(host):
-    for app in list_apps(host):
-        live = live_release(host, app)
-        if linked_release(host, app, 'pending'):
-            yield 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
-        elif live and not inspect(host, image_tag(live)):
-            yield 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
-        elif live and not is_stopped(host, app) and not engine_of(host, live).state(
-                live).alive:
-            yield app + ' does not run', 'sudo dockhand start ' + app
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
@@ -2842,9 +2787,9 @@ COMMANDS = [
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by a pattern of the command table; or Usage."""
     from getopt import GetoptError, gnu_getopt
-    known = re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern)
-    short = ''.join(name + (value and ':') for name, value in known if len(name) == 1)
-    longer = [name + (value and '=') for name, value in known if len(name) > 1]
+    known = dict(re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern))
+    short = ''.join(name + (known[name] and ':') for name in known if len(name) == 1)
+    longer = [name + (known[name] and '=') for name in known if len(name) > 1]
     least = re.sub(r'\[.*?\]', '', pattern).split()
     most = re.sub(r'\[-.*?\]', '', pattern).split()
     try:
@@ -2853,9 +2798,8 @@ def parse_arguments(pattern, words):
         raise Usage(printable(str(error)))
     if len(given) < len(least) or (len(given) > len(most) and '...' not in pattern):
         raise Usage('wanted: ' + (pattern or 'no words'))
-    takes = dict(known)
-    return given, dict((name, value if takes[name] else True) for name, value in [
-        (option.lstrip('-'), value) for option, value in found])
+    found = [(option.lstrip('-'), value) for option, value in found]
+    return given, dict((name, value if known[name] else True) for name, value in found)
 
 def run_command(host, words):
     if not words or words[0] in ('help', '-h', '--help'):
