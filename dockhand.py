@@ -1900,7 +1900,8 @@ def put_back(host, new, old):
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
     staged = [host.path(path) for path in staged_files(app)]
-    links = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
+    links = [app_folder(host, app, name)
+             for name in ('live', 'pending', 'stopped', 'config', 'env')]
     installed = [host.path(folder, app + ending) for folder in (JOBS, PROXIES)
                  for ending in ('.conf', '.override')]
     remove_file(repository(host, app) + '/index.lock')
