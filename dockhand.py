@@ -1830,7 +1830,8 @@ def put_back(host, new, old):
 
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
-    written = [app_folder(host, app, name) for name in ('live', 'pending', 'stopped')]
+    written = [app_folder(host, app, name)
+               for name in ('live', 'pending', 'stopped', 'config', 'env')]
     written += [host.path(folder, app + ending) for folder in (JOBS, PROXIES, NGINX)
                 for ending in ('.conf', '.override')]
     for path in [temporary_of(path) for path in written]:
