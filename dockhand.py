@@ -34,7 +34,6 @@ import time
 from collections import deque, namedtuple
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 
 # ---- Python 2.7 and 3 ------------------------------------------------------------------
 
@@ -138,7 +137,7 @@ KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = (r'([a-z0-9.@-]{1,99})\s+((?:[A-Za-z0-9+/]{4})+'
               r'(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)(?:\s|\Z)')
-KEY_LINE = r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)'
+KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
 
 # ---- The little OS layer ---------------------------------------------------------------
 
@@ -516,14 +515,13 @@ def fingerprint(blob):
     return 'SHA256:' + to_text(base64.b64encode(digest)).rstrip('=')
 
 def split_authorized_keys(text):
-    """(lines before our marks, our keys, lines after) of an authorized_keys file."""
-    lines = re.sub(r'\n\Z', '', text).split('\n') if text else []
-    first = (lines + [KEYS_BEGIN]).index(KEYS_BEGIN)
-    ours = list(takewhile(bool, (re.match(KEY_LINE, line) for line in lines[first + 1:])))
-    keys = [Key(*match.group(3, 4, 1) + (tuple(match.group(2).split()),))
-            for match in ours]
-    after = [line for line in lines[first + 1 + len(keys):] if line != KEYS_END]
-    return lines[:first], keys, after
+    """(text before our marks, our keys, text after) of an authorized_keys file."""
+    text += '' if text.endswith('\n') or not text else '\n'
+    before, _, rest = text.partition(KEYS_BEGIN + '\n')
+    ours = re.match('(?:%s)*' % KEY_LINE, rest).group()
+    keys = [Key(kind, blob, name, tuple(apps.split()))
+            for name, apps, kind, blob in re.findall(KEY_LINE, ours)]
+    return before, keys, rest[len(ours):].replace(KEYS_END + '\n', '')
 
 def render_authorized_keys(before, keys, after):
     """The file anew: who has a key of ours reaches `dockhand serve`, no shell."""
@@ -531,7 +529,7 @@ def render_authorized_keys(before, keys, after):
                                     KEY_OPTIONS, ' '.join(key[:3])) for key in keys]
     refuse_if(any(len(line) > 8000 for line in ours), 'too many apps for one key: sshd '
               'reads lines of up to 8192 bytes')
-    return '\n'.join(before + [KEYS_BEGIN] + ours + [KEYS_END] + after) + '\n'
+    return before + '\n'.join([KEYS_BEGIN] + ours + [KEYS_END, after])
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
@@ -581,8 +579,8 @@ JOB_CHECKS = [
     (r'task ', 'dockhand runs services that go on; use cron for what ends'),
     (r'instance ', 'one app is one service; push it under several names'),
     (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
-    (r'(?s)\S* ?script .*\r', 'sh takes Windows line ends for text; save it with Unix'),
-    (r'start on .*filesystem\s+and\s+started\s+docker',
+    (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
+    (r'(?s)start on .*filesystem\s+and\s+started\s+docker',
      'note: under Upstart this does not come back when docker is restarted; `start on '
      'started docker` and `stop on stopping docker` does'),
     (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
@@ -651,7 +649,8 @@ def read_commands(tokens):
             docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
             words = words[docker.group().count('\0'):]
             name = ('docker ' if docker.group() else '') + words[0].value
-            found, words = found + [Command(name, words, text)], []
+            found.append(Command(name, words, text))
+            words = []
     return found
 
 def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
@@ -745,7 +744,7 @@ def problems_of_options(options, job, proxied):
     for name, value, word in options:
         if name == 'name' and not free and value not in removed:
             yield word, 'without --rm the next start finds this name taken; add --rm'
-        match = re.match(r'(?:(\d*):)?(\d+)(?:/tcp)?\Z', value)      # without an address
+        match = re.match(r'(?:(\d*):)?(\d+)(?:/tcp)?\Z', value)       # without an address
         outside, inside = match.groups('') if match else ('', '')
         if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '

@@ -235,7 +235,7 @@ ssh-rsa BBBB another
 KEYS = [Key(*ONE + ('anna', ())), Key(*TWO + ('bob', ('blog', 'wiki')))]
 
 def test_authorized_keys_are_written_between_two_marks_and_read_again():
-    parts = (["ssh-rsa AAAA admin's own"], KEYS, ['ssh-rsa BBBB another'])
+    parts = ("ssh-rsa AAAA admin's own\n", KEYS, 'ssh-rsa BBBB another\n')
     assert dh.render_authorized_keys(*parts) == KEYS_TEXT
     assert dh.split_authorized_keys(KEYS_TEXT) == parts
 
@@ -246,7 +246,8 @@ def test_lines_outside_the_marks_are_left_alone(text):
     assert dh.render_authorized_keys(before, keys, after).startswith(text)
     cut = KEYS_TEXT.replace('# dockhand: end of keys\n', '') + text
     assert dh.split_authorized_keys(cut)[1:] == (
-        KEYS, ['ssh-rsa BBBB another'] + text[:-1].split('\n'))
+        KEYS, 'ssh-rsa BBBB another\n' + text)
+    assert dh.split_authorized_keys(text[:-1])[0] == text
 
 def test_a_key_is_added_once():
     once = dh.add_keys([], [ONE, ONE, TWO], 'anna', ())
@@ -264,7 +265,7 @@ def test_new_rights_are_those_of_every_key_of_the_name():
 
 def test_rights_longer_than_sshd_reads_are_refused():
     key = Key('ssh-rsa', RSA, 'anna', ('a' * 40,) * 200)
-    assert 'too many apps' in refusal(dh.render_authorized_keys, [], [key], [])
+    assert 'too many apps' in refusal(dh.render_authorized_keys, '', [key], '')
 
 def test_a_file_copied_from_the_server_gets_no_second_header():
     text = dh.headed('blog', 'job', 'exec x\n')
@@ -404,6 +405,7 @@ def checked(text, proxied=(), volumes=()):
     kill timeout 5s\nexec docker run --rm b     => 1: `kill timeout 5s`: a number
     instance $N\nexec x                         => 1: `instance $N`
     exec docker run --rm b\nexpect fork         => 2: `expect fork`
+    exec script \\\r\n -d\ntask                => 3: `task`
     script\r\n docker run b\r\nend script\r\n  => 2: `script`: sh takes Windows line ends
     exec docker run b\npre-start script\n\ta\r\nend script => 3: `pre-start script`: sh
     expect daemon\nexec x                       => 1: `expect daemon`''')
@@ -2761,7 +2763,7 @@ def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
         ['anna', '(every'], ['bob', 'blog']]
     dh.remove_key(plain.host, 'anna')
     assert dh.split_authorized_keys(plain.read(KEYS_FILE)) == (
-        ["ssh-rsa AAAA admin's own"], KEYS[1:], [])
+        "ssh-rsa AAAA admin's own\n", KEYS[1:], '')
 
 @pytest.mark.parametrize('text, words', [
     ('', ['anna']), ('garbage', ['anna']), (LINE + '\nno', ['anna']), (LINE, ['-x']),
