@@ -547,8 +547,8 @@ def add_keys(keys, uploaded, name, apps):
 # written; commands: what an exec or a script runs, [] of another
 Stanza = namedtuple('Stanza', 'name value text line commands')
 # name: its first word, or `docker run` and the like; words: from the last of these on;
-# operator: what ends it
-Command = namedtuple('Command', 'name words operator')
+# operator: what ends it; redirected: `>> file` and the like, or ''
+Command = namedtuple('Command', 'name words operator redirected')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 
@@ -606,7 +606,7 @@ DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)
 
 SHELL_TOKEN = r'''(?xs)
     (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*)
-  | (?P<operator>\n|[;&|()]+|[<>]+&?[ \t]*[^\s;&|<>()"'\\]*|\Z)
+  | (?P<operator>\n|[;&|()]+|\Z) | (?P<redirect>\d*[<>]+&?[ \t]*[^\s;&|<>()"'\\]*)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'])+)
   | (?P<stray>.)'''
 QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
@@ -640,17 +640,19 @@ def read_stanza(match):
 
 def read_commands(tokens):
     """[Command] of the matches of SHELL_TOKEN in an exec or a script."""
-    found, words = [], []
+    found, words, redirected = [], [], ''
     for match in tokens:
         text = match.group()
         if match.lastgroup in ('word', 'stray'):
             words.append(Word(text, unquote(text), line_at(match), match.start()))
+        elif match.lastgroup == 'redirect':
+            redirected = text
         elif match.lastgroup == 'operator' and words:
             docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
             words = words[docker.group().count('\0'):]
-            name = ('docker ' if docker.group() else '') + words[0].value
-            found.append(Command(name, words, text))
-            words = []
+            name = 'docker ' + words[0].value if docker.group() else words[0].text
+            found.append(Command(name, words, text, redirected))
+            words, redirected = [], ''
     return found
 
 def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
@@ -738,13 +740,13 @@ def problems_of_options(options, job, proxied):
     """A name that the next start finds taken; ports that pass by ufw, the firewall that
     people know, as all that docker publishes."""
     removed = [word.value for stanza in job for command in stanza.commands
-               if command.name == 'docker rm' for word in command.words]
+               if command.name == 'docker rm' for word in command.words[1:]]
     given = '\n'.join('%s %s' % option[:2] for option in options)
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
     for name, value, word in options:
         if name == 'name' and not free and value not in removed:
             yield word, 'without --rm the next start finds this name taken; add --rm'
-        match = re.match(r'(?:(\d*):)?(\d+)(?:/tcp)?\Z', value)       # without an address
+        match = re.match(r'(?:([^:]*):)?([^:/]*)(?:/tcp)?\Z', value)  # without address
         outside, inside = match.groups('') if match else ('', '')
         if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
@@ -804,17 +806,20 @@ def only_run(job, app):
     runs = [each for each in main.commands if each.name == 'docker run']
     if len(runs) != 1:
         raise no_equivalent(main, main.name, 'it must hold one `docker run`')
-    if runs[0].operator.strip('\n;') not in ('', '||', '&&'):
-        raise no_equivalent(runs[0].words[0], runs[0].operator,
+    _, words, operator, redirected = runs[0]
+    wrong = redirected or operator.strip('\n;')
+    if wrong not in ('', '||', '&&'):
+        raise no_equivalent(words[0], wrong,
                             'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
         if stanza.name in NO_EQUIVALENT:
             raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
         around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
-        for name, words, operator in stanza.commands if around else []:
-            if words is not runs[0].words and (name not in HARMLESS or operator == '|'):
-                raise no_equivalent(words[0], name, 'do it in the Dockerfile, or when '
-                                    'the container starts')
+        for command in stanza.commands if around else []:
+            harmless = command.name in HARMLESS and command.operator != '|'
+            if command is not runs[0] and not harmless:
+                raise no_equivalent(command.words[0], command.name, 'do it in the '
+                                    'Dockerfile, or when the container starts')
     return runs[0]
 
 def expand_word(word, env):

@@ -395,6 +395,7 @@ def checked(text, proxied=(), volumes=()):
     exec docker run -name=web blog              => 1: `-name=web`: without --rm
     exec docker run --rm=false --name web blog  => 1: `--name`: without --rm
     pre-start exec docker rm b2\nexec docker run --name web b   => 2: `--name`: without
+    pre-start exec docker rm b2\nexec docker run --name rm b    => 2: `--name`: without
     description docker rm web\nexec docker run --name web b     => 2: `--name`: without
     exec docker run --rm --name w blog          => 1: `--name`: docker wants a name of two
     exec docker run --rm --name= blog           => 1: `--name=`: docker wants a name
@@ -470,6 +471,7 @@ def test_what_is_doubtful_is_said_by_line(text, volumes, doubts):
     8000:80           => yes
     7000:7            => yes
     8000:80/tcp       => yes
+    $PORT:80          => yes
     127.0.0.1:8000:80 =>
     127.0.0.1::80     =>
     53:53/udp         =>
@@ -548,6 +550,8 @@ def test_a_job_without_start_on_is_not_started_at_boot(text, at_boot):
     env B=1\nexec docker run --rm -e '$A'$B blog        => --env=$A1
     env A=1\nexec docker run -e X="it's$A's" blog       => --env=X=it's1's
     env A=1\nexec docker run -e "X=\\$A" blog           => --env=X=$A
+    pre-start script\n docker rm x >/dev/null 2>&1 || true\nend script\nexec docker run blog =>
+    post-stop exec docker rm x 2>/dev/null\nexec docker run -P blog => --publish-all
     env A=-P\nexec docker run --rm $A blog              => --publish-all''')
 def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     assert contained(text).options == options.split() and contained(text).image == 'blog'
@@ -555,6 +559,9 @@ def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
 @table('text, said', r'''
     exec /opt/daemon                                        => 1: `exec` cannot be had
     exec sleep 9                                            => 1: `exec` cannot
+    exec "docker run" blog                                  => 1: `exec` cannot
+    exec >> /x docker run --rm blog                         => 1: `>> /x` cannot
+    exec docker run > /x --rm blog                          => 1: `> /x` cannot
     chroot /x\nexec docker run --rm blog                    => 1: `chroot` cannot
     normal exit 0\nexec docker run --rm blog                => 1: `normal exit` cannot
     exec docker run --rm blog\npre-start exec mkdir /x      => 2: `mkdir` cannot
@@ -563,7 +570,7 @@ def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     exec docker run --rm blog | logger                      => 1: `|` cannot
     exec docker run --rm blog & wait                        => 1: `&` cannot
     exec docker run --rm blog >> /var/log/x                 => 1: `>> /var/log/x` cannot
-    exec docker run --rm blog 2>&1                          => 1: `>&1` cannot
+    exec docker run --rm blog 2>&1                          => 1: `2>&1` cannot
     script\ndocker run a\ndocker run b\nend script          => 2: `script` cannot
     exec docker run --rm -e A=$(hostname) b                 => 1: `A=$(hostname)` cannot
     exec docker run --rm -e A=`hostname` b                  => 1: `A=`hostname`` cannot
