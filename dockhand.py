@@ -34,7 +34,6 @@ import time
 from collections import deque, namedtuple
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 
 # ---- Python 2.7 and 3 ------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = (r'([a-z0-9.@-]{1,99})\s+((?:[A-Za-z0-9+/]{4})+'
               r'(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)(?:\s|\Z)')
-KEY_LINE = r'command="\S+ serve ([^" ]+)([^"]*)",\S+ (\S+) (\S+)'
+KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
 
 # ---- The little OS layer ---------------------------------------------------------------
 
@@ -523,14 +522,13 @@ def fingerprint(blob):
     return 'SHA256:' + to_text(base64.b64encode(digest)).rstrip('=')
 
 def split_authorized_keys(text):
-    """(lines before our marks, our keys, lines after) of an authorized_keys file."""
-    lines = re.sub(r'\n\Z', '', text).split('\n') if text else []
-    first = (lines + [KEYS_BEGIN]).index(KEYS_BEGIN)
-    ours = list(takewhile(bool, (re.match(KEY_LINE, line) for line in lines[first + 1:])))
-    keys = [Key(*match.group(3, 4, 1) + (tuple(match.group(2).split()),))
-            for match in ours]
-    after = [line for line in lines[first + 1 + len(keys):] if line != KEYS_END]
-    return lines[:first], keys, after
+    """(text before our marks, our keys, text after) of an authorized_keys file."""
+    text += '' if text.endswith('\n') or not text else '\n'
+    before, _, rest = text.partition(KEYS_BEGIN + '\n')
+    ours = re.match('(?:%s)*' % KEY_LINE, rest).group()
+    keys = [Key(kind, blob, name, tuple(apps.split()))
+            for name, apps, kind, blob in re.findall(KEY_LINE, ours)]
+    return before, keys, rest[len(ours):].replace(KEYS_END + '\n', '')
 
 def render_authorized_keys(before, keys, after):
     """The file anew: who has a key of ours reaches `dockhand serve`, no shell."""
@@ -538,7 +536,7 @@ def render_authorized_keys(before, keys, after):
                                     KEY_OPTIONS, ' '.join(key[:3])) for key in keys]
     refuse_if(any(len(line) > 8000 for line in ours), 'too many apps for one key: sshd '
               'reads lines of up to 8192 bytes')
-    return '\n'.join(before + [KEYS_BEGIN] + ours + [KEYS_END] + after) + '\n'
+    return before + '\n'.join([KEYS_BEGIN] + ours + [KEYS_END, after])
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
@@ -583,8 +581,8 @@ def environment_text(config, port):
 # written; commands: what an exec or a script runs, [] of another
 Stanza = namedtuple('Stanza', 'name value text line commands')
 # name: its first word, or `docker run` and the like; words: from the last of these on;
-# operator: what ends it
-Command = namedtuple('Command', 'name words operator')
+# operator: what ends it; redirected: `>> file` and the like, or ''
+Command = namedtuple('Command', 'name words operator redirected')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 
@@ -615,8 +613,8 @@ JOB_CHECKS = [
     (r'task ', 'dockhand runs services that go on; use cron for what ends'),
     (r'instance ', 'one app is one service; push it under several names'),
     (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
-    (r'(?s)\S* ?script .*\r', 'sh takes Windows line ends for text; save it with Unix'),
-    (r'start on .*filesystem\s+and\s+started\s+docker',
+    (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
+    (r'(?s)start on .*filesystem\s+and\s+started\s+docker',
      'note: under Upstart this does not come back when docker is restarted; `start on '
      'started docker` and `stop on stopping docker` does'),
     (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
@@ -642,7 +640,7 @@ DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)
 
 SHELL_TOKEN = r'''(?xs)
     (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*)
-  | (?P<operator>\n|[;&|()]+|[<>]+&?[ \t]*[^\s;&|<>()"'\\]*|\Z)
+  | (?P<operator>\n|[;&|()]+|\Z) | (?P<redirect>\d*[<>]+&?[ \t]*[^\s;&|<>()"'\\]*)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'])+)
   | (?P<stray>.)'''
 QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
@@ -676,16 +674,19 @@ def read_stanza(match):
 
 def read_commands(tokens):
     """[Command] of the matches of SHELL_TOKEN in an exec or a script."""
-    found, words = [], []
+    found, words, redirected = [], [], ''
     for match in tokens:
         text = match.group()
         if match.lastgroup in ('word', 'stray'):
             words.append(Word(text, unquote(text), line_at(match), match.start()))
+        elif match.lastgroup == 'redirect':
+            redirected = text
         elif match.lastgroup == 'operator' and words:
             docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
             words = words[docker.group().count('\0'):]
-            name = ('docker ' if docker.group() else '') + words[0].value
-            found, words = found + [Command(name, words, text)], []
+            name = 'docker ' + words[0].value if docker.group() else words[0].text
+            found.append(Command(name, words, text, redirected))
+            words, redirected = [], ''
     return found
 
 def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
@@ -773,13 +774,13 @@ def problems_of_options(options, job, proxied):
     """A name that the next start finds taken; ports that pass by ufw, the firewall that
     people know, as all that docker publishes."""
     removed = [word.value for stanza in job for command in stanza.commands
-               if command.name == 'docker rm' for word in command.words]
+               if command.name == 'docker rm' for word in command.words[1:]]
     given = '\n'.join('%s %s' % option[:2] for option in options)
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
     for name, value, word in options:
         if name == 'name' and not free and value not in removed:
             yield word, 'without --rm the next start finds this name taken; add --rm'
-        match = re.match(r'(?:(\d*):)?(\d+)(?:/tcp)?\Z', value)      # without an address
+        match = re.match(r'(?:([^:]*):)?([^:/]*)(?:/tcp)?\Z', value)  # without address
         outside, inside = match.groups('') if match else ('', '')
         if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
@@ -864,17 +865,20 @@ def only_run(job, app):
     runs = [each for each in main.commands if each.name == 'docker run']
     if len(runs) != 1:
         raise no_equivalent(main, main.name, 'it must hold one `docker run`')
-    if runs[0].operator.strip('\n;') not in ('', '||', '&&'):
-        raise no_equivalent(runs[0].words[0], runs[0].operator,
+    _, words, operator, redirected = runs[0]
+    wrong = redirected or operator.strip('\n;')
+    if wrong not in ('', '||', '&&'):
+        raise no_equivalent(words[0], wrong,
                             'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
         if stanza.name in NO_EQUIVALENT:
             raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
         around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
-        for name, words, operator in stanza.commands if around else []:
-            if words is not runs[0].words and (name not in HARMLESS or operator == '|'):
-                raise no_equivalent(words[0], name, 'do it in the Dockerfile, or when '
-                                    'the container starts')
+        for command in stanza.commands if around else []:
+            harmless = command.name in HARMLESS and command.operator != '|'
+            if command is not runs[0] and not harmless:
+                raise no_equivalent(command.words[0], command.name, 'do it in the '
+                                    'Dockerfile, or when the container starts')
     return runs[0]
 
 def expand_word(word, env):

@@ -236,7 +236,7 @@ ssh-rsa BBBB another
 KEYS = [Key(*ONE + ('anna', ())), Key(*TWO + ('bob', ('blog', 'wiki')))]
 
 def test_authorized_keys_are_written_between_two_marks_and_read_again():
-    parts = (["ssh-rsa AAAA admin's own"], KEYS, ['ssh-rsa BBBB another'])
+    parts = ("ssh-rsa AAAA admin's own\n", KEYS, 'ssh-rsa BBBB another\n')
     assert dh.render_authorized_keys(*parts) == KEYS_TEXT
     assert dh.split_authorized_keys(KEYS_TEXT) == parts
 
@@ -247,7 +247,8 @@ def test_lines_outside_the_marks_are_left_alone(text):
     assert dh.render_authorized_keys(before, keys, after).startswith(text)
     cut = KEYS_TEXT.replace('# dockhand: end of keys\n', '') + text
     assert dh.split_authorized_keys(cut)[1:] == (
-        KEYS, ['ssh-rsa BBBB another'] + text[:-1].split('\n'))
+        KEYS, 'ssh-rsa BBBB another\n' + text)
+    assert dh.split_authorized_keys(text[:-1])[0] == text
 
 def test_a_key_is_added_once():
     once = dh.add_keys([], [ONE, ONE, TWO], 'anna', ())
@@ -265,7 +266,7 @@ def test_new_rights_are_those_of_every_key_of_the_name():
 
 def test_rights_longer_than_sshd_reads_are_refused():
     key = Key('ssh-rsa', RSA, 'anna', ('a' * 40,) * 200)
-    assert 'too many apps' in refusal(dh.render_authorized_keys, [], [key], [])
+    assert 'too many apps' in refusal(dh.render_authorized_keys, '', [key], '')
 
 def test_a_file_copied_from_the_server_gets_no_second_header():
     text = dh.headed('blog', 'job', 'exec x\n')
@@ -395,6 +396,7 @@ def checked(text, proxied=(), volumes=()):
     exec docker run -name=web blog              => 1: `-name=web`: without --rm
     exec docker run --rm=false --name web blog  => 1: `--name`: without --rm
     pre-start exec docker rm b2\nexec docker run --name web b   => 2: `--name`: without
+    pre-start exec docker rm b2\nexec docker run --name rm b    => 2: `--name`: without
     description docker rm web\nexec docker run --name web b     => 2: `--name`: without
     exec docker run --rm --name w blog          => 1: `--name`: docker wants a name of two
     exec docker run --rm --name= blog           => 1: `--name=`: docker wants a name
@@ -405,6 +407,7 @@ def checked(text, proxied=(), volumes=()):
     kill timeout 5s\nexec docker run --rm b     => 1: `kill timeout 5s`: a number
     instance $N\nexec x                         => 1: `instance $N`
     exec docker run --rm b\nexpect fork         => 2: `expect fork`
+    exec script \\\r\n -d\ntask                => 3: `task`
     script\r\n docker run b\r\nend script\r\n  => 2: `script`: sh takes Windows line ends
     exec docker run b\npre-start script\n\ta\r\nend script => 3: `pre-start script`: sh
     expect daemon\nexec x                       => 1: `expect daemon`''')
@@ -469,6 +472,7 @@ def test_what_is_doubtful_is_said_by_line(text, volumes, doubts):
     8000:80           => yes
     7000:7            => yes
     8000:80/tcp       => yes
+    $PORT:80          => yes
     127.0.0.1:8000:80 =>
     127.0.0.1::80     =>
     53:53/udp         =>
@@ -547,6 +551,8 @@ def test_a_job_without_start_on_is_not_started_at_boot(text, at_boot):
     env B=1\nexec docker run --rm -e '$A'$B blog        => --env=$A1
     env A=1\nexec docker run -e X="it's$A's" blog       => --env=X=it's1's
     env A=1\nexec docker run -e "X=\\$A" blog           => --env=X=$A
+    pre-start script\n docker rm x >/dev/null 2>&1 || true\nend script\nexec docker run blog =>
+    post-stop exec docker rm x 2>/dev/null\nexec docker run -P blog => --publish-all
     env A=-P\nexec docker run --rm $A blog              => --publish-all''')
 def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     assert contained(text).options == options.split() and contained(text).image == 'blog'
@@ -554,6 +560,9 @@ def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
 @table('text, said', r'''
     exec /opt/daemon                                        => 1: `exec` cannot be had
     exec sleep 9                                            => 1: `exec` cannot
+    exec "docker run" blog                                  => 1: `exec` cannot
+    exec >> /x docker run --rm blog                         => 1: `>> /x` cannot
+    exec docker run > /x --rm blog                          => 1: `> /x` cannot
     chroot /x\nexec docker run --rm blog                    => 1: `chroot` cannot
     normal exit 0\nexec docker run --rm blog                => 1: `normal exit` cannot
     exec docker run --rm blog\npre-start exec mkdir /x      => 2: `mkdir` cannot
@@ -562,7 +571,7 @@ def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     exec docker run --rm blog | logger                      => 1: `|` cannot
     exec docker run --rm blog & wait                        => 1: `&` cannot
     exec docker run --rm blog >> /var/log/x                 => 1: `>> /var/log/x` cannot
-    exec docker run --rm blog 2>&1                          => 1: `>&1` cannot
+    exec docker run --rm blog 2>&1                          => 1: `2>&1` cannot
     script\ndocker run a\ndocker run b\nend script          => 2: `script` cannot
     exec docker run --rm -e A=$(hostname) b                 => 1: `A=$(hostname)` cannot
     exec docker run --rm -e A=`hostname` b                  => 1: `A=`hostname`` cannot
@@ -3809,7 +3818,7 @@ def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
         ['anna', '(every'], ['bob', 'blog']]
     dh.remove_key(plain.host, 'anna')
     assert dh.split_authorized_keys(plain.read(KEYS_FILE)) == (
-        ["ssh-rsa AAAA admin's own"], KEYS[1:], [])
+        "ssh-rsa AAAA admin's own\n", KEYS[1:], '')
 
 @pytest.mark.parametrize('text, words', [
     ('', ['anna']), ('garbage', ['anna']), (LINE + '\nno', ['anna']), (LINE, ['-x']),
