@@ -839,7 +839,7 @@ def plain_container(release, env_file):
     """The Container of a release that brings no job: it runs as its Dockerfile says."""
     app = release.app
     options = ['--net=' + NETWORK, '--ip=' + release.address, '--net-alias=' + app,
-               '--init', '--env-file=' + env_file]
+               '--env-file=' + env_file]
     options += ['--volume=%s:%s' % (volume_of(app, path), path)
                 for path in release.volumes]
     return Container(options, app, [], {}, '/', True, '10')
@@ -1156,18 +1156,24 @@ def subnet_of(host, given=()):
     return found[0]
 
 def is_routed(subnet, routes):
-    """Whether a route of `ip route` leads to a part of subnet.0.0/16."""
+    """Whether a route of `ip route` leads to a part of subnet.0.0/16. Those to half of
+    all addresses are default routes, as a VPN makes them."""
     def bits(address, length):
         first, second = address.split('.')[:2]
         return (int(first) * 256 + int(second)) >> (16 - min(length, 16))
     return any(bits(address, int(length or 32)) == bits(subnet, int(length or 32))
                for address, length in re.findall(
-                   r'(?m)^(?:[a-z]+ )?([\d.]+)(?:/(\d+))?\s', routes))
+                   r'(?m)^(?:[a-z]+ )?([\d.]+)(?:/(\d+))?\s', routes) if length != '1')
 
 def volumes_of(host, app):
     """The names of the docker volumes that an app of this name left."""
     names = host.run(['docker', 'volume', 'ls', '-q']).split()
     return [name for name in names if name.startswith(app + '--')]
+
+def init_option(host):
+    """docker's own init for a container, where docker has it: from 1.13, if packaged."""
+    found = re.search('init version:(?! N/A)', host.ask(['docker', 'info']).out)
+    return ['--init'] if found else []
 
 def ensure_network(host, address):
     """The network of plain apps, for one of their addresses. Docker's own choices come
@@ -1393,7 +1399,8 @@ def container_state(found):
     health = (state.get('Health') or {}).get('Status') or ''
     text = 'running' if alive else 'exited with %s' % state.get('ExitCode')
     identity = (found['Id'], state['StartedAt'], found.get('RestartCount'))
-    return State(bool(alive), identity, container_ports(found), str(health), text)
+    ports = [] if health else container_ports(found)
+    return State(bool(alive), identity, ports, str(health), text)
 
 def container_ports(found):
     """[(address, port)]: where the published tcp ports of a container really are."""
@@ -1438,13 +1445,15 @@ class Containers(Engine):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
         job, host = self.job(release), self.host
+        extra = ['--label=dockhand.app=' + release.app]
         if release.address:
             ensure_network(host, release.address)
+            extra += init_option(host)
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
         command = ['docker', 'create', '--name', container_name(release)] + job.options
-        command += log + [image] + job.command
+        command += extra + log + [image] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
             on_container(self.host, release, 'update', '--restart', 'no')
 
@@ -1472,8 +1481,9 @@ class Containers(Engine):
 
     def state(self, release):
         for found in inspect(self.host, container_name(release)):
-            ports = [(release.address, release.port)] if release.port else []
             state = container_state(found)
+            reached = release.web or release.port and not state.health
+            ports = [(release.address, release.port)] if reached else []
             return state._replace(ports=ports) if release.address else state
         return State(False, None, [], '', 'its container is gone')
 
@@ -1490,6 +1500,11 @@ HELD = 'manual\n'       # an override that keeps a reboot from starting a mixtur
 
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
+    def job(self, release):
+        """What the job gives its release command: the environment alone is known."""
+        env_file = release_folder(self.host, release.app, release.number) + '/env'
+        return Container(['--env-file=' + env_file], release.app, [], {}, '/', True, '5')
+
     def place(self, release):
         env = environment_text(release.config, None)
         replace_file(app_folder(self.host, release.app, 'env'), env, 0o600)
@@ -1577,7 +1592,7 @@ def silent_ports(state):
     import socket
     if state.health not in ('', 'healthy'):
         return 'its HEALTHCHECK is still ' + state.health
-    for address, port in [] if state.health else state.ports:
+    for address, port in state.ports:
         try:
             socket.create_connection((address, port), 1).close()
         except (EnvironmentError, socket.error):
@@ -1716,11 +1731,11 @@ def switch_steps(host, old, new, beside=False, run=True, certain=False):
 
 def hands_over(old, new):
     """Whether a new release may run beside the old one: both are web apps to whose own
-    addresses nginx passes requests, and they share no data."""
-    if not old or not new or not (old.web and new.web):
+    addresses nginx passes requests, and they share no data; or a person says that."""
+    if not old or not new or not (old.address and new.address):
         return False
-    default = 'no' if old.volumes or new.volumes else 'yes'
-    return new.config.get('overlap', default) == 'yes'
+    safe = old.web and new.web and not old.volumes and not new.volumes
+    return new.config.get('overlap', 'yes' if safe else 'no') == 'yes'
 
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
@@ -2176,7 +2191,7 @@ def free_address(host):
 def run_release_command(host, release):
     """Run what config's `release` says in the new image, with its volumes and network."""
     import shlex
-    job = Containers(host).job(release)
+    job = engine_of(host, release).job(release)
     options = [option for option in job.options
                if not option.startswith(('--ip', '--net-alias', '--publish'))]
     command, name = release.config['release'], container_name(release) + '--release'
@@ -2510,8 +2525,7 @@ def app_problem(host, app):
         return 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
     if live and not inspect(host, image_tag(live)):
         return 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
-    runs = not live or is_stopped(host, app) or engine_of(
-        host, live).state(live).alive
+    runs = not live or is_stopped(host, app) or engine_of(host, live).state(live).alive
     return not runs and app + ' does not run', 'sudo dockhand start ' + app
 
 # ---- Commands --------------------------------------------------------------------------
@@ -2689,7 +2703,7 @@ def config(host, app, *changes, **options):
     """print what only this server knows of an app, or change it; KEY=- reads a secret"""
     with app_lock(host, app, 'dockhand config ' + app) as live:
         found = load_config(host, app)
-        wanted = change_config(found, changes, options.get('unset'))
+        wanted = change_config(found, changes, 'unset' in options)
         if wanted == found:
             return tell_config(wanted, 'values' in options)
         if live is None:
@@ -2705,16 +2719,19 @@ def config(host, app, *changes, **options):
         log('%s: config changed: %s', app, ' '.join(sorted(set(changed))))
 
 def change_config(found, changes, unset):
-    """The {key: value} that these KEY=VALUE words make of a config; Failure by word."""
+    """The {key: value} that these words, KEY=VALUE or, to unset one, KEY, make of a
+    config; Failure by word."""
     wanted = dict(found)
     for word in changes:
         key, equals, value = word.partition('=')
+        if unset and not equals:
+            refuse_if(wanted.pop(word, None) is None, 'no %s is set', printable(word))
+            continue
         refuse_if(not equals, '"%s" is not KEY=VALUE', printable(word))
         if value == '-':
             value = re.sub(r'\r?\n\Z', '', read_stdin())
         check_setting(key, value)
         wanted[key] = value
-    refuse_if(unset and wanted.pop(unset, None) is None, 'no %s is set', unset)
     return wanted
 
 def tell_config(config, values):
@@ -2785,7 +2802,7 @@ COMMANDS = [
     ('restart', restart, 'APP'), ('stop', stop, 'APP'), ('start', start, 'APP'),
     ('releases', releases, 'APP'), ('rollback', rollback, 'APP [N]'),
     ('rebuild', rebuild, 'APP [--pull]'), ('proxy', proxy, 'APP'),
-    ('config', config, 'APP [KEY=VALUE...] [--unset KEY] [--values]'),
+    ('config', config, 'APP [KEY=VALUE...] [--unset] [--values]'),
     ('destroy', destroy, 'APP [--force] [--volumes]'),
     ('recover', recover, ''), ('doctor', doctor, '')]
 

@@ -849,19 +849,20 @@ def test_an_environment_is_written_as_docker_reads_it():
     assert dh.environment_text({}, None) == ''
 
 @pytest.mark.parametrize('words, unset, wanted', [
-    (['A=1'], None, {'A': '1', 'port': '80'}),
-    (['A=a=b=#c d'], None, {'A': 'a=b=#c d', 'port': '80'}),
-    (['port=8000', 'B='], None, {'A': 'old', 'port': '8000', 'B': ''}),
-    (['A=1', 'A=2'], 'port', {'A': '2'}), ([], 'A', {'port': '80'}),
-    ([], None, {'A': 'old', 'port': '80'})])
+    (['A=1'], False, {'A': '1', 'port': '80'}),
+    (['A=a=b=#c d'], False, {'A': 'a=b=#c d', 'port': '80'}),
+    (['port=8000', 'B='], False, {'A': 'old', 'port': '8000', 'B': ''}),
+    (['A=1', 'A=2', 'port'], True, {'A': '2'}), (['A', 'port'], True, {}),
+    ([], False, {'A': 'old', 'port': '80'})])
 def test_a_config_is_changed_word_by_word(words, unset, wanted):
     found = {'A': 'old', 'port': '80'}
     assert dh.change_config(found, words, unset) == wanted
     assert found == {'A': 'old', 'port': '80'}
 
 @pytest.mark.parametrize('words, unset, said', [
-    (['A'], None, '"A" is not KEY=VALUE'), (['A=1', 'port=x'], None, 'port=x does not match'),
-    (['=1'], None, '"" is no name'), ([], 'B', 'no B is set'), (['A=1'], 'B', 'no B is set')])
+    (['A'], False, '"A" is not KEY=VALUE'), (['A=1', 'port=x'], False, 'port=x does not match'),
+    (['=1'], False, '"" is no name'), (['B'], True, 'no B is set'),
+    (['A=1', 'B'], True, 'no B is set')])
 def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     found = {'A': 'old'}
     assert said in refusal(dh.change_config, found, words, unset)
@@ -872,14 +873,14 @@ def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     (b'a#"\' ', 'a#"\' '), (b'-\n', '-'), (b'', ''), (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
 def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
     with standard_input(data):
-        assert dh.change_config({}, ['A=-'], None) == {'A': value}
+        assert dh.change_config({}, ['A=-'], False) == {'A': value}
 
 @pytest.mark.parametrize('data, times, said', [
     (b'a\n', 2, 'A has more than one line'), (b'\xff\n', 1, 'A is not UTF-8'),
     (b'x', 300000, 'A is longer than 32 KB')])
 def test_a_secret_that_will_not_do_is_refused(data, times, said):
     with standard_input(data * times):
-        assert said in refusal(dh.change_config, {}, ['A=-'], None)
+        assert said in refusal(dh.change_config, {}, ['A=-'], False)
 
 @table('exposed, port, proxied, found, web', """
                         =>      =>     => None => False
@@ -928,7 +929,7 @@ def plain_release(**changes):
 def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
     release = plain_release(volumes=['/data', '/var/lib/x'])
     assert dh.plain_container(release, '/r/env') == dh.Container(
-        ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--init', '--env-file=/r/env',
+        ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
         'blog', [], {}, '/', True, '10')
 
@@ -2914,7 +2915,7 @@ CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T * 2
 def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     plain.lives(ONE_WEB, A='1', B='2')
     capfd.readouterr()
-    dh.config(plain.host, 'blog', 'A=new', 'domains=blog.org www.blog.org', unset='B')
+    dh.config(plain.host, 'blog', 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
     assert '\n'.join(plain.done) + '\n' == (
         CHANGED + NETWORKED % (2, 3, 2, '', 'one') + HANDED_OVER)
     assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
@@ -2941,13 +2942,14 @@ def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
     assert plain.done == []
 
 @pytest.mark.parametrize('words, unset, said', [
-    (['A=1', 'no'], None, '"no" is not KEY=VALUE'), (['A=a\nb'], None, 'more than one line'),
-    (['A=1'], 'B', 'no B is set'), (['domains=wiki.org'], None, '"wiki.org" is taken')])
+    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\nb'], {}, 'more than one line'),
+    (['A=1', 'B'], {'unset': True}, 'no B is set'),
+    (['domains=wiki.org'], {}, '"wiki.org" is taken')])
 def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
     plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
     plain.lives(ONE_WEB, A='0')
     before, containers = plain.whole(), str(plain.containers)
-    assert said in refusal(lambda: dh.config(plain.host, 'blog', *words, unset=unset))
+    assert said in refusal(lambda: dh.config(plain.host, 'blog', *words, **unset))
     assert plain.changed(before) == [] and str(plain.containers) == containers
 
 @each('broken', 'docker_create docker_start nginx_-s docker_run')
@@ -2968,7 +2970,7 @@ def test_a_config_with_which_the_app_does_not_run_is_rolled_back(plain, broken, 
 def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     plain.lives(an_app('one', exposed), port='9000')
     assert dh.live_release(plain.host, 'blog').web
-    dh.config(plain.host, 'blog', unset='port')
+    dh.config(plain.host, 'blog', 'port', unset=True)
     live = dh.live_release(plain.host, 'blog')
     assert not live.web and live.proxy is None and plain.served == {}
     assert plain.containers['blog--2']['env'] == ''
