@@ -4321,7 +4321,7 @@ CMD ["nginx", "-g", "daemon off;"]''',
     'python:3': '''
 RUN rm -f /usr/lib/python3*/EXTERNALLY-MANAGED
 CMD ["python3"]''',
-    'node:20': '''
+    'node:16': '''
 CMD ["node"]''',
     'postgres': r'''
 RUN install -d -o postgres -m 2775 /var/run/postgresql /var/lib/postgresql/data && \
@@ -5477,8 +5477,8 @@ def test_real_a_rollback_takes_as_long_as_a_restart(servers):
 # ---------------------------------------------------------------------------------------
 
 # Nobody wrote these here: they are the examples in the descriptions of Docker's official
-# images nginx and python, and in nodejs.org's guide, word for word. Beside each, the least
-# that it copies; what it answers; and what a person has to say to dockhand before.
+# images nginx and python, and in nodejs.org's guide to a web app in Docker. Beside each, the
+# least that it copies; what it answers; and what a person has to say to dockhand before.
 FOUND = [('site', 'Hello from nginx', [], {
     'Dockerfile': '''\
 FROM nginx
@@ -5505,7 +5505,7 @@ CMD [ "python", "./your-daemon-or-script.py" ]
                                 '"0.0.0.0:" + os.environ["PORT"], "hello:app")\n'}),
          ('guide', 'Hello World', [], {
     'Dockerfile': '''\
-FROM node:20
+FROM node:16
 
 # Create app directory
 WORKDIR /usr/src/app
