@@ -1075,10 +1075,8 @@ def docker_version(host):
 def inspect(host, *names):
     """docker's description of containers and images, as [dict]; no unknown names."""
     import json
-    result = host.ask(('docker', 'inspect') + names)
-    if result.status and not re.search('(?i)no such', result.err):
-        raise Failure('docker does not answer: ' + last_line(result.err or result.out))
-    return json.loads(result.out or '[]')
+    found = host.tried(('docker', 'inspect') + names, 'no such', {}).out
+    return json.loads(found or '[]')
 
 def running_containers(host, image=None):
     """docker's description of the containers that run (an image, by id), newest first."""
@@ -1148,22 +1146,18 @@ def subnet_of(host, given=()):
     """The first half of the addresses on our network: what it has, or that of those
     given to releases, or a free one."""
     there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
-    routes = host.ask(['ip', '-4', 'route']).out
-    free = [subnet for subnet in SUBNETS if not is_routed(subnet, routes)]
     found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there)
-    found += [address.rsplit('.', 2)[0] for address in given] + free
-    refuse_if(not found, 'no /16 of 10.86 to 172.31 is free for the network of the apps')
-    return found[0]
+    found += [address.rsplit('.', 2)[0] for address in given]
+    for subnet in found or (each for each in SUBNETS if not is_routed(host, each)):
+        return subnet
+    raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
 
-def is_routed(subnet, routes):
-    """Whether a route of `ip route` leads to a part of subnet.0.0/16. Those to half of
-    all addresses are default routes, as a VPN makes them."""
-    def bits(address, length):
-        first, second = address.split('.')[:2]
-        return (int(first) * 256 + int(second)) >> (16 - min(length, 16))
-    return any(bits(address, int(length or 32)) == bits(subnet, int(length or 32))
-               for address, length in re.findall(
-                   r'(?m)^(?:[a-z]+ )?([\d.]+)(?:/(\d+))?\s', routes) if length != '1')
+def is_routed(host, subnet):
+    """Whether a route leads to a part of SUBNET.0.0/16, or to more than that. Those to
+    half of all addresses are default routes, as a VPN makes them."""
+    found = [host.ask(['ip', '-4', 'route', 'show', how, subnet + '.0.0/16']).out
+             for how in ('root', 'match')]
+    return bool(re.search(r'(?m)^(?!(\w+ )?default|\d+\.0\.0\.0/1 )\S', ''.join(found)))
 
 def volumes_of(host, app):
     """The names of the docker volumes that an app of this name left."""
@@ -1724,7 +1718,8 @@ def switch_steps(host, old, new, beside=False, run=True, certain=False):
     place = [partial(tag_image, host, image_tag(new), app + ':latest'),
              partial(engine.place, new), proxy]
     if beside:
-        return start + place + (stop if certain else [])
+        drained = [partial(drain, host, old.address)] + stop
+        return start + place + (drained if certain else [])
     if old and type(engine) != type(engine_of(host, old)):
         stop.append(partial(engine_of(host, old).withdraw, old))
     return stop + place + start
@@ -1992,21 +1987,18 @@ def check_host_names(host, app):
         refuse_if(text and not is_ours(text, app), '%s is on this server already, and '
                   "not dockhand's: rename the app, or the file", path)
 
-def edited_files(host, live, new=None):
-    """[(name, path, live text, text found)] of what was changed by hand on the host.
-    A file that is as a new Release on its way says counts as unchanged."""
-    to_be = dict(each[1:] for each in installed_files(host, new or live))
-    found = [(name, path, text, read_file(host.path(path)), ''.join(
-        to_be.get(path, text).partition(MARK)[:1] + text.partition(MARK)[1:]))
-             for name, path, text in installed_files(host, live)]
-    return [each[:4] for each in found if each[3] not in (None, each[2], each[4])]
-
 def check_edited(host, live, release):
-    for name, path, ours, text in edited_files(host, live, release):
-        step('%s was changed on the server:', path)
-        detail(diff_text(ours, text, 'as pushed', 'on the server'))
-        raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
-                      'and try again', name, path)
+    """Failure where a file of the live release was changed by hand on the server, unless
+    it is as the new one says; where a proxy file leads is not compared."""
+    to_be = dict(each[1:] for each in installed_files(host, release))
+    for name, path, ours in installed_files(host, live):
+        text = read_file(host.path(path))
+        new = to_be.get(path, ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
+        if text not in (None, ours, new):
+            step('%s was changed on the server:', path)
+            detail(diff_text(ours, text, 'as pushed', 'on the server'))
+            raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm '
+                          '%s, and try again', name, path)
 
 def diff_text(old, new, old_name, new_name):
     import difflib
