@@ -58,8 +58,7 @@ RECEIVE, TEMPLATE = LIBRARY + '/receive', LIBRARY + '/template'
 STATE, LOCKS = '/var/lib/dockhand', '/run/lock/dockhand'
 JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
 NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
-CATCH_ALL = PROXIES + '/000-dockhand.conf'
-SUDOERS = '/etc/sudoers.d/dockhand'
+CATCH_ALL, SUDOERS = PROXIES + '/000-dockhand.conf', '/etc/sudoers.d/dockhand'
 UNIT = '/etc/systemd/system/dockhand-recover.service'
 UNIT_ENABLED = '/etc/systemd/system/multi-user.target.wants/dockhand-recover.service'
 BOOT_JOB = JOBS + '/dockhand-recover.conf'
@@ -1078,26 +1077,27 @@ def inspect(host, *names):
     found = host.tried(('docker', 'inspect') + names, 'no such', {}).out
     return json.loads(found or '[]')
 
-def running_containers(host, image=None):
+def running_containers(host, image=None, listed='-q'):
     """docker's description of the containers that run (an image, by id), newest first."""
-    ids = host.run(['docker', 'ps', '-q', '--no-trunc']).split()
-    found = inspect(host, *ids) if ids else []
-    return sorted([each for each in found if image in (None, each['Image'])],
-                  key=lambda each: each['State']['StartedAt'], reverse=True)
+    ids = host.run(['docker', 'ps', listed, '--no-trunc']).split()
+    found = [each for each in (inspect(host, *ids) if ids else [])
+             if each['State']['Running'] and image in (None, each['Image'])]
+    return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
 
 def kept_ports(host):
-    """The ports of this machine, as [str], that docker keeps for no running container."""
+    """The ports of this machine, as [str], that docker keeps for no running container.
+    All are inspected: docker tells of one that is being started when that is done."""
     proxies = children(host, host.text('/run/docker.pid').strip()).values()
     kept = re.findall(r'docker-proxy\0.*-host-port\0(\d+)', '\n'.join(proxies))
-    used = [each['HostPort'] for found in (running_containers(host) if kept else [])
-            for places in (found['NetworkSettings'].get('Ports') or {}).values()
-            for each in places or []]
+    running = running_containers(host, None, '-aq') if kept else []
+    used = [each['HostPort'] for found in running for places in (
+        found['NetworkSettings'].get('Ports') or {}).values() for each in places or []]
     return sorted(set(kept) - set(used))
 
 def free_ports(host, patience=10):
     """Restart docker where it keeps a port, as after a power cut while it started an app:
     nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
-    deadline = monotonic() + patience   # seconds; a container may be about to start
+    deadline = monotonic() + patience   # seconds; one may have stopped meanwhile
     while kept_ports(host) and monotonic() < deadline:
         time.sleep(0.1)
     for port in kept_ports(host)[:1]:

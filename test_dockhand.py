@@ -1602,9 +1602,9 @@ class Machine(object):
         return 'C /srv\nA /srv/kept.db\nC /run\nA /run/x.pid\n'
 
     def docker_ps(self, _, q, no_trunc):
-        assert (q, no_trunc) == ('-q', '--no-trunc')
+        assert q in ('-q', '-aq') and no_trunc == '--no-trunc'
         return '\n'.join(each['Id'] for each in self.containers.values()
-                         if each['State']['Running'])
+                         if q == '-aq' or each['State']['Running'])
 
     def docker_logs(self, *words):
         self.each('its last words')
@@ -1856,7 +1856,7 @@ def but(name, text):
     return dict((name, text) for name, text in files.items() if text is not None)
 
 DOCKER_PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
-USED = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
+PUBLISHED_8000 = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
 
 @table('init, said', """
     systemd =>
@@ -1873,7 +1873,22 @@ def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
         dh.free_ports(machine.host, 0)
     assert machine.done == ([] if said else ['service docker restart'])
 
-@pytest.mark.parametrize('parent, settings', [(40, USED), (41, {})])
+def test_recover_waits_for_a_container_that_docker_is_starting(tmpdir):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(FILES)
+    machine.write('/run/docker.pid', '40\n')
+    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
+    starting, inspected = machine.containers['blog--1'], machine.docker_inspect
+    starting['NetworkSettings'], starting['State']['Running'] = PUBLISHED_8000, False
+
+    def once_started(*words):       # docker answers when it is done with the start
+        starting['State']['Running'] = True
+        return inspected(*words)
+    machine.docker_inspect = once_started
+    dh.free_ports(machine.host, 0)
+    assert machine.done == []
+
+@pytest.mark.parametrize('parent, settings', [(40, PUBLISHED_8000), (41, {})])
 def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, parent, settings):
     machine = Machine(tmpdir, 'systemd')
     machine.lives(FILES)
