@@ -1052,6 +1052,8 @@ def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
     APP [-n N]      => blog -n -1     => blog           => n=-1
     APP [-n N]      => blog -n5       => blog           => n=5
     APP [-f]        => -f -- -blog    => -blog          => f=True
+    A [B=C...] [--u] => x --u K1 K2   => x K1 K2        => u=True
+    A [B=C...] [--u] => x K=- L=1     => x K=- L=1      =>
     NAME [APP...]   => anna           => anna           =>
     NAME [APP...]   => anna blog wiki => anna blog wiki =>
     APP [--pull]    => --pull -       => -              => pull=True
@@ -1172,7 +1174,10 @@ USER, GROUP = os.getuid() or 12345, os.getgid() or 12345
 OWN = dh.Account('git', USER, GROUP, '/home/git', '/bin/sh')
 
 def mode_of(path):
-    return '%o' % stat.S_IMODE(os.lstat(str(path)).st_mode)
+    return mode_in(os.lstat(str(path)))
+
+def mode_in(found):
+    return '%o' % stat.S_IMODE(found.st_mode)
 
 def owner_of(path):
     found = os.lstat(str(path))
@@ -1806,7 +1811,9 @@ class Machine(object):
             for path in [os.path.join(folder, name) for name in folders + names]:
                 short = path[len(self.root):]
                 if not short.startswith(('/proc', '/run/lock') + besides):
-                    found[short] = (content(path), mode_of(path), owner_of(path))
+                    about = os.lstat(path)
+                    found[short] = (content(path, about.st_mode), mode_in(about),
+                                    (about.st_uid, about.st_gid))
         return found
 
     def running(self):
@@ -1875,10 +1882,10 @@ def image(dockerfile):
     return {'Id': 'sha256:' + re.sub(r'\W', '', dockerfile.partition('\n')[0]),
             'Size': 5000000, 'Config': config}
 
-def content(path):
-    if os.path.islink(path):
+def content(path, mode):
+    if stat.S_ISLNK(mode):
         return os.readlink(path)
-    if os.path.isfile(path):
+    if stat.S_ISREG(mode):
         with open(path, 'rb') as source:
             return source.read()
 
