@@ -3343,7 +3343,7 @@ HALVES = ('rm -rf', GIT + '--work')      # these commands are killed half-way to
 FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir',
         'docker network create', GIT + '--work', GIT + 'update-ref refs')
 TWICE = 'docker (build|start)|timeout|nginx'
-MOST = 32                           # processes at a time: an app is watched for seconds
+MOST = 8                            # processes at a time
 
 # (files of release 1, of release 2): of a job app, of a web app that is handed over, of one
 # that is stopped first for its VOLUME, of a job app that becomes a plain one
