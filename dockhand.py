@@ -1183,7 +1183,8 @@ def written_files(host, container):
     paths = sorted((line[2:] + '/' for line in out.splitlines()))
     return [path[:-1] for path, following in zip(paths, paths[1:] + [''])
             if not following.startswith(path)
-            and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)]
+            and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)
+            and path not in ('/.dockerenv', '/sbin/docker-init')]
 
 def check_space(host, wanted=SPACE):
     folders = images_folder(host), '/var/lib/containerd', STATE
@@ -1624,6 +1625,10 @@ def read_json(path):
     import json
     return native(json.loads(read_file(path) or '{}'))
 
+def to_json(value):
+    import json
+    return json.dumps(value, indent=1, sort_keys=True) + '\n'
+
 def native(value):
     """What json read, in native str: Python 2.7's gives unicode."""
     if isinstance(value, dict):
@@ -1637,11 +1642,9 @@ def load_config(host, app):
     return read_json(app_folder(host, app, 'config'))
 
 def save_config(host, app, config):
-    import json
+    make_folder(app_folder(host, app), 0o700)
     path = app_folder(host, app, 'config')
-    make_folder(os.path.dirname(path), 0o700)
-    text = json.dumps(config, indent=1, sort_keys=True) + '\n'
-    replace_file(path, text, 0o600) if config else remove_file(path)
+    replace_file(path, to_json(config), 0o600) if config else remove_file(path)
 
 def kept_releases(host, app):
     """The releases that one can go back to, the one that was live last first."""
@@ -1652,7 +1655,6 @@ def kept_releases(host, app):
 
 def save_release(host, release):
     """Write a release down whole: its record comes last."""
-    import json
     folder = release_folder(host, release.app, release.number)
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
@@ -1664,8 +1666,7 @@ def save_release(host, release):
         remove_file(temporary_of(folder + name))
         remove_file(folder + name) if text is None else replace_file(
             folder + name, text, mode)
-    replace_file(folder + '/release.json',
-                 json.dumps(record, indent=1, sort_keys=True) + '\n', 0o600)
+    replace_file(folder + '/release.json', to_json(record), 0o600)
 
 def linked_release(host, app, link):
     """The Release that `live` or `pending` points to, or None."""
@@ -1747,22 +1748,22 @@ def apply(host, old, new):
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
-        stopped = monotonic()
-        steps = switch_steps(host, old, new, beside)
-        if beside:                              # it is checked before requests reach it
-            steps[:1] = [steps[0], partial(check_or_show_log, host, new, engine)]
-        for act in steps:
+        stopped, steps = monotonic(), switch_steps(host, old, new, beside)
+        first = 1 if beside else len(steps)     # checked before requests reach it
+        for act in steps[:first]:
             act()
-        switched = monotonic()
-        answered = switched if beside else check_or_show_log(host, new, engine)
-        checked = monotonic()
+        started = monotonic()
+        answered = check_or_show_log(host, new, engine)
+        checked = monotonic() - started
+        for act in steps[first:]:
+            act()
         set_link(host, app, 'live', new)
+    switched = monotonic() - begun - checked
     pushed = new.seconds is None and not (old and old.commit == new.commit)
     finish(host, new, engine, not pushed)
     gap = '' if not served else ', no gap' if beside else ', down for %.1f s' % (
         answered - stopped)
-    return 'switched in %.1f s, checked in %.1f s%s' % (
-        switched - begun, checked - switched, gap)
+    return 'switched in %.1f s, checked in %.1f s%s' % (switched, checked, gap)
 
 def finish(host, release, engine, follow):
     """What follows the commit point: the old release is stopped once it is drained, the

@@ -1454,6 +1454,18 @@ class Clock(object):
     def monotonic(self):
         return MONOTONIC() + self.ahead
 
+def is_shown(how, network, route):
+    """Whether `ip route show root|match NETWORK` shows a route: of a part, or of more."""
+    def bits(text):
+        address, _, length = text.replace('default', '0.0.0.0/0').partition('/')
+        number = functools.reduce(lambda whole, part: whole * 256 + int(part),
+                                  address.split('.'), 0)
+        return number, int(length or 32)
+    (wanted, longest), (found, length) = bits(network), bits(route)
+    shift = 32 - min(longest, length)
+    return wanted >> shift == found >> shift and (
+        length >= longest if how == 'root' else length <= longest)
+
 class Machine(object):
     """What docker, nginx, git and init do, in small, on files under a root of its own.
 
@@ -1671,11 +1683,11 @@ class Machine(object):
         return getattr(self, command)(*words)
 
     def ip(self, *words):
-        if words == ('-4', 'route'):
-            return self.routes
+        if words[:3] == ('-4', 'route', 'show'):
+            return ''.join(line for line in self.routes.splitlines(True)
+                           if is_shown(words[3], words[4], line.split()[0]))
         local = 'local ' * (words[-1] == '192.0.2.2')
         return local + '%s dev eth0 src 192.0.2.2 uid 0\n    cache\n' % words[-1]
-
 
     def getent(self, ahosts, name):
         return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
