@@ -1052,8 +1052,9 @@ def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
     APP [-n N]      => blog -n -1     => blog           => n=-1
     APP [-n N]      => blog -n5       => blog           => n=5
     APP [-f]        => -f -- -blog    => -blog          => f=True
-    A [B=C...] [--u] => x --u K1 K2   => x K1 K2        => u=True
-    A [B=C...] [--u] => x K=- L=1     => x K=- L=1      =>
+    A [B...] [--un] => x --un K1 K2   => x K1 K2        => un=True
+    A [B...] [--un] => x K1 K2 --un   => x K1 K2        => un=True
+    A [B...] [--un] => x K=- L=1      => x K=- L=1      =>
     NAME [APP...]   => anna           => anna           =>
     NAME [APP...]   => anna blog wiki => anna blog wiki =>
     APP [--pull]    => --pull -       => -              => pull=True
