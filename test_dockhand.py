@@ -3663,8 +3663,8 @@ def trials_of(act, init, changes, moments, states):
 def trials(request):
     """{(what happens, act, init): {moment: what is wrong then}}; all of them at a time,
     in memory where that is a file system too, since much of the time goes into fsync.
-    Each Python tries a third, 3.7 another than 3.8; `-m 'whole or not whole'` all."""
-    thirds = 1 if request.config.option.markexpr else 3
+    Each Python tries a sixth, 3.7 another than 3.8; `-m 'whole or not whole'` all."""
+    parts = 1 if request.config.option.markexpr else 6
     memory = [folder for folder in ['/dev/shm'] if os.access(folder, os.W_OK)]
     folder = tempfile.mkdtemp(dir=(memory + [None])[0])
     try:
@@ -3672,7 +3672,7 @@ def trials(request):
                                os.path.join(folder, 'undisturbed'))
         tried = [each for run, found in zip(RUNS, explored)
                  for each in trials_of(*(run + tuple(found)))]
-        now = range(sys.version_info[1] % thirds, len(tried), thirds)
+        now = range(sys.version_info[1] % parts, len(tried), parts)
         results = dict(zip(now, in_parallel([tried[number][-1] for number in now],
                                             os.path.join(folder, 'tried'))))
     finally:
