@@ -1,24 +1,14 @@
 #!/usr/bin/env python3
 """dockhand: git push deploys anything that fits in a container, on your own server.
 
-One file, copied to the server, is the installer, the key uploader and the handler of
-every push. It calls git, docker, nginx and init, and writes their own plain files: no
-daemon, no database. Take it away and every app goes on running and comes back at boot.
-
     python3 dockhand.py install          make this machine ready (safe to repeat)
     dockhand upload-key NAME < id.pub    who may push; also `gitreceive upload-key NAME`
     git push git@HOST:APP.git main       deploy: build, check, switch, or change nothing
 
-A repository holds a Dockerfile, an upstart.conf and, for a web app, an nginx-proxy.conf.
-`dockhand` alone lists the commands that people run. sshd runs `dockhand serve KEY`; the
-repositories' hooks run `sudo receive update ...` and `sudo receive post-receive ...`.
-
-What it writes:
-    /usr/local/lib/dockhand, /usr/local/bin/dockhand (and gitreceive, a link to it)
-    /etc/sudoers.d/dockhand, a boot job, /etc/nginx/conf.d/000-dockhand.conf
-    /home/git: the repositories and .ssh/authorized_keys
-    /var/lib/dockhand: the releases of each app
-    for each app: /etc/init/APP.conf or a container, /etc/nginx/conf.d/APP.conf, an image
+It calls git, docker, nginx and init, and writes their own plain files (the README lists
+each): no daemon, no database. Take it away and every app goes on running and comes back
+at boot. `dockhand` alone lists the commands that people run; sshd runs `dockhand serve
+KEY`, the repositories' hooks `sudo receive update ...` and `sudo receive post-receive`.
 
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
