@@ -636,9 +636,6 @@ SHELL_TOKEN = r'''(?xs)
 QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
 VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]'
 
-def job_failure(line, text, *values):
-    return Failure('upstart.conf:%d: %s', line, filled(text, values))
-
 def line_at(match):
     return match.string.count('\n', 0, match.start()) + 1
 
@@ -650,17 +647,15 @@ def parse_job(text):
 def read_stanza(match):
     """The Stanza that STANZA matches."""
     said, last = match.group().strip().split('\n')[0].strip(), match.lastindex
-    if match.lastgroup == 'trouble':
-        raise job_failure(line_at(match), '`%s`: an unknown stanza, or a script without '
-                          '`end script`', printable(said))
+    refuse_if(match.lastgroup == 'trouble', 'upstart.conf:%d: `%s`: an unknown stanza, '
+              'or a script without `end script`', line_at(match), printable(said))
     tokens = list(re.compile(SHELL_TOKEN).finditer(match.string, *match.span(last)))
     line, name = line_at(tokens[0]), ' '.join(match.group(last - 1).split())
-    if match.group('value') and 'stray' in [each.lastgroup for each in tokens]:
-        raise job_failure(line, 'a quote is not closed')
+    refuse_if(match.group('value') and 'stray' in [each.lastgroup for each in tokens],
+              'upstart.conf:%d: a quote is not closed', line)
     plain = ''.join(each.group() for each in tokens if each.lastgroup != 'comment')
-    runs = name.endswith(('exec', 'script'))
-    return Stanza(name, unquote(plain.strip(' \t\n')), said, line,
-                  read_commands(tokens) if runs else [])
+    commands = read_commands(tokens) if name.endswith(('exec', 'script')) else []
+    return Stanza(name, unquote(plain.strip(' \t\n')), said, line, commands)
 
 def read_commands(tokens):
     """[Command] of the matches of SHELL_TOKEN in an exec or a script."""
@@ -697,8 +692,7 @@ def read_run(words):
             if value is None and name not in FLAGS:
                 value = words.pop(0).value if words else ''
             options.append(Option(name, value or '', word))
-    if not words:
-        raise job_failure(line, '`docker run` names no image')
+    refuse_if(not words, 'upstart.conf:%d: `docker run` names no image', line)
     return options, words
 
 def split_option(text):
@@ -740,16 +734,16 @@ def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
     proxied: the ports on the host that the app's proxy file passes requests to
     volumes: the paths that the image declares as VOLUME"""
-    if not main_of(job):
-        raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
-                          '`exec docker run --rm %s`', app)
-    found = list(problems_of_words(job))
+    refuse_if(not main_of(job), 'upstart.conf:1: no `exec` or `script`: say how to run '
+              'the app, as in `exec docker run --rm %s`', app)
+    found = problems_of_words(job)
     for options, words in runs_of(job):
-        found.extend(problems_of_options(options, job, proxied))
-        found.extend(problems_of_image(words[0], options, app, volumes))
+        given = '\n'.join('%s %s' % option[:2] for option in options)
+        found.extend(problems_of_options(options, given, job, proxied))
+        found.extend(problems_of_image(words[0], given, app, volumes))
     for place, said in found:
-        if not said.startswith(('note: ', 'warning: ')):
-            raise job_failure(place.line, '`%s`: %s', printable(place.text), said)
+        refuse_if(not said.startswith(('note: ', 'warning: ')), 'upstart.conf:%d: `%s`: '
+                  '%s', place.line, printable(place.text), said)
     return [(place.line, said) for place, said in found]
 
 # Each of these gives what is wrong as (Stanza or Word, text), and doubts with a prefix.
@@ -760,12 +754,11 @@ def problems_of_words(job):
     return [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
             if re.match(pattern, text)]
 
-def problems_of_options(options, job, proxied):
+def problems_of_options(options, given, job, proxied):
     """A name that the next start finds taken; ports that pass by ufw, the firewall that
     people know, as all that docker publishes."""
     removed = [word.value for stanza in job for command in stanza.commands
                if command.name == 'docker rm' for word in command.words[1:]]
-    given = '\n'.join('%s %s' % option[:2] for option in options)
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
     for name, value, word in options:
         if name == 'name' and not free and value not in removed:
@@ -776,9 +769,8 @@ def problems_of_options(options, job, proxied):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
                          '`-p 127.0.0.1:%s:%s`' % (value, outside or inside, inside))
 
-def problems_of_image(image, options, app, volumes):
+def problems_of_image(image, given, app, volumes):
     """Somebody else's image, or a VOLUME of ours that goes with its container."""
-    given = '\n'.join('%s %s' % option[:2] for option in options)
     mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
                          r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
     if not is_image_of(app, image.value):
@@ -800,9 +792,6 @@ DROPPED = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name', 
            'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
 HARMLESS = ('docker rm', 'docker stop', 'docker kill', 'docker pull', 'true', ':', 'set',
             'sleep', 'echo', 'exit')
-NO_EQUIVALENT = {
-    'chroot': 'the container has a root of its own; remove it',
-    'normal exit': 'docker restarts it whatever it exits with; remove it'}
 
 def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
@@ -844,42 +833,39 @@ def read_image(settings, config, proxied):
     is_web = port is not None and bool(web or 'port' in config or proxied)
     return port, is_web, sorted(settings.get('Volumes') or {})
 
-def no_equivalent(place, what, remedy):
-    """The Failure for a Stanza or a Word."""
-    return job_failure(place.line, '`%s` cannot be had where docker instead of Upstart '
-                       'runs the app, as here: %s', printable(what), remedy)
+def refuse_here_if(wrong, place, what, remedy):
+    """Failure for a Stanza or a Word that only init could follow."""
+    refuse_if(wrong, 'upstart.conf:%d: `%s` cannot be had where docker instead of '
+              'Upstart runs the app, as here: %s', place.line, printable(what), remedy)
 
 def only_run(job, app):
     """The one `docker run` of a job, whose other commands can be left out."""
     main = main_of(job)[0]
     runs = [each for each in main.commands if each.name == 'docker run']
-    if len(runs) != 1:
-        raise no_equivalent(main, main.name, 'it must hold one `docker run`')
+    refuse_here_if(len(runs) != 1, main, main.name, 'it must hold one `docker run`')
     _, words, operator, redirected = runs[0]
     wrong = redirected or operator.strip('\n;')
-    if wrong not in ('', '||', '&&'):
-        raise no_equivalent(words[0], wrong,
-                            'docker keeps what it prints: dockhand logs ' + app)
+    refuse_here_if(wrong not in ('', '||', '&&'), words[0], wrong,
+                   'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
-        if stanza.name in NO_EQUIVALENT:
-            raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
+        refuse_here_if(stanza.name in ('chroot', 'normal exit'), stanza, stanza.name,
+                       'remove it')
         around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
         for command in stanza.commands if around else []:
             harmless = command.name in HARMLESS and command.operator != '|'
-            if command is not runs[0] and not harmless:
-                raise no_equivalent(command.words[0], command.name, 'do it in the '
-                                    'Dockerfile, or when the container starts')
+            refuse_here_if(command is not runs[0] and not harmless, command.words[0],
+                           command.name, 'do it in the Dockerfile or in what it starts')
     return runs[0]
 
 def expand_word(word, env):
     """The values of a word, `$NAME` of the job's own env put in as the shell would."""
     def value(match):
         name, escaped = match.group('name', 'escaped')
-        if not escaped and name not in env:
-            raise no_equivalent(word, word.text, 'only the `env` of the job is known')
+        refuse_here_if(not escaped and name not in env, word, word.text,
+                       'only the `env` of the job is known')
         return escaped or env[name]
-    if word.text in ('"', "'"):
-        raise job_failure(word.line, 'a quote is not closed')
+    refuse_if(word.text in ('"', "'"), 'upstart.conf:%d: a quote is not closed',
+              word.line)
     whole = unquote(word.text, value)
     # alone and unquoted: the shell splits it
     return whole.split() if re.match(r'\$\{?\w+\}?\Z', word.text) else [whole]
