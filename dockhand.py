@@ -132,8 +132,7 @@ KEYS = '.ssh/authorized_keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
-PUBLIC_KEY = (r'([a-z0-9.@-]{1,99})\s+((?:[A-Za-z0-9+/]{4})+'
-              r'(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)(?:\s|\Z)')
+PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
 
 # ---- The little OS layer ---------------------------------------------------------------
@@ -485,31 +484,15 @@ Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push
 
 def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
-    refuse_if('PRIVATE KEY' in text, 'this is a private key: keep it, send the file that '
-              'ends in .pub')
+    refuse_if('PRIVATE KEY' in text, 'this is a private key: keep it, send the .pub file')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
-    found = [parse_public_key(line) for line in lines if line and line[0] != '#']
-    refuse_if(not found, 'no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
+    lines = [line for line in lines if line and line[0] != '#']
+    for line in lines:
+        refuse_if(not re.match(PUBLIC_KEY, line), '"%s" is no public key: a line of TYPE '
+                  'BASE64 COMMENT is, as in id_ed25519.pub', printable(line, 40))
+    refuse_if(not lines, 'no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
               'ssh HOST "sudo dockhand upload-key NAME"')
-    return found
-
-def parse_public_key(line):
-    """Its base64 text, read again, holds the length of the type, and the type."""
-    import base64
-    match = re.match(PUBLIC_KEY, line)
-    kind, text = match.groups() if match else ('', '')
-    begin = b'\0\0\0' + to_bytes(chr(len(kind)) + kind)
-    refuse_if(not base64.b64decode(to_bytes(text)).startswith(begin), '"%s" is no public '
-              'key: a line of TYPE BASE64 COMMENT is, as in id_ed25519.pub',
-              printable(line, 40))
-    return kind, text
-
-def fingerprint(blob):
-    """SHA256 of a key as OpenSSH prints it since 6.8."""
-    import base64
-    import hashlib
-    digest = hashlib.sha256(base64.b64decode(to_bytes(blob))).digest()
-    return 'SHA256:' + to_text(base64.b64encode(digest)).rstrip('=')
+    return [re.match(PUBLIC_KEY, line).groups() for line in lines]
 
 def split_authorized_keys(text):
     """(text before our marks, our keys, text after) of an authorized_keys file."""
@@ -2546,31 +2529,32 @@ def upload_key(host, name, *apps):
     check_key_name(name)
     apps = tuple(check_app_name(app) for app in apps)
     uploaded = parse_public_keys(read_stdin())
-    for kind, blob in uploaded:
-        check_key_type(host, kind, blob)
+    for key in uploaded:
+        refuse_if(not fingerprint(host, *key), '"%s" is no key that OpenSSH here knows: '
+                  'make one with ssh-keygen -t ecdsa', printable(' '.join(key), 40))
     changed = change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
     where = ', '.join(apps) or 'every app'
-    for kind, blob in uploaded:
-        tell('%s %s %s may push %s', name, kind, fingerprint(blob), where)
+    for key in uploaded:
+        tell('%s %s %s may push %s', name, key[0], fingerprint(host, *key), where)
     log('key %s: may push %s', name, where)
     if not changed:
         tell('nothing changed')
 
-def check_key_type(host, kind, blob):
-    """This server's own ssh-keygen decides whether its sshd will know the key."""
+def fingerprint(host, kind, blob):
+    """A key's, by this server's own ssh-keygen; '' where its sshd will not know it."""
     import tempfile
     with tempfile.NamedTemporaryFile(suffix='.pub') as file:
         file.write(to_bytes('%s %s\n' % (kind, blob)))
         file.flush()
-        if host.ask(['ssh-keygen', '-l', '-f', file.name]).status:
-            raise Failure("this server's OpenSSH knows no %s keys like this: make one "
-                          'with ssh-keygen -t ecdsa', printable(kind))
+        status, out, _ = host.ask(['ssh-keygen', '-l', '-f', file.name])
+    return '' if status else out.split()[1]
 
 def list_keys(host):
     """list who may push, and which apps"""
     for key in split_authorized_keys(host.text(host.home(), KEYS))[1]:
         where = ' '.join(key.apps) or '(every app)'
-        tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob), where)
+        shown = fingerprint(host, key.type, key.blob) or '(unknown to OpenSSH here)'
+        tell('%-20s %-20s %s %s', key.name, key.type, shown, where)
 
 def remove_key(host, name):
     """take the right to push away from a key"""
