@@ -444,9 +444,8 @@ OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 
 def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
-    refuse_if(not APP_NAME.match(name), '"%s" is no name for an app: 2 to 40 of a-z, '
-              '0-9, and single "-", "_" or "." between them, a letter first',
-              printable(name))
+    refuse_if(not APP_NAME.match(name), '"%s" is no name for an app: 2 to 40 of a-z, 0-9 '
+              'and single "-", "_", ".", a letter first', printable(name))
     refuse_if(name in TAKEN_NAMES or name.startswith('dockhand'), '"%s" is a name that '
               'Dockerfiles start from or the server itself uses: choose another', name)
     return name
@@ -532,12 +531,11 @@ def check_setting(key, value):
     """Failure unless docker's env files or dockhand can hold it."""
     refuse_if(not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', key), '"%s" is no name for a '
               'variable: letters, digits and "_"', printable(key))
-    refuse_if(re.search(r'[\r\n\0]', value), "%s has more than one line, which docker's "
-              'env files cannot hold: write it as base64, or put it on a volume', key)
     data = to_bytes(value)
-    refuse_if(len(data) > 32768, '%s is longer than 32 KB', key)
-    refuse_if(u'\ufffd' in data.decode('utf-8', 'replace'), '%s is not UTF-8, and docker '
-              'takes no other text: write it as base64', key)
+    text = data.decode('utf-8', 'replace')
+    refuse_if(re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768, "%s: docker's env "
+              'files hold one line of UTF-8, up to 32 KB: write it as base64, or put it '
+              'on a volume', key)
     wanted = SETTINGS.get(key, '.*')
     refuse_if(not re.match('(?:%s)\\Z' % wanted, value), '%s=%s does not match %s',
               key, printable(value), wanted)
@@ -550,8 +548,8 @@ def environment_text(config, port):
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
-# value: as init takes it, without comments and quotes; text: its first line, as it is
-# written; commands: what an exec or a script runs, [] of another
+# value: without comments and quotes; text: its first line, as it is written; commands:
+# what an exec or a script runs
 Stanza = namedtuple('Stanza', 'name value text line commands')
 # name: its first word, or `docker run` and the like; words: from the last of these on;
 # operator: what ends it; redirected: `>> file` and the like, or ''
@@ -710,13 +708,11 @@ def modernize_job(text):
     return text, [word.text for word in old]
 
 def published_ports(job):
-    """The value of every `-p` of the job: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
     return [value for name, value, _ in options_of(job) if name == 'publish']
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
-    proxied: the ports on the host that the app's proxy file passes requests to
-    volumes: the paths that the image declares as VOLUME"""
+    proxied: the host's ports in the app's proxy file; volumes: the image's VOLUMEs"""
     refuse_if(not main_of(job), 'upstart.conf:1: no `exec` or `script`: say how to run '
               'the app, as in `exec docker run --rm %s`', app)
     found = problems_of_words(job)

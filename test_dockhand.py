@@ -819,9 +819,9 @@ def test_a_setting_may_have_any_value_on_one_line(key, value):
     1A        => 1      => "1A" is no name
     A\_B      => 1      => "A B" is no name
     A\n       => 1      => "A?" is no name
-    A         => a\nb   => A has more than one line, which docker's env files cannot hold
-    A         => a\r    => A has more than one line
-    A         => a\0b   => A has more than one line
+    A         => a\nb   => A: docker's env files hold one line of UTF-8, up to 32 KB
+    A         => a\r    => A: docker's env files hold one line
+    A         => a\0b   => A: docker's env files hold one line
     port      => 0      => port=0 does not match
     port      => 80/udp => port=80/udp does not match
     port      =>        => port= does not match
@@ -838,8 +838,8 @@ def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
     assert said in refusal(dh.check_setting, key, value)
 
 @pytest.mark.parametrize('data, times, said', [
-    (b'x', 32769, 'A is longer than 32 KB'), (b'\xc3\xa9', 16385, 'A is longer than 32 KB'),
-    (b'caf\xe9', 1, 'A is not UTF-8')])
+    (b'x', 32769, 'up to 32 KB'), (b'\xc3\xa9', 16385, 'up to 32 KB'),
+    (b'caf\xe9', 1, 'one line of UTF-8')])
 def test_a_value_that_dockers_env_files_cannot_hold_is_refused(data, times, said):
     assert said in refusal(dh.check_setting, 'A', dh.to_text(data * times))
     dh.check_setting('A', dh.to_text(b'\xc3\xa9' * 16384))
@@ -882,8 +882,8 @@ def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
         assert dh.change_config({}, ['A=-'], False) == {'A': value}
 
 @pytest.mark.parametrize('data, times, said', [
-    (b'a\n', 2, 'A has more than one line'), (b'\xff\n', 1, 'A is not UTF-8'),
-    (b'x', 300000, 'A is longer than 32 KB')])
+    (b'a\n', 2, "A: docker's env files"), (b'\xff\n', 1, 'one line of UTF-8'),
+    (b'x', 300000, 'up to 32 KB')])
 def test_a_secret_that_will_not_do_is_refused(data, times, said):
     with standard_input(data * times):
         assert said in refusal(dh.change_config, {}, ['A=-'], False)
@@ -2951,7 +2951,7 @@ def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
     assert plain.done == []
 
 @pytest.mark.parametrize('words, unset, said', [
-    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\nb'], {}, 'more than one line'),
+    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\nb'], {}, 'hold one line'),
     (['A=1', 'B'], {'unset': True}, 'no B is set'),
     (['domains=wiki.org'], {}, '"wiki.org" is taken')])
 def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
