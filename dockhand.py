@@ -42,19 +42,17 @@ def to_bytes(text):
 
 # ---- Constants: paths, limits, templates -----------------------------------------------
 
-LIBRARY = '/usr/local/lib/dockhand'
+LIBRARY, STATE = '/usr/local/lib/dockhand', '/var/lib/dockhand'
 PROGRAM, OLDER_NAME = '/usr/local/bin/dockhand', '/usr/local/bin/gitreceive'
 RECEIVE, TEMPLATE = LIBRARY + '/receive', LIBRARY + '/template'
-STATE, LOCKS = '/var/lib/dockhand', '/run/lock/dockhand'
-JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
+INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
+LOCKS, SUDOERS = '/run/lock/dockhand', '/etc/sudoers.d/dockhand'
 NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
-SUDOERS = '/etc/sudoers.d/dockhand'
-UNIT = '/etc/systemd/system/dockhand-recover.service'
-UNIT_ENABLED = '/etc/systemd/system/multi-user.target.wants/dockhand-recover.service'
-BOOT_JOB = JOBS + '/dockhand-recover.conf'
-INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
+JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
+BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
+UNIT_ENABLED = UNITS[0] + '/multi-user.target.wants/dockhand-recover.service'
 
 FILE_LIMIT = 256 * 1024         # bytes of a Dockerfile, a job, a proxy file
 PATIENCE = 5.0                  # seconds in all that a pusher may keep us waiting
@@ -69,8 +67,7 @@ SPACE = 512                     # MB that must be free before a build
 DEFAULT_BRANCHES = ('main', 'master')
 COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
-NETWORK = 'dockhand'            # of the containers of plain apps
-# A /16 for them: the first that the host has no route to
+NETWORK = 'dockhand'            # of the containers of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
     '172.%d' % number for number in range(31, 19, -1)]
 
@@ -79,8 +76,7 @@ ENVIRONMENT = {
     'HOME': '/root', 'LC_ALL': 'C', 'GIT_NO_REPLACE_OBJECTS': '1',
     'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
-# What Dockerfiles start from (an app of that name would poison their FROM), and what the
-# server itself uses.
+# What Dockerfiles start from (such an app would poison their FROM), or the server uses
 TAKEN_NAMES = set('''
     almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos
     clojure composer consul couchdb debian docker dotnet elasticsearch elixir erlang
@@ -115,11 +111,9 @@ UNIT_TEXT = '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
 After=docker.service
 Before=nginx.service
-
 [Service]
 Type=oneshot
 ExecStart={program} recover
-
 [Install]
 WantedBy=multi-user.target
 '''
@@ -157,9 +151,8 @@ class Usage(Failure):
     """A command line that is none. The exit status is 2."""
 
 class Voice(object):
-    """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
-    git leaves its end of the pipe open and unread then: a plain write would block for
-    ever after 64 KB. After `patience` seconds of waiting in all it is silent."""
+    """Writes lines to a pusher who may be gone, stopped or slow: git leaves its pipe open
+    and unread then. After `patience` seconds of waiting in all it is silent."""
     def __init__(self, fd, patience=PATIENCE):
         self.fd, self.patience = fd, patience
 
@@ -198,8 +191,7 @@ def printable(text, limit=80):
 
 def plain_line(text):
     """A line of a command's output without control characters and colours."""
-    colour, control = r'\x1b\[[0-9;?]*[ -/]*[@-~]', r'[\x00-\x08\x0b-\x1f\x7f]'
-    return re.sub(colour + '|' + control, '', text).rstrip()
+    return re.sub(r'\x1b\[[\d;?]*[ -/]*[@-~]|[\0-\x08\x0b-\x1f\x7f]', '', text).rstrip()
 
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
@@ -275,9 +267,8 @@ class Host(object):
         """The Result, or the Failure `docker start blog--3 failed (1): its last line`."""
         result = self.ask(argv, **options)
         if result.status and not re.search('(?i)' + expected, result.err + result.out):
-            said = last_line(result.err or result.out)
-            raise Failure('%s failed (%d)%s', ' '.join(argv[:4]), result.status,
-                          said and ': ' + said)
+            raise Failure('%s failed (%d): %s', ' '.join(argv[:4]), result.status,
+                          last_line(result.err or result.out) or 'it says nothing')
         return result
 
     def account(self):
@@ -286,7 +277,6 @@ class Host(object):
             name, _, uid, gid, _, home, shell = (line + 6 * ':').split(':')[:7]
             if name == self.user:
                 return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
-        return None
 
     def home(self):
         account = self.account()
@@ -322,10 +312,9 @@ def replacing(path):
         remove_file(temporary)
         yield temporary
         os.rename(temporary, path)
-    except BaseException:
+        sync_folder(os.path.dirname(path))
+    finally:
         remove_file(temporary)
-        raise
-    sync_folder(os.path.dirname(path))
 
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
@@ -359,14 +348,11 @@ def replace_link(path, target):
 
 def remove_file(path):
     """Remove a file or a link; True if there was one."""
-    try:
+    found = os.path.lexists(path)
+    if found:
         os.unlink(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return False
-        raise
-    sync_folder(os.path.dirname(path))
-    return True
+        sync_folder(os.path.dirname(path))
+    return found
 
 def sync_folder(path):
     """Make what was renamed or removed in a folder survive a power cut."""
