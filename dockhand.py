@@ -36,9 +36,8 @@ def to_text(data):
 
 def to_bytes(text):
     """The native str (or 2.7's unicode) as bytes for a disk or a pipe."""
-    if isinstance(text, bytes):
-        return text
-    return text.encode('utf-8', 'strict' if PYTHON_2 else 'surrogateescape')
+    errors = 'strict' if PYTHON_2 else 'surrogateescape'
+    return text if isinstance(text, bytes) else text.encode('utf-8', errors)
 
 # ---- Constants: paths, limits, templates -----------------------------------------------
 
@@ -442,12 +441,11 @@ def check_key_name(name):
     return name
 
 def parse_ssh_command(command):
-    """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
-    git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
-    clone or fetch (git-receive-pack(1)); after ssh://HOST the path has a "/" first."""
+    """What an ssh client asks for, as (verb, app), or Failure: `git-receive-pack
+    'app.git'` for a push, `git-upload-pack` for a fetch; ssh://HOST has a "/" first."""
+    pattern = r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z"
+    match = re.match(pattern, command)
     refuse_if(not command, 'no shell here: git push git@HOST:APP.git main')
-    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z",
-                     command)
     refuse_if(not match, '"%s" is not for this key: it can git push, fetch and clone',
               printable(command))
     return match.group(1), check_app_name(match.group(2))
@@ -499,15 +497,13 @@ def render_authorized_keys(before, keys, after):
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
     for key in keys:
-        if key.name != name and (key.type, key.blob) in uploaded:
-            raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
-                          'go on using it', key.name, key.name)
+        refuse_if(key.name != name and key[:2] in uploaded, 'this key is known as "%s": '
+                  'dockhand remove-key %s first, or go on using it', key.name, key.name)
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
     new = [Key(kind, blob, name, apps) for kind, blob in uploaded]
     return kept + [key for at, key in enumerate(new) if key not in kept + new[:at]]
 
-# What config says of the app itself, with a pattern of its value; every other key is a
-# variable of its environment.
+# What config says of the app itself; every other key is a variable of its environment.
 SETTINGS = {'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*', 'port': r'[1-9]\d{0,4}',
             'branch': r'\w[\w./-]*', 'overlap': 'yes|no',
             'timeout': r'[3-9]|[1-9]\d{1,3}',
@@ -543,21 +539,17 @@ Command = namedtuple('Command', 'name words operator redirected')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 
-# Long patterns are compiled where they are used: a push starts this file three times.
-# One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
-# in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
-# It matches two groups, a name and a value, none in an empty line or a comment, and
-# `trouble` where init knows no stanza.
+# One stanza of init(5), as of Upstart 1.13. It matches two groups, a name and a value,
+# none in an empty line or a comment, and `trouble` where init knows no stanza. (Patterns
+# are compiled where they are used: a push starts this file three times.)
 STANZA = r'''(?x)[ \t]*(?:
     ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
-  | ((?:start|stop)[ \t]+on)\b
-        ((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*?)
+  | ((?:start|stop)[ \t]+on)\b((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*?)
   | ((?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
       |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
       |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
-      |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
-        (?P<value>(?:\\\r?\n|[^\n])*?)
+      |setuid|setgid|debug|apparmor|cgroup)(?![\w-])(?P<value>(?:\\\r?\n|[^\n])*?)
   | (?:\#[^\n]*)?
   )[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
 
@@ -571,26 +563,23 @@ JOB_CHECKS = [
     (r'instance ', 'one app is one service; push it under several names'),
     (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
     (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
-    (r'(?s)start on .*filesystem\s+and\s+started\s+docker',
-     'note: under Upstart this does not come back when docker is restarted; `start on '
-     'started docker` and `stop on stopping docker` does'),
+    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', 'note: not started again '
+     'after docker; `start on started docker` and `stop on stopping docker` is'),
     (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
     (r'--(interactive|tty) (?![fF0])', 'a service has no terminal; remove it'),
     (r'--lxc-conf ', 'docker has had no such option since 1.10; remove it'),
     (r'--name .?\Z', 'docker wants a name of two characters at least')]
 
 # Options of `docker run` that take no value, and the letters for those with and without.
-FLAGS = set('''
-    detach disable-content-trust help init interactive no-healthcheck oom-kill-disable
-    privileged publish-all quiet read-only rm sig-proxy tty use-api-socket'''.split())
-LETTERS = dict(zip('acdehilmpPqtuvw', '''
-    attach cpu-shares detach env hostname interactive label memory publish publish-all
-    quiet tty user volume workdir'''.split()))
+FLAGS = set('''detach disable-content-trust help init interactive no-healthcheck rm tty
+    oom-kill-disable privileged publish-all quiet read-only sig-proxy use-api-socket
+    '''.split())
+LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname interactive
+    label memory publish publish-all quiet tty user volume workdir'''.split()))
 # What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())
-# What stands before docker's verb, each word ended by a NUL: keywords and variables of
-# the shell, docker itself, its own options; of another command, nothing.
+# What stands before docker's verb, each word ended by a NUL; nothing in other commands.
 DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)?docker\0
     (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
     (?:container\0)?(?=[^\0]))?'''
@@ -608,11 +597,9 @@ def line_at(match):
 
 def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
-    found = re.finditer(STANZA, text)
-    return [read_stanza(match) for match in found if match.lastindex]
+    return [read_stanza(match) for match in re.finditer(STANZA, text) if match.lastindex]
 
 def read_stanza(match):
-    """The Stanza that STANZA matches."""
     said, last = match.group().strip().split('\n')[0].strip(), match.lastindex
     refuse_if(match.lastgroup == 'trouble', 'upstart.conf:%d: `%s`: an unknown stanza, '
               'or a script without `end script`', line_at(match), printable(said))
@@ -682,7 +669,6 @@ def runs_of(job):
             for command in stanza.commands if command.name == 'docker run']
 
 def options_of(job):
-    """Every Option of these."""
     return [option for options, _ in runs_of(job) for option in options]
 
 def modernize_job(text):

@@ -451,8 +451,8 @@ def test_what_runs_well_is_neither_refused_nor_doubted(text):
     assert checked(text) == []
 
 OPEN = 'warning: `-p %s` is open to the world, past ufw; behind nginx: `-p %s`'
-NOTE = ('note: under Upstart this does not come back when docker is restarted; '
-        '`start on started docker` and `stop on stopping docker` does')
+NOTE = ('note: not started again after docker; `start on started docker` and '
+        '`stop on stopping docker` is')
 GOES = ('warning: VOLUME %s is mounted nowhere, its data goes at every stop; to keep it: '
         '`-v %s`')
 OTHER = 'warning: it runs the image `redis`, not what this repository builds, `blog`'
