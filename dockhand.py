@@ -53,20 +53,16 @@ UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system'
 BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
 UNIT_ENABLED = UNITS[0] + '/multi-user.target.wants/dockhand-recover.service'
 
-FILE_LIMIT = 256 * 1024         # bytes of a Dockerfile, a job, a proxy file
-PATIENCE = 5.0                  # seconds in all that a pusher may keep us waiting
-HEALTH_TIMEOUT = 60             # seconds for an app to answer
-STEADY = 2.0                    # seconds that an app must keep running
-RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
-DRAIN = 30                      # seconds for requests that the old release has begun
-LOG_LINES = 20                  # of a failed app, shown to the pusher
-KEPT = 5                        # releases that one can go back to, the live one included
-LISTED = 50                     # numbers for which a failed release is remembered
-SPACE = 512                     # MB that must be free before a build
+PATIENCE = 5.0                      # seconds in all that a pusher may keep us waiting
+HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
+RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
+FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
+KEPT, LISTED = 5, 50                # releases to go back to; numbers that are listed
+LOG_LINES = 20                      # of a failed app, shown to the pusher
 DEFAULT_BRANCHES = ('main', 'master')
 COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
-NETWORK = 'dockhand'            # of the containers of plain apps; its /16 is one of these
+NETWORK = 'dockhand'                # of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
     '172.%d' % number for number in range(31, 19, -1)]
 
@@ -82,9 +78,8 @@ TAKEN_NAMES = set('''
     fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia
     kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
     php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
-    solr swift tomcat traefik ubuntu varnish wordpress
-    apt avahi-daemon containerd cron dbus default git gitreceive init mail network
-    networking plan receive root rsyslog ssh sshd sudo systemd udev upstart'''.split())
+    solr swift tomcat traefik ubuntu varnish wordpress cron default git gitreceive init
+    localhost mail network networking plan receive root ssh sshd sudo systemd'''.split())
 
 LAUNCHER = '''#!{python} {flags}
 import gc, os, sys
@@ -424,7 +419,6 @@ def on_signals(action):
 # ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
 
 APP_NAME = re.compile(r'(?!.{41}|.*\.git\Z)[a-z](?:[._-]?[a-z0-9])+\Z')
-KEY_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z')
 OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 
 def check_app_name(name):
@@ -436,8 +430,8 @@ def check_app_name(name):
     return name
 
 def check_key_name(name):
-    refuse_if(not KEY_NAME.match(name), '"%s" is no name for a key: up to 64 of a-z, '
-              'A-Z, 0-9, and "._@-" after the first', printable(name))
+    refuse_if(not re.match(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z', name), '"%s" is no '
+              'name for a key: 1 to 64 of a-z, A-Z, 0-9, later "._@-" too', printable(name))
     return name
 
 def parse_ssh_command(command):
@@ -687,7 +681,10 @@ def check_job(job, app, proxied=(), volumes=()):
     proxied: the host's ports in the app's proxy file; volumes: the image's VOLUMEs"""
     refuse_if(not main_of(job), 'upstart.conf:1: no `exec` or `script`: say how to run '
               'the app, as in `exec docker run --rm %s`', app)
-    found = problems_of_words(job)
+    parts = [('%s %s' % each[:2], each) for each in job]
+    parts += [('--%s %s' % each[:2], each.word) for each in options_of(job)]
+    found = [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
+             if re.match(pattern, text)]
     for options, words in runs_of(job):
         given = '\n'.join('%s %s' % option[:2] for option in options)
         found.extend(problems_of_options(options, given, job, proxied))
@@ -697,17 +694,10 @@ def check_job(job, app, proxied=(), volumes=()):
                   '%s', place.line, printable(place.text), said)
     return [(place.line, said) for place, said in found]
 
-# Each of these gives what is wrong as (Stanza or Word, text), and doubts with a prefix.
-
-def problems_of_words(job):
-    parts = [('%s %s' % each[:2], each) for each in job]
-    parts += [('--%s %s' % each[:2], each.word) for each in options_of(job)]
-    return [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
-            if re.match(pattern, text)]
+# Both give what is wrong as (Word, text), and doubts with a prefix; given: all options.
 
 def problems_of_options(options, given, job, proxied):
-    """A name that the next start finds taken; ports that pass by ufw, the firewall that
-    people know, as all that docker publishes."""
+    """A name that the next start finds taken; ports that docker opens past ufw."""
     removed = [word.value for stanza in job for command in stanza.commands
                if command.name == 'docker rm' for word in command.words[1:]]
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
@@ -735,8 +725,7 @@ def problems_of_image(image, given, app, volumes):
 def is_image_of(app, image):
     return image in (app, app + ':latest')
 
-# What a job is where docker, not Upstart, keeps it running: the arguments of `docker
-# create` before and after the image, and what the job gives its commands.
+# How docker keeps a job running: what `docker create` gets, and where it is to run.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
 
 DROPPED = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name', 'pull',
@@ -817,9 +806,8 @@ def expand_word(word, env):
         return escaped or env[name]
     refuse_if(word.text in ('"', "'"), 'upstart.conf:%d: a quote is not closed',
               word.line)
-    whole = unquote(word.text, value)
-    # alone and unquoted: the shell splits it
-    return whole.split() if re.match(r'\$\{?\w+\}?\Z', word.text) else [whole]
+    whole, alone = unquote(word.text, value), re.match(r'\$\{?\w+\}?\Z', word.text)
+    return whole.split() if alone else [whole]      # it is the shell that splits
 
 # ---- Proxy files (pure functions) ------------------------------------------------------
 
