@@ -12,7 +12,6 @@ KEY`, the repositories' hooks `sudo receive update ...` and `sudo receive post-r
 
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
-import errno
 import fcntl
 import os
 import re
@@ -286,10 +285,10 @@ def read_file(path):
     try:
         with open(path, 'rb') as source:
             return to_text(source.read())
-    except EnvironmentError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH):
-            return None
-        raise
+    except EnvironmentError:
+        if os.path.exists(path):
+            raise
+        return None
 
 def children(host, parent):
     """{process id: command line, a NUL after each word} of what a process started."""
@@ -351,10 +350,8 @@ def remove_file(path):
 def sync_folder(path):
     """Make what was renamed or removed in a folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)
 
 def list_folder(path):
     """The names in a folder, in their order; [] where there is none."""
@@ -431,7 +428,7 @@ def check_app_name(name):
 
 def check_key_name(name):
     refuse_if(not re.match(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z', name), '"%s" is no '
-              'name for a key: 1 to 64 of a-z, A-Z, 0-9, later "._@-" too', printable(name))
+              'name for a key: 1 to 64 of a-z A-Z 0-9, later "._@-" too', printable(name))
     return name
 
 def parse_ssh_command(command):
@@ -528,8 +525,8 @@ def environment_text(config, port):
 # what an exec or a script runs
 Stanza = namedtuple('Stanza', 'name value text line commands')
 # name: its first word, or `docker run` and the like; words: from the last of these on;
-# operator: what ends it; redirected: `>> file` and the like, or ''
-Command = namedtuple('Command', 'name words operator redirected')
+# ending: an operator, or `>> file` and the like before it
+Command = namedtuple('Command', 'name words ending')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 
@@ -565,9 +562,8 @@ JOB_CHECKS = [
     (r'--name .?\Z', 'docker wants a name of two characters at least')]
 
 # Options of `docker run` that take no value, and the letters for those with and without.
-FLAGS = set('''detach disable-content-trust help init interactive no-healthcheck rm tty
-    oom-kill-disable privileged publish-all quiet read-only sig-proxy use-api-socket
-    '''.split())
+FLAGS = set('''detach disable-content-trust init interactive no-healthcheck quiet rm tty
+    oom-kill-disable privileged publish-all read-only sig-proxy use-api-socket'''.split())
 LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname interactive
     label memory publish publish-all quiet tty user volume workdir'''.split()))
 # What docker before 1.10 took with a single dash.
@@ -618,7 +614,7 @@ def read_commands(tokens):
             docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
             words = words[docker.group().count('\0'):]
             name = 'docker ' + words[0].value if docker.group() else words[0].text
-            found.append(Command(name, words, text, redirected))
+            found.append(Command(name, words, redirected or text))
             words, redirected = [], ''
     return found
 
@@ -783,17 +779,16 @@ def only_run(job, app):
     main = main_of(job)[0]
     runs = [each for each in main.commands if each.name == 'docker run']
     refuse_here_if(len(runs) != 1, main, main.name, 'it must hold one `docker run`')
-    _, words, operator, redirected = runs[0]
-    wrong = redirected or operator.strip('\n;')
-    refuse_here_if(wrong not in ('', '||', '&&'), words[0], wrong,
+    ending = runs[0].ending.strip('\n;')
+    refuse_here_if(ending not in ('', '||', '&&'), runs[0].words[0], ending,
                    'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
         refuse_here_if(stanza.name in ('chroot', 'normal exit'), stanza, stanza.name,
                        'remove it')
         around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
         for command in stanza.commands if around else []:
-            harmless = command.name in HARMLESS and command.operator != '|'
-            refuse_here_if(command is not runs[0] and not harmless, command.words[0],
+            known = command is runs[0] or command.name in HARMLESS
+            refuse_here_if(not known or command.ending == '|', command.words[0],
                            command.name, 'do it in the Dockerfile or in what it starts')
     return runs[0]
 
@@ -804,8 +799,7 @@ def expand_word(word, env):
         refuse_here_if(not escaped and name not in env, word, word.text,
                        'only the `env` of the job is known')
         return escaped or env[name]
-    refuse_if(word.text in ('"', "'"), 'upstart.conf:%d: a quote is not closed',
-              word.line)
+    refuse_here_if(word.text in ('"', "'"), word, word.text, 'the quote is not closed')
     whole, alone = unquote(word.text, value), re.match(r'\$\{?\w+\}?\Z', word.text)
     return whole.split() if alone else [whole]      # it is the shell that splits
 
