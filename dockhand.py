@@ -138,7 +138,7 @@ def refuse_if(wrong, text, *values):
         raise Failure(text, *values)
 
 class Stopped(Exception):
-    """A signal came that would have ended the process."""
+    """A signal would have ended the process: raised, so that what was begun is undone."""
 
 class Usage(Failure):
     """A command line that is none. The exit status is 2."""
@@ -406,7 +406,6 @@ def undone_by(function, *args):
         raise
 
 def leave(number, frame):
-    """What would end the process is raised, so that what was begun is undone."""
     raise Stopped('stopped by signal %d' % number)
 
 def on_signals(action):
@@ -507,8 +506,7 @@ def check_setting(key, value):
     data = to_bytes(value)
     text = data.decode('utf-8', 'replace')
     refuse_if(re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768, "%s: docker's env "
-              'files hold one line of UTF-8, up to 32 KB: write it as base64, or put it '
-              'on a volume', key)
+              'files hold one line of UTF-8, up to 32 KB: write it as base64', key)
     wanted = SETTINGS.get(key, '.*')
     refuse_if(not re.match('(?:%s)\\Z' % wanted, value), '%s=%s does not match %s',
               key, printable(value), wanted)
@@ -521,18 +519,15 @@ def environment_text(config, port):
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
-# value: without comments and quotes; text: its first line, as it is written; commands:
-# what an exec or a script runs
+# value: without comments and quotes; text: its first line; commands: of exec and script
 Stanza = namedtuple('Stanza', 'name value text line commands')
-# name: its first word, or `docker run` and the like; words: from the last of these on;
-# ending: an operator, or `>> file` and the like before it
+# name: its first word, or `docker run`; words: from `run` on; ending: `;`, or `>> file`
 Command = namedtuple('Command', 'name words ending')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 
-# One stanza of init(5), as of Upstart 1.13. It matches two groups, a name and a value,
-# none in an empty line or a comment, and `trouble` where init knows no stanza. (Patterns
-# are compiled where they are used: a push starts this file three times.)
+# One stanza of init(5), as of Upstart 1.13, in two groups: a name and a value, none in an
+# empty line or a comment. (Compiled where it is used: a push starts this file thrice.)
 STANZA = r'''(?x)[ \t]*(?:
     ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
@@ -541,11 +536,9 @@ STANZA = r'''(?x)[ \t]*(?:
       |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
       |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
       |setuid|setgid|debug|apparmor|cgroup)(?![\w-])(?P<value>(?:\\\r?\n|[^\n])*?)
-  | (?:\#[^\n]*)?
-  )[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
+  | (?:\#[^\n]*)?)[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
 
-# What is known to kill a deploy, and notes: a pattern of `STANZA VALUE` or of
-# `--OPTION VALUE` in the `docker run`, and what to say where it matches.
+# What kills a deploy, and notes: a pattern of `STANZA VALUE` or of `--OPTION VALUE`
 JOB_CHECKS = [
     (r'exec \Z', 'a command is wanted'),
     (r'kill timeout (?!\d+\Z)', 'a number of seconds is wanted'),
@@ -554,8 +547,8 @@ JOB_CHECKS = [
     (r'instance ', 'one app is one service; push it under several names'),
     (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
     (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
-    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', 'note: not started again '
-     'after docker; `start on started docker` and `stop on stopping docker` is'),
+    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', 'note: under Upstart lost '
+     'when docker restarts; `start on started docker`, `stop on stopping docker` is not'),
     (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
     (r'--(interactive|tty) (?![fF0])', 'a service has no terminal; remove it'),
     (r'--lxc-conf ', 'docker has had no such option since 1.10; remove it'),
@@ -682,18 +675,15 @@ def check_job(job, app, proxied=(), volumes=()):
     found = [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
              if re.match(pattern, text)]
     for options, words in runs_of(job):
-        given = '\n'.join('%s %s' % option[:2] for option in options)
-        found.extend(problems_of_options(options, given, job, proxied))
-        found.extend(problems_of_image(words[0], given, app, volumes))
+        found.extend(problems_of_run(job, options, words[0], app, proxied, volumes))
     for place, said in found:
         refuse_if(not said.startswith(('note: ', 'warning: ')), 'upstart.conf:%d: `%s`: '
                   '%s', place.line, printable(place.text), said)
     return [(place.line, said) for place, said in found]
 
-# Both give what is wrong as (Word, text), and doubts with a prefix; given: all options.
-
-def problems_of_options(options, given, job, proxied):
-    """A name that the next start finds taken; ports that docker opens past ufw."""
+def problems_of_run(job, options, image, app, proxied, volumes):
+    """What is wrong with a `docker run`, as (Word, text); doubts have a prefix."""
+    given = '\n'.join('%s %s' % option[:2] for option in options)
     removed = [word.value for stanza in job for command in stanza.commands
                if command.name == 'docker rm' for word in command.words[1:]]
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
@@ -705,9 +695,6 @@ def problems_of_options(options, given, job, proxied):
         if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
                          '`-p 127.0.0.1:%s:%s`' % (value, outside or inside, inside))
-
-def problems_of_image(image, given, app, volumes):
-    """Somebody else's image, or a VOLUME of ours that goes with its container."""
     mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
                          r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
     if not is_image_of(app, image.value):
@@ -752,12 +739,11 @@ def volume_of(app, path):
 
 def plain_container(release, env_file):
     """The Container of a release that brings no job: it runs as its Dockerfile says."""
-    app = release.app
-    options = ['--net=' + NETWORK, '--ip=' + release.address, '--net-alias=' + app,
+    app, address = release.app, release.address
+    given = ['--volume=%s:%s' % (volume_of(app, path), path) for path in release.volumes]
+    options = ['--net=' + NETWORK, '--ip=' + address, '--net-alias=' + app,
                '--env-file=' + env_file]
-    options += ['--volume=%s:%s' % (volume_of(app, path), path)
-                for path in release.volumes]
-    return Container(options, app, [], {}, '/', True, '10')
+    return Container(options + given, app, [], {}, '/', True, '10')
 
 def read_image(settings, config, proxied):
     """(port, whether nginx passes requests to it, [volume path]) of a plain app.

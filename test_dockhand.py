@@ -451,8 +451,8 @@ def test_what_runs_well_is_neither_refused_nor_doubted(text):
     assert checked(text) == []
 
 OPEN = 'warning: `-p %s` is open to the world, past ufw; behind nginx: `-p %s`'
-NOTE = ('note: not started again after docker; `start on started docker` and '
-        '`stop on stopping docker` is')
+NOTE = ('note: under Upstart lost when docker restarts; `start on started docker`, '
+        '`stop on stopping docker` is not')
 GOES = ('warning: VOLUME %s is mounted nowhere, its data goes at every stop; to keep it: '
         '`-v %s`')
 OTHER = 'warning: it runs the image `redis`, not what this repository builds, `blog`'
@@ -3702,11 +3702,9 @@ exec /usr/local/bin/dockhand recover
 Description=dockhand: put right what a crash left of a deploy
 After=docker.service
 Before=nginx.service
-
 [Service]
 Type=oneshot
 ExecStart=/usr/local/bin/dockhand recover
-
 [Install]
 WantedBy=multi-user.target
 ''')]}
