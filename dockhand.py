@@ -5,10 +5,10 @@
     dockhand upload-key NAME < id.pub    who may push; also `gitreceive upload-key NAME`
     git push git@HOST:APP.git main       deploy: build, check, switch, or change nothing
 
-It calls git, docker, nginx and init, and writes their own plain files (the README lists
-each): no daemon, no database. Take it away and every app goes on running and comes back
-at boot. `dockhand` alone lists the commands that people run; sshd runs `dockhand serve
-KEY`, the repositories' hooks `sudo receive update ...` and `sudo receive post-receive`.
+It calls git, docker, nginx and init, and writes their own plain files: no daemon, no
+database. Take it away and every app goes on running and comes back at boot. `dockhand`
+alone lists what people run; sshd runs `dockhand serve KEY`, the repositories' hooks
+`sudo receive update ...` and `sudo receive post-receive`. The README lists its files.
 
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
@@ -52,12 +52,11 @@ UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system'
 BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
 UNIT_ENABLED = UNITS[0] + '/multi-user.target.wants/dockhand-recover.service'
 
-PATIENCE = 5.0                      # seconds in all that a pusher may keep us waiting
+PATIENCE, LOG_LINES = 5.0, 20       # seconds that we wait for a pusher; lines he gets
 HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
 RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
 FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
-KEPT, LISTED = 5, 50                # releases to go back to; numbers that are listed
-LOG_LINES = 20                      # of a failed app, shown to the pusher
+KEPT, LISTED = 5, 50                # releases to go back to; numbers a failed one is listed for
 DEFAULT_BRANCHES = ('main', 'master')
 COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
@@ -71,14 +70,13 @@ ENVIRONMENT = {
     'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
 # What Dockerfiles start from (such an app would poison their FROM), or the server uses
-TAKEN_NAMES = set('''
-    almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos
-    clojure composer consul couchdb debian docker dotnet elasticsearch elixir erlang
-    fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia
-    kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
-    php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
-    solr swift tomcat traefik ubuntu varnish wordpress cron default git gitreceive init
-    localhost mail network networking plan receive root ssh sshd sudo systemd'''.split())
+TAKEN_NAMES = set('''almalinux alpine amazonlinux archlinux bash buildpack-deps busybox
+    caddy centos clojure composer consul couchdb debian docker dotnet elasticsearch elixir
+    erlang fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby
+    julia kong mariadb maven memcached mongo mono mysql nats nginx node openjdk
+    oraclelinux perl php postgres pypy python r-base rabbitmq redis registry rockylinux
+    ruby rust scratch solr swift tomcat traefik ubuntu varnish wordpress cron default git
+    gitreceive init localhost network networking plan receive root ssh sshd'''.split())
 
 LAUNCHER = '''#!{python} {flags}
 import gc, os, sys
@@ -124,14 +122,10 @@ KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
 
 # ---- The little OS layer ---------------------------------------------------------------
 
-def filled(text, values):
-    """A message with its values; without any, the text is as it is and may hold a `%`."""
-    return text % values if values else text
-
 class Failure(Exception):
-    """One line for a person: what is wrong and what to do. The exit status is 1."""
+    """One line for a person: what is wrong, what to do. A text alone may hold a `%`."""
     def __init__(self, text, *values):
-        Exception.__init__(self, filled(text, values))
+        Exception.__init__(self, text % values if values else text)
 
 def refuse_if(wrong, text, *values):
     if wrong:
@@ -150,7 +144,7 @@ class Voice(object):
         self.fd, self.patience = fd, patience
 
     def __call__(self, text, *values):
-        data, poll = to_bytes(filled(text, values) + '\n'), select.poll()
+        data, poll = to_bytes((text % values if values else text) + '\n'), select.poll()
         poll.register(self.fd, select.POLLOUT)
         while data and self.patience > 0:
             begun = monotonic()
@@ -168,14 +162,14 @@ def step(text, *values):
     say('-----> ' + text, *values)
 
 def detail(text, *values):
-    for line in filled(text, values).splitlines():
+    for line in (text % values if values else text).splitlines():
         say('       ' + line)
 
 def log(text, *values):
     """A line in the system's log: who changed what, or was refused."""
     import syslog
     syslog.openlog('dockhand')
-    syslog.syslog(printable(filled(text, values), 500))
+    syslog.syslog(printable(text % values, 500))
 
 def printable(text, limit=80):
     """What a stranger sent, fit for a message: printable ASCII, not too long."""
@@ -430,14 +424,13 @@ def check_key_name(name):
               'name for a key: 1 to 64 of a-z A-Z 0-9, later "._@-" too', printable(name))
     return name
 
-def parse_ssh_command(command):
+def parse_ssh_command(text):
     """What an ssh client asks for, as (verb, app), or Failure: `git-receive-pack
     'app.git'` for a push, `git-upload-pack` for a fetch; ssh://HOST has a "/" first."""
-    pattern = r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z"
-    match = re.match(pattern, command)
-    refuse_if(not command, 'no shell here: git push git@HOST:APP.git main')
+    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z", text)
+    refuse_if(not text, 'no shell here: git push git@HOST:APP.git main')
     refuse_if(not match, '"%s" is not for this key: it can git push, fetch and clone',
-              printable(command))
+              printable(text))
     return match.group(1), check_app_name(match.group(2))
 
 def judge_ref(ref, new, branch):
@@ -559,9 +552,8 @@ FLAGS = set('''detach disable-content-trust init interactive no-healthcheck quie
     oom-kill-disable privileged publish-all read-only sig-proxy use-api-socket'''.split())
 LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname interactive
     label memory publish publish-all quiet tty user volume workdir'''.split()))
-# What docker before 1.10 took with a single dash.
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
-    volumes-from lxc-conf'''.split())
+    volumes-from lxc-conf'''.split())       # with one dash before docker 1.10
 # What stands before docker's verb, each word ended by a NUL; nothing in other commands.
 DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)?docker\0
     (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
@@ -720,9 +712,8 @@ def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
     last = dict((stanza.name, stanza.value) for stanza in job)
     env = dict(each.value.partition('=')[::2] for each in job if each.name == 'env')
-    options, words = read_run([
-        word._replace(value=value) for word in only_run(job, app).words
-        for value in expand_word(word, env)])
+    options, words = read_run([each for word in only_run(job, app).words
+                               for each in expand_word(word, env)])
     given = ['--' + name + ('=' + value if value or name not in FLAGS else '')
              for name, value, _ in options if name not in DROPPED]
     given += ['--stop-signal=' + last['kill signal']] if 'kill signal' in last else []
@@ -746,8 +737,7 @@ def plain_container(release, env_file):
     return Container(options + given, app, [], {}, '/', True, '10')
 
 def read_image(settings, config, proxied):
-    """(port, whether nginx passes requests to it, [volume path]) of a plain app.
-    settings: the Config of its image; proxied: whether it brings a proxy file"""
+    """(port, whether it is for nginx, [volume path]) by the Config of an app's image."""
     exposed = settings.get('ExposedPorts') or {}
     ports = sorted((int(port.split('/')[0]) for port in exposed if port.endswith('/tcp')))
     web = [int(port) for port in HTTP_PORTS[:-1] if int(port) in ports]
@@ -779,7 +769,7 @@ def only_run(job, app):
     return runs[0]
 
 def expand_word(word, env):
-    """The values of a word, `$NAME` of the job's own env put in as the shell would."""
+    """[Word] for a Word, `$NAME` of the job's own env put in as the shell would."""
     def value(match):
         name, escaped = match.group('name', 'escaped')
         refuse_here_if(not escaped and name not in env, word, word.text,
@@ -787,7 +777,7 @@ def expand_word(word, env):
         return escaped or env[name]
     refuse_here_if(word.text in ('"', "'"), word, word.text, 'the quote is not closed')
     whole, alone = unquote(word.text, value), re.match(r'\$\{?\w+\}?\Z', word.text)
-    return whole.split() if alone else [whole]      # it is the shell that splits
+    return [word._replace(value=value) for value in (whole.split() if alone else [whole])]
 
 # ---- Proxy files (pure functions) ------------------------------------------------------
 
