@@ -56,7 +56,7 @@ PATIENCE, LOG_LINES = 5.0, 20       # seconds that we wait for a pusher; lines h
 HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
 RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
 FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
-KEPT, LISTED = 5, 50                # releases to go back to; numbers a failed one is listed for
+KEPT, LISTED = 5, 50                # releases kept; numbers for which failed ones stay
 DEFAULT_BRANCHES = ('main', 'master')
 COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
@@ -113,9 +113,8 @@ start on started docker
 task
 exec {program} recover
 '''
-KEYS = '.ssh/authorized_keys'
+KEYS, KEYS_END = '.ssh/authorized_keys', '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
-KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
