@@ -1,28 +1,17 @@
 #!/usr/bin/env python3
 """dockhand: git push deploys anything that fits in a container, on your own server.
 
-One file, copied to the server, is the installer, the key uploader and the handler of
-every push. It calls git, docker, nginx and init, and writes their own plain files: no
-daemon, no database. Take it away and every app goes on running and comes back at boot.
-
     python3 dockhand.py install          make this machine ready (safe to repeat)
     dockhand upload-key NAME < id.pub    who may push; also `gitreceive upload-key NAME`
     git push git@HOST:APP.git main       deploy: build, check, switch, or change nothing
 
-A repository holds a Dockerfile, an upstart.conf and, for a web app, an nginx-proxy.conf.
-`dockhand` alone lists the commands that people run. sshd runs `dockhand serve KEY`; the
-repositories' hooks run `sudo receive update ...` and `sudo receive post-receive ...`.
-
-What it writes:
-    /usr/local/lib/dockhand, /usr/local/bin/dockhand (and gitreceive, a link to it)
-    /etc/sudoers.d/dockhand, a boot job, /etc/nginx/conf.d/000-dockhand.conf
-    /home/git: the repositories and .ssh/authorized_keys
-    /var/lib/dockhand: the releases of each app
-    for each app: /etc/init/APP.conf or a container, /etc/nginx/conf.d/APP.conf, an image
+It calls git, docker, nginx and init, and writes their own plain files: no daemon, no
+database. Take it away and every app goes on running and comes back at boot. `dockhand`
+alone lists what people run; sshd runs `dockhand serve KEY`, the repositories' hooks
+`sudo receive update ...` and `sudo receive post-receive`. The README lists its files.
 
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
-import errno
 import fcntl
 import os
 import re
@@ -46,40 +35,32 @@ def to_text(data):
 
 def to_bytes(text):
     """The native str (or 2.7's unicode) as bytes for a disk or a pipe."""
-    if isinstance(text, bytes):
-        return text
-    return text.encode('utf-8', 'strict' if PYTHON_2 else 'surrogateescape')
+    errors = 'strict' if PYTHON_2 else 'surrogateescape'
+    return text if isinstance(text, bytes) else text.encode('utf-8', errors)
 
 # ---- Constants: paths, limits, templates -----------------------------------------------
 
-LIBRARY = '/usr/local/lib/dockhand'
+LIBRARY, STATE = '/usr/local/lib/dockhand', '/var/lib/dockhand'
 PROGRAM, OLDER_NAME = '/usr/local/bin/dockhand', '/usr/local/bin/gitreceive'
 RECEIVE, TEMPLATE = LIBRARY + '/receive', LIBRARY + '/template'
-STATE, LOCKS = '/var/lib/dockhand', '/run/lock/dockhand'
-JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
-NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
-CATCH_ALL, SUDOERS = PROXIES + '/000-dockhand.conf', '/etc/sudoers.d/dockhand'
-UNIT = '/etc/systemd/system/dockhand-recover.service'
-UNIT_ENABLED = '/etc/systemd/system/multi-user.target.wants/dockhand-recover.service'
-BOOT_JOB = JOBS + '/dockhand-recover.conf'
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
+LOCKS, SUDOERS = '/run/lock/dockhand', '/etc/sudoers.d/dockhand'
+NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
+CATCH_ALL = PROXIES + '/000-dockhand.conf'
+JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
+BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
+UNIT_ENABLED = UNITS[0] + '/multi-user.target.wants/dockhand-recover.service'
 
-FILE_LIMIT = 256 * 1024         # bytes of a Dockerfile, a job, a proxy file
-PATIENCE = 5.0                  # seconds in all that a pusher may keep us waiting
-HEALTH_TIMEOUT = 60             # seconds for an app to answer
-STEADY = 2.0                    # seconds that an app must keep running
-RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
-DRAIN = 30                      # seconds for requests that the old release has begun
-LOG_LINES = 20                  # of a failed app, shown to the pusher
-KEPT = 5                        # releases that one can go back to, the live one included
-LISTED = 50                     # numbers for which a failed release is remembered
-SPACE = 512                     # MB that must be free before a build
+PATIENCE, LOG_LINES = 5.0, 20       # seconds that we wait for a pusher; lines he gets
+HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
+RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
+FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
+KEPT, LISTED = 5, 50                # releases kept; numbers for which failed ones stay
 DEFAULT_BRANCHES = ('main', 'master')
 COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
-NETWORK = 'dockhand'            # of the containers of plain apps
-# A /16 for them: the first that the host has no route to
+NETWORK = 'dockhand'                # of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
     '172.%d' % number for number in range(31, 19, -1)]
 
@@ -88,17 +69,14 @@ ENVIRONMENT = {
     'HOME': '/root', 'LC_ALL': 'C', 'GIT_NO_REPLACE_OBJECTS': '1',
     'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
-# What Dockerfiles start from (an app of that name would poison their FROM), and what the
-# server itself uses.
-TAKEN_NAMES = set('''
-    almalinux alpine amazonlinux archlinux bash buildpack-deps busybox caddy centos
-    clojure composer consul couchdb debian docker dotnet elasticsearch elixir erlang
-    fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby julia
-    kong mariadb maven memcached mongo mono mysql nats nginx node openjdk oraclelinux perl
-    php postgres pypy python r-base rabbitmq redis registry rockylinux ruby rust scratch
-    solr swift tomcat traefik ubuntu varnish wordpress
-    apt avahi-daemon containerd cron dbus default git gitreceive init mail network
-    networking plan receive root rsyslog ssh sshd sudo systemd udev upstart'''.split())
+# What Dockerfiles start from (such an app would poison their FROM), or the server uses
+TAKEN_NAMES = set('''almalinux alpine amazonlinux archlinux bash buildpack-deps busybox
+    caddy centos clojure composer consul couchdb debian docker dotnet elasticsearch elixir
+    erlang fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby
+    julia kong mariadb maven memcached mongo mono mysql nats nginx node openjdk
+    oraclelinux perl php postgres pypy python r-base rabbitmq redis registry rockylinux
+    ruby rust scratch solr swift tomcat traefik ubuntu varnish wordpress cron default git
+    gitreceive init localhost network networking plan receive root ssh sshd'''.split())
 
 LAUNCHER = '''#!{python} {flags}
 import gc, os, sys
@@ -124,11 +102,9 @@ UNIT_TEXT = '''[Unit]
 Description=dockhand: put right what a crash left of a deploy
 After=docker.service
 Before=nginx.service
-
 [Service]
 Type=oneshot
 ExecStart={program} recover
-
 [Install]
 WantedBy=multi-user.target
 '''
@@ -137,44 +113,37 @@ start on started docker
 task
 exec {program} recover
 '''
-KEYS = '.ssh/authorized_keys'
+KEYS, KEYS_END = '.ssh/authorized_keys', '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
-KEYS_END = '# dockhand: end of keys'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
-PUBLIC_KEY = (r'([a-z0-9.@-]{1,99})\s+((?:[A-Za-z0-9+/]{4})+'
-              r'(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)(?:\s|\Z)')
+PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
 
 # ---- The little OS layer ---------------------------------------------------------------
 
-def filled(text, values):
-    """A message with its values; without any, the text is as it is and may hold a `%`."""
-    return text % values if values else text
-
 class Failure(Exception):
-    """One line for a person: what is wrong and what to do. The exit status is 1."""
+    """One line for a person: what is wrong, what to do. A text alone may hold a `%`."""
     def __init__(self, text, *values):
-        Exception.__init__(self, filled(text, values))
+        Exception.__init__(self, text % values if values else text)
 
 def refuse_if(wrong, text, *values):
     if wrong:
         raise Failure(text, *values)
 
 class Stopped(Exception):
-    """A signal came that would have ended the process."""
+    """A signal would have ended the process: raised, so that what was begun is undone."""
 
 class Usage(Failure):
     """A command line that is none. The exit status is 2."""
 
 class Voice(object):
-    """Writes lines to a pusher who may be gone, stopped or slow, and never hangs on it.
-    git leaves its end of the pipe open and unread then: a plain write would block for
-    ever after 64 KB. After `patience` seconds of waiting in all it is silent."""
+    """Writes lines to a pusher who may be gone, stopped or slow: git leaves its pipe open
+    and unread then. After `patience` seconds of waiting in all it is silent."""
     def __init__(self, fd, patience=PATIENCE):
         self.fd, self.patience = fd, patience
 
     def __call__(self, text, *values):
-        data, poll = to_bytes(filled(text, values) + '\n'), select.poll()
+        data, poll = to_bytes((text % values if values else text) + '\n'), select.poll()
         poll.register(self.fd, select.POLLOUT)
         while data and self.patience > 0:
             begun = monotonic()
@@ -192,14 +161,14 @@ def step(text, *values):
     say('-----> ' + text, *values)
 
 def detail(text, *values):
-    for line in filled(text, values).splitlines():
+    for line in (text % values if values else text).splitlines():
         say('       ' + line)
 
 def log(text, *values):
     """A line in the system's log: who changed what, or was refused."""
     import syslog
     syslog.openlog('dockhand')
-    syslog.syslog(printable(filled(text, values), 500))
+    syslog.syslog(printable(text % values, 500))
 
 def printable(text, limit=80):
     """What a stranger sent, fit for a message: printable ASCII, not too long."""
@@ -208,8 +177,7 @@ def printable(text, limit=80):
 
 def plain_line(text):
     """A line of a command's output without control characters and colours."""
-    colour, control = r'\x1b\[[0-9;?]*[ -/]*[@-~]', r'[\x00-\x08\x0b-\x1f\x7f]'
-    return re.sub(colour + '|' + control, '', text).rstrip()
+    return re.sub(r'\x1b\[[\d;?]*[ -/]*[@-~]|[\0-\x08\x0b-\x1f\x7f]', '', text).rstrip()
 
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
@@ -285,9 +253,8 @@ class Host(object):
         """The Result, or the Failure `docker start blog--3 failed (1): its last line`."""
         result = self.ask(argv, **options)
         if result.status and not re.search('(?i)' + expected, result.err + result.out):
-            said = last_line(result.err or result.out)
-            raise Failure('%s failed (%d)%s', ' '.join(argv[:4]), result.status,
-                          said and ': ' + said)
+            raise Failure('%s failed (%d): %s', ' '.join(argv[:4]), result.status,
+                          last_line(result.err or result.out) or 'it says nothing')
         return result
 
     def account(self):
@@ -296,7 +263,6 @@ class Host(object):
             name, _, uid, gid, _, home, shell = (line + 6 * ':').split(':')[:7]
             if name == self.user:
                 return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
-        return None
 
     def home(self):
         account = self.account()
@@ -312,10 +278,10 @@ def read_file(path):
     try:
         with open(path, 'rb') as source:
             return to_text(source.read())
-    except EnvironmentError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH):
-            return None
-        raise
+    except EnvironmentError:
+        if os.path.exists(path):
+            raise
+        return None
 
 def children(host, parent):
     """{process id: command line, a NUL after each word} of what a process started."""
@@ -332,10 +298,9 @@ def replacing(path):
         remove_file(temporary)
         yield temporary
         os.rename(temporary, path)
-    except BaseException:
+        sync_folder(os.path.dirname(path))
+    finally:
         remove_file(temporary)
-        raise
-    sync_folder(os.path.dirname(path))
 
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
@@ -369,22 +334,17 @@ def replace_link(path, target):
 
 def remove_file(path):
     """Remove a file or a link; True if there was one."""
-    try:
+    found = os.path.lexists(path)
+    if found:
         os.unlink(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return False
-        raise
-    sync_folder(os.path.dirname(path))
-    return True
+        sync_folder(os.path.dirname(path))
+    return found
 
 def sync_folder(path):
     """Make what was renamed or removed in a folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)
 
 def list_folder(path):
     """The names in a folder, in their order; [] where there is none."""
@@ -439,7 +399,6 @@ def undone_by(function, *args):
         raise
 
 def leave(number, frame):
-    """What would end the process is raised, so that what was begun is undone."""
     raise Stopped('stopped by signal %d' % number)
 
 def on_signals(action):
@@ -449,32 +408,28 @@ def on_signals(action):
 # ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
 
 APP_NAME = re.compile(r'(?!.{41}|.*\.git\Z)[a-z](?:[._-]?[a-z0-9])+\Z')
-KEY_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z')
 OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 
 def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
-    refuse_if(not APP_NAME.match(name), '"%s" is no name for an app: 2 to 40 of a-z, '
-              '0-9, and single "-", "_" or "." between them, a letter first',
-              printable(name))
+    refuse_if(not APP_NAME.match(name), '"%s" is no name for an app: 2 to 40 of a-z, 0-9 '
+              'and single "-", "_", ".", a letter first', printable(name))
     refuse_if(name in TAKEN_NAMES or name.startswith('dockhand'), '"%s" is a name that '
               'Dockerfiles start from or the server itself uses: choose another', name)
     return name
 
 def check_key_name(name):
-    refuse_if(not KEY_NAME.match(name), '"%s" is no name for a key: up to 64 of a-z, '
-              'A-Z, 0-9, and "._@-" after the first', printable(name))
+    refuse_if(not re.match(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z', name), '"%s" is no '
+              'name for a key: 1 to 64 of a-z A-Z 0-9, later "._@-" too', printable(name))
     return name
 
-def parse_ssh_command(command):
-    """What an ssh client asks for, as (verb, app): two strings; Failure for all the rest.
-    git sends `git-receive-pack 'app.git'` for a push, `git-upload-pack 'app.git'` for a
-    clone or fetch (git-receive-pack(1)); after ssh://HOST the path has a "/" first."""
-    refuse_if(not command, 'no shell here: git push git@HOST:APP.git main')
-    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z",
-                     command)
+def parse_ssh_command(text):
+    """What an ssh client asks for, as (verb, app), or Failure: `git-receive-pack
+    'app.git'` for a push, `git-upload-pack` for a fetch; ssh://HOST has a "/" first."""
+    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z", text)
+    refuse_if(not text, 'no shell here: git push git@HOST:APP.git main')
     refuse_if(not match, '"%s" is not for this key: it can git push, fetch and clone',
-              printable(command))
+              printable(text))
     return match.group(1), check_app_name(match.group(2))
 
 def judge_ref(ref, new, branch):
@@ -494,31 +449,15 @@ Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push
 
 def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
-    refuse_if('PRIVATE KEY' in text, 'this is a private key: keep it, send the file that '
-              'ends in .pub')
+    refuse_if('PRIVATE KEY' in text, 'this is a private key: keep it, send the .pub file')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
-    found = [parse_public_key(line) for line in lines if line and line[0] != '#']
-    refuse_if(not found, 'no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
+    lines = [line for line in lines if line and line[0] != '#']
+    for line in lines:
+        refuse_if(not re.match(PUBLIC_KEY, line), '"%s" is no public key: a line of TYPE '
+                  'BASE64 COMMENT is, as in id_ed25519.pub', printable(line, 40))
+    refuse_if(not lines, 'no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
               'ssh HOST "sudo dockhand upload-key NAME"')
-    return found
-
-def parse_public_key(line):
-    """Its base64 text, read again, holds the length of the type, and the type."""
-    import base64
-    match = re.match(PUBLIC_KEY, line)
-    kind, text = match.groups() if match else ('', '')
-    begin = b'\0\0\0' + to_bytes(chr(len(kind)) + kind)
-    refuse_if(not base64.b64decode(to_bytes(text)).startswith(begin), '"%s" is no public '
-              'key: a line of TYPE BASE64 COMMENT is, as in id_ed25519.pub',
-              printable(line, 40))
-    return kind, text
-
-def fingerprint(blob):
-    """SHA256 of a key as OpenSSH prints it since 6.8."""
-    import base64
-    import hashlib
-    digest = hashlib.sha256(base64.b64decode(to_bytes(blob))).digest()
-    return 'SHA256:' + to_text(base64.b64encode(digest)).rstrip('=')
+    return [re.match(PUBLIC_KEY, line).groups() for line in lines]
 
 def split_authorized_keys(text):
     """(text before our marks, our keys, text after) of an authorized_keys file."""
@@ -540,15 +479,13 @@ def render_authorized_keys(before, keys, after):
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
     for key in keys:
-        if key.name != name and (key.type, key.blob) in uploaded:
-            raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
-                          'go on using it', key.name, key.name)
+        refuse_if(key.name != name and key[:2] in uploaded, 'this key is known as "%s": '
+                  'dockhand remove-key %s first, or go on using it', key.name, key.name)
     kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
     new = [Key(kind, blob, name, apps) for kind, blob in uploaded]
     return kept + [key for at, key in enumerate(new) if key not in kept + new[:at]]
 
-# What config says of the app itself, with a pattern of its value; every other key is a
-# variable of its environment.
+# What config says of the app itself; every other key is a variable of its environment.
 SETTINGS = {'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*', 'port': r'[1-9]\d{0,4}',
             'branch': r'\w[\w./-]*', 'overlap': 'yes|no',
             'timeout': r'[3-9]|[1-9]\d{1,3}',
@@ -558,12 +495,10 @@ def check_setting(key, value):
     """Failure unless docker's env files or dockhand can hold it."""
     refuse_if(not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', key), '"%s" is no name for a '
               'variable: letters, digits and "_"', printable(key))
-    refuse_if(re.search(r'[\r\n\0]', value), "%s has more than one line, which docker's "
-              'env files cannot hold: write it as base64, or put it on a volume', key)
     data = to_bytes(value)
-    refuse_if(len(data) > 32768, '%s is longer than 32 KB', key)
-    refuse_if(u'\ufffd' in data.decode('utf-8', 'replace'), '%s is not UTF-8, and docker '
-              'takes no other text: write it as base64', key)
+    text = data.decode('utf-8', 'replace')
+    refuse_if(re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768, "%s: docker's env "
+              'files hold one line of UTF-8, up to 32 KB: write it as base64', key)
     wanted = SETTINGS.get(key, '.*')
     refuse_if(not re.match('(?:%s)\\Z' % wanted, value), '%s=%s does not match %s',
               key, printable(value), wanted)
@@ -576,35 +511,26 @@ def environment_text(config, port):
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
-# value: as init takes it, without comments and quotes; text: its first line, as it is
-# written; commands: what an exec or a script runs, [] of another
+# value: without comments and quotes; text: its first line; commands: of exec and script
 Stanza = namedtuple('Stanza', 'name value text line commands')
-# name: its first word, or `docker run` and the like; words: from the last of these on;
-# operator: what ends it; redirected: `>> file` and the like, or ''
-Command = namedtuple('Command', 'name words operator redirected')
+# name: its first word, or `docker run`; words: from `run` on; ending: `;`, or `>> file`
+Command = namedtuple('Command', 'name words ending')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
 
-# Long patterns are compiled where they are used: a push starts this file three times.
-# One stanza of init(5), as of Upstart 1.13: a line, continued by a backslash at its end,
-# in `start on` and `stop on` by an open parenthesis; scripts end with `end script`.
-# It matches two groups, a name and a value, none in an empty line or a comment, and
-# `trouble` where init knows no stanza.
+# One stanza of init(5), as of Upstart 1.13, in two groups: a name and a value, none in an
+# empty line or a comment. (Compiled where it is used: a push starts this file thrice.)
 STANZA = r'''(?x)[ \t]*(?:
     ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
         ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
-  | ((?:start|stop)[ \t]+on)\b
-        ((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*?)
+  | ((?:start|stop)[ \t]+on)\b((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*?)
   | ((?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
       |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
       |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
-      |setuid|setgid|debug|apparmor|cgroup)(?![\w-])
-        (?P<value>(?:\\\r?\n|[^\n])*?)
-  | (?:\#[^\n]*)?
-  )[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
+      |setuid|setgid|debug|apparmor|cgroup)(?![\w-])(?P<value>(?:\\\r?\n|[^\n])*?)
+  | (?:\#[^\n]*)?)[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
 
-# What is known to kill a deploy, and notes: a pattern of `STANZA VALUE` or of
-# `--OPTION VALUE` in the `docker run`, and what to say where it matches.
+# What kills a deploy, and notes: a pattern of `STANZA VALUE` or of `--OPTION VALUE`
 JOB_CHECKS = [
     (r'exec \Z', 'a command is wanted'),
     (r'kill timeout (?!\d+\Z)', 'a number of seconds is wanted'),
@@ -613,26 +539,21 @@ JOB_CHECKS = [
     (r'instance ', 'one app is one service; push it under several names'),
     (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
     (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
-    (r'(?s)start on .*filesystem\s+and\s+started\s+docker',
-     'note: under Upstart this does not come back when docker is restarted; `start on '
-     'started docker` and `stop on stopping docker` does'),
+    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', 'note: under Upstart lost '
+     'when docker restarts; `start on started docker`, `stop on stopping docker` is not'),
     (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
     (r'--(interactive|tty) (?![fF0])', 'a service has no terminal; remove it'),
     (r'--lxc-conf ', 'docker has had no such option since 1.10; remove it'),
     (r'--name .?\Z', 'docker wants a name of two characters at least')]
 
 # Options of `docker run` that take no value, and the letters for those with and without.
-FLAGS = set('''
-    detach disable-content-trust help init interactive no-healthcheck oom-kill-disable
-    privileged publish-all quiet read-only rm sig-proxy tty use-api-socket'''.split())
-LETTERS = dict(zip('acdehilmpPqtuvw', '''
-    attach cpu-shares detach env hostname interactive label memory publish publish-all
-    quiet tty user volume workdir'''.split()))
-# What docker before 1.10 took with a single dash.
+FLAGS = set('''detach disable-content-trust init interactive no-healthcheck quiet rm tty
+    oom-kill-disable privileged publish-all read-only sig-proxy use-api-socket'''.split())
+LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname interactive
+    label memory publish publish-all quiet tty user volume workdir'''.split()))
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
-    volumes-from lxc-conf'''.split())
-# What stands before docker's verb, each word ended by a NUL: keywords and variables of
-# the shell, docker itself, its own options; of another command, nothing.
+    volumes-from lxc-conf'''.split())       # with one dash before docker 1.10
+# What stands before docker's verb, each word ended by a NUL; nothing in other commands.
 DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)?docker\0
     (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
     (?:container\0)?(?=[^\0]))?'''
@@ -645,31 +566,24 @@ SHELL_TOKEN = r'''(?xs)
 QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
 VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]'
 
-def job_failure(line, text, *values):
-    return Failure('upstart.conf:%d: %s', line, filled(text, values))
-
 def line_at(match):
     return match.string.count('\n', 0, match.start()) + 1
 
 def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
-    found = re.finditer(STANZA, text)
-    return [read_stanza(match) for match in found if match.lastindex]
+    return [read_stanza(match) for match in re.finditer(STANZA, text) if match.lastindex]
 
 def read_stanza(match):
-    """The Stanza that STANZA matches."""
     said, last = match.group().strip().split('\n')[0].strip(), match.lastindex
-    if match.lastgroup == 'trouble':
-        raise job_failure(line_at(match), '`%s`: an unknown stanza, or a script without '
-                          '`end script`', printable(said))
+    refuse_if(match.lastgroup == 'trouble', 'upstart.conf:%d: `%s`: an unknown stanza, '
+              'or a script without `end script`', line_at(match), printable(said))
     tokens = list(re.compile(SHELL_TOKEN).finditer(match.string, *match.span(last)))
     line, name = line_at(tokens[0]), ' '.join(match.group(last - 1).split())
-    if match.group('value') and 'stray' in [each.lastgroup for each in tokens]:
-        raise job_failure(line, 'a quote is not closed')
+    refuse_if(match.group('value') and 'stray' in [each.lastgroup for each in tokens],
+              'upstart.conf:%d: a quote is not closed', line)
     plain = ''.join(each.group() for each in tokens if each.lastgroup != 'comment')
-    runs = name.endswith(('exec', 'script'))
-    return Stanza(name, unquote(plain.strip(' \t\n')), said, line,
-                  read_commands(tokens) if runs else [])
+    commands = read_commands(tokens) if name.endswith(('exec', 'script')) else []
+    return Stanza(name, unquote(plain.strip(' \t\n')), said, line, commands)
 
 def read_commands(tokens):
     """[Command] of the matches of SHELL_TOKEN in an exec or a script."""
@@ -684,7 +598,7 @@ def read_commands(tokens):
             docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
             words = words[docker.group().count('\0'):]
             name = 'docker ' + words[0].value if docker.group() else words[0].text
-            found.append(Command(name, words, text, redirected))
+            found.append(Command(name, words, redirected or text))
             words, redirected = [], ''
     return found
 
@@ -706,8 +620,7 @@ def read_run(words):
             if value is None and name not in FLAGS:
                 value = words.pop(0).value if words else ''
             options.append(Option(name, value or '', word))
-    if not words:
-        raise job_failure(line, '`docker run` names no image')
+    refuse_if(not words, 'upstart.conf:%d: `docker run` names no image', line)
     return options, words
 
 def split_option(text):
@@ -730,7 +643,6 @@ def runs_of(job):
             for command in stanza.commands if command.name == 'docker run']
 
 def options_of(job):
-    """Every Option of these."""
     return [option for options, _ in runs_of(job) for option in options]
 
 def modernize_job(text):
@@ -742,39 +654,29 @@ def modernize_job(text):
     return text, [word.text for word in old]
 
 def published_ports(job):
-    """The value of every `-p` of the job: [[ADDRESS:]HOST:]CONTAINER[/PROTOCOL]."""
     return [value for name, value, _ in options_of(job) if name == 'publish']
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
-    proxied: the ports on the host that the app's proxy file passes requests to
-    volumes: the paths that the image declares as VOLUME"""
-    if not main_of(job):
-        raise job_failure(1, 'no `exec` or `script`: say how to run the app, as in '
-                          '`exec docker run --rm %s`', app)
-    found = list(problems_of_words(job))
-    for options, words in runs_of(job):
-        found.extend(problems_of_options(options, job, proxied))
-        found.extend(problems_of_image(words[0], options, app, volumes))
-    for place, said in found:
-        if not said.startswith(('note: ', 'warning: ')):
-            raise job_failure(place.line, '`%s`: %s', printable(place.text), said)
-    return [(place.line, said) for place, said in found]
-
-# Each of these gives what is wrong as (Stanza or Word, text), and doubts with a prefix.
-
-def problems_of_words(job):
+    proxied: the host's ports in the app's proxy file; volumes: the image's VOLUMEs"""
+    refuse_if(not main_of(job), 'upstart.conf:1: no `exec` or `script`: say how to run '
+              'the app, as in `exec docker run --rm %s`', app)
     parts = [('%s %s' % each[:2], each) for each in job]
     parts += [('--%s %s' % each[:2], each.word) for each in options_of(job)]
-    return [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
-            if re.match(pattern, text)]
+    found = [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
+             if re.match(pattern, text)]
+    for options, words in runs_of(job):
+        found.extend(problems_of_run(job, options, words[0], app, proxied, volumes))
+    for place, said in found:
+        refuse_if(not said.startswith(('note: ', 'warning: ')), 'upstart.conf:%d: `%s`: '
+                  '%s', place.line, printable(place.text), said)
+    return [(place.line, said) for place, said in found]
 
-def problems_of_options(options, job, proxied):
-    """A name that the next start finds taken; ports that pass by ufw, the firewall that
-    people know, as all that docker publishes."""
+def problems_of_run(job, options, image, app, proxied, volumes):
+    """What is wrong with a `docker run`, as (Word, text); doubts have a prefix."""
+    given = '\n'.join('%s %s' % option[:2] for option in options)
     removed = [word.value for stanza in job for command in stanza.commands
                if command.name == 'docker rm' for word in command.words[1:]]
-    given = '\n'.join('%s %s' % option[:2] for option in options)
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
     for name, value, word in options:
         if name == 'name' and not free and value not in removed:
@@ -784,10 +686,6 @@ def problems_of_options(options, job, proxied):
         if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
             yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
                          '`-p 127.0.0.1:%s:%s`' % (value, outside or inside, inside))
-
-def problems_of_image(image, options, app, volumes):
-    """Somebody else's image, or a VOLUME of ours that goes with its container."""
-    given = '\n'.join('%s %s' % option[:2] for option in options)
     mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
                          r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
     if not is_image_of(app, image.value):
@@ -801,25 +699,20 @@ def problems_of_image(image, options, app, volumes):
 def is_image_of(app, image):
     return image in (app, app + ':latest')
 
-# What a job is where docker, not Upstart, keeps it running: the arguments of `docker
-# create` before and after the image, and what the job gives its commands.
+# How docker keeps a job running: what `docker create` gets, and where it is to run.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
 
 DROPPED = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name', 'pull',
            'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
 HARMLESS = ('docker rm', 'docker stop', 'docker kill', 'docker pull', 'true', ':', 'set',
             'sleep', 'echo', 'exit')
-NO_EQUIVALENT = {
-    'chroot': 'the container has a root of its own; remove it',
-    'normal exit': 'docker restarts it whatever it exits with; remove it'}
 
 def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
     last = dict((stanza.name, stanza.value) for stanza in job)
     env = dict(each.value.partition('=')[::2] for each in job if each.name == 'env')
-    options, words = read_run([
-        word._replace(value=value) for word in only_run(job, app).words
-        for value in expand_word(word, env)])
+    options, words = read_run([each for word in only_run(job, app).words
+                               for each in expand_word(word, env)])
     given = ['--' + name + ('=' + value if value or name not in FLAGS else '')
              for name, value, _ in options if name not in DROPPED]
     given += ['--stop-signal=' + last['kill signal']] if 'kill signal' in last else []
@@ -836,16 +729,14 @@ def volume_of(app, path):
 
 def plain_container(release, env_file):
     """The Container of a release that brings no job: it runs as its Dockerfile says."""
-    app = release.app
-    options = ['--net=' + NETWORK, '--ip=' + release.address, '--net-alias=' + app,
+    app, address = release.app, release.address
+    given = ['--volume=%s:%s' % (volume_of(app, path), path) for path in release.volumes]
+    options = ['--net=' + NETWORK, '--ip=' + address, '--net-alias=' + app,
                '--env-file=' + env_file]
-    options += ['--volume=%s:%s' % (volume_of(app, path), path)
-                for path in release.volumes]
-    return Container(options, app, [], {}, '/', True, '10')
+    return Container(options + given, app, [], {}, '/', True, '10')
 
 def read_image(settings, config, proxied):
-    """(port, whether nginx passes requests to it, [volume path]) of a plain app.
-    settings: the Config of its image; proxied: whether it brings a proxy file"""
+    """(port, whether it is for nginx, [volume path]) by the Config of an app's image."""
     exposed = settings.get('ExposedPorts') or {}
     ports = sorted((int(port.split('/')[0]) for port in exposed if port.endswith('/tcp')))
     web = [int(port) for port in HTTP_PORTS[:-1] if int(port) in ports]
@@ -853,45 +744,39 @@ def read_image(settings, config, proxied):
     is_web = port is not None and bool(web or 'port' in config or proxied)
     return port, is_web, sorted(settings.get('Volumes') or {})
 
-def no_equivalent(place, what, remedy):
-    """The Failure for a Stanza or a Word."""
-    return job_failure(place.line, '`%s` cannot be had where docker instead of Upstart '
-                       'runs the app, as here: %s', printable(what), remedy)
+def refuse_here_if(wrong, place, what, remedy):
+    """Failure for a Stanza or a Word that only init could follow."""
+    refuse_if(wrong, 'upstart.conf:%d: `%s` cannot be had where docker instead of '
+              'Upstart runs the app, as here: %s', place.line, printable(what), remedy)
 
 def only_run(job, app):
     """The one `docker run` of a job, whose other commands can be left out."""
     main = main_of(job)[0]
     runs = [each for each in main.commands if each.name == 'docker run']
-    if len(runs) != 1:
-        raise no_equivalent(main, main.name, 'it must hold one `docker run`')
-    _, words, operator, redirected = runs[0]
-    wrong = redirected or operator.strip('\n;')
-    if wrong not in ('', '||', '&&'):
-        raise no_equivalent(words[0], wrong,
-                            'docker keeps what it prints: dockhand logs ' + app)
+    refuse_here_if(len(runs) != 1, main, main.name, 'it must hold one `docker run`')
+    ending = runs[0].ending.strip('\n;')
+    refuse_here_if(ending not in ('', '||', '&&'), runs[0].words[0], ending,
+                   'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
-        if stanza.name in NO_EQUIVALENT:
-            raise no_equivalent(stanza, stanza.name, NO_EQUIVALENT[stanza.name])
+        refuse_here_if(stanza.name in ('chroot', 'normal exit'), stanza, stanza.name,
+                       'remove it')
         around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
         for command in stanza.commands if around else []:
-            harmless = command.name in HARMLESS and command.operator != '|'
-            if command is not runs[0] and not harmless:
-                raise no_equivalent(command.words[0], command.name, 'do it in the '
-                                    'Dockerfile, or when the container starts')
+            known = command is runs[0] or command.name in HARMLESS
+            refuse_here_if(not known or command.ending == '|', command.words[0],
+                           command.name, 'do it in the Dockerfile or in what it starts')
     return runs[0]
 
 def expand_word(word, env):
-    """The values of a word, `$NAME` of the job's own env put in as the shell would."""
+    """[Word] for a Word, `$NAME` of the job's own env put in as the shell would."""
     def value(match):
         name, escaped = match.group('name', 'escaped')
-        if not escaped and name not in env:
-            raise no_equivalent(word, word.text, 'only the `env` of the job is known')
+        refuse_here_if(not escaped and name not in env, word, word.text,
+                       'only the `env` of the job is known')
         return escaped or env[name]
-    if word.text in ('"', "'"):
-        raise job_failure(word.line, 'a quote is not closed')
-    whole = unquote(word.text, value)
-    # alone and unquoted: the shell splits it
-    return whole.split() if re.match(r'\$\{?\w+\}?\Z', word.text) else [whole]
+    refuse_here_if(word.text in ('"', "'"), word, word.text, 'the quote is not closed')
+    whole, alone = unquote(word.text, value), re.match(r'\$\{?\w+\}?\Z', word.text)
+    return [word._replace(value=value) for value in (whole.split() if alone else [whole])]
 
 # ---- Proxy files (pure functions) ------------------------------------------------------
 
@@ -2563,31 +2448,32 @@ def upload_key(host, name, *apps):
     check_key_name(name)
     apps = tuple(check_app_name(app) for app in apps)
     uploaded = parse_public_keys(read_stdin())
-    for kind, blob in uploaded:
-        check_key_type(host, kind, blob)
+    for key in uploaded:
+        refuse_if(not fingerprint(host, *key), '"%s" is no key that OpenSSH here knows: '
+                  'make one with ssh-keygen -t ecdsa', printable(' '.join(key), 40))
     changed = change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
     where = ', '.join(apps) or 'every app'
-    for kind, blob in uploaded:
-        tell('%s %s %s may push %s', name, kind, fingerprint(blob), where)
+    for key in uploaded:
+        tell('%s %s %s may push %s', name, key[0], fingerprint(host, *key), where)
     log('key %s: may push %s', name, where)
     if not changed:
         tell('nothing changed')
 
-def check_key_type(host, kind, blob):
-    """This server's own ssh-keygen decides whether its sshd will know the key."""
+def fingerprint(host, kind, blob):
+    """A key's, by this server's own ssh-keygen; '' where its sshd will not know it."""
     import tempfile
     with tempfile.NamedTemporaryFile(suffix='.pub') as file:
         file.write(to_bytes('%s %s\n' % (kind, blob)))
         file.flush()
-        if host.ask(['ssh-keygen', '-l', '-f', file.name]).status:
-            raise Failure("this server's OpenSSH knows no %s keys like this: make one "
-                          'with ssh-keygen -t ecdsa', printable(kind))
+        status, out, _ = host.ask(['ssh-keygen', '-l', '-f', file.name])
+    return '' if status else out.split()[1]
 
 def list_keys(host):
     """list who may push, and which apps"""
     for key in split_authorized_keys(host.text(host.home(), KEYS))[1]:
         where = ' '.join(key.apps) or '(every app)'
-        tell('%-20s %-20s %s %s', key.name, key.type, fingerprint(key.blob), where)
+        shown = fingerprint(host, key.type, key.blob) or '(unknown to OpenSSH here)'
+        tell('%-20s %-20s %s %s', key.name, key.type, shown, where)
 
 def remove_key(host, name):
     """take the right to push away from a key"""
