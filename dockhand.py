@@ -901,10 +901,8 @@ Server = namedtuple('Server', 'place listens names')
 Listen = namedtuple('Listen', 'address port default place')
 ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
-NGINX_TOKEN = r'''(?xs)
-    (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
-  | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
-  '''
+NGINX_TOKEN = r'''(?xs) \#[^\n]* | (?P<mark>[;{}])
+  | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)'''
 
 def headed(app, what, text):
     """A pushed file under our line, which one copied from the server has already."""
@@ -918,13 +916,10 @@ def is_ours(text, app):
 
 MARK = '# dockhand: where requests go\n'
 MADE = "# dockhand: %s's proxy file, made at each push; `dockhand proxy %s` prints one\n"
-GENERATED = '''map $http_upgrade ${variable} {{
-    default upgrade;
-    '' '';
-}}
+GENERATED = '''map $http_upgrade ${variable} {{ default upgrade; '' ''; }}
 server {{
-    listen {listen};
-    server_name {names};
+    listen 80{default};
+    {more}server_name {names};
     client_max_body_size 100m;
     location / {{
         proxy_pass http://{app};
@@ -948,12 +943,10 @@ def render_proxy(app, domains, version, ipv6):
     nginx's, as a tuple. A client's idle connection outlives a reload by a second where
     nginx can do that: a request may be on its way already."""
     default = ' default_server' if '_' in domains.split() else ''
-    listen = '80%s;' % default + (
-        '\n    listen [::]:80%s%s;' % (default, '') if ipv6 else '')
-    text = GENERATED.format(app=app, names=domains, listen=listen[:-1],
+    more = 'listen [::]:80%s;\n    ' % default if ipv6 else ''
+    more += 'keepalive_min_timeout 1s;\n    ' if version >= (1, 27, 4) else ''
+    return GENERATED.format(app=app, names=domains, default=default, more=more,
                             variable='connection_' + re.sub(r'\W', '_', app))
-    slow = '    keepalive_min_timeout 1s;\n' if version >= (1, 27, 4) else ''
-    return text.replace('    location', slow + '    location')
 
 def upstream(app, address, port, version):
     """Where `proxy_pass http://APP` leads. The app may close an idle connection at any
@@ -971,7 +964,7 @@ def servers_of(text, path='nginx-proxy.conf'):
         if match.lastgroup == 'word':
             words.append(token.strip('"\''))
         elif match.lastgroup == 'mark':
-            place = '%s:%d' % (path, text.count('\n', 0, match.start()) + 1)
+            place = '%s:%d' % (path, line_at(match))
             if blocks == [['server']]:
                 read_directive(found[-1], words, place)
             elif (token, blocks, words) == ('{', [], ['server']):
@@ -990,8 +983,7 @@ def read_directive(server, words, place):
     `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
     if words[:1] == ['server_name']:
         for name in [word.lower() for word in words[1:]]:
-            both = [name[1:], '*' + name] if name.startswith('.') else [name]
-            server.names.extend(both)
+            server.names.extend([name[1:], '*' + name] if name[:1] == '.' else [name])
     elif words[:1] == ['listen'] and words[1:]:
         match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', words[1])
         address, port = match.groups() if match else (
@@ -1020,11 +1012,11 @@ def check_proxy(servers, others):
     shared = ['80'] + [listen.port for other in others for listen in other.listens
                        if listen.address in ALL]
     for server in servers:
-        ours = [port in ('80', '443') and not default
-                for _, port, default, _ in server.listens]
-        refuse_if(all(ours) and set(server.names) <= set(['', '_']),
-                  '%s: no request reaches this server: give it a server_name, or write '
-                  '`listen 80 default_server;`', server.place)
+        ours = [listen.port in ('80', '443') and not listen.default
+                for listen in server.listens]
+        refuse_if(all(ours) and set(server.names) <= set(['', '_']), '%s: no request '
+                  'reaches this server: give it a server_name, or write `listen 80 '
+                  'default_server;`', server.place)
         for address, port, _, place in server.listens:
             refuse_if(address not in ALL and port in shared, '%s: `listen %s:%s` would '
                       'take all requests to that address: write `listen %s;`',
@@ -1032,6 +1024,8 @@ def check_proxy(servers, others):
         for claim, place in server_claims(server):
             refuse_if(claim in taken, '%s: %s, by %s: change one of the two',
                       place, printable(claim, 160), taken.get(claim))
+
+CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
 
 def render_catch_all(servers, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
@@ -1041,25 +1035,24 @@ def render_catch_all(servers, version, ipv6):
     claimed = any(listen.default and listen.port == '80' for listen in listens)
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
     first = version >= (1, 3, 10) or claimed
-    plain = ['listen 80;' if first else 'listen 80 default_server;']
+    plain = '    listen 80%s;\n' % ('' if first else ' default_server')
     if ipv6 and ('[::]', '80') in used:
         only = ' ipv6only=on' if version < (1, 3, 4) else ''
-        plain.append('listen [::]:80%s;' % only)
-    blocks = [plain + ['server_name _;', 'return 404;']]
-    secure = ['listen %s443 ssl;' % ('' if address == '*' else address + ':')
-              for address in ALL if (address, '443') in used]
-    if secure and version >= (1, 19, 4):
-        blocks.append(secure + ['server_name _;', 'ssl_reject_handshake on;'])
-    return '# dockhand: what no app answers to; written anew when the apps change\n' + \
-        ''.join('server {\n    %s\n}\n' % '\n    '.join(block) for block in blocks)
+        plain += '    listen [::]:80%s;\n' % only
+    secure = ''.join('    listen %s443 ssl;\n' % place for address, place in (
+        ('*', ''), ('[::]', '[::]:')) if (address, '443') in used)
+    said = '# dockhand: what no app answers to; written anew when the apps change\n'
+    rejected = secure and version >= (1, 19, 4)
+    return said + CATCH % (plain, 'return 404') + (
+        CATCH % (secure, 'ssl_reject_handshake on') if rejected else '')
 
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
     included = catch_all + ''.join('include %s;\n' % path for path in paths)
     text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
                           lambda match: included, text)
-    refuse_if(not count, '%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
-              'block', NGINX, PROXIES)
+    refuse_if(not count, '/etc/nginx/nginx.conf does not `include /etc/nginx/conf.d/'
+              '*.conf;`: add it to its http block')
     return 'pid /dev/null; ' + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
 # ---- Docker and nginx ------------------------------------------------------------------

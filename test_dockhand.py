@@ -933,15 +933,12 @@ def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
         'blog', [], {}, '/', True, '10')
 
-GENERATED = '''map $http_upgrade $connection_{0} {{
-    default upgrade;
-    '' '';
-}}
+GENERATED = '''map $http_upgrade $connection_{0} {{ default upgrade; '' ''; }}
 server {{
     listen 80{2};{3}
-    server_name {1};
+{4}    server_name {1};
     client_max_body_size 100m;
-{4}    location / {{
+    location / {{
         proxy_pass http://{5};
         proxy_http_version 1.1;
         proxy_set_header Host $http_host;
