@@ -953,8 +953,8 @@ def upstream(app, address, port, version):
         app, address, port, limit)
 
 def servers_of(text, path='nginx-proxy.conf'):
-    """The server blocks of a file in conf.d, as [Server]; lenient, since `nginx -t` has
-    the last word. blocks: the words before each brace that is open."""
+    """The server blocks of a file in conf.d, as [Server]; `nginx -t` has the last word.
+    blocks: the words before each brace that is open."""
     found, blocks, words = [], [], []
     for match in re.finditer(NGINX_TOKEN, text):
         token = match.group()
@@ -976,8 +976,7 @@ def servers_of(text, path='nginx-proxy.conf'):
         names=server.names or ['']) for server in found]
 
 def read_directive(server, words, place):
-    """Note what a Server is told: `server_name NAME...`, or
-    `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
+    """Note `server_name NAME...` or `listen [ADDRESS:]PORT|unix:PATH ...` of a Server."""
     if words[:1] == ['server_name']:
         for name in [word.lower() for word in words[1:]]:
             server.names.extend([name[1:], '*' + name] if name[:1] == '.' else [name])
@@ -1002,9 +1001,9 @@ def server_claims(server):
             yield 'server_name "%s" is taken on port %s' % (name, port), server.place
 
 def check_proxy(servers, others):
-    """Failure where these take what other servers of the machine have, or one of them
-    gets no request, or all to an address: a server on one address of a shared port does,
-    whatever its name. On port 80 000-dockhand.conf answers to unknown names."""
+    """Failure where these take what others have, or one of them gets no request, since
+    000-dockhand.conf answers to unknown names, or all of an address: it does, whatever
+    its name, if it alone has the address and another has the port."""
     taken = dict(claim for other in others for claim in server_claims(other))
     shared = ['80'] + [listen.port for other in others for listen in other.listens
                        if listen.address in ALL]
@@ -1030,17 +1029,16 @@ def render_catch_all(servers, version, ipv6):
     used = set((listen.address, listen.port) for listen in listens)
     claimed = any(listen.default and listen.port == '80' for listen in listens)
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
-    first = version >= (1, 3, 10) or claimed
-    plain = '    listen 80%s;\n' % ('' if first else ' default_server')
-    if ipv6 and ('[::]', '80') in used:
-        only = ' ipv6only=on' if version < (1, 3, 4) else ''
-        plain += '    listen [::]:80%s;\n' % only
+    default = '' if claimed or version >= (1, 3, 10) else ' default_server'
+    only = ' ipv6only=on' if version < (1, 3, 4) else ''
+    plain = '    listen 80%s;\n' % default + (
+        '    listen [::]:80%s;\n' % only if ipv6 and ('[::]', '80') in used else '')
+    text = '# dockhand: what no app answers to; written anew when the apps change\n'
+    text += CATCH % (plain, 'return 404')
     secure = ''.join('    listen %s443 ssl;\n' % place for address, place in (
         ('*', ''), ('[::]', '[::]:')) if (address, '443') in used)
-    said = '# dockhand: what no app answers to; written anew when the apps change\n'
-    rejected = secure and version >= (1, 19, 4)
-    return said + CATCH % (plain, 'return 404') + (
-        CATCH % (secure, 'ssl_reject_handshake on') if rejected else '')
+    return text + (CATCH % (secure, 'ssl_reject_handshake on')
+                   if secure and version >= (1, 19, 4) else '')
 
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
@@ -2132,7 +2130,7 @@ def complete_plain(host, release, settings):
     """The Release of a plain app, with what its image and config say; its address and
     proxy file. settings: the Config of its image"""
     app, config = release.app, release.config
-    if (release.proxy or '').startswith(MADE % (app, app)):
+    if is_made(release):
         release = release._replace(proxy=None)
     port, web, volumes = read_image(settings, config, release.proxy)
     for name in volumes_of(host, app) if not live_release(host, app) else []:
@@ -2281,6 +2279,10 @@ def ports_text(release):
         return ', '.join(published_ports(job_of(release))) or 'none'
     return '%s on %s' % (release.port or 'none', release.address)
 
+def is_made(release):
+    """Whether its proxy file was made here, not pushed."""
+    return (release.proxy or '').startswith(MADE % (release.app, release.app))
+
 def address_text(release):
     """The address that a person would type for a web app; of another app, its ports."""
     for server in servers_of(release.proxy or ''):
@@ -2310,8 +2312,8 @@ def show_address(host, release):
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
     detail('%s leads %s: point it here in DNS, or %s', name,
            'to ' + there[0] if there else 'nowhere yet',
-           'take every name with `listen 80 default_server;`' if release.job else
-           'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app)
+           'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app
+           if is_made(release) else 'take every name with `listen 80 default_server;`')
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
@@ -2435,7 +2437,7 @@ def docker_problems(host, path):
     podman, snap = 'podman' in (out + err).lower(), os.path.realpath(path)[:5] == '/snap'
     old = not (status or podman or is_upstart(host)) and docker_version(host) < (1, 11)
     bring = 'apt-get install docker.io'
-    return [(snap and 'a snap of docker sees little', 'snap remove docker; ' + bring),
+    return [(snap and 'a snap cannot read /var/lib', 'snap remove docker; ' + bring),
             (podman and 'docker is podman', bring),
             (status and 'docker does not answer: ' + last_line(err),
              'service docker start || dockerd &'),
@@ -2484,9 +2486,9 @@ def disable_default_site(host):
 def sudo_problem(host):
     """What keeps the git user from running its one command, as a hook will, or None."""
     status, _, err = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
-    return status and ('the user %s cannot run %s by sudo (%s): /etc/sudoers must have '
-                       '`#includedir %s`' % (host.user, RECEIVE, last_line(err),
-                                             os.path.dirname(SUDOERS)))
+    return status and (
+        'the user %s cannot run %s by sudo (%s): /etc/sudoers must have `#includedir '
+        '/etc/sudoers.d`' % (host.user, RECEIVE, last_line(err)))
 
 def sshd_problems(host):
     """Options of sshd that keep the git user or its keys out: rows for `demand`."""
@@ -2581,13 +2583,10 @@ def remove_key(host, name):
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
-    found = [live_release(host, app) for app in list_apps(host)]
-    for live in filter(None, found):
+    for live in filter(None, [live_release(host, app) for app in list_apps(host)]):
         state = 'running' if engine_of(host, live).state(live).alive else (
             'stopped' if is_stopped(host, live.app) else 'DOWN')
         tell('%-16s %-8s %s %s', live.app, state, origin_text(live), address_text(live))
-    if not any(found):
-        tell('no apps yet')
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
@@ -2656,9 +2655,8 @@ def earlier_release(host, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more."""
     found = [each for each in kept_releases(host, live.app)
              if each.number != live.number and number in (None, str(each.number))]
-    wanted = number and 'release %s is not one' % printable(number)
-    refuse_if(not found, '%s to go back to: see dockhand releases %s',
-              wanted or 'there is no other release', live.app)
+    refuse_if(not found, 'no %s to go back to: see dockhand releases %s',
+              'release ' + printable(number) if number else 'other release', live.app)
     tag = image_tag(found[0])
     refuse_if([each['Id'] for each in inspect(host, tag)] != [found[0].image],
               'its image %s was removed, so nothing has changed: choose another', tag)
@@ -2685,7 +2683,7 @@ def config(host, app, *changes, **options):
             save_config(host, app, wanted)
             tell('%s: noted for its first push', app)
         else:
-            own = live.job or live.proxy and not live.proxy.startswith(MADE % (app, app))
+            own = live.job or live.proxy and not is_made(live)
             refuse_if(own and 'domains' in changed and 'domains' in wanted, 'the domains '
                       'of %s are the server_name of its own nginx-proxy.conf', app)
             check_edited(host, live, live)
@@ -2718,8 +2716,7 @@ def proxy(host, app):
 
 def destroy(host, app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
-    check_app_name(app)
-    there = app in list_apps(host) or os.path.isdir(repository(host, app))
+    there = check_app_name(app) in list_apps(host) or os.path.isdir(repository(host, app))
     refuse_if(not there, 'no app %s here: see dockhand apps', app)
     if not force and sys.stdin.isatty():
         tell('This removes %s and its repository for good. Type its name again:', app)

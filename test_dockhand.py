@@ -2087,7 +2087,7 @@ def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain
     dh.recover(plain.host)
     dh.apps(plain.host)
     assert not re.search('live|releases', str(plain.files('/home')))
-    assert capfd.readouterr().out == 'no apps yet\n'
+    assert capfd.readouterr().out == ''
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder away')
 def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
@@ -2340,9 +2340,9 @@ def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machi
 
 @table('number, said', '''
     1 => its image blog:1 was removed, so nothing has changed: choose another
-    2 => release 2 is not one to go back to: see dockhand releases blog
-    3 => release 3 is not one to go back to: see dockhand releases blog
-    x => release x is not one to go back to: see dockhand releases blog''')
+    2 => no release 2 to go back to: see dockhand releases blog
+    3 => no release 3 to go back to: see dockhand releases blog
+    x => no release x to go back to: see dockhand releases blog''')
 def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     pushed(machine, SHA_2)
     assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
@@ -2354,7 +2354,7 @@ def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
 def test_a_first_release_has_none_to_go_back_to(machine):
     machine.lives(FILES)
     assert refusal(dh.rollback, machine.host, 'blog') == (
-        'there is no other release to go back to: see dockhand releases blog')
+        'no other release to go back to: see dockhand releases blog')
 
 @table('init, broken', '''
     none    => docker stop
@@ -2984,6 +2984,15 @@ def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     live = dh.live_release(plain.host, 'blog')
     assert not live.web and live.proxy is None and plain.served == {}
     assert plain.containers['blog--2']['env'] == ''
+
+@each('own', 'job proxy')
+def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, own):
+    plain.lives(FILES if own == 'job' else an_app('one', 'EXPOSE 8000', PUSHED))
+    before = plain.whole()
+    assert 'the server_name of its own nginx-proxy.conf' in refusal(
+        dh.config, plain.host, 'blog', 'domains=a.org')
+    assert plain.changed(before) == []
+    dh.config(plain.host, 'blog', 'timeout=9')
 
 def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
     plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
