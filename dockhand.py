@@ -1031,14 +1031,14 @@ def render_catch_all(servers, version, ipv6):
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
     default = '' if claimed or version >= (1, 3, 10) else ' default_server'
     only = ' ipv6only=on' if version < (1, 3, 4) else ''
-    plain = '    listen 80%s;\n' % default + (
-        '    listen [::]:80%s;\n' % only if ipv6 and ('[::]', '80') in used else '')
+    plain = '    listen 80%s;\n' % default
+    plain += '    listen [::]:80%s;\n' % only if ipv6 and ('[::]', '80') in used else ''
+    secure = '    listen 443 ssl;\n' if ('*', '443') in used else ''
+    secure += '    listen [::]:443 ssl;\n' if ('[::]', '443') in used else ''
     text = '# dockhand: what no app answers to; written anew when the apps change\n'
-    text += CATCH % (plain, 'return 404')
-    secure = ''.join('    listen %s443 ssl;\n' % place for address, place in (
-        ('*', ''), ('[::]', '[::]:')) if (address, '443') in used)
-    return text + (CATCH % (secure, 'ssl_reject_handshake on')
-                   if secure and version >= (1, 19, 4) else '')
+    rejects = secure and version >= (1, 19, 4)
+    return text + CATCH % (plain, 'return 404') + (
+        CATCH % (secure, 'ssl_reject_handshake on') if rejects else '')
 
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
@@ -2573,11 +2573,9 @@ def list_keys(host):
 
 def remove_key(host, name):
     """take the right to push away from a key"""
-    def without(keys):
-        kept = [key for key in keys if key.name != name]
-        refuse_if(kept == keys, 'no key is named "%s": dockhand keys', printable(name))
-        return kept
-    change_keys(host, without)
+    known = [key.name for key in split_authorized_keys(host.text(host.home(), KEYS))[1]]
+    refuse_if(name not in known, 'no key is named "%s": dockhand keys', printable(name))
+    change_keys(host, lambda keys: [key for key in keys if key.name != name])
     log('key %s: removed', name)
     tell('%s may push no longer', name)
 
