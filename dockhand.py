@@ -785,10 +785,8 @@ Server = namedtuple('Server', 'place listens names')
 Listen = namedtuple('Listen', 'address port default place')
 ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
-NGINX_TOKEN = r'''(?xs)
-    (?P<blank>\s+) | (?P<comment>\#[^\n]*) | (?P<mark>[;{}])
-  | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)
-  '''
+NGINX_TOKEN = r'''(?xs) \#[^\n]* | (?P<mark>[;{}])
+  | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)'''
 
 def headed(app, what, text):
     """A pushed file under our line, which one copied from the server has already."""
@@ -802,13 +800,10 @@ def is_ours(text, app):
 
 MARK = '# dockhand: where requests go\n'
 MADE = "# dockhand: %s's proxy file, made at each push; `dockhand proxy %s` prints one\n"
-GENERATED = '''map $http_upgrade ${variable} {{
-    default upgrade;
-    '' '';
-}}
+GENERATED = '''map $http_upgrade ${variable} {{ default upgrade; '' ''; }}
 server {{
-    listen {listen};
-    server_name {names};
+    listen 80{default};
+    {more}server_name {names};
     client_max_body_size 100m;
     location / {{
         proxy_pass http://{app};
@@ -820,42 +815,37 @@ server {{
         proxy_set_header X-Forwarded-Proto $scheme;
         proxy_set_header Upgrade $http_upgrade;
         proxy_set_header Connection ${variable};
-        proxy_connect_timeout 5s;
-        proxy_read_timeout 10m;
-        proxy_send_timeout 10m;
+        proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
     }}
 }}
 '''
 
 def render_proxy(app, domains, version, ipv6):
-    """The proxy file of a web app that brings none. domains: as in config; version:
-    nginx's, as a tuple. A client's idle connection outlives a reload by a second where
-    nginx can do that: a request may be on its way already."""
+    """The proxy file of a web app that brings none. A client's idle connection outlives
+    a reload by a second, where nginx can do that: a request may be on its way already."""
     default = ' default_server' if '_' in domains.split() else ''
-    listen = '80%s;' % default + (
-        '\n    listen [::]:80%s%s;' % (default, '') if ipv6 else '')
-    text = GENERATED.format(app=app, names=domains, listen=listen[:-1],
+    more = 'listen [::]:80%s;\n    ' % default if ipv6 else ''
+    more += 'keepalive_min_timeout 1s;\n    ' if version >= (1, 27, 4) else ''
+    return GENERATED.format(app=app, names=domains, default=default, more=more,
                             variable='connection_' + re.sub(r'\W', '_', app))
-    slow = '    keepalive_min_timeout 1s;\n' if version >= (1, 27, 4) else ''
-    return text.replace('    location', slow + '    location')
 
 def upstream(app, address, port, version):
-    """Where `proxy_pass http://APP` leads. The app may close an idle connection at any
-    time: ours are closed first, where nginx can do that."""
+    """Where `proxy_pass http://APP` leads. Where nginx can do that, it closes an idle
+    connection before the app may."""
     limit = '    keepalive_timeout 1s;\n' if version >= (1, 15, 3) else ''
     return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 16;\n%s}\n' % (
         app, address, port, limit)
 
 def servers_of(text, path='nginx-proxy.conf'):
-    """The server blocks of a file in conf.d, as [Server]; lenient, since `nginx -t` has
-    the last word. blocks: the words before each brace that is open."""
+    """The server blocks of a file in conf.d, as [Server]; `nginx -t` has the last word.
+    blocks: the words before each brace that is open."""
     found, blocks, words = [], [], []
     for match in re.finditer(NGINX_TOKEN, text):
         token = match.group()
         if match.lastgroup == 'word':
             words.append(token.strip('"\''))
         elif match.lastgroup == 'mark':
-            place = '%s:%d' % (path, text.count('\n', 0, match.start()) + 1)
+            place = '%s:%d' % (path, line_at(match))
             if blocks == [['server']]:
                 read_directive(found[-1], words, place)
             elif (token, blocks, words) == ('{', [], ['server']):
@@ -870,12 +860,10 @@ def servers_of(text, path='nginx-proxy.conf'):
         names=server.names or ['']) for server in found]
 
 def read_directive(server, words, place):
-    """Note what a Server is told: `server_name NAME...`, or
-    `listen [ADDRESS:]PORT|unix:PATH [default_server] ...`."""
+    """Note `server_name NAME...` or `listen [ADDRESS:]PORT|unix:PATH ...` of a Server."""
     if words[:1] == ['server_name']:
         for name in [word.lower() for word in words[1:]]:
-            both = [name[1:], '*' + name] if name.startswith('.') else [name]
-            server.names.extend(both)
+            server.names.extend([name[1:], '*' + name] if name[:1] == '.' else [name])
     elif words[:1] == ['listen'] and words[1:]:
         match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', words[1])
         address, port = match.groups() if match else (
@@ -897,18 +885,17 @@ def server_claims(server):
             yield 'server_name "%s" is taken on port %s' % (name, port), server.place
 
 def check_proxy(servers, others):
-    """Failure where these take what other servers of the machine have, or one of them
-    gets no request, or all to an address: a server on one address of a shared port does,
-    whatever its name. On port 80 000-dockhand.conf answers to unknown names."""
+    """Failure where these take what others have, or one of them gets no request, since
+    000-dockhand.conf answers to unknown names, or all of an address: it does, whatever
+    its name, if it alone has the address and another has the port."""
     taken = dict(claim for other in others for claim in server_claims(other))
     shared = ['80'] + [listen.port for other in others for listen in other.listens
                        if listen.address in ALL]
     for server in servers:
-        ours = [port in ('80', '443') and not default
-                for _, port, default, _ in server.listens]
-        refuse_if(all(ours) and set(server.names) <= set(['', '_']),
-                  '%s: no request reaches this server: give it a server_name, or write '
-                  '`listen 80 default_server;`', server.place)
+        ours = [listen.port in ('80', '443') and not listen.default
+                for listen in server.listens]
+        refuse_if(all(ours) and set(server.names) <= set(['', '_']), '%s: no request '
+                  'reaches this server: give it a name, or default_server', server.place)
         for address, port, _, place in server.listens:
             refuse_if(address not in ALL and port in shared, '%s: `listen %s:%s` would '
                       'take all requests to that address: write `listen %s;`',
@@ -917,6 +904,8 @@ def check_proxy(servers, others):
             refuse_if(claim in taken, '%s: %s, by %s: change one of the two',
                       place, printable(claim, 160), taken.get(claim))
 
+CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
+
 def render_catch_all(servers, version, ipv6):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
     servers: those of nginx's other files; version: nginx's, as a tuple"""
@@ -924,26 +913,24 @@ def render_catch_all(servers, version, ipv6):
     used = set((listen.address, listen.port) for listen in listens)
     claimed = any(listen.default and listen.port == '80' for listen in listens)
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
-    first = version >= (1, 3, 10) or claimed
-    plain = ['listen 80;' if first else 'listen 80 default_server;']
-    if ipv6 and ('[::]', '80') in used:
-        only = ' ipv6only=on' if version < (1, 3, 4) else ''
-        plain.append('listen [::]:80%s;' % only)
-    blocks = [plain + ['server_name _;', 'return 404;']]
-    secure = ['listen %s443 ssl;' % ('' if address == '*' else address + ':')
-              for address in ALL if (address, '443') in used]
-    if secure and version >= (1, 19, 4):
-        blocks.append(secure + ['server_name _;', 'ssl_reject_handshake on;'])
-    return '# dockhand: what no app answers to; written anew when the apps change\n' + \
-        ''.join('server {\n    %s\n}\n' % '\n    '.join(block) for block in blocks)
+    default = '' if claimed or version >= (1, 3, 10) else ' default_server'
+    only = ' ipv6only=on' if version < (1, 3, 4) else ''
+    plain = '    listen 80%s;\n' % default
+    plain += '    listen [::]:80%s;\n' % only if ipv6 and ('[::]', '80') in used else ''
+    secure = '    listen 443 ssl;\n' if ('*', '443') in used else ''
+    secure += '    listen [::]:443 ssl;\n' if ('[::]', '443') in used else ''
+    text = '# dockhand: what no app answers to; written anew when the apps change\n'
+    rejects = secure and version >= (1, 19, 4)
+    return text + CATCH % (plain, 'return 404') + (
+        CATCH % (secure, 'ssl_reject_handshake on') if rejects else '')
 
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
     included = catch_all + ''.join('include %s;\n' % path for path in paths)
     text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
                           lambda match: included, text)
-    refuse_if(not count, '%s/nginx.conf has no `include %s/*.conf;`: add it to its http '
-              'block', NGINX, PROXIES)
+    refuse_if(not count, '/etc/nginx/nginx.conf does not `include /etc/nginx/conf.d/'
+              '*.conf;`: add it to its http block')
     return 'pid /dev/null; ' + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
 # ---- Docker and nginx ------------------------------------------------------------------
@@ -2021,7 +2008,7 @@ def complete_plain(host, release, settings):
     """The Release of a plain app, with what its image and config say; its address and
     proxy file. settings: the Config of its image"""
     app, config = release.app, release.config
-    if (release.proxy or '').startswith(MADE % (app, app)):
+    if is_made(release):
         release = release._replace(proxy=None)
     port, web, volumes = read_image(settings, config, release.proxy)
     for name in volumes_of(host, app) if not live_release(host, app) else []:
@@ -2153,12 +2140,11 @@ def remove_release(host, release):
 
 def show_plan(host, live, release):
     step('What a push of this would change:')
-    old = live or release._replace(job='', proxy='', image='')
-    for name, was, now in (('upstart.conf', old.job, release.job),
-                           ('nginx-proxy.conf', old.proxy, release.proxy),
-                           ('ports', ports_text(live), ports_text(release)),
-                           ('image', old.image, release.image)):
-        diff = diff_text(was or '', now or '', 'live/' + name, 'new/' + name)
+    was, now = [(each.job, each.proxy, ports_text(each), each.image) if each else
+                ('', '', 'none', '') for each in (live, release)]
+    names = ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image')
+    for name, old, new in zip(names, was, now):
+        diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
         detail(diff or name + ': no change')
     gap = 'none' if not live or hands_over(live, release) else (
         'one stop and one start of the service')
@@ -2167,20 +2153,25 @@ def show_plan(host, live, release):
            free_bytes(host, STATE) / 1e6)
 
 def ports_text(release):
-    if release and not release.job:
-        return '%s on %s' % (release.port or 'none', release.address)
-    return ', '.join(published_ports(job_of(release)) if release else []) or 'none'
+    if release.job:
+        return ', '.join(published_ports(job_of(release))) or 'none'
+    return '%s on %s' % (release.port or 'none', release.address)
+
+def is_made(release):
+    """Whether its proxy file was made here, not pushed."""
+    return (release.proxy or '').startswith(MADE % (release.app, release.app))
 
 def address_text(release):
     """The address that a person would type for a web app; of another app, its ports."""
     for server in servers_of(release.proxy or ''):
         _, port, default, _ = server.listens[0]
-        names = [name for name in server.names
-                 if re.match(r'[a-z0-9][a-z0-9._-]*\Z', name)]
+        names = [name.replace('*', 'ANY.DOMAIN') for name in server.names
+                 if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
         names += [os.uname()[1]] if default else []
         if names and port:
+            name = sorted(names, key=lambda name: '.' not in name)[0]
             shape = {'80': 'http://%s/', '443': 'https://%s/'}
-            return shape.get(port, 'http://%s:' + port + '/') % names[0]
+            return shape.get(port, 'http://%s:' + port + '/') % name
     return 'ports ' + ports_text(release) if release.job else kind_text(release)
 
 def show_address(host, release):
@@ -2191,18 +2182,16 @@ def show_address(host, release):
         return step('%s: %s', app, address)
     name, port = match.groups()
     status = fetch_status(name, int(port[1:] or 80))
-    found = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()
-    to = found[0] if found else '192.0.2.1'
-    route = host.ask(['timeout', '2', 'ip', 'route', 'get', to]).out
-    if re.match(r'local (?!127\.|::1 )', route):
+    there = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()[:1]
+    own = host.ask(['hostname', '-I']).out.split() or os.uname()[1:2]
+    if there and there[0] in own:
         return step('%s: %s answers %s', app, address, status)
-    own = (re.findall(r'src (\S+)', route) + [os.uname()[1]])[0]
-    here = ('[%s]' if ':' in own else '%s') % own + port
+    here = ('[%s]' if ':' in own[0] else '%s') % own[0] + port
     step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
-    other = 'take every name with `listen 80 default_server;`' if release.job else (
-        'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app)
     detail('%s leads %s: point it here in DNS, or %s', name,
-           'to ' + to if found else 'nowhere yet', other)
+           'to ' + there[0] if there else 'nowhere yet',
+           'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app
+           if is_made(release) else 'take every name with `listen 80 default_server;`')
 
 def fetch_status(name, port):
     """What nginx on this machine answers to a request for a host name: `200`."""
@@ -2227,18 +2216,16 @@ def serve(host, name, *apps):
     if not os.path.isdir(folder):
         refuse_if(verb == 'upload-pack', 'no app %s here; a first push makes it', app)
         check_host_names(host, app)
-        make_repository(host, app, folder)
-    kept = ('PATH', 'HOME', 'USER', 'LOGNAME', 'LANG', 'SSH_CONNECTION', 'GIT_PROTOCOL')
-    env = dict((word, os.environ[word]) for word in kept if word in os.environ)
-    env.update(DOCKHAND_APP=app, DOCKHAND_KEY=name)
+        make_repository(host, folder)
+    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app, DOCKHAND_KEY=name,
+               GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
     os.execvpe('git', ['git', verb, folder], env)
 
-def make_repository(host, app, folder):
+def make_repository(host, folder):
     """A bare repository with our hooks, there whole or not at all."""
-    home = os.path.dirname(folder)
-    temporary = os.path.join(home, '.%s.%d' % (app, os.getpid()))
+    temporary = '%s.%d' % (folder, os.getpid())
     host.run(['git', '-c', 'init.defaultBranch=main', 'init', '-q', '--bare',
-              '--template=' + host.path(TEMPLATE), temporary], cwd=home)
+              '--template=' + host.path(TEMPLATE), temporary])
     try:
         os.rename(temporary, folder)
     except OSError:                         # another first push was faster
@@ -2259,8 +2246,8 @@ def receive(host, hook, app='', key='', *ref):
         raise Failure('this is for the hooks of a repository')
 
 def after_push(host, app):
-    """Once a release is live: remove what is too old, say where the app answers.
-    After a push nothing depends on it, since it does not run when the pusher is gone."""
+    """Remove what is too old, say where the app answers. Nothing depends on it: git does
+    not run it when the pusher is gone."""
     with app_lock(host, app, 'the clean-up of ' + app) as live:
         if live:
             git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
@@ -2284,9 +2271,8 @@ def hang_up(host):
 # ---- Installing: what dockhand puts on a machine, and whether it is there --------------
 
 def installed_parts(host):
-    """Every file that `install` writes, as [(path, text, mode)].
-    The launchers are for the interpreter that runs now, isolated. They neither collect
-    garbage nor take the interpreter down: 7 of a start's 30 ms."""
+    """Every file that `install` writes, as [(path, text, mode)]. The launchers neither
+    collect garbage nor take the interpreter down: 7 of a start's 30 ms."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
     launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
                        flags='-Es' if PYTHON_2 else '-IS', user=host.user)
@@ -2297,18 +2283,17 @@ def installed_parts(host):
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
         (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
         (CATCH_ALL, catch_all_text(host, proxy_servers(host)), 0o644)]
-    if is_systemd(host):
-        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
-    elif is_upstart(host):
-        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
-    folders = ['%s/%s.git' % (host.home(), app) for app in list_apps(host)]
-    folders = [TEMPLATE] + [each for each in folders if os.path.isdir(host.path(each))]
+    boot = [(UNIT, UNIT_TEXT)] if is_systemd(host) else (
+        [(BOOT_JOB, BOOT_JOB_TEXT)] if is_upstart(host) else [])
+    parts += [(path, text.format(program=PROGRAM), 0o644) for path, text in boot]
+    folders = [TEMPLATE] + ['%s/%s.git' % (host.home(), app) for app in list_apps(host)
+                            if os.path.isdir(repository(host, app))]
     return parts + [(folder + '/hooks/' + name, text, 0o755)
                     for folder in folders for name, text in HOOKS]
 
-PACKAGES = (('git', 'git'), ('nginx', 'nginx'),
+PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
-            ('sudo', 'sudo'), ('visudo', 'sudo'), ('useradd', 'passwd'))
+            ('visudo', 'sudo'), ('useradd', 'passwd'))
 
 def demand(rows):
     """Tell every problem, of [(what is wrong or nothing, what to type)]; Failure then."""
@@ -2319,36 +2304,33 @@ def demand(rows):
 
 def requirements(host):
     """Whether this machine has what dockhand calls, as rows for `demand`."""
-    return [docker_problem(host)] + [
-        (not host.ask(['which', name]).out.strip() and name + ' is missing',
-         'apt-get install ' + package) for name, package in PACKAGES]
+    paths = dict((name, host.ask(['which', name]).out.strip()) for name, _ in PACKAGES)
+    rows = [(not paths[name] and name + ' is missing', 'apt-get install ' + package)
+            for name, package in PACKAGES]
+    return rows + (docker_problems(host, paths['docker']) if paths['docker'] else [])
 
-def docker_problem(host):
-    """What keeps docker from running apps, or nothing, and what to type."""
-    path, bring = host.ask(['which', 'docker']).out.strip(), 'apt-get install docker.io'
-    if not path:
-        return 'docker is missing', bring
-    if os.path.realpath(path).startswith('/snap'):
-        return 'a snap of docker cannot read /var/lib', 'snap remove docker; ' + bring
+def docker_problems(host, path):
+    """What keeps the docker at a path from running apps: rows for `demand`."""
     status, out, err = host.ask(['docker', 'version'])
-    if 'podman' in (out + err).lower():
-        return 'docker is podman', bring
-    if status:
-        return ('docker does not answer: ' + last_line(err),
-                'service docker start || dockerd &')
-    old = docker_version(host) < (1, 11) and not is_upstart(host)
-    return old and 'docker is older than 1.11, and init is not Upstart', bring
+    podman, snap = 'podman' in (out + err).lower(), os.path.realpath(path)[:5] == '/snap'
+    old = not (status or podman or is_upstart(host)) and docker_version(host) < (1, 11)
+    bring = 'apt-get install docker.io'
+    return [(snap and 'a snap cannot read /var/lib', 'snap remove docker; ' + bring),
+            (podman and 'docker is podman', bring),
+            (status and 'docker does not answer: ' + last_line(err),
+             'service docker start || dockerd &'),
+            (old and 'docker is older than 1.11, and init is not Upstart', bring)]
 
 def ensure_user(host):
     """Make the git user where there is none; True if there was none."""
     account, user = host.account(), host.user
-    if account is None:
+    refuse_if(account and (account.shell.endswith(('nologin', 'git-shell', 'false'))
+                           or account.uid == 0), "the user %s is somebody else's: "
+              'dockhand.py install --user NAME takes another', user)
+    if not account:
         host.run('useradd -m -d /home/{0} -s /bin/sh -p * {0}'.format(user).split())
         tell('made the user ' + user)
-    elif account.shell.endswith(('nologin', 'git-shell', 'false')) or account.uid == 0:
-        raise Failure("the user %s is somebody else's (its shell is %s): dockhand.py "
-                      'install --user NAME takes another', user, account.shell)
-    return account is None
+    return not account
 
 def install_part(host, name, text, mode):
     """Write a file, the git user's under its home, after those who read it found nothing
@@ -2358,29 +2340,26 @@ def install_part(host, name, text, mode):
             host.run(['visudo', '-c', '-q', '-f', new])
         problem = try_nginx(host, 'dockhand', '') if name == CATCH_ALL else ''
         refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
-    path = host.path(name)
-    if not os.path.isdir(os.path.dirname(path)):
-        make_folder(os.path.dirname(path))
+    folder = os.path.dirname(host.path(name))
+    if not os.path.isdir(folder):
+        make_folder(folder)
     owner = host.account() if name.startswith(host.home() + '/') else None
-    changed = replace_file(path, text, mode, owner, check)
-    if changed:
+    if replace_file(host.path(name), text, mode, owner, check):
         tell('wrote ' + name)
-    return changed
+        return True
 
 def disable_default_site(host):
     """Move the distribution's default site, which claims `default_server`, out of the way
-    if it is as its package brought it, by dpkg's own checksum."""
+    if it is as its package brought it, by dpkg's own checksum; True if it was moved."""
     import hashlib
     query = ['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']
-    for site, packaged in (('sites-enabled/default', 'sites-available/default'),
-                           ('conf.d/default.conf', 'conf.d/default.conf')):
-        text, packaged = host.text(NGINX, site), '%s/%s' % (NGINX, packaged)
+    for site in ('/etc/nginx/sites-enabled/default', '/etc/nginx/conf.d/default.conf'):
+        text, packaged = host.text(site), site.replace('enabled', 'available')
         known = '%s %s' % (packaged, hashlib.md5(to_bytes(text)).hexdigest())
         if text and known in host.ask(query).out:
-            os.rename(host.path(NGINX, site), host.path(packaged + '.disabled'))
+            os.rename(host.path(site), host.path(packaged + '.disabled'))
             tell("disabled nginx's default site: it is %s.disabled now", packaged)
             return True
-    return False
 
 def sudo_problem(host):
     """What keeps the git user from running its one command, as a hook will, or None."""
@@ -2389,12 +2368,15 @@ def sudo_problem(host):
         'the user %s cannot run %s by sudo (%s): /etc/sudoers must have `#includedir '
         '/etc/sudoers.d`' % (host.user, RECEIVE, last_line(err)))
 
-def sshd_problem(host, option, wanted):
-    """What an option of sshd says, if that is not what is wanted, or None."""
+def sshd_problems(host):
+    """Options of sshd that keep the git user or its keys out: rows for `demand`."""
     said = host.ask(['sshd', '-T']).out
-    found = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
-    if found and not re.search('(?:^|[ /])%s(?: |$)' % re.escape(wanted), found):
-        return '%s of sshd is %s, without %s' % (option, found, wanted)
+    for option, wanted in (('AllowUsers', host.user), ('AllowGroups', host.user),
+                           ('AuthorizedKeysFile', KEYS)):
+        found = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
+        if found and not re.search('(?:^|[ /])%s(?: |$)' % re.escape(wanted), found):
+            yield ('%s of sshd is %s, without %s' % (option, found, wanted),
+                   'edit /etc/ssh/sshd_config, then reload ssh')
 
 def app_problem(host, app):
     """What is wrong with an app, or nothing, and what to type: a row for `demand`."""
@@ -2418,9 +2400,8 @@ def install(host, user=None):
                make_folder(host.path(STATE, 'build'), 0o700, host.account()),
                disable_default_site(host)]
     changes += [install_part(host, *part) for part in installed_parts(host)]
-    changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
-    if is_systemd(host):
-        changes.append(replace_link(host.path(UNIT_ENABLED), UNIT))
+    changes += [replace_link(host.path(OLDER_NAME), PROGRAM),
+                is_systemd(host) and replace_link(host.path(UNIT_ENABLED), UNIT)]
     script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
     py_compile.compile(host.path(script), dfile=script, doraise=True)
     if any(changes) or nginx_master(host) is None:
@@ -2430,14 +2411,14 @@ def install(host, user=None):
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
 
 def change_keys(host, change):
-    """Replace our keys by what a function makes of them; True if the file is another."""
+    """Replace our keys by what a function makes of them."""
     account, path = host.account(), host.path(host.home(), KEYS)
     refuse_if(not account, 'dockhand is not installed here: dockhand.py install')
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
         before, keys, after = split_authorized_keys(read_file(path) or '')
         text = render_authorized_keys(before, change(keys), after)
         make_folder(os.path.dirname(path), 0o700, account)
-        return replace_file(path, text, 0o600, account)
+        replace_file(path, text, 0o600, account)
 
 def read_stdin():
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
@@ -2445,19 +2426,18 @@ def read_stdin():
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
+    import tempfile
     check_key_name(name)
     apps = tuple(check_app_name(app) for app in apps)
     uploaded = parse_public_keys(read_stdin())
     for key in uploaded:
         refuse_if(not fingerprint(host, *key), '"%s" is no key that OpenSSH here knows: '
                   'make one with ssh-keygen -t ecdsa', printable(' '.join(key), 40))
-    changed = change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
+    change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
     where = ', '.join(apps) or 'every app'
     for key in uploaded:
         tell('%s %s %s may push %s', name, key[0], fingerprint(host, *key), where)
     log('key %s: may push %s', name, where)
-    if not changed:
-        tell('nothing changed')
 
 def fingerprint(host, kind, blob):
     """A key's, by this server's own ssh-keygen; '' where its sshd will not know it."""
@@ -2477,24 +2457,18 @@ def list_keys(host):
 
 def remove_key(host, name):
     """take the right to push away from a key"""
-    def without(keys):
-        kept = [key for key in keys if key.name != name]
-        refuse_if(kept == keys, 'no key is named "%s": see dockhand keys',
-                  printable(name))
-        return kept
-    change_keys(host, without)
+    known = [key.name for key in split_authorized_keys(host.text(host.home(), KEYS))[1]]
+    refuse_if(name not in known, 'no key is named "%s": dockhand keys', printable(name))
+    change_keys(host, lambda keys: [key for key in keys if key.name != name])
     log('key %s: removed', name)
     tell('%s may push no longer', name)
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
-    found = [live_release(host, app) for app in list_apps(host)]
-    for live in filter(None, found):
+    for live in filter(None, [live_release(host, app) for app in list_apps(host)]):
         state = 'running' if engine_of(host, live).state(live).alive else (
             'stopped' if is_stopped(host, live.app) else 'DOWN')
         tell('%-16s %-8s %s %s', live.app, state, origin_text(live), address_text(live))
-    if not any(found):
-        tell('no apps yet')
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
@@ -2563,12 +2537,11 @@ def earlier_release(host, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more."""
     found = [each for each in kept_releases(host, live.app)
              if each.number != live.number and number in (None, str(each.number))]
-    refuse_if(not found, 'release %s is not one to go back to: see dockhand releases '
-              '%s', printable(number or 'before %d' % live.number), live.app)
+    refuse_if(not found, 'no %s to go back to: see dockhand releases %s',
+              'release ' + printable(number) if number else 'other release', live.app)
     tag = image_tag(found[0])
     refuse_if([each['Id'] for each in inspect(host, tag)] != [found[0].image],
-              'release %d cannot run again: its image %s was removed; nothing has '
-              'changed', found[0].number, tag)
+              'its image %s was removed, so nothing has changed: choose another', tag)
     return found[0]
 
 def recover(host):
@@ -2583,40 +2556,38 @@ def config(host, app, *changes, **options):
     with app_lock(host, app, 'dockhand config ' + app) as live:
         found = load_config(host, app)
         wanted = change_config(found, changes, 'unset' in options)
-        if wanted == found:
-            return tell_config(wanted, 'values' in options)
-        if live is None:
+        changed = dict(set(found.items()) ^ set(wanted.items()))
+        if not changed:
+            for key in sorted(found):
+                shown = 'values' in options or key in SETTINGS
+                tell('%s=%s', key, found[key] if shown else '(see it with --values)')
+        elif live is None:
             save_config(host, app, wanted)
-            return tell('%s: noted for its first push', app)
-        check_edited(host, live, live)
-        branch = wanted.get('branch', live.branch)
-        release = new_release(host, app, live.key, branch, live.commit)
-        make_release(host, live, release._replace(
-            config=wanted, image=live.image, job=live.job, proxy=live.proxy))
-        clean_up(host, live_release(host, app))
-        changed = [pair[0] for pair in set(found.items()) ^ set(wanted.items())]
-        log('%s: config changed: %s', app, ' '.join(sorted(set(changed))))
+            tell('%s: noted for its first push', app)
+        else:
+            own = live.job or live.proxy and not is_made(live)
+            refuse_if(own and 'domains' in changed and 'domains' in wanted, 'the domains '
+                      'of %s are the server_name of its own nginx-proxy.conf', app)
+            check_edited(host, live, live)
+            branch = wanted.get('branch', live.branch)
+            release = new_release(host, app, live.key, branch, live.commit)
+            make_release(host, live, release._replace(
+                config=wanted, image=live.image, job=live.job, proxy=live.proxy))
+            clean_up(host, live_release(host, app))
+            log('%s: config changed: %s', app, ' '.join(sorted(changed)))
 
 def change_config(found, changes, unset):
-    """The {key: value} that these words, KEY=VALUE or, to unset one, KEY, make of a
-    config; Failure by word."""
+    """What words, KEY=VALUE or, to unset one, KEY, make of a config."""
     wanted = dict(found)
     for word in changes:
         key, equals, value = word.partition('=')
-        if unset and not equals:
+        if equals:
+            wanted[key] = re.sub(r'\r?\n\Z', '', read_stdin()) if value == '-' else value
+            check_setting(key, wanted[key])
+        else:
+            refuse_if(not unset, '"%s" is not KEY=VALUE', printable(word))
             refuse_if(wanted.pop(word, None) is None, 'no %s is set', printable(word))
-            continue
-        refuse_if(not equals, '"%s" is not KEY=VALUE', printable(word))
-        if value == '-':
-            value = re.sub(r'\r?\n\Z', '', read_stdin())
-        check_setting(key, value)
-        wanted[key] = value
     return wanted
-
-def tell_config(config, values):
-    for key in sorted(config):
-        shown = values or key in SETTINGS
-        tell('%s', '%s=%s' % (key, config[key] if shown else '(see it with --values)'))
 
 def proxy(host, app):
     """print the proxy file that is made for an app, to start one of its own from"""
@@ -2627,14 +2598,12 @@ def proxy(host, app):
 
 def destroy(host, app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
-    check_app_name(app)
-    there = app in list_apps(host) or os.path.isdir(repository(host, app))
+    there = check_app_name(app) in list_apps(host) or os.path.isdir(repository(host, app))
     refuse_if(not there, 'no app %s here: see dockhand apps', app)
     if not force and sys.stdin.isatty():
         tell('This removes %s and its repository for good. Type its name again:', app)
         force = sys.stdin.readline().strip() == app
-    refuse_if(not force, 'this removes %s and its repository for good; if you are sure: '
-              'dockhand destroy %s --force', app, app)
+    refuse_if(not force, 'not removed; if you are sure: dockhand destroy %s --force', app)
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
         for act in switch_steps(host, live, None) if live else []:
             act()
@@ -2651,8 +2620,7 @@ def destroy(host, app, force=False, volumes=False):
             host.run(['docker', 'volume', 'rm'] + kept)
     tell('%s is removed', app)
     for name in kept:
-        tell('volume %s is %s', name, 'removed' if volumes else 'kept: docker volume rm '
-             + name)
+        tell('removed volume %s' if volumes else 'kept: docker volume rm %s', name)
 
 def doctor(host):
     """check every part of the installation, and say what to type"""
@@ -2664,10 +2632,7 @@ def doctor(host):
         (sudo_problem(host), 'visudo'),
         (nginx_problem(host), 'edit that file, then nginx -t'),
         (not nginx_master(host) and 'nginx does not run', 'service nginx start')]
-        + [(sshd_problem(host, option, wanted),
-            'edit /etc/ssh/sshd_config, then reload ssh') for option, wanted in (
-                ('AllowUsers', host.user), ('AllowGroups', host.user),
-                ('AuthorizedKeysFile', KEYS))]
+        + list(sshd_problems(host))
         + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
            for path, text, _ in installed_parts(host)]
         + [app_problem(host, app) for app in list_apps(host)])

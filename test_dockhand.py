@@ -791,6 +791,14 @@ def test_the_address_is_what_a_person_would_type(text, address):
     values.update(job='#\nexec docker run -p 25:25 a', proxy=blocks(text))
     assert dh.address_text(dh.Release(**values)) == address
 
+@table('domains, address', '''
+    blog blog.*          => http://blog.ANY.DOMAIN/
+    blog blog.org *.org  => http://blog.org/
+    www.blog.org blog.*  => http://www.blog.org/''')
+def test_the_address_is_one_that_may_lead_somewhere(domains, address):
+    proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
+    assert dh.address_text(plain_release(proxy=proxy)) == address
+
 @table('err, said', r'''
     n: [emerg] unknown x in /etc/nginx/.c:3\nn: failed     => /etc/nginx/.c:3: unknown x
     n: [warn] a\nn: [emerg] no "x" in /etc/nginx/w.conf:9 => /etc/nginx/w.conf:9: no "x"
@@ -945,15 +953,12 @@ def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
         'blog', [], {}, '/', True, '10')
 
-GENERATED = '''map $http_upgrade $connection_{0} {{
-    default upgrade;
-    '' '';
-}}
+GENERATED = '''map $http_upgrade $connection_{0} {{ default upgrade; '' ''; }}
 server {{
     listen 80{2};{3}
-    server_name {1};
+{4}    server_name {1};
     client_max_body_size 100m;
-{4}    location / {{
+    location / {{
         proxy_pass http://{5};
         proxy_http_version 1.1;
         proxy_set_header Host $http_host;
@@ -963,9 +968,7 @@ server {{
         proxy_set_header X-Forwarded-Proto $scheme;
         proxy_set_header Upgrade $http_upgrade;
         proxy_set_header Connection $connection_{0};
-        proxy_connect_timeout 5s;
-        proxy_read_timeout 10m;
-        proxy_send_timeout 10m;
+        proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
     }}
 }}
 '''
@@ -1435,7 +1438,7 @@ def test_a_path_stays_under_the_root(tmpdir):
 # A machine in a folder
 # ---------------------------------------------------------------------------------------
 
-QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'ip',
+QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'ip', 'hostname',
            'docker version', 'docker info', 'docker logs', 'docker diff', 'nginx -v',
            'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen')
 
@@ -1693,8 +1696,11 @@ class Machine(object):
         if words[:3] == ('-4', 'route', 'show'):
             return ''.join(line for line in self.routes.splitlines(True)
                            if is_shown(words[3], words[4], line.split()[0]))
-        local = 'local ' * (words[-1] == '192.0.2.2')
-        return local + '%s dev eth0 src 192.0.2.2 uid 0\n    cache\n' % words[-1]
+        return ''
+
+    def hostname(self, option):
+        return '192.0.2.2 172.17.0.1 \n'
+
 
     def getent(self, ahosts, name):
         return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
@@ -2177,7 +2183,7 @@ def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain
     dh.recover(plain.host)
     dh.apps(plain.host)
     assert not re.search('live|releases', str(plain.files('/home')))
-    assert capfd.readouterr().out == 'no apps yet\n'
+    assert capfd.readouterr().out == ''
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder away')
 def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
@@ -2429,10 +2435,10 @@ def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machi
     assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
 
 @table('number, said', '''
-    1 => release 1 cannot run again: its image blog:1 was removed; nothing has changed
-    2 => release 2 is not one to go back to: see dockhand releases blog
-    3 => release 3 is not one to go back to: see dockhand releases blog
-    x => release x is not one to go back to: see dockhand releases blog''')
+    1 => its image blog:1 was removed, so nothing has changed: choose another
+    2 => no release 2 to go back to: see dockhand releases blog
+    3 => no release 3 to go back to: see dockhand releases blog
+    x => no release x to go back to: see dockhand releases blog''')
 def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     pushed(machine, SHA_2)
     assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
@@ -2440,6 +2446,11 @@ def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     before = machine.whole()
     assert refusal(dh.rollback, machine.host, 'blog', number) == said
     assert machine.changed(before) == []
+
+def test_a_first_release_has_none_to_go_back_to(machine):
+    machine.lives(FILES)
+    assert refusal(dh.rollback, machine.host, 'blog') == (
+        'no other release to go back to: see dockhand releases blog')
 
 @table('init, broken', '''
     none    => docker stop
@@ -3094,6 +3105,15 @@ def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     assert not live.web and live.proxy is None and plain.served == {}
     assert plain.containers['blog--2']['env'] == ''
 
+@each('own', 'job proxy')
+def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, own):
+    plain.lives(FILES if own == 'job' else an_app('one', 'EXPOSE 8000', PUSHED))
+    before = plain.whole()
+    assert 'the server_name of its own nginx-proxy.conf' in refusal(
+        dh.config, plain.host, 'blog', 'domains=a.org')
+    assert plain.changed(before) == []
+    dh.config(plain.host, 'blog', 'timeout=9')
+
 def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
     plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
     dh.config(plain.host, 'blog', 'A=1')
@@ -3205,8 +3225,8 @@ def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volu
     assert plain.images == plain.containers == plain.served == plain.networks == {}
     assert not [path for path in plain.files() if 'blog' in path]
     assert plain.volumes == ['blog--data'] * (not volumes) + ['wiki--data', 'blogs--x']
-    assert capfd.readouterr().out == 'blog is removed\nvolume blog--data is %s\n' % (
-        'removed' if volumes else 'kept: docker volume rm blog--data')
+    assert capfd.readouterr().out == 'blog is removed\n%s blog--data\n' % (
+        'removed volume' if volumes else 'kept: docker volume rm')
 
 def test_a_network_that_another_app_uses_stays(plain):
     plain.lives(ONE_WEB)
@@ -3877,10 +3897,10 @@ def test_install_names_every_missing_requirement_at_once(plain, capfd):
     before = plain.files()
     assert refusal(dh.install, plain.host) == '3 thing(s) to mend'
     assert re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out) == [
-        ('docker does not answer: broken on purpose',
-         'service docker start || dockerd &'),
         ('nginx is missing', 'apt-get install nginx'),
-        ('visudo is missing', 'apt-get install sudo')]
+        ('visudo is missing', 'apt-get install sudo'),
+        ('docker does not answer: broken on purpose',
+         'service docker start || dockerd &')]
     assert plain.files() == before and plain.done == []
 
 def test_a_sudoers_file_that_sudo_would_not_read_is_not_put_in_place(plain):
@@ -3938,7 +3958,7 @@ def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
         'anna ssh-ed25519 %s may push every app\nbob ssh-ed25519 %s may push blog, wiki\n'
         % ('SHA256:' + ED[-8:], 'SHA256:' + ED_2[-8:]))
     upload(plain, LINE, 'anna')
-    assert capfd.readouterr().out.endswith('nothing changed\n')
+    assert capfd.readouterr().out.startswith('anna ssh-ed25519 ')
     dh.list_keys(plain.host)
     assert [line.split()[::3] for line in capfd.readouterr().out.splitlines()] == [
         ['anna', '(every'], ['bob', 'blog']]
