@@ -1201,17 +1201,6 @@ def nginx_workers(host, master):
     return set(pid for pid, title in children(host, master).items()
                if 'shutting down' not in title)
 
-# A line of /proc/net/tcp, addresses and ports in hexadecimal as there.
-Socket = namedtuple('Socket', 'address port other_address other_port state inode')
-LISTENS = '0A'
-
-def sockets(host, pid='self'):
-    """Every tcp Socket in the network that a process sees."""
-    lines = [line.split() for name in ('tcp', 'tcp6')
-             for line in host.text('/proc', pid, 'net', name).splitlines()[1:]]
-    return [Socket(*fields[1].split(':') + fields[2].split(':') + [fields[3], fields[9]])
-            for fields in lines]
-
 def drain(host, address):
     """Wait, DRAIN seconds at most, until no request can reach an address any more."""
     deadline = monotonic() + DRAIN
@@ -1221,28 +1210,16 @@ def drain(host, address):
 def is_drained(host, address):
     """Whether each worker that is shutting down has no connection to an address, and no
     more clients than connections to apps: one more may be about to connect there."""
-    import socket
-    import struct
-    found, number = sockets(host), struct.unpack('=I', socket.inet_aton(address))[0]
-    served = set(each.port for each in found if each.state == LISTENS)
+    sockets = [line.split() for line in host.run(['ss', '-tanp']).splitlines()]
+    ports = [each[3].rpartition(':')[2] for each in sockets if each[0] == 'LISTEN']
     for pid, title in children(host, nginx_master(host)).items():
-        opened = open_files(host.path('/proc', pid, 'fd')) if 'shutting' in title else ()
-        held = [each for each in found if 'socket:[%s]' % each.inode in opened]
-        clients = [each for each in held if each.port in served]
-        if len(clients) * 2 > len(held) or '%08X' % number in [
-                each.other_address for each in held]:
+        held = [each for each in sockets if 'shutting' in title
+                and re.search(r',(pid=)?%s,' % pid, each[-1])]
+        clients = [each for each in held if each[3].rpartition(':')[2] in ports]
+        if len(clients) * 2 > len(held) or address in [
+                each[4].rpartition(':')[0] for each in held]:
             return False
     return True
-
-def open_files(folder):
-    """What the files are that a process has open; none where it has gone."""
-    found = set()
-    for name in list_folder(folder):
-        try:
-            found.add(os.readlink(os.path.join(folder, name)))
-        except OSError:
-            pass
-    return found
 
 # ---- The two engines: what keeps an app running ----------------------------------------
 
@@ -1686,11 +1663,11 @@ def check_or_show_log(host, release, engine):
 
 def loopback_ports(host, release):
     """The ports on which an app listens for its own container alone."""
-    local = '(0{16}FFFF0000)?0100007F|0{24}01000000'
-    found = [each for container in running_containers(host, release.image)
-             for each in sockets(host, str(container['State'].get('Pid')))]
-    return sorted(set(int(each.port, 16) for each in found
-                      if each.state == LISTENS and re.match(local, each.address)))
+    listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
+    texts = [host.text('/proc', str(found['State'].get('Pid')), 'net', name)
+             for found in running_containers(host, release.image)
+             for name in ('tcp', 'tcp6')]
+    return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
 
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
@@ -2293,7 +2270,7 @@ def installed_parts(host):
 
 PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
-            ('visudo', 'sudo'), ('useradd', 'passwd'))
+            ('visudo', 'sudo'), ('useradd', 'passwd'), ('ss', 'iproute2'))
 
 def demand(rows):
     """Tell every problem, of [(what is wrong or nothing, what to type)]; Failure then."""
@@ -2426,7 +2403,6 @@ def read_stdin():
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
-    import tempfile
     check_key_name(name)
     apps = tuple(check_app_name(app) for app in apps)
     uploaded = parse_public_keys(read_stdin())

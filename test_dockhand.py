@@ -1440,8 +1440,9 @@ def test_a_path_stays_under_the_root(tmpdir):
 
 QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'ip', 'hostname',
            'docker version', 'docker info', 'docker logs', 'docker diff', 'nginx -v',
-           'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen')
+           'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
 
+SS_HEAD = 'State Recv-Q Send-Q Local Address:Port Peer Address:PortProcess \n'
 MAIN = 'refs/heads/main'
 CONNECT, MONOTONIC = socket.create_connection, dh.monotonic
 PACE = 50                           # how often faster the time of a Machine goes in waiting
@@ -1489,7 +1490,7 @@ class Machine(object):
         dh.time = Clock()
         dh.monotonic = dh.time.monotonic
         self.root, self.init, self.host = str(root), init, Host(str(root), self)
-        self.knows = 'init version: de40ad0'
+        self.knows, self.sockets = 'init version: de40ad0', SS_HEAD
         self.done, self.broken, self.count, self.shares = [], {}, 100, False
         self.images, self.containers, self.jobs = {}, {}, {}
         self.volumes, self.networks, self.routes = [], {}, 'default via 192.0.2.9 dev eth0\n'
@@ -1811,6 +1812,10 @@ class Machine(object):
         for path in words[2:]:
             assert path.startswith(self.root + '/')
             shutil.rmtree(path, ignore_errors=True)
+
+    def ss(self, options):
+        assert options == '-tanp'
+        return self.sockets
 
     # installing
 
@@ -3261,73 +3266,62 @@ def test_config_of_an_app_that_never_came_can_be_removed(plain):
 
 # ---- Drained ---------------------------------------------------------------------------------
 
-def v4(address):
-    """An address and port as in /proc/net/tcp on this machine."""
-    host, port = address.split(':')
-    packed = socket.inet_aton(host)
-    return '%08X:%04X' % (int.from_bytes(packed, sys.byteorder) if sys.version_info[0] > 2
-                          else __import__('struct').unpack('=I', packed)[0], int(port))
+def ss_lines(sockets, form='(("nginx",pid=%s,fd=9))'):
+    """What `ss -tanp` prints of {(state, local, peer): [process id]}."""
+    return SS_HEAD + ''.join('%-10s 0 128 %20s %20s %s\n' % (key + (
+        pids and 'users:' + ','.join(form % pid for pid in pids),))
+        for key, pids in sorted(sockets.items()))
 
-def v6(port):
-    return '0' * 24 + '01000000:%04X' % port
+LISTEN, LISTEN_6 = ('LISTEN', '0.0.0.0:80', '0.0.0.0:*'), ('LISTEN', '[::]:80', '[::]:*')
+CLIENT = ('ESTAB', '192.0.2.1:80', '198.51.100.9:4000')
+CLIENT_6 = ('ESTAB', '[2001:db8::1]:80', '[2001:db8::9]:4001')
+TO_OLD = ('ESTAB', '10.86.0.1:5001', '10.86.0.2:8000')
+TO_NEW = ('ESTAB', '10.86.0.1:5002', '10.86.0.20:8000')
+LATE, OVER = ('CLOSE-WAIT',) + CLIENT[1:], ('TIME-WAIT',) + CLIENT[1:]
+GOING = 'worker process is shutting down'
 
-def tcp(machine, *rows, **options):
-    """/proc/PID/net/tcp or tcp6 with rows of (local, remote, state, inode)."""
-    head = '  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n'
-    line = '%4d: %s %s %s 00000000:00000000 00:00000000 00000000 0 0 %s 1 0000 100\n'
-    machine.write('/proc/%s/net/%s' % (options.get('pid', 'self'), options.get('name', 'tcp')),
-                  head + ''.join(line % ((at,) + row) for at, row in enumerate(rows)))
-
-def holding(machine, pid, *inodes):
-    """A worker of nginx with these sockets open, and what else one has."""
-    for number, inode in enumerate(inodes):
-        path = machine.host.path('/proc/%d/fd/%d' % (pid, number + 9))
-        dh.make_folder(os.path.dirname(path))
-        os.symlink('socket:[%s]' % inode, path)
-    machine.write('/proc/%d/fd/3' % pid, '')
-
-LISTEN = (v4('0.0.0.0:80'), v4('0.0.0.0:0'), '0A', '10')
-CLIENT = (v4('192.0.2.1:80'), v4('198.51.100.9:4000'), '01', '20')
-CLIENT_6 = (v6(80), v6(4001), '01', '21')
-TO_OLD = (v4('10.86.0.1:5001'), v4('10.86.0.2:8000'), '01', '30')
-TO_NEW = (v4('10.86.0.1:5002'), v4('10.86.0.3:8000'), '01', '31')
-LOG = ('unix', '40')
-
+@pytest.mark.parametrize('form', ['(("nginx",pid=%s,fd=9))', '(("nginx",%s,9))'])
 @pytest.mark.parametrize('title, held, drained', [
-    ('worker process', '20 30', True),          # takes new requests, for the new one
-    ('worker process is shutting down', '', True),
-    ('worker process is shutting down', '20 30', False),        # a request, or a websocket
-    ('worker process is shutting down', '20', False),           # sent after its connection
-    ('worker process is shutting down', '21', False),           # the same over IPv6
-    ('worker process is shutting down', '20 31', True),         # of another app
-    ('worker process is shutting down', '21 31', True),
-    ('worker process is shutting down', '20 21 31', False),     # one of two may come here
-    ('worker process is shutting down', '30', False),
-    ('worker process is shutting down', '31', True),
-    ('worker process is shutting down', '40', True)])           # no tcp socket at all
-def test_an_old_release_is_drained_when_no_request_can_reach_it(plain, title, held, drained):
+    ('worker process', [CLIENT, TO_OLD], True),     # takes new requests, for the new one
+    (GOING, [], True),
+    (GOING, [CLIENT, TO_OLD], False),               # a request, or a websocket
+    (GOING, [CLIENT], False),                       # sent after its connection
+    (GOING, [LATE], False),
+    (GOING, [CLIENT_6], False),                     # the same over IPv6
+    (GOING, [CLIENT, TO_NEW], True),                # of another app
+    (GOING, [CLIENT_6, TO_NEW], True),
+    (GOING, [CLIENT, CLIENT_6, TO_NEW], False),     # one of two may come here
+    (GOING, [TO_OLD], False),
+    (GOING, [TO_NEW], True)])
+def test_an_old_release_is_drained_when_no_request_can_reach_it(plain, form, title, held, drained):
     plain.nginx()
-    tcp(plain, LISTEN, CLIENT, TO_OLD, TO_NEW)
-    tcp(plain, (v6(80), v6(0), '0A', '11'), CLIENT_6, name='tcp6')
+    sockets = dict.fromkeys([LISTEN, LISTEN_6], [50, 59])
+    sockets.update({CLIENT: [59], CLIENT_6: [600], TO_OLD: [6], TO_NEW: [6], OVER: []})
+    sockets.update((each, [60]) for each in held)
+    plain.sockets = ss_lines(sockets, form)
     plain.process(60, 50, 'nginx: ' + title)
-    holding(plain, 60, *held.split())
     assert dh.is_drained(plain.host, '10.86.0.2') is drained
-    assert dh.is_drained(plain.host, '10.86.0.9') is (drained or held in ('20 30', '30'))
+    assert dh.is_drained(plain.host, '10.86.0.9') is (
+        drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
 
 def test_workers_of_another_nginx_do_not_count(plain):
     plain.nginx()
-    tcp(plain, LISTEN, CLIENT, TO_OLD)
-    plain.process(60, 1, 'nginx: worker process is shutting down')
-    holding(plain, 60, '20', '30')
+    plain.sockets = ss_lines({LISTEN: [59], CLIENT: [60], TO_OLD: [60]})
+    plain.process(60, 1, 'nginx: ' + GOING)
     assert dh.is_drained(plain.host, '10.86.0.2')
 
-def test_sockets_are_read_of_both_families_and_of_a_process_that_has_gone(plain):
-    tcp(plain, LISTEN, pid=7)
-    tcp(plain, CLIENT_6, pid=7, name='tcp6')
-    assert dh.sockets(plain.host, '7') == [
-        dh.Socket('00000000', '0050', '00000000', '0000', '0A', '10'),
-        dh.Socket('0' * 24 + '01000000', '0050', '0' * 24 + '01000000', '0FA1', '01', '21')]
-    assert dh.sockets(plain.host, '8') == []
+def test_ss_of_this_machine_tells_who_holds_a_connection():
+    server = socket.socket()
+    server.bind(('127.0.0.1', 0))
+    server.listen(1)
+    client = socket.create_connection(server.getsockname())
+    rows = [line.split() for line in Host().run(['ss', '-tanp']).splitlines()]
+    peer, own = ['%s:%d' % each for each in (client.getpeername(), client.getsockname())]
+    found = [row for row in rows if row[3:5] == [own, peer]]
+    assert [row[0] for row in rows if row[3] == peer][:1] == ['LISTEN']
+    assert len(found) == 1 and re.search(r',(pid=)?%d,' % os.getpid(), found[0][-1])
+    client.close()
+    server.close()
 
 def test_the_old_release_is_stopped_once_it_is_drained(plain):
     plain.lives(ONE_WEB)
@@ -3336,15 +3330,21 @@ def test_the_old_release_is_stopped_once_it_is_drained(plain):
 
     def reload_with_a_late_request(*words):
         reload(*words)
-        tcp(plain, LISTEN, CLIENT)
-        holding(plain, 51, '20')
-        threading.Timer(0.1, os.unlink, [late]).start()
-    late = plain.host.path('/proc/51/fd/9')
+        plain.sockets = late
+        threading.Timer(0.1, setattr, [plain, 'sockets', SS_HEAD]).start()
+    late = ss_lines({LISTEN: [50], CLIENT: [51]})
     plain.nginx_s, stopped = reload_with_a_late_request, []
     stop = plain.docker_stop
-    plain.docker_stop = lambda *words: stopped.append(os.path.lexists(late)) or stop(*words)
+    plain.docker_stop = lambda *words: stopped.append(plain.sockets == late) or stop(*words)
     plain.push(TWO_WEB)
     assert stopped == [False]
+
+def tcp(machine, pid, name, row):
+    """/proc/PID/net/tcp or tcp6 with one row: local and remote address, state."""
+    machine.write('/proc/%s/net/%s' % (pid, name), """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid
+   0: %s %s %s 00000000:00000000 00:00000000 00000000 0 0 1 1 0000 100
+""" % row)
 
 @pytest.mark.parametrize('address, state, ports', [
     ('0100007F', '0A', [8000]), ('00000000', '0A', []), ('0B00007F', '0A', []),
@@ -3353,8 +3353,8 @@ def test_the_old_release_is_stopped_once_it_is_drained(plain):
 def test_an_app_that_listens_for_itself_alone_is_told(plain, address, state, ports):
     live = plain.lives(ONE_WEB)
     plain.containers['blog--1']['State']['Pid'] = 77
-    tcp(plain, (address + ':1F40', '0' * len(address) + ':0000', state, '1'), pid=77,
-        name='tcp6' if len(address) > 8 else 'tcp')
+    tcp(plain, 77, 'tcp6' if len(address) > 8 else 'tcp',
+        (address + ':1F40', '0' * len(address) + ':0000', state))
     assert dh.loopback_ports(plain.host, live) == ports
 
 def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, capfd):
@@ -3373,7 +3373,7 @@ def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, ca
     assert re.search(r'after 3 s nothing listens on port \d+ of the container', said)
     assert plain.running() == ['sha256:FROMone']
     capfd.readouterr()
-    tcp(plain, ('0100007F:1F40', '00000000:0000', '0A', '1'), pid=77)
+    tcp(plain, 77, 'tcp', ('0100007F:1F40', '00000000:0000', '0A'))
     live = dh.live_release(plain.host, 'blog')
     refusal(dh.check_or_show_log, plain.host, live, dh.Containers(plain.host))
     assert ('-----> It listens on 127.0.0.1:8000, which only the container itself reaches: '
