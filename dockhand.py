@@ -8,7 +8,12 @@
 It calls git, docker, nginx and init, and writes their own plain files: no daemon, no
 database. Take it away and every app goes on running and comes back at boot. `dockhand`
 alone lists what people run; sshd runs `dockhand serve KEY`, the repositories' hooks
-`sudo receive update ...` and `sudo receive post-receive`. The README lists its files.
+`sudo receive update ...` and `sudo receive post-receive ...`.
+
+It writes to /usr/local/lib/dockhand, /usr/local/bin, /var/lib/dockhand and /home/git,
+/etc/sudoers.d/dockhand, a boot job, 000-dockhand.conf and one APP.conf each in nginx's
+conf.d, a job each in /etc/init where that is Upstart; to docker: images, containers,
+volumes and one network.
 
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
@@ -2545,7 +2550,8 @@ def config(host, app, *changes, **options):
             refuse_if(own and 'domains' in changed and 'domains' in wanted, 'the domains '
                       'of %s are the server_name of its own nginx-proxy.conf', app)
             check_edited(host, live, live)
-            branch = wanted.get('branch', live.branch)
+            unset = DEFAULT_BRANCHES[0] if 'branch' in found else live.branch
+            branch = wanted.get('branch', unset)
             release = new_release(host, app, live.key, branch, live.commit)
             make_release(host, live, release._replace(
                 config=wanted, image=live.image, job=live.job, proxy=live.proxy))
