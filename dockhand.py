@@ -805,11 +805,12 @@ def is_ours(text, app):
 
 MARK = '# dockhand: where requests go\n'
 MADE = "# dockhand: %s's proxy file, made at each push; `dockhand proxy %s` prints one\n"
-GENERATED = '''map $http_upgrade ${variable} {{ default upgrade; '' ''; }}
-server {{
+GENERATED = '''server {{
     listen 80{default};
     {more}server_name {names};
     client_max_body_size 100m;
+    set $dockhand_connection '';
+    if ($http_upgrade) {{ set $dockhand_connection upgrade; }}
     location / {{
         proxy_pass http://{app};
         proxy_http_version 1.1;
@@ -819,7 +820,7 @@ server {{
         proxy_set_header X-Forwarded-Host $http_host;
         proxy_set_header X-Forwarded-Proto $scheme;
         proxy_set_header Upgrade $http_upgrade;
-        proxy_set_header Connection ${variable};
+        proxy_set_header Connection $dockhand_connection;
         proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
     }}
 }}
@@ -831,15 +832,20 @@ def render_proxy(app, domains, version, ipv6):
     default = ' default_server' if '_' in domains.split() else ''
     more = 'listen [::]:80%s;\n    ' % default if ipv6 else ''
     more += 'keepalive_min_timeout 1s;\n    ' if version >= (1, 27, 4) else ''
-    return GENERATED.format(app=app, names=domains, default=default, more=more,
-                            variable='connection_' + re.sub(r'\W', '_', app))
+    return GENERATED.format(app=app, names=domains, default=default, more=more)
 
 def upstream(app, address, port, version):
     """Where `proxy_pass http://APP` leads. Where nginx can do that, it closes an idle
     connection before the app may."""
     limit = '    keepalive_timeout 1s;\n' if version >= (1, 15, 3) else ''
-    return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 16;\n%s}\n' % (
+    return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 64;\n%s}\n' % (
         app, address, port, limit)
+
+def with_backup(text, address, port):
+    """A proxy file that turns to another address where its own does not answer."""
+    body, mark, where = text.partition(MARK)
+    return body + mark + where.replace(
+        '    keepalive', '    server %s:%d backup;\n    keepalive' % (address, port), 1)
 
 def servers_of(text, path='nginx-proxy.conf'):
     """The server blocks of a file in conf.d, as [Server]; `nginx -t` has the last word.
@@ -1295,9 +1301,7 @@ class Containers(Engine):
         kept release is there. Until it is checked, docker does not start it at boot."""
         job, host = self.job(release), self.host
         extra = ['--label=dockhand.app=' + release.app]
-        if release.address:
-            ensure_network(host, release.address)
-            extra += init_option(host)
+        extra += init_option(host) if release.address else []
         log = [] if any(each.startswith('--log-') for each in job.options) else [
             '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
         image = release.image if is_image_of(release.app, job.image) else job.image
@@ -1311,6 +1315,8 @@ class Containers(Engine):
         command = ['docker', 'start', container_name(release)]
         if not self.host.run_unless('No such container|network .* not found', command):
             on_container(self.host, release, 'rm', '-f')
+            if release.address:
+                ensure_network(self.host, release.address)
             self.prepare(release)
             self.host.run(command)
 
@@ -1597,20 +1603,27 @@ def apply(host, old, new):
     engine, begun, app = engine_of(host, new), monotonic(), new.app
     served = old and not is_stopped(host, app)
     beside = served and hands_over(old, new)
-    if not old or new.proxy != old.proxy:       # others worked during the build
+    tried = beside and old.web and new.web and new._replace(
+        proxy=with_backup(new.proxy, old.address, old.port))
+    if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
         check_proxy_change(host, new)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
-        stopped, steps = monotonic(), switch_steps(host, old, new, beside)
+        stopped, steps = monotonic(), switch_steps(host, old, tried or new, beside)
         first = 1 if beside else len(steps)     # checked before requests reach it
         for act in steps[:first]:
             act()
         started = monotonic()
-        answered = check_or_show_log(host, new, engine)
+        answered = check_or_show_log(host, new, engine, 0 if tried else STEADY)
         checked = monotonic() - started
         for act in steps[first:]:
             act()
+        if tried:                               # while the old one can still step in
+            started = monotonic()
+            check_or_show_log(host, new, engine)
+            checked += monotonic() - started
+            install_proxy(host, app, new.proxy)
         set_link(host, app, 'live', new)
     switched = monotonic() - begun - checked
     pushed = new.seconds is None and not (old and old.commit == new.commit)
@@ -1651,11 +1664,11 @@ def stop_others(host, release):
             drain(host, others[found['Name']].address)
             Containers(host).stop(others[found['Name']])
 
-def check_or_show_log(host, release, engine):
+def check_or_show_log(host, release, engine, steady=STEADY):
     """The moment of a release's first answer; its log for the pusher if none comes."""
     try:
         timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
-        return check_health(release, engine, timeout)
+        return check_health(release, engine, timeout, steady)
     except Failure as error:
         lines = []
         host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
@@ -2029,8 +2042,9 @@ def complete_proxy(host, release):
 
 def free_address(host):
     """An address on our network that no release of any app has."""
-    taken = set(load_release(host, app, number).address for app in list_apps(host)
-                for number in list_releases(host, app))
+    records = (read_json(release_folder(host, app, number) + '/release.json')
+               for app in list_apps(host) for number in list_releases(host, app))
+    taken = set(record.get('address') for record in records)
     subnet = subnet_of(host, sorted(filter(None, taken)))
     every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
     return next(address for address in every if address not in taken)

@@ -953,13 +953,14 @@ def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
         'blog', [], {}, '/', True, '10')
 
-GENERATED = '''map $http_upgrade $connection_{0} {{ default upgrade; '' ''; }}
-server {{
+GENERATED = '''server {{
     listen 80{2};{3}
 {4}    server_name {1};
     client_max_body_size 100m;
+    set $dockhand_connection '';
+    if ($http_upgrade) {{ set $dockhand_connection upgrade; }}
     location / {{
-        proxy_pass http://{5};
+        proxy_pass http://{0};
         proxy_http_version 1.1;
         proxy_set_header Host $http_host;
         proxy_set_header X-Real-IP $remote_addr;
@@ -967,7 +968,7 @@ server {{
         proxy_set_header X-Forwarded-Host $http_host;
         proxy_set_header X-Forwarded-Proto $scheme;
         proxy_set_header Upgrade $http_upgrade;
-        proxy_set_header Connection $connection_{0};
+        proxy_set_header Connection $dockhand_connection;
         proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
     }}
 }}
@@ -976,17 +977,16 @@ MIN_TIMEOUT = '    keepalive_min_timeout 1s;\n'
 
 @pytest.mark.parametrize('app, domains, version, ipv6, expected', [
     ('blog', 'blog blog.*', (1, 24, 0), False,
-     GENERATED.format('blog', 'blog blog.*', '', '', '', 'blog')),
+     GENERATED.format('blog', 'blog blog.*', '', '', '')),
     ('my-app.x_y', 'a.org *.b.org', (1, 24, 0), True, GENERATED.format(
-        'my_app_x_y', 'a.org *.b.org', '', '\n    listen [::]:80;', '', 'my-app.x_y')),
+        'my-app.x_y', 'a.org *.b.org', '', '\n    listen [::]:80;', '')),
     ('blog', '_', (1, 24, 0), False,
-     GENERATED.format('blog', '_', ' default_server', '', '', 'blog')),
+     GENERATED.format('blog', '_', ' default_server', '', '')),
     ('blog', 'a.org _', (1, 27, 3), True, GENERATED.format(
-        'blog', 'a.org _', ' default_server', '\n    listen [::]:80 default_server;', '',
-        'blog')),
-    ('blog', 'a', (1, 27, 4), False, GENERATED.format('blog', 'a', '', '', MIN_TIMEOUT, 'blog')),
+        'blog', 'a.org _', ' default_server', '\n    listen [::]:80 default_server;', '')),
+    ('blog', 'a', (1, 27, 4), False, GENERATED.format('blog', 'a', '', '', MIN_TIMEOUT)),
     ('blog', 'a', (1, 31, 0), True, GENERATED.format(
-        'blog', 'a', '', '\n    listen [::]:80;', MIN_TIMEOUT, 'blog'))])
+        'blog', 'a', '', '\n    listen [::]:80;', MIN_TIMEOUT))])
 def test_a_proxy_file_is_made_for_this_nginx_and_this_host(app, domains, version, ipv6, expected):
     text = dh.render_proxy(app, domains, version, ipv6)
     assert text == expected
@@ -997,7 +997,7 @@ def test_a_proxy_file_is_made_for_this_nginx_and_this_host(app, domains, version
 UPSTREAM = '''# dockhand: where requests go
 upstream blog {
     server 10.86.0.2:8000;
-    keepalive 16;
+    keepalive 64;
 %s}
 '''
 
@@ -2661,33 +2661,31 @@ ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
 ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data') for name in ('one', 'two')]
 LOGGED = '--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3'
 NGINX_T = 'nginx -t -q -c /etc/nginx/.blog.conf.new\n'
-NETWORKED = '''docker network create --subnet=10.86.0.0/16 --ip-range=10.86.255.0/24 \
---gateway=10.86.0.1 dockhand
-docker create --name blog--%s --net=dockhand --ip=10.86.0.%s --net-alias=blog \
---env-file=/var/lib/dockhand/apps/blog/releases/%s/env %s--label=dockhand.app=blog --init \
-''' + LOGGED + ' sha256:FROM%s\n'
-PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T + NGINX_T
+CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
+--env-file=/var/lib/dockhand/apps/blog/releases/2/env %s--label=dockhand.app=blog --init \
+''' + LOGGED + ' sha256:FROMtwo\n'
+PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
 STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
 PLACED = 'docker tag blog:2 blog:latest\n' + NGINX_T + 'nginx -s reload\n'
 SETTLED = 'docker update --restart unless-stopped blog--2\n'
-HANDED_OVER = ('docker start blog--2\n' + PLACED + SETTLED + STOPPED)
-RESTARTED = (STOPPED + PLACED + 'docker start blog--2\n' + SETTLED)
+PROXIED = NGINX_T + 'nginx -s reload\n'
+HANDED_OVER = 'docker start blog--2\n' + PLACED + PROXIED + SETTLED + STOPPED
+RESTARTED = NGINX_T + CREATED + STOPPED + PLACED + 'docker start blog--2\n' + SETTLED
 ON_VOLUME = '--volume=blog--data:/data '
 
 def plain_proxy(number, domains='blog blog.*', port=8000):
     """The proxy file of a plain app's release with this number."""
     made = "# dockhand: blog's proxy file, made at each push; `dockhand proxy blog` prints one\n"
-    body = GENERATED.format('blog', domains, '', '', '', 'blog')
+    body = GENERATED.format('blog', domains, '', '', '')
     address = '10.86.0.%d:%d' % (number + 1, port)
     where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
     return made + body + where
 
 @pytest.mark.parametrize('more, config, expected, gap', [
-    ('', {}, NETWORKED % (2, 3, 2, '', 'two') + HANDED_OVER, ', no gap'),
-    ('', {'overlap': 'no'}, NETWORKED % (2, 3, 2, '', 'two') + RESTARTED, ', down for N s'),
-    ('VOLUME /data', {}, NETWORKED % (2, 3, 2, ON_VOLUME, 'two') + RESTARTED, ', down for N s'),
-    ('VOLUME /data', {'overlap': 'yes'},
-     NETWORKED % (2, 3, 2, ON_VOLUME, 'two') + HANDED_OVER, ', no gap')])
+    ('', {}, CREATED % '' + HANDED_OVER, ', no gap'),
+    ('', {'overlap': 'no'}, RESTARTED % '', ', down for N s'),
+    ('VOLUME /data', {}, RESTARTED % ON_VOLUME, ', down for N s'),
+    ('VOLUME /data', {'overlap': 'yes'}, CREATED % ON_VOLUME + HANDED_OVER, ', no gap')])
 def test_a_plain_web_app_is_switched_in_this_order(plain, capfd, more, config, expected, gap):
     plain.lives(an_app('one', 'EXPOSE 8000\n' + more), **config)
     plain.shares = config.get('overlap') == 'yes'
@@ -2718,7 +2716,7 @@ def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
     def turned(text):
         swapped = {'1': '2', '2': '1'}
         return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()], text)
-    create = NETWORKED % (1, 2, 1, ON_VOLUME if more else '', 'one')
+    create = CREATED % (1, 2, 1, ON_VOLUME if more else '', 'one')
     done = [line for line in plain.done if line.startswith(('docker', 'nginx'))]
     assert '\n'.join(done) + '\n' == (
         NGINX_T + create + 'docker update --restart no blog--1\n'
@@ -2773,7 +2771,7 @@ def test_a_docker_without_an_init_of_its_own_is_not_asked_for_it(plain, knows):
     plain.lives(ONE_WEB)
     plain.knows = knows
     plain.push(TWO_WEB)
-    created = (NETWORKED % (2, 3, 2, '', 'two')).split('\n')[1]
+    created = (CREATED % (2, 3, 2, '', 'two')).split('\n')[1]
     assert ' --init ' in created and created.replace(' --init', '') in plain.done
 
 BROKEN_SWITCH = '''
@@ -3052,7 +3050,7 @@ def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     capfd.readouterr()
     dh.config(plain.host, 'blog', 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
     assert '\n'.join(plain.done) + '\n' == (
-        CHANGED + NETWORKED % (2, 3, 2, '', 'one') + HANDED_OVER)
+        CHANGED + CREATED % (2, 3, 2, '', 'one') + HANDED_OVER)
     assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
     assert plain.served == {
         '/etc/nginx/conf.d/blog.conf': plain_proxy(2, 'blog.org www.blog.org')}
