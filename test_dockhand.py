@@ -1153,7 +1153,12 @@ def test_a_tag_is_moved_by_docker_before_1_10_too():
     did not complete: exit code: 137         => 1   => out of memory
     exec /bin/sh: exec format error          => 1   => exec format error''')
 def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
-    assert dh.build_trouble(heard, int(status)).startswith(said)
+    def run(argv, each=None):
+        if each:
+            each(heard)
+        return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
+    why = refusal(dh.build_image, Host('/', run), '/tmp', 'a:1', [])
+    assert why.startswith('the build failed: ' + said)
 
 RUNNING = {'Running': True, 'StartedAt': '1', 'ExitCode': 0}
 BOUND = {'PortBindings': {'80/tcp': [], '53/udp': [], '25/tcp': None}}
