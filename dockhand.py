@@ -1084,8 +1084,7 @@ def running_containers(host, image=None, listed='-q'):
     return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
 
 def kept_ports(host):
-    """The ports of this machine, as [str], that docker keeps for no running container.
-    All are inspected: docker tells of one that is being started when that is done."""
+    """The ports, as [str], that docker keeps for no container that runs, or soon will."""
     proxies = children(host, host.text('/run/docker.pid').strip()).values()
     kept = re.findall(r'docker-proxy\0.*-host-port\0(\d+)', '\n'.join(proxies))
     running = running_containers(host, None, '-aq') if kept else []
@@ -1170,10 +1169,9 @@ def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
     lines = host.ask(['docker', 'diff', container]).out.splitlines()
     paths = sorted(line[2:] + '/' for line in lines)
+    passing = r'/(dev|proc|run|sys|tmp|var/run|var/tmp|\.dockerenv|sbin/docker-init)/'
     return [path[:-1] for path, following in zip(paths, paths[1:] + [''])
-            if not following.startswith(path)
-            and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)
-            and path not in ('/.dockerenv', '/sbin/docker-init')]
+            if not following.startswith(path) and not re.match(passing, path)]
 
 def check_space(host, wanted=SPACE):
     folders = images_folder(host), '/var/lib/containerd', STATE
@@ -1204,8 +1202,7 @@ def catch_all_text(host, files):
     return render_catch_all(sum(files.values(), []), nginx_version(host), has_ipv6(host))
 
 def nginx_version(host):
-    said = host.ask(['nginx', '-v']).err.partition('nginx/')[2]
-    return tuple(map(int, re.findall(r'\d+', said)[:3]))
+    return tuple(map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
 
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
@@ -1350,27 +1347,23 @@ def engine_of(host, release):
     return Upstart(host) if release.job and is_upstart(host) else Containers(host)
 
 def container_state(found):
-    state = found['State']
-    alive = state['Running'] and not state.get('Restarting')
-    health = (state.get('Health') or {}).get('Status') or ''
+    """The State of a container as docker describes it, ports where they really are."""
+    state, settings = found['State'], found.get('NetworkSettings') or {}
+    alive = bool(state['Running'] and not state.get('Restarting'))
     text = 'running' if alive else 'exited with %s' % state.get('ExitCode')
     identity = (found['Id'], state['StartedAt'], found.get('RestartCount'))
-    ports = [] if health else container_ports(found)
-    return State(bool(alive), identity, ports, str(health), text)
-
-def container_ports(found):
-    """[(address, port)]: where the published tcp ports of a container really are."""
-    settings = found.get('NetworkSettings') or {}
+    health = str((state.get('Health') or {}).get('Status') or '')
     places = list((settings.get('Networks') or {}).values()) + [settings]
     addresses = [each['IPAddress'] for each in places if each.get('IPAddress')][:1]
     published = (found.get('HostConfig') or {}).get('PortBindings') or {}
-    return [(str(address), int(port.split('/')[0])) for address in addresses
-            for port in sorted(published) if port.endswith('/tcp')]
+    ports = [(str(address), int(port.split('/')[0])) for address in addresses
+             for port in sorted(published) if port.endswith('/tcp') and not health]
+    return State(alive, identity, ports, health, text)
 
 class Engine(namedtuple('Engine', 'host')):
-    """What keeps apps running. What only one of the two has to do is nothing here."""
+    """What keeps apps running."""
     def nothing(self, release):
-        pass
+        """What only the other engine has to do."""
     check = prepare = place = withdraw = nothing
 
 def on_container(host, release, *words):
@@ -1380,40 +1373,39 @@ def on_container(host, release, *words):
 
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
+    log_cap = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+
     def job(self, release):
         """How docker runs a release; Failure where it cannot."""
         env_file = release_folder(self.host, release.app, release.number) + '/env'
         if not release.job:
             return plain_container(release, env_file)
-        job, in_force = container_of(job_of(release), release.app), '=%s/apps/%s/env' % (
-            STATE, release.app)
-        return job._replace(options=[option.replace(in_force, '=' + env_file)
-                                     for option in job.options])
+        job = container_of(job_of(release), release.app)
+        env = '%s/apps/%s/env' % (STATE, release.app)
+        return job._replace(options=[each.replace(env, env_file) for each in job.options])
 
     def check(self, release):
         if release.job:
             self.job(release)
-        elif is_upstart(self.host):             # elsewhere `install` has looked
-            refuse_if(docker_version(self.host) < (1, 11),
-                      'without an upstart.conf an app wants docker 1.11 or later')
+        refuse_if(is_upstart(self.host) and docker_version(self.host) < (1, 11),
+                  'without an upstart.conf an app wants docker 1.11 or later')
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
         job, host = self.job(release), self.host
-        extra = ['--label=dockhand.app=' + release.app]
+        command = ['docker', 'create', '--name', container_name(release)] + job.options
+        command.append('--label=dockhand.app=' + release.app)
         if release.address:
             ensure_network(host, release.address)
-            # docker has an init for it from 1.13 on, where that is packaged
-            info = host.ask(['docker', 'info']).out
-            extra += ['--init'] if re.search('init version:(?! N/A)', info) else []
-        log = [] if any(each.startswith('--log-') for each in job.options) else [
-            '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+            info = host.ask(['docker', 'info']).out     # from 1.13 on, if it is packaged
+            command += ['--init'] if re.search('init version:(?! N/A)', info) else []
+        if not any(each.startswith('--log-') for each in job.options):
+            command += self.log_cap
         image = release.image if is_image_of(release.app, job.image) else job.image
-        command = ['docker', 'create', '--name', container_name(release)] + job.options
-        command += extra + log + [image] + job.command
+        command += [image] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
-            on_container(self.host, release, 'update', '--restart', 'no')
+            on_container(host, release, 'update', '--restart', 'no')
 
     def start(self, release):
         """Start the container; if it was pruned away, or its network, it is new."""
@@ -1505,13 +1497,12 @@ class Upstart(Engine):
         if not running:
             alive = None if ' start/' in text else False
             return State(alive, None, [], '', text or 'no such job')
-        identity = running.groups()
         for found in running_containers(self.host, release.image):
             state = container_state(found)
-            return state._replace(identity=identity + state.identity, text=text)
+            return state._replace(identity=running.groups() + state.identity, text=text)
         own = [words for _, words in runs_of(job_of(release))
                if is_image_of(release.app, words[0].value)]
-        return State(None if own else True, identity, [], '', text)
+        return State(None if own else True, running.groups(), [], '', text)
 
     def logs_command(self, release, lines, *follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
@@ -1519,9 +1510,8 @@ class Upstart(Engine):
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
-    Failure as soon as it is known that it will not. It answers when its HEALTHCHECK says
-    healthy or, without one, when each port of the container itself accepts a connection
-    (docker's proxy accepts on the host's port whatever is behind it)."""
+    Failure as soon as none can come. Without a HEALTHCHECK to say so, it answers when the
+    container's own ports accept (docker's proxy accepts whatever is behind it)."""
     begun = since = monotonic()
     identity, deaths, answered = None, 0, None
     while True:

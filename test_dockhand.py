@@ -1669,7 +1669,8 @@ class Machine(object):
         del self.containers[name]
 
     def docker_diff(self, _, name):
-        return 'C /srv\nA /srv/kept.db\nC /run\nA /run/x.pid\n'
+        return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
+                'C /run\nA /run/x.pid\n')
 
     def docker_ps(self, _, q, no_trunc):
         assert q in ('-q', '-aq') and no_trunc == '--no-trunc'
