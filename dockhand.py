@@ -949,10 +949,9 @@ def stage_nginx_conf(text, catch_all, paths):
 def docker_version(host):
     """The version of docker's engine, as a tuple; Failure where it does not answer."""
     _, out, err = host.ask(['docker', 'version'])
-    match = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
-    refuse_if(not match, 'docker does not answer: %s',
-              last_line(err or out) or 'is it running?')
-    return tuple(int(part) for part in match.group(1).strip('.').split('.'))
+    found = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
+    refuse_if(not found, 'docker does not answer: ' + last_line(err or out))
+    return tuple(map(int, re.findall(r'\d+', found.group(1))))
 
 def inspect(host, *names):
     """docker's description of containers and images, as [dict]; no unknown names."""
@@ -968,8 +967,7 @@ def running_containers(host, image=None, listed='-q'):
     return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
 
 def kept_ports(host):
-    """The ports of this machine, as [str], that docker keeps for no running container.
-    All are inspected: docker tells of one that is being started when that is done."""
+    """The ports, as [str], that docker keeps for no container that runs, or soon will."""
     proxies = children(host, host.text('/run/docker.pid').strip()).values()
     kept = re.findall(r'docker-proxy\0.*-host-port\0(\d+)', '\n'.join(proxies))
     running = running_containers(host, None, '-aq') if kept else []
@@ -989,6 +987,13 @@ def free_ports(host, patience=10):
         step('docker keeps port %s for no container; restarting it', port)
         host.run(['service', 'docker', 'restart'])
 
+# How a failed build ends, and what to say.
+BUILD_TROUBLE = [
+    (r'code:? 137\b', 'out of memory (137), the kernel killed it: give the server more'),
+    ('exec format error', 'exec format error: an image for another kind of processor'),
+    ('no space left', 'no space left on device; nothing has changed'),
+    ('', 'nothing has changed; mend it and push again')]
+
 def build_image(host, folder, tag, layers, *options):
     """Build an image from a folder; docker's output goes to the pusher as it comes.
     `layers`, a list, gets the ids of what the older builder makes on the way."""
@@ -1000,20 +1005,12 @@ def build_image(host, folder, tag, layers, *options):
             heard.append(line)
             detail(line)
     command = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
-    result = host.ask(command, each=each)
-    if result.status:
-        docker_version(host)
-        why = build_trouble('\n'.join(heard), result.status)
+    status = host.ask(command, each=each).status
+    if status:
+        docker_version(host)                    # is that what is wrong?
+        said = 'code %d\n' % status + '\n'.join(heard)
+        why = [why for pattern, why in BUILD_TROUBLE if re.search(pattern, said)][0]
         raise Failure('the build failed: ' + why)
-
-def build_trouble(heard, status):
-    if status == 137 or re.search(r'code:? 137\b', heard):
-        return 'out of memory (137), the kernel killed it: give the server swap or memory'
-    if 'exec format error' in heard:
-        return "exec format error: an image for another processor than this server's"
-    if 'no space left on device' in heard:
-        return 'no space left on device; nothing has changed'
-    return 'nothing has changed; mend it and push again'
 
 def tag_image(host, source, target):
     """Move a tag; docker before 1.10 wants to be told that it may."""
@@ -1026,8 +1023,7 @@ def remove_image_tag(host, tag, *options):
     return host.run_unless('no such image|container', command) or not inspect(host, tag)
 
 def subnet_of(host, given=()):
-    """The first half of the addresses on our network: what it has, or that of those
-    given to releases, or a free one."""
+    """The first half of our addresses: our network's, that of releases, or a free one."""
     there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
     found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there)
     found += [address.rsplit('.', 2)[0] for address in given]
@@ -1036,8 +1032,7 @@ def subnet_of(host, given=()):
     raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
 
 def is_routed(host, subnet):
-    """Whether a route leads to a part of SUBNET.0.0/16, or to more than that. Those to
-    half of all addresses are default routes, as a VPN makes them."""
+    """Whether a route that is no default (nor half of one, as of a VPN) touches a /16."""
     found = [host.ask(['ip', '-4', 'route', 'show', how, subnet + '.0.0/16']).out
              for how in ('root', 'match')]
     return bool(re.search(r'(?m)^(?!(\w+ )?default|\d+\.0\.0\.0/1 )\S', ''.join(found)))
@@ -1047,34 +1042,26 @@ def volumes_of(host, app):
     names = host.run(['docker', 'volume', 'ls', '-q']).split()
     return [name for name in names if name.startswith(app + '--')]
 
-def init_option(host):
-    """docker's own init for a container, where docker has it: from 1.13, if packaged."""
-    found = re.search('init version:(?! N/A)', host.ask(['docker', 'info']).out)
-    return ['--init'] if found else []
-
 def ensure_network(host, address):
-    """The network of plain apps, for one of their addresses. Docker's own choices come
-    from the end of it, so that no other container gets an address of ours."""
-    net = '.'.join(address.split('.')[:2])
-    host.run_unless('already exists', [
-        'docker', 'network', 'create', '--subnet=%s.0.0/16' % net,
-        '--ip-range=%s.255.0/24' % net, '--gateway=%s.0.1' % net, NETWORK])
+    """Our network, for one of its addresses; docker's own choices come from its end."""
+    command = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
+               '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
+    host.run_unless('already exists', command.split())
 
 def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
-    out = host.ask(['docker', 'diff', container]).out
-    paths = sorted((line[2:] + '/' for line in out.splitlines()))
+    lines = host.ask(['docker', 'diff', container]).out.splitlines()
+    paths = sorted(line[2:] + '/' for line in lines)
+    passing = r'/(dev|proc|run|sys|tmp|var/run|var/tmp|\.dockerenv|sbin/docker-init)/'
     return [path[:-1] for path, following in zip(paths, paths[1:] + [''])
-            if not following.startswith(path)
-            and not re.match('/(?:dev|proc|run|sys|tmp|var/run|var/tmp)/', path)
-            and path not in ('/.dockerenv', '/sbin/docker-init')]
+            if not following.startswith(path) and not re.match(passing, path)]
 
 def check_space(host, wanted=SPACE):
     folders = images_folder(host), '/var/lib/containerd', STATE
     for path in [path for path in folders if os.path.isdir(host.path(path))]:
         free = free_bytes(host, path) // 1000000
-        refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: docker image '
-                  'prune removes what nobody uses', free, path, wanted)
+        refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: see docker '
+                  'image prune', free, path, wanted)
 
 def images_folder(host):
     settings = host.text('/etc/docker/daemon.json')
@@ -1082,7 +1069,6 @@ def images_folder(host):
     return (moved + ['/var/lib/docker'])[0]
 
 def free_bytes(host, path):
-    """The bytes free on the disk of a folder."""
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
 
@@ -1099,8 +1085,7 @@ def catch_all_text(host, files):
     return render_catch_all(sum(files.values(), []), nginx_version(host), has_ipv6(host))
 
 def nginx_version(host):
-    version = re.findall(r'\d+', host.ask(['nginx', '-v']).err.partition('nginx/')[2])
-    return tuple(map(int, version[:3]))
+    return tuple(map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
 
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
@@ -1112,27 +1097,25 @@ def check_proxy_file(host, app, text):
     check_proxy(servers_of(pushed), sum(others.values(), []))
     problem = try_nginx(host, app, pushed)
     before = problem and nginx_problem(host)
-    refuse_if(before, "nginx's configuration was broken before this push, mend it first: "
-              '%s', before)
+    refuse_if(before, 'nginx was broken before this push, mend it first: %s', before)
     refuse_if(problem, problem if problem.startswith('nginx-proxy.conf:') else
               'nginx-proxy.conf clashes with another file: ' + problem)
 
 def try_nginx(host, app, text):
     """What nginx says against a proxy file in the place of the app's own, or ''.
     It is tested in a staged copy: what lies in conf.d is valid at every moment."""
-    own, files = PROXIES + '/%s.conf' % app, proxy_servers(host)
+    own, whole = PROXIES + '/%s.conf' % app, NGINX + '/nginx.conf'
     candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
-    files[own] = servers_of(text)
+    files = dict(proxy_servers(host), **{own: servers_of(text)})
     paths = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
-    conf = stage_nginx_conf(host.text(NGINX, 'nginx.conf'), catch_all_text(host, files),
-                            paths)
+    conf = stage_nginx_conf(host.text(whole), catch_all_text(host, files), paths)
     try:
         for path, new in ((candidate, text), (staged, conf)):
             with open(host.path(path), 'wb') as target:
                 target.write(to_bytes(new))
-        said = nginx_problem(host, '-c', staged).replace(candidate, 'nginx-proxy.conf')
-        return said.replace(staged, NGINX + '/nginx.conf')
+        said = nginx_problem(host, '-c', staged).replace(staged, whole)
+        return said.replace(candidate, 'nginx-proxy.conf')
     finally:
         remove_file(host.path(candidate))
         remove_file(host.path(staged))
@@ -1150,9 +1133,9 @@ def install_proxy(host, app, text, certain=False):
     path = host.path(PROXIES, app + '.conf')
     with host_lock(host, app):
         found = read_file(path)
-        if text == found and not certain:
+        if not certain and text == found:
             return
-        if text and not certain:
+        if not certain and text:
             check_proxy_file(host, app, text)
         changed = replace_file(path, text) if text else (
             is_ours(found, app) and remove_file(path))
@@ -1165,9 +1148,8 @@ def host_lock(host, app):
     return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
 
 def reload_nginx(host):
-    """Make nginx take up its configuration; Failure unless it really has.
-    `nginx -t` and the reload both succeed while a taken port keeps the old configuration:
-    it counts when every earlier worker has gone or says that it is shutting down."""
+    """Make nginx take up its configuration; Failure unless it really has. Where a port is
+    taken, `nginx -t` and the reload both succeed, but the earlier workers go on."""
     master = nginx_master(host)
     if master is None:
         return start_nginx(host)
@@ -1175,16 +1157,15 @@ def reload_nginx(host):
     host.run(['nginx', '-s', 'reload'])
     deadline = monotonic() + RELOAD_TIMEOUT
     while earlier & nginx_workers(host, master):
-        refuse_if(monotonic() > deadline, 'nginx keeps its old configuration: '
-                  + nginx_complaint(host))
+        if monotonic() > deadline:
+            raise Failure('nginx keeps its old configuration: ' + nginx_complaint(host))
         time.sleep(0.01)
 
 def start_nginx(host):
     """Start nginx by whatever init is there. At boot it waits for `dockhand recover`."""
     state = host.ask(['systemctl', 'is-system-running']).out if is_systemd(host) else ''
-    if state.strip() != 'starting':
-        refuse_if(host.ask(['service', 'nginx', 'start']).status, 'nginx does not start: '
-                  + nginx_complaint(host))
+    if state.strip() != 'starting' and host.ask(['service', 'nginx', 'start']).status:
+        raise Failure('nginx does not start: ' + nginx_complaint(host))
 
 def nginx_complaint(host):
     path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
@@ -1249,27 +1230,23 @@ def engine_of(host, release):
     return Upstart(host) if release.job and is_upstart(host) else Containers(host)
 
 def container_state(found):
-    state = found['State']
-    alive = state['Running'] and not state.get('Restarting')
-    health = (state.get('Health') or {}).get('Status') or ''
+    """The State of a container as docker describes it, ports where they really are."""
+    state, settings = found['State'], found.get('NetworkSettings') or {}
+    alive = bool(state['Running'] and not state.get('Restarting'))
     text = 'running' if alive else 'exited with %s' % state.get('ExitCode')
     identity = (found['Id'], state['StartedAt'], found.get('RestartCount'))
-    ports = [] if health else container_ports(found)
-    return State(bool(alive), identity, ports, str(health), text)
-
-def container_ports(found):
-    """[(address, port)]: where the published tcp ports of a container really are."""
-    settings = found.get('NetworkSettings') or {}
+    health = str((state.get('Health') or {}).get('Status') or '')
     places = list((settings.get('Networks') or {}).values()) + [settings]
     addresses = [each['IPAddress'] for each in places if each.get('IPAddress')][:1]
     published = (found.get('HostConfig') or {}).get('PortBindings') or {}
-    return [(str(address), int(port.split('/')[0])) for address in addresses
-            for port in sorted(published) if port.endswith('/tcp')]
+    ports = [(str(address), int(port.split('/')[0])) for address in addresses
+             for port in sorted(published) if port.endswith('/tcp') and not health]
+    return State(alive, identity, ports, health, text)
 
 class Engine(namedtuple('Engine', 'host')):
-    """What keeps apps running. What only one of the two has to do is nothing here."""
+    """What keeps apps running."""
     def nothing(self, release):
-        pass
+        """What only the other engine has to do."""
     check = prepare = place = withdraw = nothing
 
 def on_container(host, release, *words):
@@ -1279,36 +1256,38 @@ def on_container(host, release, *words):
 
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
+    log_cap = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+
     def job(self, release):
         """How docker runs a release; Failure where it cannot."""
         env_file = release_folder(self.host, release.app, release.number) + '/env'
         if not release.job:
             return plain_container(release, env_file)
-        job, in_force = container_of(job_of(release), release.app), '=%s/apps/%s/env' % (
-            STATE, release.app)
-        return job._replace(options=[option.replace(in_force, '=' + env_file)
-                                     for option in job.options])
+        job = container_of(job_of(release), release.app)
+        env = '%s/apps/%s/env' % (STATE, release.app)
+        return job._replace(options=[each.replace(env, env_file) for each in job.options])
 
     def check(self, release):
         if release.job:
             self.job(release)
-        elif is_upstart(self.host):             # elsewhere `install` has looked
-            refuse_if(docker_version(self.host) < (1, 11), 'without an upstart.conf an '
-                      'app wants docker 1.11 or later; say in one how to run it')
+        refuse_if(is_upstart(self.host) and docker_version(self.host) < (1, 11),
+                  'without an upstart.conf an app wants docker 1.11 or later')
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
         job, host = self.job(release), self.host
-        extra = ['--label=dockhand.app=' + release.app]
-        extra += init_option(host) if release.address else []
-        log = [] if any(each.startswith('--log-') for each in job.options) else [
-            '--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
-        image = release.image if is_image_of(release.app, job.image) else job.image
         command = ['docker', 'create', '--name', container_name(release)] + job.options
-        command += extra + log + [image] + job.command
+        command.append('--label=dockhand.app=' + release.app)
+        if release.address:
+            info = host.ask(['docker', 'info']).out     # from 1.13 on, if it is packaged
+            command += ['--init'] if re.search('init version:(?! N/A)', info) else []
+        if not any(each.startswith('--log-') for each in job.options):
+            command += self.log_cap
+        image = release.image if is_image_of(release.app, job.image) else job.image
+        command += [image] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
-            on_container(self.host, release, 'update', '--restart', 'no')
+            on_container(host, release, 'update', '--restart', 'no')
 
     def start(self, release):
         """Start the container; if it was pruned away, or its network, it is new."""
@@ -1351,10 +1330,10 @@ def job_of(release):
 def container_name(release):
     return '%s--%s' % (release.app, release.number)
 
-HELD = 'manual\n'       # an override that keeps a reboot from starting a mixture
-
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
+    held = 'manual\n'   # an override that keeps a reboot from starting a mixture
+
     def job(self, release):
         """What the job gives its release command: the environment alone is known."""
         env_file = release_folder(self.host, release.app, release.number) + '/env'
@@ -1363,23 +1342,21 @@ class Upstart(Engine):
     def place(self, release):
         env = environment_text(release.config, None)
         replace_file(app_folder(self.host, release.app, 'env'), env, 0o600)
-        replace_file(self.path(release, '.override'), HELD)
+        replace_file(self.path(release, '.override'), self.held)
         replace_file(self.path(release, '.conf'), release.job)
 
     def path(self, release, ending):
         return self.host.path(JOBS, release.app + ending)
 
     def start(self, release):
-        path = self.path(release, '.conf')
-        if read_file(path) != release.job:
-            raise Failure('%s is not that of release %d', path, release.number)
+        refuse_if(read_file(self.path(release, '.conf')) != release.job,
+                  'its job is not that of release %d', release.number)
         self.host.run_unless('already running', ['timeout', '60', 'start', release.app])
 
     def stop(self, release):
         """Stop the job, and the containers that init leaves behind."""
-        replace_file(self.path(release, '.override'), HELD)
-        self.host.run_unless('Unknown (instance|job)|already been stopped',
-                             ['stop', release.app])
+        replace_file(self.path(release, '.override'), self.held)
+        self.host.run_unless('Unknown|already been stopped', ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run_unless('No such', ['docker', 'stop', '-t', '1', found['Id']])
 
@@ -1399,19 +1376,17 @@ class Upstart(Engine):
 
     def state(self, release):
         _, out, err = self.host.ask(['status', release.app])
-        text = (out or err).strip()
-        match = re.search(r'(start|stop)/([\w-]+)(?:, process (\d+))?', text)
-        if not match or match.group(1) == 'stop':
-            return State(False, None, [], '', printable(text) or 'no such job')
-        if match.group(2) != 'running':
-            return State(None, None, [], '', text)
-        identity = (match.group(3),)
+        text = printable((out or err).strip())
+        running = re.search(r' start/running(?:, process (\d+))?', text)
+        if not running:
+            alive = None if ' start/' in text else False
+            return State(alive, None, [], '', text or 'no such job')
         for found in running_containers(self.host, release.image):
             state = container_state(found)
-            return state._replace(identity=identity + state.identity, text=text)
-        images = [words[0].value for _, words in runs_of(job_of(release))]
-        waits = any(is_image_of(release.app, image) for image in images)
-        return State(None if waits else True, identity, [], '', text)
+            return state._replace(identity=running.groups() + state.identity, text=text)
+        own = [words for _, words in runs_of(job_of(release))
+               if is_image_of(release.app, words[0].value)]
+        return State(None if own else True, running.groups(), [], '', text)
 
     def logs_command(self, release, lines, *follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
@@ -1419,10 +1394,8 @@ class Upstart(Engine):
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
-    Failure as soon as it is known that it will not.
-    It answers when its HEALTHCHECK says healthy, or, without one, when each published tcp
-    port accepts a connection at the container's own address (docker's proxy accepts on
-    the host's port whatever is behind it)."""
+    Failure as soon as none can come. Without a HEALTHCHECK to say so, it answers when the
+    container's own ports accept (docker's proxy accepts whatever is behind it)."""
     begun = since = monotonic()
     identity, deaths, answered = None, 0, None
     while True:

@@ -1162,7 +1162,12 @@ def test_a_tag_is_moved_by_docker_before_1_10_too():
     did not complete: exit code: 137         => 1   => out of memory
     exec /bin/sh: exec format error          => 1   => exec format error''')
 def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
-    assert dh.build_trouble(heard, int(status)).startswith(said)
+    def run(argv, each=None):
+        if each:
+            each(heard)
+        return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
+    why = refusal(dh.build_image, Host('/', run), '/tmp', 'a:1', [])
+    assert why.startswith('the build failed: ' + said)
 
 RUNNING = {'Running': True, 'StartedAt': '1', 'ExitCode': 0}
 BOUND = {'PortBindings': {'80/tcp': [], '53/udp': [], '25/tcp': None}}
@@ -1673,7 +1678,8 @@ class Machine(object):
         del self.containers[name]
 
     def docker_diff(self, _, name):
-        return 'C /srv\nA /srv/kept.db\nC /run\nA /run/x.pid\n'
+        return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
+                'C /run\nA /run/x.pid\n')
 
     def docker_ps(self, _, q, no_trunc):
         assert q in ('-q', '-aq') and no_trunc == '--no-trunc'
