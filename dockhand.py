@@ -2050,7 +2050,7 @@ def build_release(host, live, release, options=()):
     else:
         release = build_commit(host, live, release, options)
     images = inspect(host, image_tag(release))
-    refuse_if(not images, 'the build left no image here: does docker buildx use another?')
+    refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     settings = native(images[0].get('Config') or {})
     release = release._replace(image=str(images[0]['Id']))
     if not release.job:
