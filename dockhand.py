@@ -63,7 +63,6 @@ RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun req
 FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
 KEPT, LISTED = 5, 50                # releases kept; numbers for which failed ones stay
 DEFAULT_BRANCHES = ('main', 'master')
-COMPOSE = r'(docker-)?compose.*\.ya?ml\Z'
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
 NETWORK = 'dockhand'                # of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
@@ -1429,11 +1428,10 @@ def silent_ports(state):
 
 # ---- Releases: the store, apply, deploy, recover ---------------------------------------
 
-# number: counted from 1, never used again. time: of its push, in seconds since 1970.
-# seconds: that the deploy took, None until it is through. failed: why it never was live,
-# or None. image: its id. config: {key: value}. job, proxy: the files as they are
-# installed, or None. Of a plain app: port, None for a worker; web: whether nginx passes
-# requests to it; volumes: [path]; address: its own on our network.
+# number: from 1, never used again. time: of its push, in seconds since 1970. seconds:
+# that the deploy took, None until it is through. failed: why it never was live, or None.
+# image: its id. job, proxy: the files as installed, or None. Of a plain app: port, None
+# for a worker; web: nginx passes requests to it; volumes: [path]; address: of its own.
 Release = namedtuple('Release', 'app number commit branch key time seconds failed image '
                      'config port web volumes address job proxy')
 
@@ -1493,22 +1491,18 @@ def save_release(host, release):
     make_folder(folder)
     record = release._asdict()
     env = environment_text(release.config, release.port if release.web else None)
-    for name, text, mode in (('/upstart.conf', record.pop('job'), 0o644),
-                             ('/nginx-proxy.conf', record.pop('proxy'), 0o644),
-                             ('/env', None if release.failed else env, 0o600)):
-        remove_file(temporary_of(folder + name))
-        remove_file(folder + name) if text is None else replace_file(
-            folder + name, text, mode)
+    texts = record.pop('job'), record.pop('proxy'), None if release.failed else env
+    for name, text in zip(('/upstart.conf', '/nginx-proxy.conf', '/env'), texts):
+        path = folder + name
+        remove_file(temporary_of(path))
+        remove_file(path) if text is None else replace_file(path, text, 0o600)
     replace_file(folder + '/release.json', to_json(record), 0o600)
 
 def linked_release(host, app, link):
     """The Release that `live` or `pending` points to, or None."""
-    try:
-        number = os.path.basename(os.readlink(app_folder(host, app, link)))
-    except OSError:
-        return None
-    release = load_release(host, app, int(number))
-    return release if release.commit else None
+    number = os.path.basename(os.path.realpath(app_folder(host, app, link)))
+    release = load_release(host, app, int(number)) if number.isdigit() else None
+    return release if release and release.commit else None
 
 def live_release(host, app):
     return linked_release(host, app, 'live')
@@ -1530,17 +1524,17 @@ def app_lock(host, app, purpose):
 @contextmanager
 def live_app(host, app, command):
     """The same for a command that wants an app that is live."""
-    with app_lock(host, app, 'dockhand %s %s' % (command, app)) as live:
-        yield must_be_live(app, live)
+    with app_lock(host, app, 'dockhand %s %s' % (command, app)):
+        yield must_be_live(host, app)
 
-def must_be_live(app, live):
+def must_be_live(host, app):
+    live = live_release(host, check_app_name(app))
     refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
     return live
 
 def switch_steps(host, old, new, beside=False, run=True, certain=False):
-    """What makes the host go from one release to another, as functions in their order.
-    old, new: a Release or None, in a first deploy, or its undoing; beside: whether they
-    may run at the same time; run, certain: whether the new one is started, was live"""
+    """What makes the host go from one release, or None, to another, as [function].
+    beside: both run for a time; run, certain: whether the new one is started, was live"""
     app = (new or old).app
     proxy = partial(install_proxy, host, app, new and new.proxy, certain)
     stop = [partial(engine_of(host, old).stop, old)] if old else []
@@ -1559,20 +1553,17 @@ def switch_steps(host, old, new, beside=False, run=True, certain=False):
     return stop + place + start
 
 def hands_over(old, new):
-    """Whether a new release may run beside the old one: both are web apps to whose own
-    addresses nginx passes requests, and they share no data; or a person says that."""
-    if not old or not new or not (old.address and new.address):
-        return False
-    safe = old.web and new.web and not old.volumes and not new.volumes
-    return new.config.get('overlap', 'yes' if safe else 'no') == 'yes'
+    """Whether two releases with addresses may run at once: both web, without data."""
+    both = [each for each in (old, new) if each and each.address]
+    safe = all(each.web and not each.volumes for each in both)
+    return len(both) == 2 and new.config.get('overlap', 'yes' if safe else 'no') == 'yes'
 
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
 
 def apply(host, old, new):
-    """Make the host match a release, or put the old one back and raise.
-    The one place that changes a running app. `pending` says what is being switched to;
-    moving `live` is the commit point. Gives what there is to report, in words."""
+    """Make the host match a release, or put the old one back and raise; gives a report.
+    `pending` says what is being switched to; moving `live` is the commit point."""
     engine, begun, app = engine_of(host, new), monotonic(), new.app
     served = old and not is_stopped(host, app)
     beside = served and hands_over(old, new)
@@ -1588,7 +1579,7 @@ def apply(host, old, new):
         for act in steps[:first]:
             act()
         started = monotonic()
-        answered = check_or_show_log(host, new, engine, 0 if tried else STEADY)
+        gap = check_or_show_log(host, new, engine, 0 if tried else STEADY) - stopped
         checked = monotonic() - started
         for act in steps[first:]:
             act()
@@ -1598,17 +1589,14 @@ def apply(host, old, new):
             checked += monotonic() - started
             install_proxy(host, app, new.proxy)
         set_link(host, app, 'live', new)
-    switched = monotonic() - begun - checked
+    times = monotonic() - begun - checked, checked
     pushed = new.seconds is None and not (old and old.commit == new.commit)
     finish(host, new, engine, not pushed)
-    gap = '' if not served else ', no gap' if beside else ', down for %.1f s' % (
-        answered - stopped)
-    return 'switched in %.1f s, checked in %.1f s%s' % (switched, checked, gap)
+    down = '' if not served else ', no gap' if beside else ', down for %.1f s' % gap
+    return 'switched in %.1f s, checked in %.1f s' % times + down
 
 def finish(host, release, engine, follow):
-    """What follows the commit point: the old release is stopped once it is drained, the
-    app comes back by itself from now on, and where git does not move the branch, as
-    after a push, it follows."""
+    """What follows the commit point. follow: git does not move the branch by itself"""
     app, branch = release.app, 'refs/heads/' + release.branch
     try:
         remove_file(app_folder(host, app, 'stopped'))
@@ -1629,27 +1617,25 @@ def finish(host, release, engine, follow):
 
 def stop_others(host, release):
     """Stop what still runs of the app's earlier releases, once it is drained."""
-    others = dict(('/' + container_name(each), each)
+    others = dict((container_name(each), each)
                   for each in kept_releases(host, release.app)
                   if each.address and each.number != release.number)
-    for found in inspect(host, *[name[1:] for name in others]) if others else []:
+    for found in inspect(host, *others) if others else []:
         if found['State']['Running']:
-            drain(host, others[found['Name']].address)
-            Containers(host).stop(others[found['Name']])
+            drain(host, others[found['Name'][1:]].address)
+            Containers(host).stop(others[found['Name'][1:]])
 
 def check_or_show_log(host, release, engine, steady=STEADY):
     """The moment of a release's first answer; its log for the pusher if none comes."""
+    timeout, lines = int(release.config.get('timeout', HEALTH_TIMEOUT)), []
     try:
-        timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
         return check_health(release, engine, timeout, steady)
     except Failure as error:
-        lines = []
         host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
         for port in loopback_ports(host, release):
-            step('It listens on 127.0.0.1:%d, which only the container itself reaches: '
-                 'make it listen on 0.0.0.0', port)
+            step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
         raise Failure('release %d failed its health check: %s', release.number, error)
 
 def loopback_ports(host, release):
@@ -1663,20 +1649,19 @@ def loopback_ports(host, release):
 def put_back(host, new, old):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
     engine, live = engine_of(host, new), live_release(host, new.app)
-    failed = 'could not be put back'
+    put = partial(attempt, 'could not be put back')
     if live and live.number == new.number:      # and it may be down since a power cut
-        attempt(failed, engine.place, new)
-        attempt(failed, engine.start, new)
+        put(engine.place, new)
+        put(engine.start, new)
         return finish(host, new, engine, True)
     run = old is not None and not is_stopped(host, new.app)
     beside = run and hands_over(old, new)
     steps = switch_steps(host, new, old, beside, run, certain=True)
     if run:
-        before = engine_of(host, old)
-        # a stop that was begun by a crashed command goes on
+        before = engine_of(host, old)           # its stop, begun before a crash, goes on
         begin = [] if beside else [partial(before.stop, old)]
         steps = begin + steps + [partial(before.settle, old)]
-    if not all([attempt(failed, act) for act in steps]):
+    if not all([put(act) for act in steps]):
         return say('dockhand: mend that, then: sudo dockhand recover')
     remove_file(app_folder(host, new.app, 'pending'))
     if run and attempt('release %d was started again, but' % old.number,
@@ -1687,10 +1672,9 @@ def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
     written = [app_folder(host, app, name)
                for name in ('live', 'pending', 'stopped', 'config', 'env')]
-    written += [host.path(folder, app + ending) for folder in (JOBS, PROXIES, NGINX)
-                for ending in ('.conf', '.override')]
-    for path in [temporary_of(path) for path in written]:
-        remove_file(path)
+    written += [host.path(folder, app + '.conf') for folder in (JOBS, PROXIES, NGINX)]
+    for path in written + [host.path(JOBS, app + '.override')]:
+        remove_file(temporary_of(path))
     remove_file(repository(host, app) + '/index.lock')
     if os.path.isdir(build_folder(host, app)):
         empty_build_folder(host, app)
@@ -1699,19 +1683,20 @@ def sweep(host, app):
 def recover_app(host, app):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     sweep(host, app)
-    pending, live = linked_release(host, app, 'pending'), live_release(host, app)
+    pending = linked_release(host, app, 'pending')
     if pending:
         step('%s: the switch to release %d was interrupted', app, pending.number)
-        put_back(host, pending, live)
+        put_back(host, pending, live_release(host, app))
     for number in reversed(list_releases(host, app)):
         release = load_release(host, app, number)
         if release.seconds is not None or release.failed is not None:
             break
-        forget(host, release, live, 'interrupted')
+        forget(host, release, 'interrupted')
     if app in list_apps(host) and not list_releases(host, app):
         remove_app(host, app)
 
 def put_right(host, app):
+    """For one app: what a crash left, and what is gone of its live release."""
     with app_lock(host, app, 'dockhand recover') as live:
         refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
         if live:
@@ -1738,29 +1723,19 @@ def bring_back(host, live):
             engine.start(live)
         engine.settle(live)
 
-def installed_files(host, release):
-    """[(name in the repository, path on the host, text)] of what a release installs."""
-    files = [('nginx-proxy.conf', PROXIES, release.proxy)]
-    files += [('upstart.conf', JOBS, release.job)] if is_upstart(host) else []
-    return [(name, '%s/%s.conf' % (folder, release.app), text)
-            for name, folder, text in files if text is not None]
-
 def read_pushed(folder, name):
     """The text of a pushed file, None where there is none; Failure unless it is plain."""
     path = os.path.join(folder, name)
-    try:
-        kind = os.lstat(path).st_mode
-    except OSError:
+    if not os.path.lexists(path):
         return None
-    if not stat.S_ISREG(kind):
-        found = 'link' if stat.S_ISLNK(kind) else 'folder'
-        raise Failure('%s is a %s: commit a plain file', name, found)
+    refuse_if(os.path.islink(path), '%s is a link: commit a plain file', name)
+    refuse_if(not os.path.isfile(path), '%s is a folder: commit a plain file', name)
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
         data = source.read(FILE_LIMIT + 1)
     refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
     refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
-    refuse_if(data.startswith(b'\xef\xbb\xbf') and name.endswith('.conf'), '%s:1: begins '
-              'with a byte order mark: save it as UTF-8 without one', name)
+    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith('.conf'),
+              '%s:1: begins with a byte order mark: save it without one', name)
     refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
 
@@ -1772,21 +1747,8 @@ def git(host, app, *args, **options):
     command = ['git', '--git-dir=' + repository(host, app)] + list(args)
     return options.get('act', host.run)(command, account=host.account())
 
-def commit_of(host, app, ref):
-    """The id of the commit a ref points to, '' where there is none."""
-    return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
-
 def build_folder(host, app):
     return host.path(STATE, 'build', app)
-
-def check_out(host, app, commit):
-    """Fill the app's build folder with a commit's files; the folder."""
-    folder = build_folder(host, app)
-    empty_build_folder(host, app)
-    host.run(['mkdir', folder], account=host.account())
-    git(host, app, 'read-tree', commit)
-    git(host, app, '--work-tree=' + folder, 'checkout-index', '-a')
-    return folder
 
 def empty_build_folder(host, app):
     host.run(['rm', '-rf', '--', build_folder(host, app)], account=host.account())
@@ -1794,48 +1756,45 @@ def empty_build_folder(host, app):
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""
     app, read = release.app, partial(read_pushed, folder)
-    composed = [name for name in list_folder(folder) if re.match(COMPOSE, name)]
-    if read('Dockerfile') is None:
-        raise Failure('no Dockerfile in this commit: it says how to build the app' + (
-            '; %s is not read: push one repository for each service' % composed[0]
-            if composed else ''))
+    refuse_if(read('Dockerfile') is None, 'no Dockerfile in this commit: it says how to '
+              'build the app; a compose file is not read, push each service by itself')
     read('.dockerignore')
     job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
     if 'filter=lfs' in (read('.gitattributes') or ''):
         step('Note: files kept by git LFS are not part of a push; their pointers are')
+    proxy = proxy and headed(app, 'proxy file', proxy)
     if job is None:             # until the image is built, its port is not known
         there = upstream(app, '127.0.0.1', 80, ())
-        pushed = proxy and headed(app, 'proxy file', proxy).partition(MARK)[0]
-        return release._replace(proxy=pushed and pushed + there)
+        return release._replace(proxy=proxy and proxy.partition(MARK)[0] + there)
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
     check_job(parse_job(job), app)
-    return release._replace(job=headed(app, 'job', job),
-                            proxy=proxy and headed(app, 'proxy file', proxy))
+    return release._replace(job=headed(app, 'job', job), proxy=proxy)
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
     if list_releases(host, app):
         return
-    for path in ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]:
-        refuse_if(os.path.exists(host.path(path)),
-                  '"%s" is a service of this server (%s): choose another name', app, path)
-    for path in [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
+    services = ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]
+    for path in services + [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
         text = read_file(host.path(path))
-        refuse_if(text and not is_ours(text, app), '%s is on this server already, and '
-                  "not dockhand's: rename the app, or the file", path)
+        refuse_if(text is not None and not is_ours(text, app), '%s is on this server '
+                  'already, and not from dockhand: rename the app, or that', path)
 
 def check_edited(host, live, release):
     """Failure where a file of the live release was changed by hand on the server, unless
     it is as the new one says; where a proxy file leads is not compared."""
-    to_be = dict(each[1:] for each in installed_files(host, release))
-    for name, path, ours in installed_files(host, live):
+    job = live.job if is_upstart(host) else None
+    for name, folder, ours, new in (
+            ('nginx-proxy.conf', PROXIES, live.proxy or '', release.proxy),
+            ('upstart.conf', JOBS, job or '', release.job)):
+        path = '%s/%s.conf' % (folder, live.app)
         text = read_file(host.path(path))
-        new = to_be.get(path, ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
-        if text not in (None, ours, new):
+        wanted = (new or ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
+        if ours and text not in (None, ours, wanted):
             step('%s was changed on the server:', path)
             detail(diff_text(ours, text, 'as pushed', 'on the server'))
             raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm '
@@ -1849,34 +1808,30 @@ def diff_text(old, new, old_name, new_name):
 def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
     with app_lock(host, app, 'a push of %s by %s' % (app, key)) as live:
-        there = [live.branch] if live else [each for each in DEFAULT_BRANCHES
-                                            if commit_of(host, app, 'refs/heads/' + each)]
-        branch = load_config(host, app).get('branch', (there + [None])[0])
+        branch = load_config(host, app).get('branch', live.branch if live else None)
         verdict = judge_ref(ref, new, branch)
-        if verdict == 'store' or verdict == 'deploy' and live and live.commit == new:
-            return
         branch = branch or ref[len('refs/heads/'):]
         if verdict == 'plan':
             plan_release(host, live, new_release(host, app, key, branch, new, 'plan'))
-        check_race(host, app, live, branch, old)
-        make_release(host, live, new_release(host, app, key, branch, new))
+        if verdict == 'deploy' and not (live and live.commit == new):
+            check_race(host, app, live, branch, old)
+            make_release(host, live, new_release(host, app, key, branch, new))
 
 def check_race(host, app, live, branch, old):
-    """Failure where the branch is no longer what the pusher saw.
-    git moves the branch of a push that has just gone live in a moment; where that does
-    not come, a crash came between, and the branch is set to what is live."""
+    """Failure where the branch is no longer what the pusher saw. git moves it soon after
+    a push went live; if not, a crash came between, and it is set to what is live."""
     ref, deadline = 'refs/heads/' + branch, monotonic() + 3
-    found = wanted = commit_of(host, app, ref)
+    read_ref = partial(git, host, app, 'for-each-ref', '--format=%(objectname)', ref)
+    found = read_ref().strip()
     if live and live.commit != found and has_history(host, app, live.commit):
-        wanted = live.commit
-    while found != wanted:
-        time.sleep(0.05)
-        if monotonic() > deadline:
-            remove_file(os.path.join(repository(host, app), ref + '.lock'))
-            git(host, app, 'update-ref', ref, wanted)
-        found = commit_of(host, app, ref)
-    if found != (old if old.strip('0') else ''):
-        raise Failure('another push went live: pull, then push again')
+        while found != live.commit:
+            time.sleep(0.05)
+            if monotonic() > deadline:
+                remove_file(os.path.join(repository(host, app), ref + '.lock'))
+                git(host, app, 'update-ref', ref, live.commit)
+            found = read_ref().strip()
+    refuse_if(found != (old if old.strip('0') else ''),
+              'another push went live: pull, then push again')
 
 def has_history(host, app, commit):
     """Whether git has a commit and its parents; a killed shallow push leaves it alone."""
@@ -1893,10 +1848,10 @@ def make_release(host, live, release, options=()):
     check_space(host)
     check_free(host, live, release)
     begun, app, free = monotonic(), release.app, free_bytes(host, images_folder(host))
-    with undone_by(forget, host, release, live):
+    with undone_by(forget, host, release):
         save_release(host, release)
         release = build_release(host, live, release, options)
-        git(host, app, 'update-ref', commit_ref(release), release.commit)
+        git(host, app, 'update-ref', HELD_REF % release.number, release.commit)
         save_release(host, release)
         if 'release' in release.config:
             run_release_command(host, release)
@@ -1908,9 +1863,7 @@ def make_release(host, live, release, options=()):
     detail('disk: %.1f MB %s', abs(more) / 1e6, 'more' if more > 0 else 'less')
     log('%s: release %d of %s by %s is live', app, number, release.commit, release.key)
 
-def commit_ref(release):
-    """A ref that is not advertised: git keeps the commit that one can go back to."""
-    return 'refs/dockhand/%d' % release.number
+HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
 
 def plan_release(host, live, release):
     try:
@@ -1926,22 +1879,18 @@ def check_free(host, live, release):
     names = [image_tag(release), container_name(release)]
     names += [] if live else [release.app + ':latest']
     for name in names if inspect(host, *names) else []:
-        if inspect(host, name):
-            verb = 'rm' if '--' in name else 'rmi'
-            raise Failure('docker has %s already, and not from dockhand: rename the app, '
-                          'or docker %s %s', name, verb, name)
+        refuse_if(inspect(host, name), 'docker has %s already, and not from dockhand: '
+                  'rename the app, or remove that', name)
 
 def build_release(host, live, release, options=()):
-    """The Release with its image, and all checked that can be before a switch. One that
-    has an image already differs from the live one in its config."""
+    """The Release with its image, and all checked that can be before a switch."""
     step('Checking %s', release.commit[:10])
-    if release.image:
+    if release.image:                           # its config is new, no more
         tag_image(host, release.image, image_tag(release))
     else:
         release = build_commit(host, live, release, options)
     images = inspect(host, image_tag(release))
-    refuse_if(not images, 'the build left no image %s in docker: does `docker buildx` '
-              'use a builder elsewhere?', image_tag(release))
+    refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     settings = native(images[0].get('Config') or {})
     release = release._replace(image=str(images[0]['Id']))
     if not release.job:
@@ -1954,9 +1903,12 @@ def build_release(host, live, release, options=()):
 
 def build_commit(host, live, release, options):
     """The Release with the files of its commit, its image built from them."""
-    layers = []
+    app, folder, layers = release.app, build_folder(host, release.app), []
     try:
-        folder = check_out(host, release.app, release.commit)
+        empty_build_folder(host, app)
+        host.run(['mkdir', folder], account=host.account())
+        git(host, app, 'read-tree', release.commit)
+        git(host, app, '--work-tree=' + folder, 'checkout-index', '-a')
         release = check_files(release, folder)
         engine_of(host, release).check(release)
         if live:
@@ -1970,24 +1922,20 @@ def build_commit(host, live, release, options):
             save_release(host, release._replace(image=layers[-1]))
         raise
     finally:
-        empty_build_folder(host, release.app)
+        empty_build_folder(host, app)
 
 def complete_plain(host, release, settings):
-    """The Release of a plain app, with what its image and config say; its address and
-    proxy file. settings: the Config of its image"""
-    app, config = release.app, release.config
+    """The Release of a plain app, with what the Config of its image and its own say."""
+    app = release.app
     if is_made(release):
         release = release._replace(proxy=None)
-    port, web, volumes = read_image(settings, config, release.proxy)
+    port, web, volumes = read_image(settings, release.config, release.proxy)
     for name in volumes_of(host, app) if not live_release(host, app) else []:
         step('Found a volume of an earlier %s: %s', app, name)
     with host_lock(host, app):                  # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
                                    address=free_address(host))
-        if web:
-            release = release._replace(proxy=complete_proxy(host, release))
-        elif release.proxy:
-            release = release._replace(proxy=release.proxy.partition(MARK)[0])
+        release = release._replace(proxy=complete_proxy(host, release))
         if release.number != 'plan':
             save_release(host, release)
     check_proxy_change(host, release)
@@ -2005,9 +1953,11 @@ def kind_text(release):
     return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
 
 def complete_proxy(host, release):
-    """The proxy file of a plain web app, pushed or made here, and where it leads."""
-    app, version = release.app, nginx_version(host)
+    """The proxy file of a plain app; a web app's leads to it, and may be made here."""
     text = (release.proxy or '').partition(MARK)[0]
+    if not release.web:
+        return text or None
+    app, version = release.app, nginx_version(host)
     if not text:
         domains = release.config.get('domains', '%s %s.*' % (app, app))
         text = MADE % (app, app) + render_proxy(app, domains, version, has_ipv6(host))
@@ -2026,14 +1976,13 @@ def run_release_command(host, release):
     """Run what config's `release` says in the new image, with its volumes and network."""
     import shlex
     job = engine_of(host, release).job(release)
-    options = [option for option in job.options
-               if not option.startswith(('--ip', '--net-alias', '--publish'))]
-    command, name = release.config['release'], container_name(release) + '--release'
-    step('Running the release command: %s', command)
+    command = ['docker', 'run', '--rm', '--name', container_name(release) + '--release']
+    command += [option for option in job.options
+                if not option.startswith(('--ip', '--net-alias', '--publish'))]
+    command += [release.image] + shlex.split(release.config['release'])
+    step('Running the release command: %s', release.config['release'])
     if release.address:
         ensure_network(host, release.address)
-    command = ['docker', 'run', '--rm', '--name', name] + options + [release.image] + (
-        shlex.split(command))
     status = host.ask(command, each=detail, env=job.env, cwd=job.folder).status
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
@@ -2042,40 +1991,35 @@ def check_proxy_change(host, release):
         with host_lock(host, release.app):
             check_proxy_file(host, release.app, release.proxy)
 
-def forget(host, release, live, reason=None):
+def forget(host, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
-    app, now = release.app, live_release(host, release.app)
-    if linked_release(host, app, 'pending') or now and now.number == release.number:
+    why = printable(reason or str(sys.exc_info()[1]), 300)
+    app, live = release.app, live_release(host, release.app)
+    if linked_release(host, app, 'pending') or live and live.number == release.number:
         return
     try:
         drop(host, release, '--no-prune')       # the mended push builds on what is there
     except Failure:
         return                                  # docker has gone: a later command does
     if live is None:
-        remove_app(host, app)
-    elif release.commit is None:                # killed before it was written down
-        host.run(['rm', '-rf', '--', release_folder(host, app, release.number)])
-    else:
-        why = printable(reason or str(sys.exc_info()[1]), 300)
-        found = load_release(host, app, release.number)
-        save_release(host, found._replace(failed=why, job=None, proxy=None, config={},
-                                          address=None))
+        return remove_app(host, app)
+    save_release(host, load_release(host, app, release.number)._replace(
+        failed=why, job=None, proxy=None, config={}, address=None))
 
 def remove_app(host, app):
     """Remove what the store has of an app that is not live, but what a person told it."""
-    parts = [] if load_config(host, app) else ['']
-    host.run(['rm', '-rf', '--'] + [app_folder(host, app, part)
-                                    for part in parts or ('releases', 'env', 'live')])
+    parts = ('releases', 'env', 'live') if load_config(host, app) else ('',)
+    host.run(['rm', '-rf', '--'] + [app_folder(host, app, part) for part in parts])
 
 def drop(host, release, *options):
-    """Take away what a release has outside the store: container, image tag, commit.
-    False where the image stays, since somebody's container uses it."""
+    """Take a release's container, image and commit away; False if the image is used."""
     on_container(host, release, 'rm', '-f', '-v')
     if 'release' in release.config:
         host.ask(['docker', 'rm', '-f', '-v', container_name(release) + '--release'])
     gone = remove_image_tag(host, image_tag(release), *options)
     if gone:
-        git(host, release.app, 'update-ref', '-d', commit_ref(release), act=host.ask)
+        held = HELD_REF % release.number
+        git(host, release.app, 'update-ref', '-d', held, act=host.ask)
     return gone
 
 def clean_up(host, live):
@@ -2083,15 +2027,14 @@ def clean_up(host, live):
     app, numbers = live.app, list_releases(host, live.app)
     if linked_release(host, app, 'pending'):
         return
-    others = [each for each in kept_releases(host, app) if each.number != live.number]
-    kept = [each.number for each in others[:KEPT - 1] + [live]]
+    kept = [live.number] + [each.number for each in kept_releases(host, app)[:KEPT]]
     for release in [load_release(host, app, number) for number in numbers]:
         if release.failed and release.image:    # it was left as a cache for this release
             if not any(each.get('RepoTags') for each in inspect(host, release.image)):
                 host.ask(['docker', 'rmi', release.image])
             save_release(host, release._replace(image=None))
-        if release.number not in kept and (
-                not release.failed or release.number in numbers[:-LISTED]):
+        old = numbers[:-LISTED] if release.failed else numbers
+        if release.number in old and release.number not in kept:
             remove_release(host, release)
 
 def remove_release(host, release):
@@ -2104,8 +2047,7 @@ def remove_release(host, release):
     freed = max(0, free_bytes(host, images) - free) / 1e6
     step('Release %d is removed, %.1f MB freed', number, freed)
     if written:
-        detail('with what its container wrote outside volumes: %s%s',
-               ', '.join(written[:5]), ' ...' if written[5:] else '')
+        detail('with what it wrote outside volumes: ' + ' '.join(written[:5]))
 
 def show_plan(host, live, release):
     step('What a push of this would change:')
@@ -2391,7 +2333,9 @@ def change_keys(host, change):
 
 def read_stdin():
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
-    return '' if source.isatty() else to_text(source.read(FILE_LIMIT + 1))
+    data = b'' if source.isatty() else source.read(FILE_LIMIT + 1)
+    refuse_if(len(data) > FILE_LIMIT, 'what came in is larger than 256 KB')
+    return to_text(data)
 
 def upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
@@ -2441,7 +2385,7 @@ def apps(host):
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
-    live = must_be_live(app, live_release(host, check_app_name(app)))
+    live = must_be_live(host, app)
     command = engine_of(host, live).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
 
@@ -2477,7 +2421,7 @@ def rebuild(host, app, pull=False):
 
 def releases(host, app):
     """list an app's releases: commit, when, by whom, how long it took, live or not"""
-    live = must_be_live(app, live_release(host, check_app_name(app)))
+    live = must_be_live(host, app)
     found = [load_release(host, app, number) for number in list_releases(host, app)]
     for release in [each for each in reversed(found) if each.commit]:
         state = 'live' if release.number == live.number else (
@@ -2560,7 +2504,7 @@ def change_config(found, changes, unset):
 
 def proxy(host, app):
     """print the proxy file that is made for an app, to start one of its own from"""
-    live = must_be_live(app, live_release(host, check_app_name(app)))
+    live = must_be_live(host, app)
     refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app)
     text = complete_proxy(host, live._replace(proxy=None))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())

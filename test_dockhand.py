@@ -1625,12 +1625,12 @@ class Machine(object):
         volumes = [value.partition(':')[0] for name, value in found if name == '--volume']
         self.volumes += [name for name in volumes if name not in self.volumes]
         env, network = options.get('--env-file'), self.networks.get(options.get('--net'))
-        assert network or '--net' not in options
         address = options.get('--ip')
-        if address and not network['IPAM']['Config'][0]['Subnet'].startswith(
+        if address and network and not network['IPAM']['Config'][0]['Subnet'].startswith(
                 address.rsplit('.', 2)[0] + '.'):
             raise AssertionError('no configured subnet contains ' + address)
-        return {'volumes': volumes, 'network': network and network['Id'], 'address': address,
+        there = network['Id'] if network else options.get('--net')     # or no start will do
+        return {'volumes': volumes, 'network': there, 'address': address,
                 'env': env and dh.read_file(env)}
 
     def docker_run(self, *words):
@@ -2520,7 +2520,7 @@ def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
         'blog--%d' % number for number in range(3, 8)]
     err = capfd.readouterr().err
     assert re.search(r'-----> Release 1 is removed, \d+\.\d MB freed\n', err)
-    assert 'with what its container wrote outside volumes: /srv/kept.db\n' in err
+    assert 'with what it wrote outside volumes: /srv/kept.db\n' in err
 
 def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
     pushed(plain, SHA_2)
@@ -2909,8 +2909,8 @@ def test_what_was_changed_by_hand_may_be_committed_and_pushed(plain):
 def test_a_repository_with_only_a_compose_file_is_refused(plain, name):
     plain.lives(ONE_WEB)
     assert refusal(plain.push, {name: 'services:'}) == (
-        'no Dockerfile in this commit: it says how to build the app; %s is not read: push '
-        'one repository for each service' % name)
+        'no Dockerfile in this commit: it says how to build the app; a compose file is not '
+        'read, push each service by itself')
     assert not [line for line in plain.done if 'docker build' in line]
 
 def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
@@ -3380,8 +3380,8 @@ def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, ca
     tcp(plain, 77, 'tcp', ('0100007F:1F40', '00000000:0000', '0A'))
     live = dh.live_release(plain.host, 'blog')
     refusal(dh.check_or_show_log, plain.host, live, dh.Containers(plain.host))
-    assert ('-----> It listens on 127.0.0.1:8000, which only the container itself reaches: '
-            'make it listen on 0.0.0.0\n') in capfd.readouterr().err
+    assert ('-----> It listens on 127.0.0.1:8000 alone: make it listen on 0.0.0.0\n'
+            ) in capfd.readouterr().err
 
 @contextmanager
 def a_listener(address):
