@@ -1567,23 +1567,24 @@ def apply(host, old, new):
     engine, begun, app = engine_of(host, new), monotonic(), new.app
     served = old and not is_stopped(host, app)
     beside = served and hands_over(old, new)
-    tried = beside and old.web and new.web and new._replace(
-        proxy=with_backup(new.proxy, old.address, old.port))
+    on_trial = beside and old.web and new.web   # the old one steps in where it fails
+    shown = new._replace(proxy=with_backup(
+        new.proxy, old.address, old.port)) if on_trial else new
     if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
         check_proxy_change(host, new)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
-        stopped, steps = monotonic(), switch_steps(host, old, tried or new, beside)
+        stopped, steps = monotonic(), switch_steps(host, old, shown, beside)
         first = 1 if beside else len(steps)     # checked before requests reach it
         for act in steps[:first]:
             act()
         started = monotonic()
-        gap = check_or_show_log(host, new, engine, 0 if tried else STEADY) - stopped
+        gap = check_or_show_log(host, new, engine, 0 if on_trial else STEADY) - stopped
         checked = monotonic() - started
         for act in steps[first:]:
             act()
-        if tried:                               # while the old one can still step in
+        if on_trial:
             started = monotonic()
             check_or_show_log(host, new, engine)
             checked += monotonic() - started
