@@ -1005,7 +1005,11 @@ upstream blog {
     ((1, 4, 6), ''), ((1, 15, 2), ''), ((1, 15, 3), '    keepalive_timeout 1s;\n'),
     ((1, 31, 0), '    keepalive_timeout 1s;\n')])
 def test_an_upstream_leads_to_the_container_and_keeps_connections(version, more):
-    assert dh.upstream('blog', '10.86.0.2', 8000, version) == UPSTREAM % more
+    text = dh.upstream('blog', '10.86.0.2', 8000, version)
+    assert text == UPSTREAM % more
+    made = 'keepalive_min_timeout 1s;\n    keepalive 1;\n'
+    assert dh.with_backup(made + text, '10.86.0.9', 90) == made + text.replace(
+        '8000;\n', '8000;\n    server 10.86.0.9:90 backup;\n')
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='wants root, for a network of its own')
 @table('route, routed', """
@@ -2810,6 +2814,23 @@ def test_a_version_that_never_gets_well_is_not_handed_over_to(plain, capfd, name
     err = capfd.readouterr().err
     assert '       its last words\n' in err
     assert err.endswith('-----> Release 1 runs as before\n')
+
+def test_a_version_that_dies_after_its_first_answer_gives_way_to_the_old_one(plain, capfd):
+    plain.lives(ONE_WEB)
+    before, served, reload, seen = plain.whole(), plain.served, plain.nginx_s, []
+
+    def first_request_kills_it(*words):
+        answer = reload(*words)
+        if not seen:
+            seen.extend(plain.served.values())
+            plain.containers['blog--2']['State'].update(Running=False, ExitCode=3)
+        return answer
+    plain.nginx_s = first_request_kills_it
+    assert 'it does not run: exited with 3' in refusal(plain.push, TWO_WEB)
+    assert seen == [plain_proxy(2).replace(
+        '    keepalive 64', '    server 10.86.0.2:8000 backup;\n    keepalive 64')]
+    assert plain.changed(before) == [] and plain.served == served
+    assert not [line for line in plain.done if re.match('docker stop.*--1', line)]
 
 @each('name', 'one dies')
 def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
