@@ -1096,7 +1096,7 @@ def check_proxy_file(host, app, text):
     check_proxy(servers_of(pushed), sum(others.values(), []))
     problem = try_nginx(host, app, pushed)
     before = problem and nginx_problem(host)
-    refuse_if(before, 'nginx was broken before this push, mend it first: %s', before)
+    refuse_if(before, "nginx's configuration was broken before this push: %s", before)
     refuse_if(problem, problem if problem.startswith('nginx-proxy.conf:') else
               'nginx-proxy.conf clashes with another file: ' + problem)
 

@@ -4735,7 +4735,7 @@ def test_real_a_name_that_the_server_has_already_is_refused(server):
              'conf.d/legacy.conf'),
             ('mkdir -p /etc/init; echo exec sleep 9 >/etc/init/legacy.conf',
              'rm /etc/init/legacy.conf; rmdir /etc/init || :', '/etc/init/legacy.conf'),
-            ('echo >/etc/init.d/legacy', 'rm /etc/init.d/legacy', 'a service of this server'),
+            ('echo >/etc/init.d/legacy', 'rm /etc/init.d/legacy', 'init.d/legacy'),
             ('docker tag tiny:1 legacy:latest', 'docker rmi legacy:latest', 'legacy:latest'),
             ('docker tag tiny:1 legacy:1', 'docker rmi legacy:1', 'legacy:1')):
         server.ok(make)
