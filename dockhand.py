@@ -966,21 +966,24 @@ def running_containers(host, image=None, listed='-q'):
     return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
 
 def kept_ports(host):
-    """The ports, as [str], that docker keeps for no container that runs, or soon will."""
-    proxies = children(host, host.text('/run/docker.pid').strip()).values()
-    kept = re.findall(r'docker-proxy\0.*-host-port\0(\d+)', '\n'.join(proxies))
+    """{(docker-proxy's process id, port)} that docker keeps for no running container.
+    All are inspected: docker tells of one that is being started when that is done."""
+    proxies = children(host, host.text('/run/docker.pid').strip())
+    kept = [(pid, port) for pid, title in proxies.items()
+            for port in re.findall(r'docker-proxy\0.*-host-port\0(\d+)', title)]
     running = running_containers(host, None, '-aq') if kept else []
     used = [each['HostPort'] for found in running for places in (
         found['NetworkSettings'].get('Ports') or {}).values() for each in places or []]
-    return sorted(set(kept) - set(used))
+    return set(each for each in kept if each[1] not in used)
 
 def free_ports(host, patience=10):
     """Restart docker where it keeps a port, as after a power cut while it started an app:
     nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
-    deadline = monotonic() + patience   # seconds; one may have stopped meanwhile
-    while kept_ports(host) and monotonic() < deadline:
+    kept, deadline = kept_ports(host), monotonic() + patience
+    while kept and monotonic() < deadline:      # one may be of a container that stops
         time.sleep(0.1)
-    for port in kept_ports(host)[:1]:
+        kept &= kept_ports(host)
+    for _, port in sorted(kept)[:1]:
         refuse_if(not is_systemd(host) and not is_upstart(host), 'docker keeps port %s '
                   'for no container: restart it, then: sudo dockhand recover', port)
         step('docker keeps port %s for no container; restarting it', port)
