@@ -60,15 +60,13 @@ STATE, LOCKS = '/var/lib/dockhand', '/run/lock/dockhand'
 JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
 NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
 CATCH_ALL, SUDOERS = PROXIES + '/000-dockhand.conf', '/etc/sudoers.d/dockhand'
-UNIT = '/etc/systemd/system/dockhand-recover.service'
-BOOT_JOB = JOBS + '/dockhand-recover.conf'
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
+BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
 
 FILE_LIMIT = 256 * 1024         # bytes of a Dockerfile, a job, a proxy file
 PATIENCE = 5.0                  # seconds in all that a pusher may keep us waiting
-HEALTH_TIMEOUT = 60             # seconds for an app to answer
-STEADY = 2.0                    # seconds that an app must keep running
+HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds for an app to answer, and to keep running
 RELOAD_TIMEOUT = 10             # seconds for nginx to take up its configuration
 LOG_LINES = 20                  # of a failed app, shown to the pusher
 KEPT = 5                        # releases that one can go back to, the live one included
@@ -1038,22 +1036,24 @@ def running_containers(host, image=None, listed='-q'):
     return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
 
 def kept_ports(host):
-    """The ports of this machine, as [str], that docker keeps for no running container.
+    """{(docker-proxy's process id, port)} that docker keeps for no running container.
     All are inspected: docker tells of one that is being started when that is done."""
-    proxies = children(host, host.text('/run/docker.pid').strip()).values()
-    kept = re.findall(r'docker-proxy\0.*-host-port\0(\d+)', '\n'.join(proxies))
+    proxies = children(host, host.text('/run/docker.pid').strip())
+    kept = [(pid, port) for pid, title in proxies.items()
+            for port in re.findall(r'docker-proxy\0.*-host-port\0(\d+)', title)]
     running = running_containers(host, None, '-aq') if kept else []
     used = [each['HostPort'] for found in running for places in (
         found['NetworkSettings'].get('Ports') or {}).values() for each in places or []]
-    return sorted(set(kept) - set(used))
+    return set(each for each in kept if each[1] not in used)
 
 def free_ports(host, patience=10):
     """Restart docker where it keeps a port, as after a power cut while it started an app:
     nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
-    deadline = monotonic() + patience   # seconds; one may have stopped meanwhile
-    while kept_ports(host) and monotonic() < deadline:
+    kept, deadline = kept_ports(host), monotonic() + patience
+    while kept and monotonic() < deadline:      # one may be of a container that stops
         time.sleep(0.1)
-    for port in kept_ports(host)[:1]:
+        kept &= kept_ports(host)
+    for _, port in sorted(kept)[:1]:
         refuse_if(not is_systemd(host) and not is_upstart(host), 'docker keeps port %s '
                   'for no container: restart it, then: sudo dockhand recover', port)
         step('docker keeps port %s for no container; restarting it', port)
