@@ -73,6 +73,11 @@ ENVIRONMENT = {
     'HOME': '/root', 'LC_ALL': 'C', 'GIT_NO_REPLACE_OBJECTS': '1',
     'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
+# Where docker looks for the init that it gives to a container
+INIT_FOLDERS = ENVIRONMENT['PATH'].split(':') + [
+    folder + '/docker' for folder in ('/usr/libexec', '/usr/lib', '/usr/local/libexec',
+                                      '/usr/local/lib')]
+
 # What Dockerfiles start from (such an app would poison their FROM), or the server uses
 TAKEN_NAMES = set('''almalinux alpine amazonlinux archlinux bash buildpack-deps busybox
     caddy centos clojure composer consul couchdb debian docker dotnet elasticsearch elixir
@@ -1025,10 +1030,11 @@ def remove_image_tag(host, tag, *options):
     return host.run_unless('no such image|container', command) or not inspect(host, tag)
 
 def subnet_of(host, given=()):
-    """The first half of our addresses: our network's, that of releases, or a free one."""
+    """The first half of our addresses: that of releases, our network's, or a free one."""
+    for address in given:
+        return address.rsplit('.', 2)[0]
     there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
     found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there)
-    found += [address.rsplit('.', 2)[0] for address in given]
     for subnet in found or (each for each in SUBNETS if not is_routed(host, each)):
         return subnet
     raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
@@ -1065,6 +1071,10 @@ def check_space(host, wanted=SPACE):
         refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: see docker '
                   'image prune', free, path, wanted)
 
+def has_init(host):
+    """Whether docker has an init of its own: from 1.13 on, if it is packaged."""
+    return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
+
 def images_folder(host):
     settings = host.text('/etc/docker/daemon.json')
     moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
@@ -1092,23 +1102,24 @@ def nginx_version(host):
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
 
-def check_proxy_file(host, app, text):
+def check_proxy_file(host, app, text, files):
     """Failure where this proxy file clashes with another, or nginx refuses it."""
-    pushed, others = text.partition('\n')[2], proxy_servers(host)
+    pushed, others = text.partition('\n')[2], dict(files)
     others.pop(PROXIES + '/%s.conf' % app, None)
     check_proxy(servers_of(pushed), sum(others.values(), []))
-    problem = try_nginx(host, app, pushed)
+    problem = try_nginx(host, app, pushed, files)
     before = problem and nginx_problem(host)
     refuse_if(before, "nginx's configuration was broken before this push: %s", before)
     refuse_if(problem, problem if problem.startswith('nginx-proxy.conf:') else
               'nginx-proxy.conf clashes with another file: ' + problem)
 
-def try_nginx(host, app, text):
-    """What nginx says against a proxy file in the place of the app's own, or ''.
-    It is tested in a staged copy: what lies in conf.d is valid at every moment."""
+def try_nginx(host, app, text, files):
+    """What nginx says against a proxy file in the place of the app's own, or ''. It is
+    tested in a staged copy: what lies in conf.d is valid at every moment. files: what
+    proxy_servers gives"""
     own, whole = PROXIES + '/%s.conf' % app, NGINX + '/nginx.conf'
     candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
-    files = dict(proxy_servers(host), **{own: servers_of(text)})
+    files = dict(files, **{own: servers_of(text)})
     paths = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     conf = stage_nginx_conf(host.text(whole), catch_all_text(host, files), paths)
@@ -1137,11 +1148,14 @@ def install_proxy(host, app, text, certain=False):
         found = read_file(path)
         if not certain and text == found:
             return
+        files = proxy_servers(host)
         if not certain and text:
-            check_proxy_file(host, app, text)
+            check_proxy_file(host, app, text, files)
         changed = replace_file(path, text) if text else (
             is_ours(found, app) and remove_file(path))
-        catch_all = catch_all_text(host, proxy_servers(host))
+        if text or changed:
+            files[PROXIES + '/%s.conf' % app] = servers_of(text or '')
+        catch_all = catch_all_text(host, files)
         if replace_file(host.path(CATCH_ALL), catch_all) or changed or certain:
             reload_nginx(host)
 
@@ -1281,9 +1295,8 @@ class Containers(Engine):
         job, host = self.job(release), self.host
         command = ['docker', 'create', '--name', container_name(release)] + job.options
         command.append('--label=dockhand.app=' + release.app)
-        if release.address:
-            info = host.ask(['docker', 'info']).out     # from 1.13 on, if it is packaged
-            command += ['--init'] if re.search('init version:(?! N/A)', info) else []
+        if release.address and has_init(host):
+            command.append('--init')
         if not any(each.startswith('--log-') for each in job.options):
             command += self.log_cap
         image = release.image if is_image_of(release.app, job.image) else job.image
@@ -1546,14 +1559,13 @@ def switch_steps(host, old, new, beside=False, run=True, certain=False):
                        partial(remove_image_tag, host, app + ':latest')]
     engine = engine_of(host, new)
     start = [partial(engine.start, new)] if run else []
-    place = [partial(tag_image, host, image_tag(new), app + ':latest'),
-             partial(engine.place, new), proxy]
+    tag = [partial(tag_image, host, image_tag(new), app + ':latest')]
     if beside:
         drained = [partial(drain, host, old.address)] + stop
-        return start + place + (drained if certain else [])
+        return start + [proxy] + tag + (drained if certain else [])
     if old and type(engine) != type(engine_of(host, old)):
         stop.append(partial(engine_of(host, old).withdraw, old))
-    return stop + place + start
+    return stop + tag + [partial(engine.place, new), proxy] + start
 
 def hands_over(old, new):
     """Whether two releases with addresses may run at once: both web, without data."""
@@ -1993,7 +2005,7 @@ def run_release_command(host, release):
 def check_proxy_change(host, release):
     if release.proxy:
         with host_lock(host, release.app):
-            check_proxy_file(host, release.app, release.proxy)
+            check_proxy_file(host, release.app, release.proxy, proxy_servers(host))
 
 def forget(host, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
@@ -2253,7 +2265,8 @@ def install_part(host, name, text, mode):
     def check(new):
         if name == SUDOERS:
             host.run(['visudo', '-c', '-q', '-f', new])
-        problem = try_nginx(host, 'dockhand', '') if name == CATCH_ALL else ''
+        files = proxy_servers(host) if name == CATCH_ALL else {}
+        problem = name == CATCH_ALL and try_nginx(host, 'dockhand', '', files)
         refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
     folder = os.path.dirname(host.path(name))
     if not os.path.isdir(folder):
