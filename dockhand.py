@@ -1031,8 +1031,8 @@ def remove_image_tag(host, tag, *options):
 
 def subnet_of(host, given=()):
     """The first half of our addresses: that of releases, our network's, or a free one."""
-    for address in given:
-        return address.rsplit('.', 2)[0]
+    if given:
+        return given[0].rsplit('.', 2)[0]
     there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
     found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there)
     for subnet in found or (each for each in SUBNETS if not is_routed(host, each)):
