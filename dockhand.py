@@ -1315,9 +1315,10 @@ class Containers(Engine):
             self.host.run(command)
 
     def stop(self, release):
-        """Stop it for good: docker's own start must not bring it back beside another."""
-        on_container(self.host, release, 'update', '--restart', 'no')
+        """Stop it for good: docker's own start must not bring it back beside another.
+        While a container is coming to its end, docker fails to update it."""
         on_container(self.host, release, 'stop', '-t', self.job(release).grace)
+        on_container(self.host, release, 'update', '--restart', 'no')
 
     def revives(self, release):
         """Whether one that does not run is to be started, after a boot or a prune."""

@@ -2027,8 +2027,8 @@ rm -rf -- /var/lib/dockhand/build/blog
 ORDER = {'none': BUILD + '''nginx -t -q -c /etc/nginx/.blog.conf.new
 docker create --name blog--2 --label=dockhand.app=blog --log-driver=json-file \
 --log-opt=max-size=10m --log-opt=max-file=3 sha256:FROMtwo
-docker update --restart no blog--1
 docker stop -t 5 blog--1
+docker update --restart no blog--1
 docker tag blog:2 blog:latest
 nginx -t -q -c /etc/nginx/.blog.conf.new
 nginx -s reload
@@ -2672,7 +2672,7 @@ CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-al
 --env-file=/var/lib/dockhand/apps/blog/releases/2/env %s--label=dockhand.app=blog --init \
 ''' + LOGGED + ' sha256:FROMtwo\n'
 PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
-STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
+STOPPED = 'docker stop -t 10 blog--1\ndocker update --restart no blog--1\n'
 TAGGED = 'docker tag blog:2 blog:latest\n'
 SETTLED = 'docker update --restart unless-stopped blog--2\n'
 PROXIED = NGINX_T + 'nginx -s reload\n'
@@ -2899,7 +2899,7 @@ def test_a_pushed_proxy_file_may_name_the_app_as_its_upstream(plain):
     assert dh.live_release(plain.host, 'blog').web
     plain.push(an_app('two', 'EXPOSE 9000', wanted))     # copied from the server
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted.replace('.0.2', '.0.3')}
-    assert 'docker stop -t 10 blog--1' == plain.done[-1]
+    assert 'docker update --restart no blog--1' == plain.done[-1]
 
 LEADS_TO = 'server { server_name a; location / { proxy_pass http://%s; } }'
 
@@ -5343,7 +5343,7 @@ def test_real_killed_pushes_leave_one_whole_release(server, size):
 
     def recover():
         recovered = server.run('dockhand', 'recover')
-        assert recovered.status == 0, recovered
+        assert recovered.status == 0, recovered.err
         kept.extend(re.findall('docker keeps', recovered.err))      # and is restarted
     with Watch(server, app, neighbour) as watch:
         said = interrupt(app, size, seconds, killed, recover)
