@@ -74,9 +74,9 @@ ENVIRONMENT = {
     'BUILDKIT_PROGRESS': 'plain', 'BUILDX_NO_DEFAULT_ATTESTATIONS': '1'}
 
 # Where docker looks for the init that it gives to a container
-INIT_FOLDERS = ENVIRONMENT['PATH'].split(':') + [
-    folder + '/docker' for folder in ('/usr/libexec', '/usr/lib', '/usr/local/libexec',
-                                      '/usr/local/lib')]
+INIT_FOLDERS = ENVIRONMENT['PATH'].split(':') + '''/usr/libexec /usr/libexec/docker
+    /usr/lib/docker /usr/local/libexec /usr/local/libexec/docker
+    /usr/local/lib/docker'''.split()
 
 # What Dockerfiles start from (such an app would poison their FROM), or the server uses
 TAKEN_NAMES = set('''almalinux alpine amazonlinux archlinux bash buildpack-deps busybox
@@ -278,8 +278,9 @@ class Host(object):
         return account.home if account else '/home/' + self.user
 
 def last_line(text):
-    """The last line that a command said: docker repeats itself for each name."""
-    text = re.sub(r'(?m)^Error: failed to start containers.*', '', text)
+    """The last line that a command said: docker repeats itself for each name, and what
+    its runtime says may end in a line of its own."""
+    text = re.sub(r'(?m)^(Error: failed to start containers.*|: unknown)$', '', text)
     return plain_line(text.strip().rpartition('\n')[2])
 
 def read_file(path):
@@ -1071,10 +1072,6 @@ def check_space(host, wanted=SPACE):
         refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: see docker '
                   'image prune', free, path, wanted)
 
-def has_init(host):
-    """Whether docker has an init of its own: from 1.13 on, if it is packaged."""
-    return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
-
 def images_folder(host):
     settings = host.text('/etc/docker/daemon.json')
     moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
@@ -1083,6 +1080,10 @@ def images_folder(host):
 def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
+
+def has_init(host):
+    """Whether docker has an init of its own: from 1.13 on, if it is packaged."""
+    return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
 
 def proxy_servers(host):
     """{path: [Server]} of conf.d and sites-enabled, without our catch-all."""
@@ -1143,7 +1144,8 @@ def nginx_problem(host, *options):
 def install_proxy(host, app, text, certain=False):
     """Put an app's proxy file in place, or take it away, and make nginx follow. What is
     certain was live before: it is not checked again, and nginx reloads in any case."""
-    path = host.path(PROXIES, app + '.conf')
+    own = PROXIES + '/%s.conf' % app
+    path = host.path(own)
     with host_lock(host, app):
         found = read_file(path)
         if not certain and text == found:
@@ -1154,7 +1156,7 @@ def install_proxy(host, app, text, certain=False):
         changed = replace_file(path, text) if text else (
             is_ours(found, app) and remove_file(path))
         if text or changed:
-            files[PROXIES + '/%s.conf' % app] = servers_of(text or '')
+            files[own] = servers_of(text or '')
         catch_all = catch_all_text(host, files)
         if replace_file(host.path(CATCH_ALL), catch_all) or changed or certain:
             reload_nginx(host)
@@ -2266,9 +2268,9 @@ def install_part(host, name, text, mode):
     def check(new):
         if name == SUDOERS:
             host.run(['visudo', '-c', '-q', '-f', new])
-        files = proxy_servers(host) if name == CATCH_ALL else {}
-        problem = name == CATCH_ALL and try_nginx(host, 'dockhand', '', files)
-        refuse_if(problem, "nginx's configuration is broken, mend it first: %s", problem)
+        if name == CATCH_ALL:
+            wrong = try_nginx(host, 'dockhand', '', proxy_servers(host))
+            refuse_if(wrong, "nginx's configuration is broken, mend it first: %s", wrong)
     folder = os.path.dirname(host.path(name))
     if not os.path.isdir(folder):
         make_folder(folder)

@@ -1438,6 +1438,11 @@ def test_output_that_is_interrupted_ends_the_command():
     assert refusal(lambda: shell('echo $$; exec sleep 600', each=stop)) == 'stopped'
     assert not os.path.exists('/proc/%d' % pids[0])
 
+def test_the_end_of_what_the_runtime_says_is_not_all_that_is_said():
+    """As docker does where a container that it is to update comes to its end."""
+    said = 'Error response from daemon: Cannot update container 3f: not running\n: unknown\n'
+    assert dh.last_line(said) == said.split('\n')[0]
+
 def test_a_path_stays_under_the_root(tmpdir):
     host = Host(str(tmpdir))
     assert host.path('/etc/x') == host.path('etc', '/x') == str(tmpdir.join('etc/x'))
@@ -4697,10 +4702,13 @@ def test_real_a_job_that_dies_at_once_is_refused_and_its_log_shown(server):
 
 def test_real_an_app_that_never_listens_is_refused_when_its_time_is_over(servers):
     server = servers['upstart']
-    server.app('shop'), server.ok('dockhand config shop timeout=5')
-    refused(server.app('shop'), {'Dockerfile': 'FROM tiny:1\nCMD ["sleep", "9999"]\n'},
-            'after 5 s nothing listens on port 80', 1)
-    server.ok('dockhand config shop --unset timeout')
+    app = server.app('shop')
+    server.ok('dockhand config shop timeout=5')
+    try:
+        refused(app, {'Dockerfile': 'FROM tiny:1\nCMD ["sleep", "9999"]\n'},
+                'after 5 s nothing listens on port 80', 1)
+    finally:
+        server.ok('dockhand config shop --unset timeout')
 
 @everywhere
 def test_real_a_proxy_file_that_breaks_or_takes_something_is_refused(server):
