@@ -309,6 +309,8 @@ def replacing(path):
         yield temporary
         os.rename(temporary, path)
         sync_folder(os.path.dirname(path))
+    except EnvironmentError as error:
+        raise Failure('%s: %s', path, error.strerror)
     finally:
         remove_file(temporary)
 
@@ -2018,12 +2020,12 @@ def forget(host, release, reason=None):
         return
     try:
         drop(host, release, '--no-prune')       # the mended push builds on what is there
+        if live is None:
+            return remove_app(host, app)
+        save_release(host, load_release(host, app, release.number)._replace(
+            failed=why, job=None, proxy=None, config={}, address=None))
     except Failure:
-        return                                  # docker has gone: a later command does
-    if live is None:
-        return remove_app(host, app)
-    save_release(host, load_release(host, app, release.number)._replace(
-        failed=why, job=None, proxy=None, config={}, address=None))
+        return          # docker has gone, or the disk is full: a later command does
 
 def remove_app(host, app):
     """Remove what the store has of an app that is not live, but what a person told it."""
