@@ -5958,17 +5958,27 @@ class Load(object):
         result = json.loads(self.process.communicate(timeout=120)[0].decode())
         self.came, self.longest = result['came'], result['longest']
 
-    def check(self):
-        """No error, but for those of kept connections, each of which has its known cause;
-        how many requests there were, in words."""
-        counts, raced = [], 0
-        for kind in sorted(self.came):
-            counts.append('%d %s' % (sum(self.came[kind].values()), kind))
-            for error in set(self.came[kind]) - set(['']):
-                assert kind == 'kept' and self.is_race(error), (kind, self.came[kind])
-                raced += 1
+    def check(self, dying=False):
+        """No error, but for those that have their known cause: on kept connections, and in
+        answers of an app that died in their midst; how many requests there were, in words."""
+        counts, raced, cut = [], 0, 0
+        for kind, outcomes in sorted(self.came.items()):
+            counts.append('%d %s' % (sum(outcomes.values()), kind))
+            for error, times in outcomes.items():
+                broke_off = dying and error.startswith('IncompleteRead')
+                raced += kind == 'kept' and bool(error)
+                cut += times * broke_off
+                assert not error or broke_off or kind == 'kept' and self.is_race(error), outcomes
+        assert cut <= (dying and self.broken_off())
         return 'requests: %s; the longest new one took %.2f s; kept ones that met the end of ' \
-               'their connection: %d' % (', '.join(counts), self.longest.get('new', 0), raced)
+               'their connection: %d%s' % (', '.join(counts), self.longest.get('new', 0), raced,
+                                           '; answers that broke off: %d' % cut if dying else '')
+
+    def broken_off(self):
+        """The answers that ended with the app that had begun them, as nginx tells."""
+        return int(self.app.server.ok(
+            'grep -c "while reading upstream,.*host: .%s.test" /var/log/nginx/error.log || :'
+            % self.app.name))
 
     def is_race(self, error):
         """Whether nginx closed an idle connection of an old worker as the next request was
@@ -6071,7 +6081,7 @@ def test_real_a_version_that_fails_is_refused_with_its_log_and_no_request(server
             assert app.check_whole('fine') == 'fine'
             said.append('%.1f s: %s' % (time.time() - begun, pushed.out[-1]))
             assert server.ok('docker ps -aq --filter name=^/spoiled--').count('\n') == 0
-    return ' / '.join(said + [load.check()])
+    return ' / '.join(said + [load.check(dying=True)])
 
 def each_its_own(server, size):
     """Five apps, and a container that somebody put on their network."""
