@@ -241,7 +241,7 @@ class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
-        self.root, self.ask, self.user = root, run, user
+        self.root, self.ask, self.user, self.nginx = root, run, user, None
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
@@ -1100,7 +1100,10 @@ def catch_all_text(host, files):
     return render_catch_all(sum(files.values(), []), nginx_version(host), has_ipv6(host))
 
 def nginx_version(host):
-    return tuple(map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
+    """nginx's version, as a tuple. Asked once: a push wants it four times."""
+    host.nginx = host.nginx or tuple(
+        map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
+    return host.nginx
 
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
@@ -1590,8 +1593,8 @@ def apply(host, old, new):
     on_trial = beside and old.web and new.web   # the old one steps in where it fails
     shown = new._replace(proxy=with_backup(
         new.proxy, old.address, old.port)) if on_trial else new
-    if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
-        check_proxy_change(host, new)
+    if not beside:
+        check_proxy_change(host, new)           # others worked meanwhile
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
@@ -1697,7 +1700,7 @@ def sweep(host, app):
     for path in written + [host.path(JOBS, app + '.override')]:
         remove_file(temporary_of(path))
     remove_file(repository(host, app) + '/index.lock')
-    if os.path.isdir(build_folder(host, app)):
+    if os.path.lexists(build_folder(host, app)):
         empty_build_folder(host, app)
         remove_image_tag(host, app + ':plan')
 
@@ -1926,7 +1929,6 @@ def build_commit(host, live, release, options):
     """The Release with the files of its commit, its image built from them."""
     app, folder, layers = release.app, build_folder(host, release.app), []
     try:
-        empty_build_folder(host, app)
         host.run(['mkdir', folder], account=host.account())
         git(host, app, 'read-tree', release.commit)
         git(host, app, '--work-tree=' + folder, 'checkout-index', '-a')
@@ -2008,9 +2010,11 @@ def run_release_command(host, release):
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 def check_proxy_change(host, release):
-    if release.proxy:
-        with host_lock(host, release.app):
-            check_proxy_file(host, release.app, release.proxy, proxy_servers(host))
+    """Failure where a release's proxy file, unless it is there already, cannot go in."""
+    app, text = release.app, release.proxy
+    if text and text != read_file(host.path(PROXIES, app + '.conf')):
+        with host_lock(host, app):
+            check_proxy_file(host, app, text, proxy_servers(host))
 
 def forget(host, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""

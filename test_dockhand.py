@@ -1835,6 +1835,8 @@ class Machine(object):
         for path in words[2:]:
             assert path.startswith(self.root + '/')
             shutil.rmtree(path, ignore_errors=True)
+            if os.path.islink(path):
+                os.unlink(path)
 
     def ss(self, options):
         assert options == '-tanp'
@@ -2034,8 +2036,7 @@ def plain(tmpdir):
 # Deploying
 # ---------------------------------------------------------------------------------------
 
-BUILD = '''rm -rf -- /var/lib/dockhand/build/blog
-mkdir /var/lib/dockhand/build/blog
+BUILD = '''mkdir /var/lib/dockhand/build/blog
 nginx -t -q -c /etc/nginx/.blog.conf.new
 docker build --force-rm -t blog:2 /var/lib/dockhand/build/blog
 rm -rf -- /var/lib/dockhand/build/blog
@@ -2076,6 +2077,20 @@ def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
         'Release 2 is live: built in N s, switched in N s, checked in N s, down for N s']
     assert re.search(r'\n       disk: \d+\.\d MB (more|less)\n', said)
     assert '       Step 1/1 : FROM two\n' in said
+
+def test_what_does_not_change_nginx_does_not_ask_it(machine):
+    machine.lives(FILES)
+    machine.write('/etc/nginx/conf.d/elses.conf', 'bogus;')
+    machine.broken['nginx'] = 99
+    machine.push(but('proxy', FILES['nginx-proxy.conf']))
+    assert machine.broken['nginx'] == 99
+    assert machine.running() == ['sha256:FROMtwo']
+
+def test_what_lies_where_a_commit_is_built_is_removed(machine):
+    machine.lives(FILES)
+    os.symlink('/nowhere', machine.host.path('/var/lib/dockhand/build/blog'))
+    machine.push(FILES_2)
+    assert machine.running() == ['sha256:FROMtwo']
 
 @table('init, broken', '''
     none    => docker create
