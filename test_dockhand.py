@@ -5429,7 +5429,12 @@ mkdir -p docker/state/apps && cp -a dockhand/build docker/state
 mount --bind docker/state dockhand && ''' + START_DOCKER
 LARGE_DISK = STOP_DOCKER + '''
 cd /var/lib && umount dockhand && umount -l docker && ''' + START_DOCKER
-FILL = 'cat /dev/zero >/var/lib/docker/full || :'
+# What docker frees meanwhile is filled too, until the file is removed.
+FILL = '''exec 3>/var/lib/docker/full >/dev/null 2>&1
+cat /dev/zero >&3
+while [ -e /var/lib/docker/full ]; do cat /dev/zero >&3; sleep 0.02; done &'''
+FREE = '''rm /var/lib/docker/full
+for _ in $(seq 500); do [ $(stat -f -c %f /var/lib/docker) -lt 9999 ] || break; sleep 0.02; done'''
 
 @drill('systemd')
 def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, size):
@@ -5441,7 +5446,7 @@ def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, si
         for moment in ('RUN sleep', 'Switching'):
             said.append(refused_after(app, moment, FILL, '(?i)no space left'))
             assert app.mark() == 'a' or moment == 'Switching'       # docker can start nothing
-            server.ok('rm /var/lib/docker/full && dockhand recover')
+            server.ok(FREE + '\ndockhand recover')
             assert app.mark() == 'a'
         server.ok('fallocate -l 250M /var/lib/docker/full')
         pushed = app.push()
