@@ -1486,6 +1486,8 @@ def to_json(value):
 
 def native(value):
     """What json read, in native str: Python 2.7's gives unicode."""
+    if not PYTHON_2:
+        return value
     if isinstance(value, dict):
         return dict((native(key), native(each)) for key, each in value.items())
     if isinstance(value, list):
