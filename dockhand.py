@@ -1595,8 +1595,8 @@ def apply(host, old, new):
     on_trial = beside and old.web and new.web   # the old one steps in where it fails
     shown = new._replace(proxy=with_backup(
         new.proxy, old.address, old.port)) if on_trial else new
-    if not beside:
-        check_proxy_change(host, new)           # others worked meanwhile
+    if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
+        check_proxy_change(host, new)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
@@ -2012,11 +2012,9 @@ def run_release_command(host, release):
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 def check_proxy_change(host, release):
-    """Failure where a release's proxy file, unless it is there already, cannot go in."""
-    app, text = release.app, release.proxy
-    if text and text != read_file(host.path(PROXIES, app + '.conf')):
-        with host_lock(host, app):
-            check_proxy_file(host, app, text, proxy_servers(host))
+    if release.proxy:
+        with host_lock(host, release.app):
+            check_proxy_file(host, release.app, release.proxy, proxy_servers(host))
 
 def forget(host, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""

@@ -2078,14 +2078,6 @@ def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
     assert re.search(r'\n       disk: \d+\.\d MB (more|less)\n', said)
     assert '       Step 1/1 : FROM two\n' in said
 
-def test_what_does_not_change_nginx_does_not_ask_it(machine):
-    machine.lives(FILES)
-    machine.write('/etc/nginx/conf.d/elses.conf', 'bogus;')
-    machine.broken['nginx'] = 99
-    machine.push(but('proxy', FILES['nginx-proxy.conf']))
-    assert machine.broken['nginx'] == 99
-    assert machine.running() == ['sha256:FROMtwo']
-
 def test_what_lies_where_a_commit_is_built_is_removed(machine):
     machine.lives(FILES)
     os.symlink('/nowhere', machine.host.path('/var/lib/dockhand/build/blog'))
