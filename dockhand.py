@@ -241,7 +241,8 @@ class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
-        self.root, self.ask, self.user, self.nginx = root, run, user, None
+        self.root, self.ask, self.user = root, run, user
+        self.nginx, self.servers = None, {}     # found once, wanted several times
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
@@ -1088,19 +1089,23 @@ def has_init(host):
     return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
 
 def proxy_servers(host):
-    """{path: [Server]} of conf.d and sites-enabled, without our catch-all."""
+    """{path: [Server]} of conf.d and sites-enabled, without our catch-all. A push asks
+    three times: a file that has not changed is not parsed again."""
     folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
     paths = [folder + '/' + name for folder, ending in folders
              for name in list_folder(host.path(folder)) if name.endswith(ending)]
-    return dict((path, servers_of(host.text(path), path)) for path in paths
-                if path != CATCH_ALL and os.path.isfile(host.path(path)))
+    files = [(path, host.text(path)) for path in paths
+             if path != CATCH_ALL and os.path.isfile(host.path(path))]
+    for path, text in set(files) - set(host.servers):
+        host.servers[path, text] = servers_of(text, path)
+    return dict((path, host.servers[path, text]) for path, text in files)
 
 def catch_all_text(host, files):
     """What 000-dockhand.conf is to hold beside these files, {path: [Server]}."""
     return render_catch_all(sum(files.values(), []), nginx_version(host), has_ipv6(host))
 
 def nginx_version(host):
-    """nginx's version, as a tuple. Asked once: a push wants it four times."""
+    """nginx's version, as a tuple."""
     host.nginx = host.nginx or tuple(
         map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
     return host.nginx
@@ -1179,7 +1184,7 @@ def reload_nginx(host):
     earlier = nginx_workers(host, master)
     host.run(['nginx', '-s', 'reload'])
     deadline = monotonic() + RELOAD_TIMEOUT
-    while earlier & nginx_workers(host, master):
+    while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):
         if monotonic() > deadline:
             raise Failure('nginx keeps its old configuration: ' + nginx_complaint(host))
         time.sleep(0.01)
@@ -1213,8 +1218,11 @@ def nginx_master(host):
 
 def nginx_workers(host, master):
     """The process ids of the workers that still take requests."""
-    return set(pid for pid, title in children(host, master).items()
-               if 'shutting down' not in title)
+    return [pid for pid, title in children(host, master).items() if is_working(title)]
+
+def is_working(title):
+    """Whether this is the command line of a worker that still takes requests."""
+    return 'nginx' in title and 'shutting down' not in title
 
 def drain(host, address):
     """Wait, DRAIN seconds at most, until no request can reach an address any more."""
