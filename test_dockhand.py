@@ -5412,14 +5412,18 @@ def test_real_power_cuts_leave_one_whole_release(server, size):
     assert kept >= 1
     return '%s; %d times docker had kept a port; %s' % (said, kept, watch.figures())
 
-def refused_after(app, pattern, harm, reason):
-    """Push, do harm as soon as the push says this, and see it refused for the reason."""
-    branch = app.branch()
+def harmed(app, pattern, harm):
+    """Push, and do harm as soon as the push says this: (status, dockhand's lines, all)."""
     process, heard = app.hear(pattern)
     app.server.ok(harm)
     err = (heard + process.communicate(timeout=120)[0]).decode('utf-8', 'replace')
-    said = re.findall(r'(?m)^remote: (dockhand: .*?) *$', err)
-    assert process.returncode and re.search(reason, said[-1]), err
+    return process.returncode, re.findall(r'(?m)^remote: (dockhand: .*?) *$', err), err
+
+def refused_after(app, pattern, harm, reason):
+    """Push, do harm as soon as the push says this, and see it refused for the reason."""
+    branch = app.branch()
+    status, said, err = harmed(app, pattern, harm)
+    assert status and re.search(reason, said[-1]), err
     assert app.branch() == branch
     return '%s: %s' % (pattern, said[-1])
 
@@ -5444,12 +5448,19 @@ def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, si
     try:
         app, said = Marked(server, 'cramped', 8503), []
         app.release('a')
-        app.commit(app.files('b', slow='RUN sleep 2 && echo\n'))
-        for moment in ('RUN sleep', 'Switching'):
-            said.append(refused_after(app, moment, FILL, '(?i)no space left'))
-            assert app.mark() == 'a' or moment == 'Switching'       # docker can start nothing
-            server.ok(FREE + '\ndockhand recover')
-            assert app.mark() == 'a'
+        app.commit(app.files('b', slow='RUN sleep 4 && echo\n'))
+        said.append(refused_after(app, 'RUN sleep', FILL, '(?i)no space left'))
+        assert app.mark() == 'a'
+        server.ok(FREE + '\ndockhand recover')
+        assert app.mark() == 'a'
+        status, lines, err = harmed(app, 'Switching', FILL)
+        assert not status or re.search('(?i)no space left', lines[-1]), err
+        said += lines[-1:]
+        server.ok(FREE + '\ndockhand recover')
+        if not status:                  # docker could just start it before that
+            assert app.mark() == 'b'
+            server.ok('dockhand rollback cramped')
+        assert app.mark() == 'a'
         server.ok('fallocate -l 250M /var/lib/docker/full')
         pushed = app.push()
         check_refusal(pushed, r'\d\d\d MB are free')
