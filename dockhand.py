@@ -242,7 +242,7 @@ class Host(object):
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
         self.root, self.ask, self.user = root, run, user
-        self.nginx, self.servers = None, {}     # found once, wanted several times
+        self.nginx, self.servers = None, {}     # of nginx_version, proxy_servers
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
