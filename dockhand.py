@@ -55,12 +55,15 @@ CATCH_ALL = PROXIES + '/000-dockhand.conf'
 JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
 BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
-UNIT_ENABLED = UNITS[0] + '/multi-user.target.wants/dockhand-recover.service'
+UNIT_ENABLED = [UNITS[0] + '/%s.wants/dockhand-recover.service' % name
+                for name in ('multi-user.target', 'docker.service')]
+BOOT_SCRIPT = '/etc/init.d/dockhand-recover'
 
 PATIENCE, LOG_LINES = 5.0, 20       # seconds that we wait for a pusher; lines he gets
 HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
 RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
 FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
+WRITTEN = 2 ** 20                   # bytes that docker's disk must take before a stop
 KEPT, LISTED = 5, 50                # releases kept; numbers for which failed ones stay
 DEFAULT_BRANCHES = ('main', 'master')
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
@@ -115,7 +118,24 @@ Before=nginx.service
 Type=oneshot
 ExecStart={program} recover
 [Install]
-WantedBy=multi-user.target
+WantedBy=multi-user.target docker.service
+'''
+BOOT_SCRIPT_TEXT = '''#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          dockhand-recover
+# Required-Start:    $local_fs $remote_fs $network
+# Required-Stop:
+# Should-Start:      docker
+# X-Start-Before:    nginx
+# Default-Start:     2 3 4 5
+# Default-Stop:
+# Short-Description: dockhand: put right what a crash left of a deploy
+### END INIT INFO
+case "${{1:-}}" in
+start) exec {program} recover ;;
+stop | restart | force-reload | status) ;;
+*) echo "usage: $0 start" >&2; exit 2 ;;
+esac
 '''
 BOOT_JOB_TEXT = '''description "dockhand: put right what a crash left of a deploy"
 start on started docker
@@ -242,7 +262,9 @@ class Host(object):
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
         self.root, self.ask, self.user = root, run, user
-        self.nginx, self.servers = None, {}     # of nginx_version, proxy_servers
+        self.nginx, self.proxy_files = None, {}     # of nginx_version, proxy_files
+        # The apps that the person behind a command may know of; None: every one
+        self.known = None
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
@@ -431,6 +453,13 @@ def check_app_name(name):
               'Dockerfiles start from or the server itself uses: choose another', name)
     return name
 
+def is_app_name(name):
+    """Whether an app may be called so."""
+    try:
+        return bool(check_app_name(name))
+    except Failure:
+        return False
+
 def check_key_name(name):
     refuse_if(not re.match(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z', name), '"%s" is no '
               'name for a key: 1 to 64 of a-z A-Z 0-9, later "._@-" too', printable(name))
@@ -447,9 +476,10 @@ def parse_ssh_command(text):
 
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
+    wanted = (branch,) if branch else DEFAULT_BRANCHES
     if ref.startswith('refs/tags/'):
         return 'store'
-    name, wanted = ref[len('refs/heads/'):], (branch,) if branch else DEFAULT_BRANCHES
+    name = ref[len('refs/heads/'):]
     refuse_if(not ref.startswith('refs/heads/'), '%s is refused: push a branch or a tag',
               printable(ref))
     refuse_if(not new.strip('0'), 'branches are not deleted here; to remove the app, on '
@@ -488,6 +518,13 @@ def render_authorized_keys(before, keys, after):
     refuse_if(any(len(line) > 8000 for line in ours), 'too many apps for one key: sshd '
               'reads lines of up to 8192 bytes')
     return before + '\n'.join([KEYS_BEGIN] + ours + [KEYS_END, after])
+
+def apps_of(keys, name):
+    """The apps that the keys of a name may reach, as [app]; None where that is every app."""
+    named = [key for key in keys if key.name == name]
+    if any(not key.apps for key in named):
+        return None
+    return [app for key in named for app in key.apps]
 
 def add_keys(keys, uploaded, name, apps):
     """The keys with those uploaded under a name; Failure if one has another name."""
@@ -691,6 +728,9 @@ def problems_of_run(job, options, image, app, proxied, volumes):
     removed = [word.value for stanza in job for command in stanza.commands
                if command.name == 'docker rm' for word in command.words[1:]]
     free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
+    for word, value in foreign_names(options, app):
+        yield word, ('on the network %s only the app %s answers to that: leave out `%s`'
+                     % (NETWORK, printable(value), printable(value)))
     for name, value, word in options:
         if name == 'name' and not free and value not in removed:
             yield word, 'without --rm the next start finds this name taken; add --rm'
@@ -708,6 +748,23 @@ def problems_of_run(job, options, image, app, proxied, volumes):
         for path in sorted(set(path.rstrip('/') for path in volumes) - set(mounted)):
             yield image, ('warning: VOLUME %s is mounted nowhere, its data goes at every '
                           'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
+
+NAMING = ('name', 'net-alias', 'network-alias', 'ip')
+
+def foreign_names(options, app):
+    """[(Word, value)] of what a `docker run` would answer to on our network, where other
+    apps ask for apps by name: nothing but the app's own name, and no fixed address."""
+    given, joins = [], False
+    for name, value, word in options:
+        if name in ('net', 'network'):
+            fields = dict(field.partition('=')[::2] for field in value.split(','))
+            joins = joins or NETWORK in (value, fields.get('name'))
+            given += [(name, field.partition('=')[2], word) for field in value.split(',')
+                      if field.startswith(('alias=', 'ip='))]
+        elif name in NAMING:
+            given.append((name, value, word))
+    return [(word, value) for _, value, word in given
+            if joins and (value != app or '.' in value)]
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
@@ -729,10 +786,14 @@ def container_of(job, app):
     given = ['--' + name + ('=' + value if value or name not in FLAGS else '')
              for name, value, _ in options if name not in DROPPED]
     given += ['--stop-signal=' + last['kill signal']] if 'kill signal' in last else []
-    starts = [each.name for each in job if each.name in ('start on', 'manual')]
     return Container(given, words[0].value, [word.value for word in words[1:]], env,
-                     last.get('chdir', '/'), starts[-1:] == ['start on'],
+                     last.get('chdir', '/'), starts_at_boot(job),
                      last.get('kill timeout', '5'))
+
+def starts_at_boot(job):
+    """Whether a job says when it starts: a later `manual` takes that back."""
+    starts = [each.name for each in job if each.name in ('start on', 'manual')]
+    return starts[-1:] == ['start on']
 
 def volume_of(app, path):
     """The name of the docker volume that keeps a VOLUME of an app: shop--var_lib_data."""
@@ -744,8 +805,9 @@ def plain_container(release, env_file):
     """The Container of a release that brings no job: it runs as its Dockerfile says."""
     app, address = release.app, release.address
     given = ['--volume=%s:%s' % (volume_of(app, path), path) for path in release.volumes]
-    options = ['--net=' + NETWORK, '--ip=' + address, '--net-alias=' + app,
-               '--env-file=' + env_file]
+    options = ['--net=' + NETWORK, '--ip=' + address, '--env-file=' + env_file]
+    if '.' not in app:          # or it would stand in the way of a real site of that name
+        options.insert(2, '--net-alias=' + app)
     return Container(options + given, app, [], {}, '/', True, '10')
 
 def read_image(settings, config, proxied):
@@ -791,15 +853,514 @@ def expand_word(word, env):
     whole, alone = unquote(word.text, value), re.match(r'\$\{?\w+\}?\Z', word.text)
     return [word._replace(value=value) for value in (whole.split() if alone else [whole])]
 
-# ---- Proxy files (pure functions) ------------------------------------------------------
+# ---- Proxy files read as nginx reads them (pure functions) -----------------------------
 
-# place: FILE:LINE; listens: [Listen]; names: in lower case, '' where there is none
-Server = namedtuple('Server', 'place listens names')
-Listen = namedtuple('Listen', 'address port default place')
+# words: its name and arguments, without their quotes; line: in which it begins, from 1;
+# begin, end: where in the text, its `;` or `}` included; inside: [Directive] of its block,
+# None where it ends with `;`.
+Directive = namedtuple('Directive', 'words line begin end inside')
+
+# What stands at one place of an nginx file. A bare word goes on over quotes, `#`, `}` and
+# what a backslash precedes; `{` ends it, but not right after `$`.
+NGINX_TOKEN = r'''(?xs)(?P<blank>[ \t\r\n]+)
+  | (?P<comment>\#[^\n]*)
+  | (?P<mark>[;{}])
+  | (?P<quoted>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
+  | (?P<bare>(?:\\.|\$\{*|[^ \t\r\n;{}\#"'\\$])(?:\\.|\$\{*|[^ \t\r\n;{\\$])*)'''
+
+NGINX_ESCAPES = {'t': '\t', 'r': '\r', 'n': '\n', '"': '"', "'": "'", '\\': '\\'}
+CONTROL = r'[\0-\x08\x0b\x0c\x0e-\x1f\x7f]'
+INCLUDES = ('fastcgi_params', 'proxy_params', 'scgi_params', 'uwsgi_params')
+DEEPEST = 20                    # blocks in one another
+DATA_BLOCKS = ('charset_map', 'geo', 'map', 'split_clients', 'types')
+
+class NginxReader(object):
+    """Reads a file as nginx's ngx_conf_read_token does, in one pass.
+
+    Blanks are space, tab, CR and LF alone. A word begins after a blank or a mark; only
+    there do quotes quote, does `#` begin a comment and `}` end a block. Inside a bare word
+    they are letters, as a backslash makes of anything. After a closing quote nothing may
+    follow but a blank, `;`, `{` or `)`.
+
+    directives: [Directive] as far as the file can be read; troubles: [(line, what nginx
+    will refuse, or may read in another way than this)].
+    """
+    def __init__(self, text):
+        self.text, self.troubles = text, []
+        self.directives = []
+        self.around = []        # of each open block: (words, line, begin, list it is in)
+        self.into = self.directives
+        self.words, self.line, self.begin = [], 1, 0
+        self.read()
+
+    def read(self):
+        """Take one token after the other, until the end or something that is none."""
+        self.note_control_characters()
+        token, at, line = re.compile(NGINX_TOKEN), 0, 1
+        after_quote = False
+
+        while at < len(self.text):
+            match = token.match(self.text, at)
+            if match is None:
+                return self.stop(line, 'a quote or a word that does not end')
+            if after_quote and match.lastgroup in ('quoted', 'comment') or (
+                    after_quote and match.lastgroup == 'bare' and match.group()[0] != ')'):
+                return self.stop(line, 'something directly behind a closing quote')
+            if match.lastgroup in ('quoted', 'bare'):
+                self.take_word(match, line)
+            elif match.lastgroup == 'mark' and not self.take_mark(match, line):
+                return
+            after_quote = match.lastgroup == 'quoted'
+            line += match.group().count('\n')
+            at = match.end()
+
+        if self.words:
+            self.stop(line, 'a directive without `;`')
+        elif self.around:
+            self.stop(line, 'a block without `}`')
+
+    def note_control_characters(self):
+        match = re.search(CONTROL, self.text)
+        if match:
+            self.trouble(line_at(match), 'a control character')
+
+    def take_word(self, match, line):
+        if not self.words:
+            self.line, self.begin = line, match.start()
+        word = match.group()
+        if match.lastgroup == 'quoted':
+            word = word[1:-1]
+        elif re.search(r'[{}]', re.sub(r'\$\{\w+\}', '', word)):
+            self.trouble(line, '`%s`: put what holds `{` or `}` into quotes'
+                         % printable(word))
+        self.words.append(re.sub(r'''(?s)\\([trn"'\\])''',
+                                 lambda found: NGINX_ESCAPES[found.group(1)], word))
+
+    def take_mark(self, match, line):
+        """End a directive, begin or end a block; False where nginx gives up."""
+        mark = match.group()
+        if (mark == '}') == bool(self.words) or mark == '}' and not self.around:
+            self.stop(line, '`%s` where nginx wants none' % mark)
+            return False
+        if mark == '{' and len(self.around) == DEEPEST:
+            self.stop(line, 'more than %d blocks in one another' % DEEPEST)
+            return False
+
+        if mark == ';':
+            self.add(Directive(self.words, self.line, self.begin, match.end(), None))
+        elif mark == '{':
+            self.around.append((self.words, self.line, self.begin, self.into))
+            self.into = []
+        else:
+            self.close(match.end())
+        self.words = []
+        return True
+
+    def close(self, end):
+        """End the innermost block."""
+        inside = self.into
+        words, line, begin, self.into = self.around.pop()
+        self.add(Directive(words, line, begin, end, inside))
+
+    def add(self, directive):
+        self.into.append(directive)
+        name, arguments = directive.words[0], directive.words[1:]
+        if name == 'include' and not is_known_include(arguments):
+            self.trouble(directive.line, '`include`: it is not read here')
+        elif name.endswith('_by_lua_block'):
+            self.trouble(directive.line, '`%s`: it is not read here' % printable(name))
+
+    def trouble(self, line, text):
+        self.troubles.append((line, text))
+
+    def stop(self, line, text):
+        """Nginx reads no further; what is open ends here."""
+        self.trouble(line, text)
+        while self.around:
+            self.close(len(self.text))
+
+def is_known_include(arguments):
+    """Whether an `include` names a file of the distribution that holds parameters alone."""
+    names = [name.replace('/etc/nginx/', '', 1) for name in arguments]
+    return len(names) == 1 and names[0] in INCLUDES
+
+def all_directives(directives):
+    """Every Directive, those inside blocks too, but for the lines of tables like `map`."""
+    for directive in directives:
+        yield directive
+        if directive.inside and directive.words[0] not in DATA_BLOCKS:
+            for inner in all_directives(directive.inside):
+                yield inner
+
+def flat(directive):
+    """A directive's words and those inside it, to compare blocks word for word."""
+    inside = [flat(inner) for inner in directive.inside or ()]
+    return directive.words, inside
+
+# ---- Proxy files: what one app's may say beside the others' (pure functions) ------------
+
+# place: FILE:LINE; listens: [Listen]; names: in lower case, '' where there is none;
+# block: its Directive
+Server = namedtuple('Server', 'place listens names block')
+# words: what else it says of its socket, as `ssl` or `backlog=9`
+Listen = namedtuple('Listen', 'address port default words place')
 ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
-NGINX_TOKEN = r'''(?xs) \#[^\n]* | (?P<mark>[;{}])
-  | (?P<word>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?:\\.|\$\{[^}]*\}|[^\s;{}])+)'''
+def servers_of(text, path='nginx-proxy.conf'):
+    """The server blocks of a file in conf.d, as [Server]; `nginx -t` has the last word."""
+    return servers_in(NginxReader(text).directives, path)
+
+def servers_in(directives, path):
+    """The [Server] among the directives of a file."""
+    return [read_server(each, path) for each in directives
+            if each.words == ['server'] and each.inside is not None]
+
+def read_server(block, path):
+    """The Server of a `server` block."""
+    listens, names = [], []
+    for directive in block.inside:
+        name, arguments = directive.words[0], directive.words[1:]
+        place = '%s:%d' % (path, directive.line)
+        if name == 'listen' and arguments:
+            listens.append(read_listen(arguments, place))
+        elif name == 'server_name':
+            names.extend(read_server_names(arguments))
+
+    place = '%s:%d' % (path, block.line)
+    if not listens:
+        listens.append(Listen('*', '80', False, (), place))
+    return Server(place, listens, names or [''], block)
+
+def read_listen(arguments, place):
+    """The Listen of `listen [ADDRESS:]PORT|ADDRESS|unix:PATH WORD...`."""
+    where, words = arguments[0], arguments[1:]
+    match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', where)
+    if match:
+        address, port = match.groups()
+    elif where.startswith('unix:'):
+        address, port = where, ''
+    else:
+        address, port = where, '80'
+    if address in (None, '0.0.0.0'):
+        address = '*'
+
+    default = 'default_server' in words or 'default' in words
+    socket_words = [word for word in words if word not in NO_SOCKET_WORDS]
+    return Listen(address, port, default, tuple(sorted(socket_words)), place)
+
+NO_SOCKET_WORDS = ('default_server', 'default', 'ipv6only=on')   # the last is the rule
+
+def read_server_names(arguments):
+    """The names of a `server_name`; `.x` means x and *.x. Expressions keep their case."""
+    names = []
+    for word in arguments:
+        name = word if word[:1] == '~' else word.lower()
+        names.extend([name[1:], '*' + name] if name[:1] == '.' else [name])
+    return names
+
+def proxied_ports(text):
+    """The ports on this machine that a proxy file passes requests to."""
+    return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
+
+# What may stand beside `server`, and how each names what all files share: the position of
+# the word, or the beginning of a word. The rest would hold for every other app.
+SHARED_NAMES = {
+    'upstream': 1, 'log_format': 1, 'map': 2, 'split_clients': 2, 'geo': -1,
+    'limit_req_zone': 'zone=', 'limit_conn_zone': 'zone=', 'proxy_cache_path': 'keys_zone='}
+TABLES = ('map', 'geo', 'split_clients')        # the same one may stand in several files
+
+SharedName = namedtuple('SharedName', 'kind name directive path')
+
+def shared_names(directives, path):
+    """[SharedName] of what a file defines for all: kind is variable, zone, upstream, ..."""
+    found = []
+    for directive in directives:
+        kind, where = directive.words[0], SHARED_NAMES.get(directive.words[0])
+        if isinstance(where, str):
+            named = [word[len(where):].partition(':')[0] for word in directive.words
+                     if word.startswith(where)]
+        elif where is not None:
+            named = directive.words[1:][where - 1 if where > 0 else where:][:1]
+        else:
+            named = []
+        kind = 'variable' if kind in TABLES else 'zone' if isinstance(where, str) else kind
+        found.extend(SharedName(kind, name, directive, path) for name in named)
+    return found
+
+# Variables that nginx makes itself and would let a file make anew, for every app.
+OWN_VARIABLES = r'(?i)(http|sent_http|sent_trailer|upstream|arg|cookie)_|(args|limit_rate)\Z'
+CAPTURE = r"""\(\?P?[<']([A-Za-z_]\w*)[>']"""
+
+def captured_variables(directives):
+    """[(variable, Directive)] of the named groups in the expressions of a file: nginx
+    knows one variable of a name, whichever file it is from."""
+    everything = all_directives(directives)
+    return [('$' + name, directive) for directive in everything
+            for word in table_words(directive) for name in re.findall(CAPTURE, word)]
+
+def table_words(directive):
+    """A directive's words, with those of its lines where it is a table like `map`."""
+    words = list(directive.words)
+    if directive.words[0] in DATA_BLOCKS:
+        for line in directive.inside or ():
+            words.extend(line.words)
+    return words
+
+# Which directives may name a file, and those whose words begin with `/` for other reasons.
+FILE_DIRECTIVES = r'''root | alias | auth_basic_user_file | ssl_dhparam
+    | (\w+_)?ssl_((client|trusted)_)?certificate(_key)?
+    | ssl_((client|trusted)_)?certificate(_key)?'''
+PATH_DIRECTIVES = set('''add_header add_trailer auth_basic auth_request default_type
+    error_page expires fastcgi_cache_key fastcgi_index fastcgi_param fastcgi_pass
+    fastcgi_split_path_info geo grpc_pass grpc_set_header health_check if index location
+    log_format map memcached_pass mirror post_action proxy_cache_key proxy_cookie_path
+    proxy_pass proxy_redirect proxy_set_body proxy_set_header return rewrite scgi_param
+    scgi_pass secure_link secure_link_md5 server set split_clients sub_filter try_files
+    types userid_path uwsgi_param uwsgi_pass valid_referers'''.split())
+# These name a file, without a `/` at its beginning too.
+OTHER_FILES = r'''\w*_(temp_path|file|store) | \w*(ticket_key|_crl) | load_module
+    | js_(import|include|path) | perl\w* | xslt_\w+ | xml_\w+ | geoip\w* | lua_\w+
+    | pid | lock_file'''
+
+def file_problem(app, directive):
+    """What is wrong with the files that a directive names, or None. nginx opens, and may
+    make, each of them as root when the configuration is tested."""
+    name, arguments = directive.words[0], directive.words[1:]
+    if name in ('access_log', 'error_log'):
+        return log_problem(app, name, arguments)
+    if name == 'proxy_cache_path':
+        return cache_problem(app, arguments)
+    if name == 'listen' and arguments[:1] and arguments[0].startswith('unix:'):
+        return 'listen on a port instead of a file'
+    if re.match('(?x)(?:%s)\\Z' % FILE_DIRECTIVES, name):
+        if any('..' in word.split('/') for word in arguments):
+            return 'write the path without `..`'
+        return None
+
+    names_a_file = re.match('(?x)(?:%s)\\Z' % OTHER_FILES, name)
+    if name not in PATH_DIRECTIVES:
+        names_a_file = names_a_file or any(
+            re.match(r'(\w+=)?/', word) for word in arguments)
+    if names_a_file and arguments != ['off'] and arguments != ['on']:
+        return ('a proxy file may name files with root, alias, auth_basic_user_file, '
+                'ssl_certificate and logs alone')
+    return None
+
+def log_problem(app, name, arguments):
+    """Where the logs of an app may be: in nginx's folder, under the app's name."""
+    where = (arguments + [''])[0]
+    own = re.match(r'/var/log/nginx/%s(-[A-Za-z0-9][A-Za-z0-9._-]*)?\.log\Z'
+                   % re.escape(app), where)
+    is_nginxs = where in ('/var/log/nginx/access.log', '/var/log/nginx/error.log')
+    elsewhere = where.startswith('syslog:') and 'unix:' not in where
+    if own and not is_nginxs or elsewhere or (name, where) == ('access_log', 'off'):
+        return None
+    return 'its place is /var/log/nginx/%s.log, or %s-NAME.log' % (app, app)
+
+def cache_problem(app, arguments):
+    folder = '/var/cache/nginx/' + app
+    where = (arguments + [''])[0]
+    if (where + '/').startswith(folder + '/') and '..' not in where.split('/') and (
+            '$' not in where):
+        return None
+    return 'its place is %s, or below it' % folder
+
+def files_made(directives):
+    """The logs and caches that a file names: nginx makes them where they are missing."""
+    return [each.words[1] for each in all_directives(directives) if each.words[1:] and
+            each.words[0] in ('access_log', 'error_log', 'proxy_cache_path')
+            and each.words[1].startswith('/')]
+
+def rule_problems(app, directives, others, version, known=None):
+    """What a pushed file says that would reach other apps, or the server, past its own
+    `server` blocks: [(Directive, text)]. `nginx -t` takes all of it.
+    others: [(path, [Directive])] of the server's other files; version: nginx's; known:
+    as owner_text wants it"""
+    found = []
+    for directive in directives:
+        if directive.words != ['server'] and directive.words[0] not in SHARED_NAMES:
+            found.append((directive, 'outside of `server { }` it holds for every app: '
+                          'write it inside'))
+    for directive in all_directives(directives):
+        problem = file_problem(app, directive)
+        if problem:
+            found.append((directive, problem))
+        if directive.words == ['ssl', 'on']:
+            found.append((directive, 'write `listen 443 ssl;`'))
+    found.extend(name_problems(directives, others, known))
+    found.extend(listen_problems(directives, others, version))
+    return found
+
+def name_problems(directives, others, known):
+    """What a file defines that another one, or nginx itself, has under the same name."""
+    theirs, captured = {}, set()
+    for path, other in others:
+        for shared in shared_names(other, path):
+            theirs.setdefault((shared.kind, shared.name), []).append(shared)
+        captured.update(name for name, _ in captured_variables(other))
+
+    found = []
+    for shared in shared_names(directives, ''):
+        same = [each for each in theirs.get((shared.kind, shared.name), [])
+                if not (shared.kind == 'variable'
+                        and flat(each.directive) == flat(shared.directive))]
+        if same:
+            found.append((shared.directive, '%s has a %s of this name: choose another'
+                          % (owner_text(same[0].path, known), shared.kind)))
+        if shared.kind == 'variable':
+            if is_nginxs_variable(shared.name):
+                found.append((shared.directive, 'this is a variable of nginx, for every '
+                              'app: choose another name'))
+            elif shared.name in captured:
+                found.append((shared.directive, 'another file captures a variable of this '
+                              'name: choose another'))
+    for name, directive in captured_variables(directives):
+        if is_nginxs_variable(name) or ('variable', name) in theirs:
+            found.append((directive, 'it captures %s, which others use: choose another '
+                          'name' % name))
+    return found
+
+def is_nginxs_variable(name):
+    return bool(re.match(OWN_VARIABLES, name.lstrip('$')))
+
+def listen_problems(directives, others, version):
+    """What a `listen` says of a socket that other servers share, and they do not."""
+    theirs = {}
+    for path, other in others:
+        for server in servers_in(other, path):
+            for listen in server.listens:
+                theirs.setdefault(listen.port, []).append(set(listen.words))
+    theirs.setdefault('80', []).append(set())           # of 000-dockhand.conf
+    theirs.setdefault('443', []).append(set(['ssl']))
+
+    found = []
+    for block in directives:
+        for directive in block.inside or () if block.words == ['server'] else ():
+            if directive.words[0] != 'listen' or not directive.words[1:]:
+                continue
+            listen = read_listen(directive.words[1:], '')
+            for words in theirs.get(listen.port, []):
+                differing = socket_difference(set(listen.words), words, version)
+                if differing:
+                    found.append((directive, '`%s` would hold for all on port %s, or theirs '
+                                  'for this: leave it as they have it, or take another port'
+                                  % (differing, listen.port)))
+                    break
+    return found
+
+def socket_difference(ours, theirs, version):
+    """A word of two `listen` of one port that both must have, or neither, or None. With
+    TLS a client says whether it speaks HTTP/2; without, nginx can tell from 1.25.1 on."""
+    differing = ours ^ theirs
+    if version >= (1, 25, 1) or 'ssl' in ours & theirs:
+        differing = differing - set(['http2'])
+    return min(differing) if differing else None
+
+# ---- Host names, as nginx ranks them (pure functions) ----------------------------------
+
+# A server_name, whose it is (a path), and on which port. 80 and 443 count as one.
+Claim = namedtuple('Claim', 'name path port place')
+
+def claims_of(servers, path):
+    """[Claim] of each name on each port of some servers."""
+    return [Claim(name, path, '80' if listen.port == '443' else listen.port, server.place)
+            for server in servers for listen in server.listens for name in server.names]
+
+def rank_of(name):
+    """nginx asks exact names first, then `*.x`, then `x.*`, then expressions."""
+    if name.startswith('~'):
+        return 3
+    if name.endswith('.*'):
+        return 2
+    return 1 if name.startswith('*.') else 0
+
+def takes_from(name, other):
+    """Whether a server_name would get requests that another server's has now."""
+    rank, below = rank_of(name), rank_of(other)
+    if other in ('', '_') or name in ('', '_'):
+        return False
+    if rank == 3:
+        return below < 3 and expression_matches(name, other.replace('*', 'x'))
+    if rank > below or rank == below == 0:
+        return False
+    if below == 3:
+        return may_match(other, name)
+    if rank == 0:
+        return is_covered(name, other)
+    if rank == below == 1:
+        return name != other and name.endswith(other[1:])
+    if rank == below == 2:
+        return name != other and name.startswith(other[:-1])
+    return True                     # some host is below x and begins with y: *.x has it
+
+def is_covered(name, wildcard):
+    """Whether an exact name is one of those that `*.x` or `x.*` stands for."""
+    if wildcard.startswith('*.'):
+        return name.endswith(wildcard[1:])
+    return name.startswith(wildcard[:-1])
+
+def expression_matches(expression, name):
+    """Whether a `~expression` matches a name; True where Python cannot read it."""
+    try:
+        return bool(re.search(re.sub(r'\(\?<(?=[A-Za-z_])', '(?P<', expression[1:]),
+                              name, re.I))
+    except re.error:
+        return True
+
+def may_match(expression, name):
+    """Whether a `~expression` may match a host that a name stands for. Of a wildcard, it
+    may unless the plain text at the beginning or end of the expression differs."""
+    if rank_of(name) == 0:
+        return expression_matches(expression, name)
+    plain = r'((?:[A-Za-z0-9-]|\\\.)*)'
+    begins = re.match(r'~\^%s' % plain, expression)
+    ends = re.search(r'%s\$\Z' % plain, expression)
+    if name.endswith('.*') and begins:
+        first, wanted = begins.group(1).replace('\\', ''), name[:-1]
+        return first.startswith(wanted) or wanted.startswith(first)
+    if name.startswith('*.') and ends:
+        last, wanted = ends.group(1).replace('\\', ''), name[1:]
+        return last.endswith(wanted) or wanted.endswith(last)
+    return True
+
+def app_of_file(path):
+    """The app whose proxy file has this path, or None."""
+    match = re.match(re.escape(PROXIES) + r'/([^/]+)\.conf\Z', path)
+    return match and match.group(1)
+
+def owner_text(path, known):
+    """Whose a file is. known: the apps that the person may know of, None for all"""
+    app = app_of_file(path)
+    if known is None or app in known:
+        return app or path
+    return 'something else here'
+
+def taken_name(claims, others, known, may_take=()):
+    """What is wrong with the first of these names that takes requests from what is there,
+    as `FILE:LINE: ...`, or None. may_take: exact names that may leave a wildcard"""
+    for claim in claims:
+        for other in others:
+            if claim.port != other.port or claim.name == other.name:
+                continue                    # the same name: server_claims tells
+            if claim.name in may_take and rank_of(other.name) in (1, 2):
+                continue
+            both = rank_of(claim.name) == rank_of(other.name) == 3
+            comes_first = both and claim.path < other.path      # of expressions
+            if not comes_first and not takes_from(claim.name, other.name):
+                continue
+            app = app_of_file(other.path)
+            shown = printable(claim.name)
+            if known is not None and app not in known:
+                return '%s: the host name "%s" is taken on this server' % (
+                    claim.place, shown)
+            return ('%s: "%s" would take requests from %s, which has "%s": give that full '
+                    'names of its own first%s' % (
+                        claim.place, shown, owner_text(other.path, known),
+                        printable(other.name),
+                        ': dockhand config %s domains="..."' % app if app else ''))
+    return None
+
+# ---- Proxy files: made, and held against the others' (pure functions) -----------------
 
 def headed(app, what, text):
     """A pushed file under our line, which one copied from the server has already."""
@@ -855,58 +1416,25 @@ def with_backup(text, address, port):
     return body + mark + where.replace(
         '    keepalive', '    server %s:%d backup;\n    keepalive' % (address, port), 1)
 
-def servers_of(text, path='nginx-proxy.conf'):
-    """The server blocks of a file in conf.d, as [Server]; `nginx -t` has the last word.
-    blocks: the words before each brace that is open."""
-    found, blocks, words = [], [], []
-    for match in re.finditer(NGINX_TOKEN, text):
-        token = match.group()
-        if match.lastgroup == 'word':
-            words.append(token.strip('"\''))
-        elif match.lastgroup == 'mark':
-            place = '%s:%d' % (path, line_at(match))
-            if blocks == [['server']]:
-                read_directive(found[-1], words, place)
-            elif (token, blocks, words) == ('{', [], ['server']):
-                found.append(Server(place, [], []))
-            if token == '{':
-                blocks.append(words)
-            elif token == '}':
-                del blocks[-1:]
-            words = []
-    return [server._replace(
-        listens=server.listens or [Listen('*', '80', False, server.place)],
-        names=server.names or ['']) for server in found]
-
-def read_directive(server, words, place):
-    """Note `server_name NAME...` or `listen [ADDRESS:]PORT|unix:PATH ...` of a Server."""
-    if words[:1] == ['server_name']:
-        for name in [word.lower() for word in words[1:]]:
-            server.names.extend([name[1:], '*' + name] if name[:1] == '.' else [name])
-    elif words[:1] == ['listen'] and words[1:]:
-        match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', words[1])
-        address, port = match.groups() if match else (
-            words[1], '' if words[1].startswith('unix:') else '80')
-        shown = '*' if address in (None, '0.0.0.0') else address
-        default = bool({'default_server', 'default'} & set(words[2:]))
-        server.listens.append(Listen(shown, port, default, place))
-
-def proxied_ports(text):
-    """The ports on this machine that a proxy file passes requests to."""
-    return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
-
 def server_claims(server):
-    """[(what only one server of a machine can have, in words, FILE:LINE)]."""
-    for address, port, default, place in server.listens:
-        if default:
-            yield 'default_server is taken on port %s of %s' % (port, address), place
+    """[(what only one server of a machine can have, in words, FILE:LINE)]. Who has a name
+    on port 80 has it on 443 as well."""
+    for listen in server.listens:
+        if listen.default:
+            yield 'default_server is taken on port %s of %s' % (
+                listen.port, listen.address), listen.place
         for name in server.names:
-            yield 'server_name "%s" is taken on port %s' % (name, port), server.place
+            ports = [listen.port]
+            if listen.port in ('80', '443') and name not in ('', '_'):
+                ports = ['80', '443']
+            for port in ports:
+                yield 'server_name "%s" is taken on port %s' % (name, port), server.place
 
-def check_proxy(servers, others):
+def check_proxy(servers, others, known=None):
     """Failure where these take what others have, or one of them gets no request, since
     000-dockhand.conf answers to unknown names, or all of an address: it does, whatever
-    its name, if it alone has the address and another has the port."""
+    its name, if it alone has the address and another has the port.
+    servers, others: [Server]; known: as owner_text wants it"""
     taken = dict(claim for other in others for claim in server_claims(other))
     shared = ['80'] + [listen.port for other in others for listen in other.listens
                        if listen.address in ALL]
@@ -915,13 +1443,20 @@ def check_proxy(servers, others):
                 for listen in server.listens]
         refuse_if(all(ours) and set(server.names) <= set(['', '_']), '%s: no request '
                   'reaches this server: give it a name, or default_server', server.place)
-        for address, port, _, place in server.listens:
-            refuse_if(address not in ALL and port in shared, '%s: `listen %s:%s` would '
-                      'take all requests to that address: write `listen %s;`',
-                      place, address, port, port)
+        for listen in server.listens:
+            refuse_if(listen.address not in ALL and listen.port in shared,
+                      '%s: `listen %s:%s` would take all requests to that address: write '
+                      '`listen %s;`', listen.place, listen.address, listen.port, listen.port)
         for claim, place in server_claims(server):
-            refuse_if(claim in taken, '%s: %s, by %s: change one of the two',
-                      place, printable(claim, 160), taken.get(claim))
+            if claim in taken:
+                raise Failure('%s: %s, by %s: change one of the two', place,
+                              printable(claim, 160), place_text(taken[claim], known))
+
+def place_text(place, known):
+    """FILE:LINE of another file, for those who may know whose it is."""
+    path = place.rpartition(':')[0]
+    app = app_of_file(path)
+    return place if known is None or app in known else owner_text(path, known)
 
 CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
 
@@ -960,6 +1495,16 @@ def docker_version(host):
     found = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
     refuse_if(not found, 'docker does not answer: ' + last_line(err or out))
     return tuple(map(int, re.findall(r'\d+', found.group(1))))
+
+def await_docker(host, patience=60):
+    """Wait until docker answers: at boot some inits go on before it does."""
+    deadline, told = monotonic() + patience, False
+    while host.ask(['docker', 'version']).status and monotonic() < deadline:
+        if not told:
+            step('Waiting for docker, which does not answer')
+        told = True
+        time.sleep(0.5)
+    docker_version(host)
 
 def inspect(host, *names):
     """docker's description of containers and images, as [dict]; no unknown names."""
@@ -1075,6 +1620,25 @@ def check_space(host, wanted=SPACE):
         refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: see docker '
                   'image prune', free, path, wanted)
 
+def trial_file(host, app):
+    """What is written to docker's disk before an app is stopped, to see if it can be."""
+    return temporary_of(host.path(images_folder(host), 'dockhand-' + app))
+
+def check_disk_takes_writes(host, app):
+    """Failure where docker's disk is full: `docker stop` works there, and no start does."""
+    path = trial_file(host, app)
+    if os.path.isdir(os.path.dirname(path)):
+        try:
+            with open(path, 'wb') as target:
+                target.write(b' ' * WRITTEN)
+                target.flush()
+                os.fsync(target.fileno())
+        except EnvironmentError as error:
+            raise Failure('docker could start nothing: %s: %s', os.path.dirname(path),
+                          error.strerror)
+        finally:
+            remove_file(path)
+
 def images_folder(host):
     settings = host.text('/etc/docker/daemon.json')
     moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
@@ -1088,21 +1652,42 @@ def has_init(host):
     """Whether docker has an init of its own: from 1.13 on, if it is packaged."""
     return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
 
-def proxy_servers(host):
-    """{path: [Server]} of conf.d and sites-enabled, without our catch-all. A push asks
+# What an nginx file says. servers: [Server]; directives: of conf.d or of nginx.conf's
+# http block; troubles: as NginxReader has them.
+ProxyFile = namedtuple('ProxyFile', 'servers directives troubles')
+
+def read_proxy_file(text, path='nginx-proxy.conf'):
+    """The ProxyFile of a text, at this path."""
+    reader = NginxReader(text)
+    return ProxyFile(servers_in(reader.directives, path), reader.directives,
+                     reader.troubles)
+
+def proxy_files(host):
+    """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all. A push asks
     three times: a file that has not changed is not parsed again."""
     folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
     paths = [folder + '/' + name for folder, ending in folders
              for name in list_folder(host.path(folder)) if name.endswith(ending)]
-    files = [(path, host.text(path)) for path in paths
+    texts = [(path, host.text(path)) for path in paths
              if path != CATCH_ALL and os.path.isfile(host.path(path))]
-    for path, text in set(files) - set(host.servers):
-        host.servers[path, text] = servers_of(text, path)
-    return dict((path, host.servers[path, text]) for path, text in files)
+    for path, text in set(texts) - set(host.proxy_files):
+        host.proxy_files[path, text] = read_proxy_file(text, path)
+    return dict((path, host.proxy_files[path, text]) for path, text in texts)
+
+def main_directives(host):
+    """What nginx.conf itself says in its http block, as [Directive]."""
+    for directive in NginxReader(host.text(NGINX, 'nginx.conf')).directives:
+        if directive.words == ['http']:
+            return directive.inside or []
+    return []
+
+def all_servers(files):
+    """The [Server] of some {path: ProxyFile}."""
+    return [server for file in files.values() for server in file.servers]
 
 def catch_all_text(host, files):
-    """What 000-dockhand.conf is to hold beside these files, {path: [Server]}."""
-    return render_catch_all(sum(files.values(), []), nginx_version(host), has_ipv6(host))
+    """What 000-dockhand.conf is to hold beside these files, {path: ProxyFile}."""
+    return render_catch_all(all_servers(files), nginx_version(host), has_ipv6(host))
 
 def nginx_version(host):
     """nginx's version, as a tuple."""
@@ -1113,36 +1698,103 @@ def nginx_version(host):
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
 
-def check_proxy_file(host, app, text, files):
-    """Failure where this proxy file clashes with another, or nginx refuses it."""
-    pushed, others = text.partition('\n')[2], dict(files)
+def pushed_part(release):
+    """What a release's proxy file says below our first line, as it was pushed or made."""
+    return (release.proxy or '').partition('\n')[2]
+
+def check_proxy_file(host, release, files, older=False):
+    """Failure where a release's proxy file clashes with another, or nginx refuses it.
+    files: {path: ProxyFile}; older: it was live before, so that a rule which is newer than
+    it only warns"""
+    app, others = release.app, dict(files)
     others.pop(PROXIES + '/%s.conf' % app, None)
-    check_proxy(servers_of(pushed), sum(others.values(), []))
-    problem = try_nginx(host, app, pushed, files)
+    pushed = read_proxy_file(pushed_part(release))
+
+    check_proxy(pushed.servers, all_servers(others), host.known)
+    for problem in rules_broken(host, release, pushed, others):
+        if not older:
+            raise Failure(problem)
+        step('Note: %s; the next push will be refused for it', problem)
+
+    problem = try_nginx(host, app, pushed_part(release), files)
     before = problem and nginx_problem(host)
-    refuse_if(before, "nginx's configuration was broken before this push: %s", before)
-    refuse_if(problem, problem if problem.startswith('nginx-proxy.conf:') else
-              'nginx-proxy.conf clashes with another file: ' + problem)
+    refuse_if(before, "nginx's configuration was broken before this push: %s",
+              unquoted(before, host.known))
+    refuse_if(problem and not problem.startswith('nginx-proxy.conf:'),
+              'nginx-proxy.conf clashes with another file: %s',
+              unquoted(problem, host.known))
+    refuse_if(problem, '%s', problem)
+
+def unquoted(problem, known):
+    """What nginx says of another file, without what it quotes of it."""
+    place, _, said = problem.partition(': ')
+    return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
+
+def rules_broken(host, release, pushed, others):
+    """What a proxy file says that reaches other apps although nginx takes it, each as
+    `FILE:LINE: what, and what to do`. pushed: its ProxyFile; others: {path: ProxyFile}"""
+    for line, text in pushed.troubles:
+        yield 'nginx-proxy.conf:%d: %s' % (line, text)
+
+    trees = [(path, others[path].directives) for path in sorted(others)]
+    trees.append((NGINX + '/nginx.conf', main_directives(host)))
+    for directive, text in rule_problems(release.app, pushed.directives, trees,
+                                         nginx_version(host), host.known):
+        shown = printable(' '.join(directive.words[:2]), 60)
+        yield 'nginx-proxy.conf:%d: `%s`: %s' % (directive.line, shown, text)
+
+    own = PROXIES + '/%s.conf' % release.app
+    theirs = [claim for path in sorted(others)
+              for claim in claims_of(others[path].servers, path)]
+    taken = taken_name(claims_of(pushed.servers, own), theirs, host.known,
+                       names_of_config(release))
+    if taken:
+        yield taken
+
+def names_of_config(release):
+    """The host names that root gave an app: they may be taken out of a wildcard."""
+    return release.config.get('domains', '').split() if is_made(release) else []
+
+def check_alone(host, release, files):
+    """Failure where a proxy file leans on what the file of another app defines: that app
+    could not be changed or removed any more."""
+    alone = dict((path, file) for path, file in files.items()
+                 if not is_ours(host.text(path), app_of_file(path)))
+    problem = try_nginx(host, release.app, pushed_part(release), alone)
+    refuse_if(problem, "%s (it must not lean on another app's file)", problem)
 
 def try_nginx(host, app, text, files):
     """What nginx says against a proxy file in the place of the app's own, or ''. It is
-    tested in a staged copy: what lies in conf.d is valid at every moment. files: what
-    proxy_servers gives"""
+    tested in a staged copy: what lies in conf.d is valid at every moment.
+    files: {path: ProxyFile}"""
     own, whole = PROXIES + '/%s.conf' % app, NGINX + '/nginx.conf'
     candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
-    files = dict(files, **{own: servers_of(text)})
+    parsed = read_proxy_file(text)
+    files = dict(files, **{own: parsed})
     paths = [candidate if path == own else path for path in sorted(files)
              if path.startswith(PROXIES)]
     conf = stage_nginx_conf(host.text(whole), catch_all_text(host, files), paths)
+    new = [path for path in files_made(parsed.directives)
+           if not os.path.lexists(host.path(path))]
     try:
-        for path, new in ((candidate, text), (staged, conf)):
+        for path, content in ((candidate, text), (staged, conf)):
             with open(host.path(path), 'wb') as target:
-                target.write(to_bytes(new))
+                target.write(to_bytes(content))
         said = nginx_problem(host, '-c', staged).replace(staged, whole)
         return said.replace(candidate, 'nginx-proxy.conf')
     finally:
         remove_file(host.path(candidate))
         remove_file(host.path(staged))
+        for path in new:
+            remove_if_empty(host.path(path))
+
+def remove_if_empty(path):
+    """Remove a log or a folder that a test of nginx made, and nothing was written to."""
+    if os.path.isdir(path):
+        if not os.listdir(path):
+            os.rmdir(path)
+    elif os.path.exists(path) and not os.path.getsize(path):
+        os.unlink(path)
 
 def nginx_problem(host, *options):
     """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
@@ -1151,25 +1803,108 @@ def nginx_problem(host, *options):
     said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
     return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said) if status else ''
 
-def install_proxy(host, app, text, certain=False):
-    """Put an app's proxy file in place, or take it away, and make nginx follow. What is
-    certain was live before: it is not checked again, and nginx reloads in any case."""
+def install_proxy(host, release, older=False):
+    """Put a release's proxy file in place, or take the app's away where it has none, and
+    make nginx follow. older: as check_proxy_file wants it"""
+    app = release.app
+    with host_lock(host, app):
+        if read_file(host.path(PROXIES, app + '.conf')) == release.proxy:
+            return
+        files = proxy_files(host)
+        if release.proxy:
+            check_proxy_file(host, release, files, older)
+        neighbour = answering_neighbour(host, app, files)
+        if write_proxy(host, app, release.proxy, files):
+            reload_nginx(host)
+            check_neighbour(neighbour)
+
+def restore_proxy(host, app, text):
+    """Put the text back that was live before, or take the file away: it is not checked
+    again, and nginx reloads whatever lies there."""
+    with host_lock(host, app):
+        write_proxy(host, app, text, proxy_files(host))
+        reload_nginx(host)
+
+def remove_proxy(host, app):
+    """Take an app's proxy file away for good."""
+    with host_lock(host, app):
+        if write_proxy(host, app, None, proxy_files(host)):
+            reload_nginx(host)
+
+def write_proxy(host, app, text, files):
+    """Write an app's proxy file, or remove it if it is ours, and the catch-all that goes
+    with it; True where something changed. files: {path: ProxyFile}, brought up to date"""
     own = PROXIES + '/%s.conf' % app
     path = host.path(own)
-    with host_lock(host, app):
-        found = read_file(path)
-        if not certain and text == found:
+    if text:
+        changed = replace_file(path, text)
+        files[own] = read_proxy_file(text, own)
+    else:
+        changed = is_ours(read_file(path), app) and remove_file(path)
+        if changed:
+            files.pop(own, None)
+    return replace_file(host.path(CATCH_ALL), catch_all_text(host, files)) or changed
+
+# The one of another app that is asked before and after a reload
+Neighbour = namedtuple('Neighbour', 'app name port status')
+NO_ANSWERS = ('400', '401', '403', '404', '444')    # what one file can make of another app
+
+def answering_neighbour(host, app, files):
+    """The Neighbour of another app that answers through nginx now, or None; of the first
+    three that have a name and a port of nginx's."""
+    asked = 0
+    for path in sorted(files):
+        other = app_of_file(path)
+        place = other and other != app and plain_place(files[path].servers)
+        if not place or not is_ours(host.text(path), other) or asked == 3:
+            continue
+        asked += 1
+        name, port = place
+        status = fetch_status(name, port, 1)
+        if status.isdigit() and status not in NO_ANSWERS:
+            return Neighbour(other, name, port, status)
+    return None
+
+def check_neighbour(neighbour):
+    """Failure where an app answered before a reload of nginx, and three times not since."""
+    if neighbour is None:
+        return
+    for _ in range(3):
+        status = fetch_status(neighbour.name, neighbour.port, 2)
+        if status.isdigit() and status not in NO_ANSWERS:
             return
-        files = proxy_servers(host)
-        if not certain and text:
-            check_proxy_file(host, app, text, files)
-        changed = replace_file(path, text) if text else (
-            is_ours(found, app) and remove_file(path))
-        if text or changed:
-            files[own] = servers_of(text or '')
-        catch_all = catch_all_text(host, files)
-        if replace_file(host.path(CATCH_ALL), catch_all) or changed or certain:
-            reload_nginx(host)
+        time.sleep(0.1)
+    raise Failure('with this proxy file another app answers %s instead of %s: what in it '
+                  'holds for more than its own server?', status, neighbour.status)
+
+def plain_place(servers):
+    """(host name, port) by which nginx on this machine can be asked for the first of some
+    [Server] without TLS, or None."""
+    for server in servers:
+        names = [name.replace('*', 'any.example') for name in server.names
+                 if name not in ('', '_') and name[0] != '~']
+        ports = [listen.port for listen in server.listens
+                 if listen.address in ('*', '127.0.0.1') and not listen.words]
+        if names and ports and ports[0]:
+            return names[0], int(ports[0])
+    return None
+
+def fetch_status(name, port, timeout=5, address='127.0.0.1'):
+    """What nginx on this machine, or what is at an address, answers to a request for a
+    host name: `200`, or `nothing`."""
+    import socket
+    try:
+        connection = socket.create_connection((address, port), timeout)
+        connection.settimeout(timeout)
+        connection.sendall(to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand'
+                                    '\r\nConnection: close\r\n\r\n' % name))
+        answer = to_text(connection.recv(100)).split()
+        connection.close()
+    except (EnvironmentError, socket.error) as error:
+        return 'nothing (%s)' % error
+    if answer[1:] and answer[0].startswith('HTTP/'):
+        return answer[1]
+    return 'nothing'
 
 def host_lock(host, app):
     """What apps share (names, nginx) changes under this lock, taken after the app's."""
@@ -1189,11 +1924,31 @@ def reload_nginx(host):
             raise Failure('nginx keeps its old configuration: ' + nginx_complaint(host))
         time.sleep(0.01)
 
-def start_nginx(host):
-    """Start nginx by whatever init is there. At boot it waits for `dockhand recover`."""
-    state = host.ask(['systemctl', 'is-system-running']).out if is_systemd(host) else ''
-    if state.strip() != 'starting' and host.ask(['service', 'nginx', 'start']).status:
+def start_nginx(host, wait=True):
+    """Start nginx by whatever init is there. wait: not in `recover`, for which systemd
+    holds nginx back at boot: neither would ever end."""
+    end_orphans(host)
+    command = ['service', 'nginx', 'start']
+    if is_systemd(host):
+        starting = host.ask(['systemctl', 'is-system-running']).out.strip() == 'starting'
+        if starting:
+            return
+        if not wait:
+            command = ['systemctl', '--no-block', 'start', 'nginx']
+    if host.ask(command).status:
         raise Failure('nginx does not start: ' + nginx_complaint(host))
+
+def end_orphans(host):
+    """End the workers of a master that was killed, where init has not: they hold the
+    ports. They finish what they were asked."""
+    orphans = [pid for pid, title in children(host, '1').items()
+               if title.startswith('nginx: worker')]
+    for pid in orphans:
+        os.kill(int(pid), signal.SIGQUIT)
+    deadline = monotonic() + RELOAD_TIMEOUT
+    while monotonic() < deadline and any(
+            is_working(host.text('/proc', pid, 'cmdline')) for pid in orphans):
+        time.sleep(0.01)
 
 def nginx_complaint(host):
     path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
@@ -1288,6 +2043,7 @@ def on_container(host, release, *words):
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
     log_cap = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+    pids_cap = '--pids-limit=4096'          # or a fork bomb in one app takes the host
 
     def job(self, release):
         """How docker runs a release; Failure where it cannot."""
@@ -1314,6 +2070,8 @@ class Containers(Engine):
             command.append('--init')
         if not any(each.startswith('--log-') for each in job.options):
             command += self.log_cap
+        if not any(each.startswith('--pids-limit') for each in job.options):
+            command.append(self.pids_cap)
         image = release.image if is_image_of(release.app, job.image) else job.image
         command += [image] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
@@ -1330,18 +2088,23 @@ class Containers(Engine):
             self.host.run(command)
 
     def stop(self, release):
-        """Stop it for good: docker's own start must not bring it back beside another.
-        While a container is coming to its end, docker fails to update it."""
+        """Stop it for good: docker's own start must not bring it back beside another, not
+        even where docker dies half-way. While a container is coming to its end, docker
+        refuses to update it: then that is done afterwards."""
+        forbid = ['docker', 'update', '--restart', 'no', container_name(release)]
+        refused = self.host.ask(forbid).status
         on_container(self.host, release, 'stop', '-t', self.job(release).grace)
-        on_container(self.host, release, 'update', '--restart', 'no')
+        if refused:
+            self.host.run_unless('No such container', forbid)
 
     def revives(self, release):
         """Whether one that does not run is to be started, after a boot or a prune."""
         return self.job(release).at_boot
 
     def settle(self, release):
-        """From now on docker starts it again by itself, at boot too."""
-        policy = 'unless-stopped' if self.job(release).at_boot else 'on-failure'
+        """From now on docker starts it again by itself, at boot too. (With the policy
+        `unless-stopped` it would not after a kill of dockerd.)"""
+        policy = 'always' if self.job(release).at_boot else 'on-failure'
         on_container(self.host, release, 'update', '--restart', policy)
 
     def state(self, release):
@@ -1385,16 +2148,22 @@ class Upstart(Engine):
         self.host.run_unless('already running', ['timeout', '60', 'start', release.app])
 
     def stop(self, release):
-        """Stop the job, and the containers that init leaves behind."""
+        """Stop the job, and the containers that init leaves behind. Without the file of a
+        running job `stop` fails, although it stops: init knows the job no more."""
         replace_file(self.path(release, '.override'), self.held)
-        self.host.run_unless('Unknown|already been stopped', ['stop', release.app])
+        if not os.path.exists(self.path(release, '.conf')):
+            replace_file(self.path(release, '.conf'), release.job)
+        self.host.run_unless('Unknown|already been stopped|Method "Get" with signature',
+                             ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run_unless('No such', ['docker', 'stop', '-t', '1', found['Id']])
 
     def revives(self, release):
-        """Whether init does not do that: a command was killed that held the job."""
+        """Whether it is to run after a boot. init starts it by its events, but not where a
+        command was killed that held the job, or where docker was away for too long."""
         held, job = self.path(release, '.override'), self.path(release, '.conf')
-        return os.path.exists(held) or not os.path.exists(job)
+        return os.path.exists(held) or not os.path.exists(job) or (
+            starts_at_boot(job_of(release)))
 
     def settle(self, release):
         remove_file(self.path(release, '.override'))
@@ -1462,10 +2231,12 @@ def silent_ports(state):
 
 # number: from 1, never used again. time: of its push, in seconds since 1970. seconds:
 # that the deploy took, None until it is through. failed: why it never was live, or None.
+# turn: higher, the later it became live; None before, and in records of older versions.
 # image: its id. job, proxy: the files as installed, or None. Of a plain app: port, None
 # for a worker; web: nginx passes requests to it; volumes: [path]; address: of its own.
 Release = namedtuple('Release', 'app number commit branch key time seconds failed image '
-                     'config port web volumes address job proxy')
+                     'config port web volumes address job proxy turn')
+Release.__new__.__defaults__ = (None,)
 
 def list_apps(host):
     return list_folder(host.path(STATE, 'apps'))
@@ -1479,9 +2250,16 @@ def load_release(host, app, number):
     """A Release from the store; what is not written down of it yet is None."""
     folder = release_folder(host, app, number)
     found = dict({'config': {}}, **read_json(folder + '/release.json'))
+    if is_finished_older(found) and linked_number(host, app, 'pending') != number:
+        found['seconds'] = 0
     found.update(app=app, number=number, job=read_file(folder + '/upstart.conf'),
                  proxy=read_file(folder + '/nginx-proxy.conf'))
     return Release(*[found.get(field) for field in Release._fields])
+
+def is_finished_older(record):
+    """Whether a record is of the first versions, which wrote it after the build and never
+    said how long the deploy took."""
+    return bool(record.get('image')) and 'seconds' not in record and 'failed' not in record
 
 def read_json(path):
     """The dict in a file of ours, {} where there is none."""
@@ -1512,30 +2290,53 @@ def save_config(host, app, config):
     replace_file(path, to_json(config), 0o600) if config else remove_file(path)
 
 def kept_releases(host, app):
-    """The releases that one can go back to, the one that was live last first."""
-    times = [(os.stat(release_folder(host, app, number)).st_mtime, number)
-             for number in list_releases(host, app)]
-    found = [load_release(host, app, number) for _, number in sorted(times, reverse=True)]
-    return [release for release in found if release.seconds is not None]
+    """The releases that one can go back to, the live one first, then the one that was live
+    before. Where a crash came between a turn and its link, live is what the link says."""
+    live = linked_number(host, app, 'live')
+    found = [load_release(host, app, number) for number in list_releases(host, app)]
+    found = [release for release in found if release.seconds is not None]
+    return sorted(found, reverse=True, key=lambda release: (
+        release.number == live, release.turn or 0, release.number))
+
+def count_turn(host, old, new):
+    """Write down that a release becomes live now, after all others; gives it with that."""
+    turn = 1 + max([release.turn or 0 for release in kept_releases(host, new.app)] + [0])
+    if old and old.turn is None:            # it is of an older version of dockhand
+        save_record(host, old._replace(turn=turn))
+        turn += 1
+    new = new._replace(turn=turn)
+    save_record(host, new)
+    return new
+
+def save_record(host, release):
+    """Write down what is known of a release, but for its files."""
+    record = release._asdict()
+    del record['job'], record['proxy']
+    folder = release_folder(host, release.app, release.number)
+    replace_file(folder + '/release.json', to_json(record), 0o600)
 
 def save_release(host, release):
     """Write a release down whole: its record comes last."""
     folder = release_folder(host, release.app, release.number)
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
-    record = release._asdict()
     env = environment_text(release.config, release.port if release.web else None)
-    texts = record.pop('job'), record.pop('proxy'), None if release.failed else env
+    texts = release.job, release.proxy, None if release.failed else env
     for name, text in zip(('/upstart.conf', '/nginx-proxy.conf', '/env'), texts):
         path = folder + name
         remove_file(temporary_of(path))
         remove_file(path) if text is None else replace_file(path, text, 0o600)
-    replace_file(folder + '/release.json', to_json(record), 0o600)
+    save_record(host, release)
+
+def linked_number(host, app, link):
+    """The number of the release that `live` or `pending` points to, or None."""
+    name = os.path.basename(os.path.realpath(app_folder(host, app, link)))
+    return int(name) if name.isdigit() else None
 
 def linked_release(host, app, link):
     """The Release that `live` or `pending` points to, or None."""
-    number = os.path.basename(os.path.realpath(app_folder(host, app, link)))
-    release = load_release(host, app, int(number)) if number.isdigit() else None
+    number = linked_number(host, app, link)
+    release = None if number is None else load_release(host, app, number)
     return release if release and release.commit else None
 
 def live_release(host, app):
@@ -1549,10 +2350,11 @@ def is_stopped(host, app):
     return os.path.exists(app_folder(host, app, 'stopped'))
 
 @contextmanager
-def app_lock(host, app, purpose):
-    """Hold an app's lock, what a crash left put right; gives the live Release or None."""
+def app_lock(host, app, purpose, follow=True):
+    """Hold an app's lock, what a crash left put right; gives the live Release or None.
+    follow: whether the branch is set to what is live; a push lets git move it"""
     with locked(host.path(LOCKS, check_app_name(app)), purpose):
-        recover_app(host, app)
+        recover_app(host, app, follow)
         yield live_release(host, app)
 
 @contextmanager
@@ -1566,11 +2368,17 @@ def must_be_live(host, app):
     refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
     return live
 
-def switch_steps(host, old, new, beside=False, run=True, certain=False):
+def switch_steps(host, old, new, beside=False, run=True, certain=False, older=False):
     """What makes the host go from one release, or None, to another, as [function].
-    beside: both run for a time; run, certain: whether the new one is started, was live"""
+    beside: both run for a time; run, certain: whether the new one is started, was live a
+    moment ago; older: whether it, or what was pushed of it, was live before"""
     app = (new or old).app
-    proxy = partial(install_proxy, host, app, new and new.proxy, certain)
+    if certain:
+        proxy = partial(restore_proxy, host, app, new and new.proxy)
+    elif new:
+        proxy = partial(install_proxy, host, new, older)
+    else:
+        proxy = partial(remove_proxy, host, app)
     stop = [partial(engine_of(host, old).stop, old)] if old else []
     if new is None:
         return stop + [proxy, partial(engine_of(host, old).withdraw, old),
@@ -1583,6 +2391,8 @@ def switch_steps(host, old, new, beside=False, run=True, certain=False):
         return start + [proxy] + tag + (drained if certain else [])
     if old and type(engine) != type(engine_of(host, old)):
         stop.append(partial(engine_of(host, old).withdraw, old))
+    if not certain:
+        stop.insert(0, partial(check_disk_takes_writes, host, app))
     return stop + tag + [partial(engine.place, new), proxy] + start
 
 def hands_over(old, new):
@@ -1603,12 +2413,15 @@ def apply(host, old, new):
     on_trial = beside and old.web and new.web   # the old one steps in where it fails
     shown = new._replace(proxy=with_backup(
         new.proxy, old.address, old.port)) if on_trial else new
+    older = new.turn is not None or bool(old) and new.image == old.image
     if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
-        check_proxy_change(host, new)
+        check_proxy_change(host, new, older)
     engine.prepare(new)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
-        stopped, steps = monotonic(), switch_steps(host, old, shown, beside)
+        stopped = monotonic()
+        steps = switch_steps(
+            host, old, shown, beside, older=older)
         first = 1 if beside else len(steps)     # checked before requests reach it
         for act in steps[:first]:
             act()
@@ -1621,7 +2434,8 @@ def apply(host, old, new):
             started = monotonic()
             check_or_show_log(host, new, engine)
             checked += monotonic() - started
-            install_proxy(host, app, new.proxy)
+            install_proxy(host, new, older)
+        new = count_turn(host, old, new)
         set_link(host, app, 'live', new)
     times = monotonic() - begun - checked, checked
     pushed = new.seconds is None and not (old and old.commit == new.commit)
@@ -1640,9 +2454,8 @@ def finish(host, release, engine, follow):
             git(host, app, 'update-ref', branch, release.commit)
         if release.seconds is None:
             took = max(0, round(time.time() - release.time, 1))
-            save_release(host, release._replace(seconds=took))
+            save_record(host, release._replace(seconds=took))
         save_config(host, app, release.config)
-        os.utime(release_folder(host, app, release.number), None)
         pending = linked_release(host, app, 'pending')
         if pending and pending.number == release.number:
             remove_file(app_folder(host, app, 'pending'))
@@ -1680,14 +2493,14 @@ def loopback_ports(host, release):
              for name in ('tcp', 'tcp6')]
     return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
 
-def put_back(host, new, old):
+def put_back(host, new, old, follow=True):
     """Undo a switch, whatever was done of it. Each part that can be put back is."""
     engine, live = engine_of(host, new), live_release(host, new.app)
     put = partial(attempt, 'could not be put back')
     if live and live.number == new.number:      # and it may be down since a power cut
         put(engine.place, new)
         put(engine.start, new)
-        return finish(host, new, engine, True)
+        return finish(host, new, engine, follow)
     run = old is not None and not is_stopped(host, new.app)
     beside = run and hands_over(old, new)
     steps = switch_steps(host, new, old, beside, run, certain=True)
@@ -1707,20 +2520,26 @@ def sweep(host, app):
     written = [app_folder(host, app, name)
                for name in ('live', 'pending', 'stopped', 'config', 'env')]
     written += [host.path(folder, app + '.conf') for folder in (JOBS, PROXIES, NGINX)]
+    written += [release_folder(host, app, number) + '/release.json'
+                for number in list_releases(host, app)]
     for path in written + [host.path(JOBS, app + '.override')]:
         remove_file(temporary_of(path))
+    remove_file(trial_file(host, app))
     remove_file(repository(host, app) + '/index.lock')
     if os.path.lexists(build_folder(host, app)):
         empty_build_folder(host, app)
         remove_image_tag(host, app + ':plan')
 
-def recover_app(host, app):
+def recover_app(host, app, follow=True):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     sweep(host, app)
     pending = linked_release(host, app, 'pending')
     if pending:
         step('%s: the switch to release %d was interrupted', app, pending.number)
-        put_back(host, pending, live_release(host, app))
+        live = live_release(host, app)
+        put_back(host, pending, live, follow)
+        if pending.seconds is None and not (live and live.number == pending.number):
+            forget(host, pending, 'interrupted')
     for number in reversed(list_releases(host, app)):
         release = load_release(host, app, number)
         if release.seconds is not None or release.failed is not None:
@@ -1729,11 +2548,23 @@ def recover_app(host, app):
     if app in list_apps(host) and not list_releases(host, app):
         remove_app(host, app)
 
+def mend_commit(host, live):
+    """Where the live commit is none but an annotated tag, which older versions took: git
+    never moves a branch to it. Write down the commit that it names, and move the branch."""
+    app = live.app
+    kind = git(host, app, 'cat-file', '-t', live.commit, act=host.ask).out.strip()
+    if kind == 'tag':
+        named = git(host, app, 'rev-parse', '-q', '--verify', live.commit + '^{}').strip()
+        step('%s: %s is a tag; its commit is %s', app, live.commit[:10], named[:10])
+        save_record(host, live._replace(commit=named))
+        git(host, app, 'update-ref', 'refs/heads/' + live.branch, named)
+
 def put_right(host, app):
     """For one app: what a crash left, and what is gone of its live release."""
     with app_lock(host, app, 'dockhand recover') as live:
         refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
         if live:
+            mend_commit(host, live)
             bring_back(host, live)
 
 def bring_back(host, live):
@@ -1747,12 +2578,13 @@ def bring_back(host, live):
             tag_image(host, live.image, tag)
     if live.proxy and not os.path.exists(host.path(PROXIES, app + '.conf')):
         step('%s: installing its proxy file again', app)
-        install_proxy(host, app, live.proxy, True)
+        restore_proxy(host, app, live.proxy)
     if is_stopped(host, app):
         return engine.stop(live)
     if engine.revives(live):
         if engine.state(live).alive is False:
             step('%s: release %d did not run; starting it', app, number)
+            engine.stop(live)       # what is left of it holds its port and its name
             engine.place(live)
             engine.start(live)
         engine.settle(live)
@@ -1810,7 +2642,7 @@ def check_files(release, folder):
 
 def check_host_names(host, app):
     """Failure where the server has something of that name that dockhand did not write."""
-    if list_releases(host, app):
+    if live_release(host, app):
         return
     services = ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]
     for path in services + [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
@@ -1841,34 +2673,83 @@ def diff_text(old, new, old_name, new_name):
 
 def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
-    with app_lock(host, app, 'a push of %s by %s' % (app, key)) as live:
+    keys = split_authorized_keys(host.text(host.home(), KEYS))[1]
+    host.known = apps_of(keys, key)
+    with app_lock(host, app, 'a push of %s by %s' % (app, key), follow=False) as live:
         branch = load_config(host, app).get('branch', live.branch if live else None)
         verdict = judge_ref(ref, new, branch)
+        if verdict == 'store':
+            return check_tag(ref, branch)
+
         branch = branch or ref[len('refs/heads/'):]
+        check_is_commit(host, app, new, ref)
         if verdict == 'plan':
             plan_release(host, live, new_release(host, app, key, branch, new, 'plan'))
-        if verdict == 'deploy' and not (live and live.commit == new):
-            check_race(host, app, live, branch, old)
+        elif not (live and live.commit == new):
+            check_race(host, app, live, branch, old, new)
             make_release(host, live, new_release(host, app, key, branch, new))
 
-def check_race(host, app, live, branch, old):
-    """Failure where the branch is no longer what the pusher saw. git moves it soon after
-    a push went live; if not, a crash came between, and it is set to what is live."""
-    ref, deadline = 'refs/heads/' + branch, monotonic() + 3
-    read_ref = partial(git, host, app, 'for-each-ref', '--format=%(objectname)', ref)
-    found = read_ref().strip()
+def check_tag(ref, branch):
+    """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
+    new app, which deploys nothing, and afterwards git finds `main` ambiguous."""
+    name = ref[len('refs/tags/'):]
+    refuse_if(name in ((branch,) if branch else DEFAULT_BRANCHES) + ('plan',), 'this would '
+              'make a tag called %s, which deploys nothing; to deploy what it names: git '
+              'push REMOTE TAG^{}:refs/heads/%s', name, name)
+
+def check_is_commit(host, app, new, ref):
+    """Failure unless a branch would point to a commit: git refuses all else afterwards,
+    when it would be live already."""
+    kind = git(host, app, 'cat-file', '-t', new).strip()
+    if kind == 'tag':
+        said = git(host, app, 'cat-file', 'tag', new)
+        named = re.search(r'(?m)^tag ([\w./-]+)$', said)
+        raise Failure('an annotated tag is no commit, which a branch wants: git push REMOTE '
+                      '%s^{}:%s', named.group(1) if named else 'TAG', ref)
+    refuse_if(kind != 'commit', 'a %s is no commit, which a branch wants: git push REMOTE '
+              'HEAD:%s', printable(kind), ref)
+
+def check_race(host, app, live, branch, old, new):
+    """Failure where the branch is no longer what the pusher saw, or something is live that
+    is not part of what is pushed. git moves the branch soon after a push went live; if not,
+    a crash came between. Then the branch stays where the pusher saw it, or git could not
+    move it after this push; only a refusal sets it to what is live."""
+    ref = 'refs/heads/' + branch
+    found = read_branch(host, app, ref)
     if live and live.commit != found and has_history(host, app, live.commit):
-        while found != live.commit:
+        deadline = monotonic() + 3
+        while found != live.commit and monotonic() < deadline:
             time.sleep(0.05)
-            if monotonic() > deadline:
-                remove_file(os.path.join(repository(host, app), ref + '.lock'))
+            found = read_branch(host, app, ref)
+        if found != live.commit:
+            remove_file(os.path.join(repository(host, app), ref + '.lock'))
+            if not is_ancestor(host, app, live.commit, new):
                 git(host, app, 'update-ref', ref, live.commit)
-            found = read_ref().strip()
-    refuse_if(found != (old if old.strip('0') else ''),
-              'another push went live: pull, then push again')
+                found = live.commit
+
+    if found != (old if old.strip('0') else ''):
+        raise Failure('another push went live: pull, then push again (%s)',
+                      live_text(live) if live else 'the branch is at %s' % found[:10])
+
+def read_branch(host, app, ref):
+    """The commit of a branch, '' where there is none."""
+    return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
+
+def is_ancestor(host, app, commit, of):
+    """Whether a commit is part of the history of another. (git 1.7 does not know
+    `merge-base --is-ancestor`.)"""
+    return git(host, app, 'merge-base', commit, of, act=host.ask).out.strip() == commit
+
+def live_text(live):
+    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
+    return '%s is live since %s, by %s' % (live.commit[:10], since, live.key)
 
 def has_history(host, app, commit):
-    """Whether git has a commit and its parents; a killed shallow push leaves it alone."""
+    """Whether git has a commit and its parents: a killed shallow push leaves it alone, and
+    older versions of dockhand took what is none."""
+    kind = git(host, app, 'cat-file', '-t', commit, act=host.ask)
+    if kind.out.strip() != 'commit':
+        return False
     return not git(host, app, 'rev-list', '--quiet', commit, act=host.ask).status
 
 def new_release(host, app, key, branch, commit, number=None):
@@ -1930,7 +2811,14 @@ def build_release(host, live, release, options=()):
     if not release.job:
         return complete_plain(host, release, settings)
     ports, volumes = proxied_ports(release.proxy), settings.get('Volumes') or {}
-    for line, text in check_job(job_of(release), release.app, ports, volumes):
+    try:
+        doubts = check_job(job_of(release), release.app, ports, volumes)
+    except Failure as error:        # a rule that is newer than the release binds pushes
+        if not (live and live.image == release.image):
+            raise
+        step('Note: %s; the next push will be refused for it', error)
+        return release
+    for line, text in doubts:
         if 'under Upstart' not in text or is_upstart(host):
             step('upstart.conf:%d: %s', line, text)
     return release
@@ -1947,6 +2835,9 @@ def build_commit(host, live, release, options):
         if live:
             check_edited(host, live, release)
         check_proxy_change(host, release)
+        if release.proxy:
+            with host_lock(host, app):
+                check_alone(host, release, proxy_files(host))
         step('Building %s', image_tag(release))
         build_image(host, folder, image_tag(release), layers, *options)
         return release
@@ -1971,7 +2862,8 @@ def complete_plain(host, release, settings):
         release = release._replace(proxy=complete_proxy(host, release))
         if release.number != 'plan':
             save_release(host, release)
-    check_proxy_change(host, release)
+    live = live_release(host, app)
+    check_proxy_change(host, release, bool(live) and live.image == release.image)
     step('%s is %s', app, kind_text(release))
     return release
 
@@ -1981,6 +2873,9 @@ def kind_text(release):
         return ('a web app: nginx passes requests to its port %d (another: dockhand '
                 'config %s port=N)' % (release.port, release.app))
     if release.port:
+        if '.' in release.app:
+            return ('a service on port %d that no other app can reach by its name, for the '
+                    'dot in it' % release.port)
         return 'a service that other apps reach as %s:%d, and nginx does not' % (
             release.app, release.port)
     return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
@@ -2012,6 +2907,8 @@ def run_release_command(host, release):
     command = ['docker', 'run', '--rm', '--name', container_name(release) + '--release']
     command += [option for option in job.options
                 if not option.startswith(('--ip', '--net-alias', '--publish'))]
+    if not any(option.startswith('--pids-limit') for option in command):
+        command.append(Containers.pids_cap)
     command += [release.image] + shlex.split(release.config['release'])
     step('Running the release command: %s', release.config['release'])
     if release.address:
@@ -2019,10 +2916,11 @@ def run_release_command(host, release):
     status = host.ask(command, each=detail, env=job.env, cwd=job.folder).status
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
-def check_proxy_change(host, release):
+def check_proxy_change(host, release, older=False):
+    """Failure where the proxy file of a release cannot be had beside the others."""
     if release.proxy:
         with host_lock(host, release.app):
-            check_proxy_file(host, release.app, release.proxy, proxy_servers(host))
+            check_proxy_file(host, release, proxy_files(host), older)
 
 def forget(host, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
@@ -2032,15 +2930,18 @@ def forget(host, release, reason=None):
         return
     try:
         drop(host, release, '--no-prune')       # the mended push builds on what is there
-        if live is None:
-            return remove_app(host, app)
+        if release.number == 'plan':
+            return
         save_release(host, load_release(host, app, release.number)._replace(
             failed=why, job=None, proxy=None, config={}, address=None))
+        if live is None:
+            remove_file(app_folder(host, app, 'live'))
+            clean_up_failed(host, app)
     except Failure:
         return          # docker has gone, or the disk is full: a later command does
 
 def remove_app(host, app):
-    """Remove what the store has of an app that is not live, but what a person told it."""
+    """Remove what the store has of an app without a release, but what a person told it."""
     parts = ('releases', 'env', 'live') if load_config(host, app) else ('',)
     host.run(['rm', '-rf', '--'] + [app_folder(host, app, part) for part in parts])
 
@@ -2061,13 +2962,20 @@ def clean_up(host, live):
     if linked_release(host, app, 'pending'):
         return
     kept = [live.number] + [each.number for each in kept_releases(host, app)[:KEPT]]
+    clean_up_failed(host, app)
     for release in [load_release(host, app, number) for number in numbers]:
-        if release.failed and release.image:    # it was left as a cache for this release
+        if not release.failed and release.number not in kept:
+            remove_release(host, release)
+
+def clean_up_failed(host, app):
+    """Remove what failed releases left as a cache, and the record of those long ago."""
+    numbers = list_releases(host, app)
+    for release in [load_release(host, app, number) for number in numbers]:
+        if release.failed and release.image and live_release(host, app):
             if not any(each.get('RepoTags') for each in inspect(host, release.image)):
                 host.ask(['docker', 'rmi', release.image])
-            save_release(host, release._replace(image=None))
-        old = numbers[:-LISTED] if release.failed else numbers
-        if release.number in old and release.number not in kept:
+            save_record(host, release._replace(image=None))
+        if release.failed and release.number in numbers[:-LISTED]:
             remove_release(host, release)
 
 def remove_release(host, release):
@@ -2108,7 +3016,7 @@ def is_made(release):
 def address_text(release):
     """The address that a person would type for a web app; of another app, its ports."""
     for server in servers_of(release.proxy or ''):
-        _, port, default, _ = server.listens[0]
+        port, default = server.listens[0].port, server.listens[0].default
         names = [name.replace('*', 'ANY.DOMAIN') for name in server.names
                  if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
         names += [os.uname()[1]] if default else []
@@ -2136,18 +3044,6 @@ def show_address(host, release):
            'to ' + there[0] if there else 'nowhere yet',
            'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app
            if is_made(release) else 'take every name with `listen 80 default_server;`')
-
-def fetch_status(name, port):
-    """What nginx on this machine answers to a request for a host name: `200`."""
-    import socket
-    try:
-        connection = socket.create_connection(('127.0.0.1', port), 5)
-        connection.sendall(to_bytes('GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % name))
-        answer = to_text(connection.recv(100)).split()
-        connection.close()
-        return answer[1] if answer[1:] else 'nothing'
-    except EnvironmentError as error:
-        return 'nothing (%s)' % error
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
@@ -2226,14 +3122,48 @@ def installed_parts(host):
         (RECEIVE, launcher(role='receive'), 0o755),
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
         (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
-        (CATCH_ALL, catch_all_text(host, proxy_servers(host)), 0o644)]
-    boot = [(UNIT, UNIT_TEXT)] if is_systemd(host) else (
-        [(BOOT_JOB, BOOT_JOB_TEXT)] if is_upstart(host) else [])
-    parts += [(path, text.format(program=PROGRAM), 0o644) for path, text in boot]
+        (CATCH_ALL, catch_all_text(host, proxy_files(host)), 0o644)]
+    if is_systemd(host):
+        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
+    elif is_upstart(host):
+        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
+    elif has_init_scripts(host):
+        parts.append((BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
     folders = [TEMPLATE] + ['%s/%s.git' % (host.home(), app) for app in list_apps(host)
                             if os.path.isdir(repository(host, app))]
     return parts + [(folder + '/hooks/' + name, text, 0o755)
                     for folder in folders for name, text in HOOKS]
+
+def has_init_scripts(host):
+    """Whether what boots this machine runs /etc/init.d: sysvinit, OpenRC and runit do, as
+    Debian has them."""
+    return os.path.isdir(host.path('/etc/init.d')) and any(
+        os.path.exists(host.path(path)) for path in ENABLERS)
+
+ENABLERS = ('/usr/sbin/update-rc.d', '/sbin/rc-update')
+
+def enable_at_boot(host):
+    """Have init run `dockhand recover`; True if it did not before."""
+    if is_systemd(host):
+        for link in UNIT_ENABLED:
+            if not os.path.isdir(os.path.dirname(host.path(link))):
+                make_folder(os.path.dirname(host.path(link)))
+        return any([replace_link(host.path(link), UNIT) for link in UNIT_ENABLED])
+    if is_upstart(host) or not has_init_scripts(host):
+        return False
+
+    name, before = os.path.basename(BOOT_SCRIPT), enabled_scripts(host)
+    if os.path.exists(host.path(ENABLERS[0])):
+        host.run(['update-rc.d', name, 'defaults'])
+    else:
+        host.run_unless('already', ['rc-update', 'add', name, 'default'])
+    return enabled_scripts(host) != before
+
+def enabled_scripts(host):
+    """The links that have our script run, in each folder of a runlevel."""
+    folders = ['/etc/rc%s.d' % level for level in '0123456S'] + ['/etc/runlevels/default']
+    return [(folder, name) for folder in folders for name in list_folder(host.path(folder))
+            if name.endswith('dockhand-recover')]
 
 PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
@@ -2283,7 +3213,7 @@ def install_part(host, name, text, mode):
         if name == SUDOERS:
             host.run(['visudo', '-c', '-q', '-f', new])
         if name == CATCH_ALL:
-            wrong = try_nginx(host, 'dockhand', '', proxy_servers(host))
+            wrong = try_nginx(host, 'dockhand', '', proxy_files(host))
             refuse_if(wrong, "nginx's configuration is broken, mend it first: %s", wrong)
     folder = os.path.dirname(host.path(name))
     if not os.path.isdir(folder):
@@ -2331,7 +3261,32 @@ def app_problem(host, app):
     if live and not inspect(host, image_tag(live)):
         return 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
     runs = not live or is_stopped(host, app) or engine_of(host, live).state(live).alive
-    return not runs and app + ' does not run', 'sudo dockhand start ' + app
+    if not runs:
+        return app + ' does not run', 'sudo dockhand start ' + app
+    return answer_problem(host, live), 'less /var/log/nginx/error.log'
+
+def answer_problem(host, live):
+    """What is wrong with what nginx answers for a live app, or None."""
+    place = live and live.proxy and plain_place(read_proxy_file(live.proxy).servers)
+    if not place or is_stopped(host, live.app):
+        return None
+    name, port = place
+    status = fetch_status(name, port)
+    if status in ('401', '403', '404') and is_made(live):
+        # a made file says none of these: does the app, or another one's file?
+        direct = fetch_status(name, live.port, address=live.address)
+        if direct != status:
+            return '%s answers %s through nginx, and %s by itself' % (
+                live.app, status, direct)
+    if not status.isdigit() or status in ('400', '444', '502', '503', '504'):
+        return '%s answers %s through nginx' % (live.app, status)
+    return None
+
+def unread_files(host):
+    """[PATH:LINE: what] of nginx's own files that names may stand in unread."""
+    return ['%s:%d: %s' % (path, line, text)
+            for path, file in sorted(proxy_files(host).items())
+            for line, text in file.troubles]
 
 # ---- Commands --------------------------------------------------------------------------
 
@@ -2343,10 +3298,11 @@ def install(host, user=None):
     demand(requirements(host))
     changes = [ensure_user(host), make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account()),
+               not os.path.isdir(host.path('/var/cache/nginx')) and make_folder(
+                   host.path('/var/cache/nginx')),
                disable_default_site(host)]
     changes += [install_part(host, *part) for part in installed_parts(host)]
-    changes += [replace_link(host.path(OLDER_NAME), PROGRAM),
-                is_systemd(host) and replace_link(host.path(UNIT_ENABLED), UNIT)]
+    changes += [replace_link(host.path(OLDER_NAME), PROGRAM), enable_at_boot(host)]
     script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
     py_compile.compile(host.path(script), dfile=script, doraise=True)
     if any(changes) or nginx_master(host) is None:
@@ -2411,17 +3367,41 @@ def remove_key(host, name):
 
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
-    for live in filter(None, [live_release(host, app) for app in list_apps(host)]):
+    for app in all_apps(host):
+        live = live_release(host, app)
+        if live is None:
+            tell('%-16s %-8s %s', app, 'waiting', waiting_text(host, app))
+            continue
         state = 'running' if engine_of(host, live).state(live).alive else (
-            'stopped' if is_stopped(host, live.app) else 'DOWN')
-        tell('%-16s %-8s %s %s', live.app, state, origin_text(live), address_text(live))
+            'stopped' if is_stopped(host, app) else 'DOWN')
+        tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
+
+def all_apps(host):
+    """The names of all apps that have anything here: a release, a config, a repository."""
+    repositories = [name[:-len('.git')] for name in list_folder(host.path(host.home()))
+                    if name.endswith('.git')]
+    found = set(list_apps(host)) | set(name for name in repositories if is_app_name(name))
+    return sorted(found)
+
+def waiting_text(host, app):
+    """What an app that was never live waits for."""
+    if list_releases(host, app):
+        last = load_release(host, app, list_releases(host, app)[-1])
+        return 'for a push that succeeds; the last one: %s' % (last.failed or 'under way')
+    return 'for its first push'
 
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
+    refuse_if(is_waiting(host, app), '%s was never live; it waits %s', app,
+              is_app_name(app) and waiting_text(host, app))
     live = must_be_live(host, app)
     command = engine_of(host, live).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
+
+def is_waiting(host, app):
+    """Whether an app has something here, but was never live."""
+    return is_app_name(app) and app in all_apps(host) and not live_release(host, app)
 
 def restart(host, app):
     """stop an app and start it again"""
@@ -2433,6 +3413,8 @@ def start(host, app):
     """start an app that was stopped"""
     with live_app(host, app, 'start') as live:
         engine = engine_of(host, live)
+        if engine.state(live).alive is False:
+            engine.stop(live)       # what is left of it holds its port and its name
         engine.place(live)
         engine.start(live)
         check_or_show_log(host, live, engine)
@@ -2455,13 +3437,15 @@ def rebuild(host, app, pull=False):
 
 def releases(host, app):
     """list an app's releases: commit, when, by whom, how long it took, live or not"""
-    live = must_be_live(host, app)
+    live = None if is_waiting(host, app) else must_be_live(host, app)
     found = [load_release(host, app, number) for number in list_releases(host, app)]
+    if not found:
+        tell('%s waits for its first push', app)
     for release in [each for each in reversed(found) if each.commit]:
-        state = 'live' if release.number == live.number else (
+        state = 'live' if live and release.number == live.number else (
             'failed: ' + release.failed if release.failed else
             'kept' if release.seconds is not None else 'under way')
-        took = '-' if release.seconds is None else '%.1f s' % release.seconds
+        took = '%.1f s' % release.seconds if release.seconds else '-'
         tell('%4d  %s %8s  %s', release.number, origin_text(release), took, state)
 
 def origin_text(release):
@@ -2491,11 +3475,14 @@ def earlier_release(host, live, number):
     return found[0]
 
 def recover(host):
-    """put right what a crash or a prune left; runs at boot"""
+    """put right what a crash or a prune left; runs at boot, and when docker starts"""
+    await_docker(host)
     free_ports(host)
     apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
     wrong = [app for app in apps if not attempt(app, put_right, host, app)]
+    runs = nginx_master(host) or attempt('nginx', start_nginx, host, False)
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
+    refuse_if(not runs, 'nginx could not be started')
 
 def config(host, app, *changes, **options):
     """print what only this server knows of an app, or change it; KEY=- reads a secret"""
@@ -2559,8 +3546,9 @@ def destroy(host, app, force=False, volumes=False):
         for number in list_releases(host, app):
             drop(host, load_release(host, app, number))
         remove_image_tag(host, app + ':plan')
-        host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app)])
-        if not list_apps(host):
+        host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app),
+                  host.path('/var/cache/nginx', app)])
+        if not any(live_release(host, other) for other in list_apps(host)):
             host.ask(['docker', 'network', 'rm', NETWORK])
         kept = volumes_of(host, app)
         if kept and volumes:
@@ -2578,12 +3566,25 @@ def doctor(host):
          'dockhand upload-key NAME < id_ed25519.pub'),
         (sudo_problem(host), 'visudo'),
         (nginx_problem(host), 'edit that file, then nginx -t'),
-        (not nginx_master(host) and 'nginx does not run', 'service nginx start')]
+        (not nginx_master(host) and 'nginx does not run', nginx_advice(host))]
         + list(sshd_problems(host))
         + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
            for path, text, _ in installed_parts(host)]
         + [app_problem(host, app) for app in list_apps(host)])
+    for place in unread_files(host):
+        tell('note: %s: what it names may clash with an app unnoticed', place)
     tell('all is well')
+
+def nginx_advice(host):
+    """How to start nginx, and how to have systemd start it after a crash: a file for that
+    is not ours to write."""
+    advice = 'service nginx start || sudo dockhand recover'
+    if not is_systemd(host):
+        return advice
+    folder = UNITS[0] + '/nginx.service.d'
+    return (advice + '; so that systemd does it the next time: mkdir -p %s; '
+            "printf '[Service]\\nRestart=on-failure\\n' >%s/restart.conf; systemctl "
+            'daemon-reload' % (folder, folder))
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
