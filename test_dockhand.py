@@ -4683,9 +4683,8 @@ ENTRYPOINT ["sh", "-euc", "\
     run \"$@\"", "entrypoint"]
 CMD ["postgres", "-c", "listen_addresses=*"]'''}
 
-@pytest.fixture(scope='session')
-def servers():
-    """{kind: Server}, made ready at the same time."""
+def demand_engine():
+    """Skip a test, or fail it in CI, where servers cannot be booted."""
     missing = [name for name in ('docker', 'git', 'ssh', 'ssh-keygen')
                if not any(os.access(os.path.join(folder, name), os.X_OK)
                           for folder in os.environ['PATH'].split(':'))]
@@ -4694,6 +4693,11 @@ def servers():
               else '')
     if reason:
         (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+
+@pytest.fixture(scope='session')
+def servers():
+    """{kind: Server}, made ready at the same time."""
+    demand_engine()
     folder = tempfile.mkdtemp(prefix='dockhand-')
     made = [Server(kind, folder) for kind in KINDS]
     try:
@@ -4734,6 +4738,100 @@ def test_real_a_second_run_changes_nothing(server):
     assert 'nothing changed' in said and 'this system was ready' in said
     assert look() == before
     assert server.ok('dockhand doctor') == 'all is well'
+
+# ---------------------------------------------------------------------------------------
+# Installed over an earlier dockhand
+# ---------------------------------------------------------------------------------------
+
+# The first commit, the last before plain apps, and the first that was called whole
+EARLIER = ('5e9521c', 'b7b5522', '82b73e1')
+
+# What `install` wrote, and what was deployed; the user stays
+WIPE = '''
+docker ps -aq | xargs -r docker rm -f
+docker images --format '{{.Repository}}:{{.Tag}}' | grep ^elder | xargs -r docker rmi -f
+rm -rf /usr/local/lib/dockhand /usr/local/bin/dockhand /usr/local/bin/gitreceive \
+    /var/lib/dockhand /etc/sudoers.d/dockhand /home/git/*.git /home/git/.ssh \
+    /etc/nginx/conf.d/000-dockhand.conf /etc/nginx/conf.d/elder.conf
+'''
+
+@pytest.fixture(scope='module', params=EARLIER)
+def earlier(request):
+    """dockhand.py as it was in a commit."""
+    shown = run(['git', 'show', request.param + ':dockhand.py'], cwd=HERE)
+    if shown.status != 0:
+        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(
+            'no commit %s here: a full clone has it' % request.param)
+    return shown.out + '\n'
+
+def deploy_early(app, files):
+    """Push a commit whose id has no zero at an end: the first dockhand stripped those."""
+    commit = app.commit(files)
+    while '0' in commit[0] + commit[-1]:
+        app.git('commit', '-q', '--amend', '-m', 'not ' + commit)
+        commit = app.git('rev-parse', 'HEAD')
+    pushed = app.push()
+    assert pushed.status == 0, pushed.err
+    return commit
+
+@pytest.fixture(scope='module')
+def elder():
+    """A server of its own: nothing that other tests share survives an earlier dockhand."""
+    demand_engine()
+    folder = tempfile.mkdtemp(prefix='dockhand-')
+    server = Server('none', folder)
+    server.name += '-elder'
+    try:
+        for key in ('main', 'other'):
+            must(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f',
+                  os.path.join(folder, key)])
+        must(['sh', os.path.join(HERE, '.ci', 'server'), 'images'])
+        server.prepare()
+        yield server
+    finally:
+        server.remove()
+        shutil.rmtree(folder)
+
+def test_real_what_an_earlier_dockhand_deployed_goes_on_with_this_one(earlier, elder):
+    elder.disconnect('main', 'other')
+    elder.ok(WIPE)
+    elder.ok('mkdir -p /root/elder && cat >/root/elder/dockhand.py && '
+             '/usr/bin/python3 /root/elder/dockhand.py install', stdin=earlier)
+    elder.connect()
+    elder.ok('dockhand upload-key other elder', stdin=public_key(elder, 'other'))
+    app = App(elder, 'elder', 8100)
+    first = deploy_early(app, web_files('elder', 8100))
+    app.commit({'upstart.conf': 'x\n'})
+    assert app.push().status != 0
+    app.follow()
+    deploy_early(app, {'www/index.html': 'two'})
+    last, container = deploy_early(app, {'www/index.html': 'three'}), app.container()
+
+    elder.ok('/usr/bin/python3 /root/dockhand/dockhand.py install')
+    elder.disconnect('main', 'other')
+    for alias in ('main', 'other'):
+        elder.open_connection(alias)
+    assert elder.ok('dockhand doctor') == 'all is well'
+    elder.ok('dockhand recover')
+    assert (app.answer(), app.container()) == ('three', container)
+    assert re.match(r'elder +running +%s ' % last[:10], elder.ok('dockhand apps'))
+    said = elder.ok('dockhand releases elder')
+    assert dict(re.findall(r'(?m)^ *(\d+) .*  (live|kept|failed|under way)\b', said)) == {
+        '1': 'kept', '2': 'failed', '3': 'kept', '4': 'live'}, said
+
+    elder.ok('dockhand rollback elder 1')
+    assert (app.answer(), app.branch()) == ('elder', first)
+    elder.ok('dockhand rollback elder')
+    assert (app.answer(), app.branch()) == ('three', last)
+    app.change('four')
+    assert elder.ok('docker images -q elder | sort -u | wc -l') == '4'
+
+    other = App(elder, 'elder', 8100, alias='other')
+    other.follow()
+    other.change('with the other key')
+    assert 'has no right to shop' in elder.git('ls-remote', 'other:shop.git').err
+    assert re.findall(r'(?m)^(\S+) .* (\S+)$', elder.ok('dockhand keys')) == [
+        ('main', 'app)'), ('other', 'elder')]
 
 # ---------------------------------------------------------------------------------------
 # Pushes
