@@ -3507,6 +3507,148 @@ def a_listener(address):
     finally:
         listener.close()
 
+# ---- Releases that an earlier dockhand wrote down ----------------------------------------
+
+# What each way to write a release down was first written by (a commit), the keys of its
+# release.json, the first line of its proxy file, and whether a ref of its own holds the commit.
+# Only then came `seconds`: before, a record without `failed` is of a release that was built, and
+# was live or is what `pending` points to.
+OLDEST = 'app number commit branch key time image'
+ERAS = {
+    '5e9521c': (OLDEST, "# dockhand: blog's, installed from its repository at each push\n", False),
+    '1535d37': (OLDEST, PROXY_HEADER, False),
+    'e130873': (OLDEST + ' seconds failed', PROXY_HEADER, True),
+    '5d7cafb': (OLDEST + ' seconds failed config port web volumes address', PROXY_HEADER, True)}
+RECORD = '/var/lib/dockhand/apps/blog/releases/%d/release.json'
+in_each_era = pytest.mark.parametrize('era', ['5e9521c', '1535d37', 'e130873', '5d7cafb'])
+
+def write_down_again(machine, number, era, **changes):
+    """Make a release's folder what a dockhand of that era would have written."""
+    keys, header, has_ref = ERAS[era]
+    path = RECORD % number
+    record = dict(json.loads(machine.read(path)), **changes)
+    machine.write(path, json.dumps(dict((key, record[key]) for key in keys.split())))
+    folder = os.path.dirname(path)
+    proxies = [folder + '/nginx-proxy.conf']
+    if number == dh.live_release(machine.host, 'blog').number:
+        proxies.append('/etc/nginx/conf.d/blog.conf')
+    for path in proxies:
+        machine.write(path, machine.read(path).replace(PROXY_HEADER, header))
+    if era != '5d7cafb':
+        dh.remove_file(machine.host.path(folder, 'env'))
+    if not has_ref:
+        machine.refs.pop('refs/dockhand/%d' % number, None)
+
+def store_of(machine, era):
+    """Release 1, kept, and 2, live, as a dockhand of that era left them."""
+    pushed(machine, SHA_2)
+    dh.install_proxy(machine.host, 'blog', dh.load_release(machine.host, 'blog', 2).proxy, True)
+    for number in (1, 2):
+        write_down_again(machine, number, era)
+    del machine.done[:]
+
+def listed(machine, capfd):
+    """{number: what `releases` says became of it}."""
+    capfd.readouterr()
+    dh.releases(machine.host, 'blog')
+    return dict((int(line.split()[0]), re.split(r' s  |-  ', line, 1)[1].strip())
+                for line in capfd.readouterr().out.splitlines())
+
+@in_each_era
+def test_a_release_of_an_earlier_dockhand_is_read_whole(machine, era):
+    store_of(machine, era)
+    for number, commit, name in ((1, SHA, 'one'), (2, SHA_2, '222')):
+        found = dh.load_release(machine.host, 'blog', number)
+        assert found[:6] == ('blog', number, commit, 'main', 'anna', 1)
+        assert (found.image, found.failed, found.config) == ('sha256:FROM' + name, None, {})
+        assert found.job.startswith(JOB_HEADER) and dh.is_ours(found.proxy, 'blog')
+        assert found.seconds is not None, 'it looks as if it were still under way'
+    assert dh.live_release(machine.host, 'blog').number == 2
+
+@in_each_era
+def test_what_an_earlier_dockhand_kept_is_listed_as_kept(machine, era, capfd):
+    store_of(machine, era)
+    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [2, 1]
+    assert listed(machine, capfd) == {2: 'live', 1: 'kept'}
+
+@in_each_era
+def test_recover_leaves_what_an_earlier_dockhand_kept(machine, era):
+    store_of(machine, era)
+    before, files = machine.whole(), machine.files('/run')
+    dh.recover(machine.host)
+    assert machine.changed(before) == []
+    now = machine.files('/run')
+    assert sorted(path for path in set(files) | set(now) if files.get(path) != now.get(path)) == []
+
+@in_each_era
+def test_a_rollback_goes_to_what_an_earlier_dockhand_kept_and_back(machine, era, capfd):
+    store_of(machine, era)
+    dh.rollback(machine.host, 'blog')
+    assert machine.running() == ['sha256:FROMone'] and machine.refs[MAIN] == SHA
+    assert listed(machine, capfd) == {2: 'kept', 1: 'live'}
+    dh.rollback(machine.host, 'blog')
+    assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
+    for number in (1, 2):       # not the years since it was pushed
+        assert dh.load_release(machine.host, 'blog', number).seconds < 60
+
+@in_each_era
+def test_a_push_after_an_earlier_dockhand_keeps_what_that_kept(machine, era, capfd):
+    store_of(machine, era)
+    machine.push(but('docker', 'FROM 333'), MAIN, SHA_2, SHA_3)
+    dh.after_push(machine.host, 'blog')
+    assert listed(machine, capfd) == {3: 'live', 2: 'kept', 1: 'kept'}
+    assert sorted(machine.images) == ['blog:1', 'blog:2', 'blog:3', 'blog:latest']
+
+# How a release that failed was written down: it has lost its job and proxy file.
+FAILED = {
+    '5e9521c': 'number commit key time failed',
+    '1535d37': OLDEST + ' failed',              # whether its image was built or not
+    '38ba639': OLDEST + ' failed',              # before the build, in case that is killed
+    'e130873': OLDEST + ' seconds failed'}
+
+@pytest.mark.parametrize('era, image', [('5e9521c', None), ('1535d37', 'sha256:FROMdies'),
+                                        ('38ba639', None), ('e130873', None)])
+def test_what_failed_with_an_earlier_dockhand_stays_failed(machine, capfd, era, image):
+    store_of(machine, '5e9521c')
+    record = {'app': 'blog', 'number': 3, 'commit': SHA_3, 'branch': 'main', 'key': 'anna',
+              'time': 1, 'image': image, 'seconds': None, 'failed': 'interrupted'}
+    machine.write(RECORD % 3, json.dumps(
+        dict((key, record[key]) for key in FAILED[era].split())))
+    dh.recover(machine.host)
+    assert listed(machine, capfd) == {3: 'failed: interrupted', 2: 'live', 1: 'kept'}
+    assert 'no release 3 to go back to' in refusal(dh.rollback, machine.host, 'blog', '3')
+    machine.push(but('docker', 'FROM 444'), MAIN, SHA_2, SHA_3)
+    assert dh.live_release(machine.host, 'blog').number == 4
+
+@in_each_era
+def test_what_an_earlier_dockhand_was_switching_to_is_put_back_and_forgotten(machine, era, capfd):
+    """The new dockhand is installed over a crash: `pending` says what never was live."""
+    store_of(machine, era)
+    new = machine.release(3, SHA_3, but('docker', 'FROM 333'))
+    engine = dh.engine_of(machine.host, new)
+    live = dh.live_release(machine.host, 'blog')
+    engine.prepare(new)
+    dh.set_link(machine.host, 'blog', 'pending', new)
+    for act in dh.switch_steps(machine.host, live, new):
+        act()
+    write_down_again(machine, 3, era)
+    dh.recover(machine.host)
+    assert machine.running() == ['sha256:FROM222']
+    assert listed(machine, capfd) == {3: 'failed: interrupted', 2: 'live', 1: 'kept'}
+    assert 'blog:3' not in machine.images
+
+@in_each_era
+def test_a_crash_after_an_earlier_dockhand_committed_keeps_its_release(machine, era, capfd):
+    store_of(machine, era)
+    live = dh.live_release(machine.host, 'blog')
+    dh.set_link(machine.host, 'blog', 'pending', live)
+    if 'seconds' in ERAS[era][0]:
+        write_down_again(machine, 2, era, seconds=None)
+    dh.recover(machine.host)
+    assert machine.running() == ['sha256:FROM222']
+    assert listed(machine, capfd) == {2: 'live', 1: 'kept'}
+    assert not os.path.lexists(machine.host.path('/var/lib/dockhand/apps/blog/pending'))
+
 # ---- Killed at any moment, the disk full at any write ----------------------------------
 
 # What an act changes is found by looking: Python tells a profile function of each call of
@@ -4607,9 +4749,8 @@ ENTRYPOINT ["sh", "-euc", "\
     run \"$@\"", "entrypoint"]
 CMD ["postgres", "-c", "listen_addresses=*"]'''}
 
-@pytest.fixture(scope='session')
-def servers():
-    """{kind: Server}, made ready at the same time."""
+def demand_engine():
+    """Skip a test, or fail it in CI, where servers cannot be booted."""
     missing = [name for name in ('docker', 'git', 'ssh', 'ssh-keygen')
                if not any(os.access(os.path.join(folder, name), os.X_OK)
                           for folder in os.environ['PATH'].split(':'))]
@@ -4618,6 +4759,11 @@ def servers():
               else '')
     if reason:
         (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+
+@pytest.fixture(scope='session')
+def servers():
+    """{kind: Server}, made ready at the same time."""
+    demand_engine()
     folder = tempfile.mkdtemp(prefix='dockhand-')
     made = [Server(kind, folder) for kind in KINDS]
     try:
@@ -4658,6 +4804,100 @@ def test_real_a_second_run_changes_nothing(server):
     assert 'nothing changed' in said and 'this system was ready' in said
     assert look() == before
     assert server.ok('dockhand doctor') == 'all is well'
+
+# ---------------------------------------------------------------------------------------
+# Installed over an earlier dockhand
+# ---------------------------------------------------------------------------------------
+
+# The first commit, the last before plain apps, and the first that was called whole
+EARLIER = ('5e9521c', 'b7b5522', '82b73e1')
+
+# What `install` wrote, and what was deployed; the user stays
+WIPE = '''
+docker ps -aq | xargs -r docker rm -f
+docker images --format '{{.Repository}}:{{.Tag}}' | grep ^elder | xargs -r docker rmi -f
+rm -rf /usr/local/lib/dockhand /usr/local/bin/dockhand /usr/local/bin/gitreceive \
+    /var/lib/dockhand /etc/sudoers.d/dockhand /home/git/*.git /home/git/.ssh \
+    /etc/nginx/conf.d/000-dockhand.conf /etc/nginx/conf.d/elder.conf
+'''
+
+@pytest.fixture(scope='module', params=EARLIER)
+def earlier(request):
+    """dockhand.py as it was in a commit."""
+    shown = run(['git', 'show', request.param + ':dockhand.py'], cwd=HERE)
+    if shown.status != 0:
+        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(
+            'no commit %s here: a full clone has it' % request.param)
+    return shown.out + '\n'
+
+def deploy_early(app, files):
+    """Push a commit whose id has no zero at an end: the first dockhand stripped those."""
+    commit = app.commit(files)
+    while '0' in commit[0] + commit[-1]:
+        app.git('commit', '-q', '--amend', '-m', 'not ' + commit)
+        commit = app.git('rev-parse', 'HEAD')
+    pushed = app.push()
+    assert pushed.status == 0, pushed.err
+    return commit
+
+@pytest.fixture(scope='module')
+def elder():
+    """A server of its own: nothing that other tests share survives an earlier dockhand."""
+    demand_engine()
+    folder = tempfile.mkdtemp(prefix='dockhand-')
+    server = Server('none', folder)
+    server.name += '-elder'
+    try:
+        for key in ('main', 'other'):
+            must(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f',
+                  os.path.join(folder, key)])
+        must(['sh', os.path.join(HERE, '.ci', 'server'), 'images'])
+        server.prepare()
+        yield server
+    finally:
+        server.remove()
+        shutil.rmtree(folder)
+
+def test_real_what_an_earlier_dockhand_deployed_goes_on_with_this_one(earlier, elder):
+    elder.disconnect('main', 'other')
+    elder.ok(WIPE)
+    elder.ok('mkdir -p /root/elder && cat >/root/elder/dockhand.py && '
+             '/usr/bin/python3 /root/elder/dockhand.py install', stdin=earlier)
+    elder.connect()
+    elder.ok('dockhand upload-key other elder', stdin=public_key(elder, 'other'))
+    app = App(elder, 'elder', 8100)
+    first = deploy_early(app, web_files('elder', 8100))
+    app.commit({'upstart.conf': 'x\n'})
+    assert app.push().status != 0
+    app.follow()
+    deploy_early(app, {'www/index.html': 'two'})
+    last, container = deploy_early(app, {'www/index.html': 'three'}), app.container()
+
+    elder.ok('/usr/bin/python3 /root/dockhand/dockhand.py install')
+    elder.disconnect('main', 'other')
+    for alias in ('main', 'other'):
+        elder.open_connection(alias)
+    assert elder.ok('dockhand doctor') == 'all is well'
+    elder.ok('dockhand recover')
+    assert (app.answer(), app.container()) == ('three', container)
+    assert re.match(r'elder +running +%s ' % last[:10], elder.ok('dockhand apps'))
+    said = elder.ok('dockhand releases elder')
+    assert dict(re.findall(r'(?m)^ *(\d+) .*  (live|kept|failed|under way)\b', said)) == {
+        '1': 'kept', '2': 'failed', '3': 'kept', '4': 'live'}, said
+
+    elder.ok('dockhand rollback elder 1')
+    assert (app.answer(), app.branch()) == ('elder', first)
+    elder.ok('dockhand rollback elder')
+    assert (app.answer(), app.branch()) == ('three', last)
+    app.change('four')
+    assert elder.ok('docker images -q elder | sort -u | wc -l') == '4'
+
+    other = App(elder, 'elder', 8100, alias='other')
+    other.follow()
+    other.change('with the other key')
+    assert 'has no right to shop' in elder.git('ls-remote', 'other:shop.git').err
+    assert re.findall(r'(?m)^(\S+) .* (\S+)$', elder.ok('dockhand keys')) == [
+        ('main', 'app)'), ('other', 'elder')]
 
 # ---------------------------------------------------------------------------------------
 # Pushes
