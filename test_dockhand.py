@@ -1579,8 +1579,13 @@ class Machine(object):
     def find(self, name):
         """An image by tag or id, or a container by name or id."""
         things = list(self.images.items()) + list(self.containers.items())
-        found = [thing for key, thing in things if name in (key, thing['Id'])]
+        found = [thing for key, thing in things
+                 if name in (key, thing['Id'], thing.get('Name', '/')[1:])]
         return found[0] if found else None
+
+    def remove(self, container):
+        self.containers = dict((key, each) for key, each in self.containers.items()
+                               if each is not container)
 
     def docker_volume(self, _, verb, *words):
         if verb == 'rm':
@@ -1677,9 +1682,12 @@ class Machine(object):
 
     def docker_stop(self, _, t, seconds, name):
         assert t == '-t' and seconds.isdigit()
-        if not self.find(name):
+        found = self.find(name)
+        if not found:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
-        self.find(name)['State'].update(Running=False)
+        found['State'].update(Running=False)
+        if found['Id'].startswith('cjob'):      # docker run --rm
+            self.remove(found)
 
     def docker_update(self, _, option, policy, name):
         assert option == '--restart'
@@ -1688,11 +1696,11 @@ class Machine(object):
         self.containers[name]['policy'] = policy
 
     def docker_rm(self, _, f, *words):
-        name = words[-1]
+        found = self.find(words[-1])
         assert (f,) + words[:-1] in (('-f',), ('-f', '-v'))
-        if name not in self.containers:
+        if not found:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
-        del self.containers[name]
+        self.remove(found)
 
     def docker_diff(self, _, name):
         return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
@@ -1733,26 +1741,42 @@ class Machine(object):
     def start(self, app):
         if app in self.jobs:
             return Result(1, '', 'start: Job is already running: %s\n' % app)
-        if self.read('/etc/init/%s.conf' % app) is None:
+        job = self.read('/etc/init/%s.conf' % app)
+        if job is None:
             return Result(1, '', 'start: Unknown job: %s\n' % app)
         assert self.read('/etc/init/%s.override' % app) == 'manual\n'
         image = self.images[app + ':latest']['Id']
-        if 'dies' not in image:
+        if 'dies' not in image and not self.is_in_the_way(job):
             name = self.jobs[app] = 'job%d' % self.next()
             self.containers[name] = self.container('c' + name, image)
+            self.containers[name]['Name'] = '/' + named(job, name)
             self.docker_start('', name)
 
+    def is_in_the_way(self, job):
+        """Whether a container that no docker client waits for has what a job wants."""
+        left = [each for name, each in self.containers.items()
+                if name.startswith('job') and name not in self.jobs.values()]
+        return [each for each in left if each['Name'] == '/' + named(job, '') or (
+            ' -p ' in job and each['State']['Running'])]
+
     def stop(self, app):
+        """As with Upstart, that of a job whose file is gone fails once it has stopped."""
         assert self.read('/etc/init/%s.override' % app) == 'manual\n'
+        known = self.read('/etc/init/%s.conf' % app) is not None
         if app not in self.jobs:
-            return Result(1, '', 'stop: Unknown instance: \n')
+            return Result(1, '', 'stop: Unknown %s\n' % ('instance: ' if known else 'job: ' + app))
         if 'deaf' not in self.containers[self.jobs[app]]['Image']:
             del self.containers[self.jobs[app]]
         del self.jobs[app]
+        if not known:
+            return Result(1, '', 'stop: Method "Get" with signature "ss" on interface '
+                                 '"org.freedesktop.DBus.Properties" doesn\'t exist\n')
 
     def status(self, app):
         if app in self.jobs:
             return '%s start/running, process %s\n' % (app, self.jobs[app][3:])
+        if self.read('/etc/init/%s.conf' % app) is None:
+            return Result(1, '', 'status: Unknown job: %s\n' % app)
         return app + ' stop/waiting\n'
 
     def systemctl(self, verb):
@@ -1932,6 +1956,10 @@ class Machine(object):
         self.commits[new] = files
         dh.deploy(self.host, 'blog', 'anna', ref, old, new)
         self.refs[ref] = new
+
+def named(job, otherwise):
+    """The name that a job gives its container."""
+    return (re.findall(r'--name[ =](\S+)', job) or [otherwise])[0]
 
 def image(dockerfile):
     """What docker says of an image, which is named for the first line."""
@@ -2430,6 +2458,77 @@ def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     os.unlink(dh.app_folder(machine.host, 'blog', 'stopped'))
     dh.recover(machine.host)
     assert machine.running() == ['sha256:FROMone']
+
+@table('stanzas, runs', r'''
+    start on started docker                      => yes
+    start on filesystem and started docker       => yes
+    start on runlevel [2345]\nstop on shutdown   => yes
+    manual\nstart on started docker              => yes
+    respawn                                      => no
+    stop on stopping docker                      => no
+    start on started docker\nmanual              => no''')
+def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanzas, runs):
+    """init does so only when its events come again, and those of a boot do not."""
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(dict(FILES, **{'upstart.conf': stanzas.replace('\\n', '\n') +
+                                 '\nexec docker run --rm blog\n'}))
+    files = machine.files()
+    for stopped in (False, True):
+        machine.containers.clear(), machine.jobs.clear()
+        dh.recover(machine.host)
+        assert machine.running() == ['sha256:FROMone'] * (runs == 'yes' and not stopped)
+        assert stopped or machine.files() == files
+        dh.stop(machine.host, 'blog')
+
+NAMED = 'start on started docker\nexec docker run --rm --name blog-1 blog\n'
+PUBLISHED = NAMED.replace('--name blog-1', '-p 127.0.0.1:8000:80')
+
+def end_client(machine):
+    """The container of which goes on."""
+    machine.jobs.clear()
+
+def end_client_early(machine):
+    machine.jobs.clear()
+    for each in machine.containers.values():
+        each['State']['Running'] = False
+
+@pytest.mark.parametrize('act', [dh.start, dh.restart, lambda host, app: dh.recover(host)],
+                         ids=['start', 'restart', 'recover'])
+@pytest.mark.parametrize('job, harm', [
+    (NAMED, end_client), (PUBLISHED, end_client), (NAMED, end_client_early)])
+def test_a_container_that_a_killed_client_left_is_no_obstacle(tmpdir, act, job, harm):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(dict(FILES, **{'upstart.conf': job}))
+    left = list(machine.containers)
+    harm(machine)
+    act(machine.host, 'blog')
+    assert list(machine.jobs) == ['blog'] and machine.running() == ['sha256:FROMone']
+    assert len(machine.containers) == 1 and list(machine.containers) != left
+
+@pytest.mark.parametrize('act', [
+    lambda machine: machine.push(FILES_2, MAIN, SHA_2, SHA_3),
+    lambda machine: dh.restart(machine.host, 'blog'),
+    lambda machine: dh.rollback(machine.host, 'blog'),
+    lambda machine: dh.config(machine.host, 'blog', 'A=2')],
+    ids=['push', 'restart', 'rollback', 'config'])
+def test_a_running_job_whose_file_was_removed_is_changed_as_any_other(tmpdir, act):
+    machine, twin = Machine(tmpdir.join('1'), 'upstart'), Machine(tmpdir.join('2'), 'upstart')
+    for each in (machine, twin):
+        pushed(each, SHA_2)
+    os.unlink(machine.host.path('/etc/init/blog.conf'))
+    for each in (machine, twin):
+        act(each)
+    assert standing(machine) == standing(twin)
+
+@each('name', 'one deaf')
+def test_a_running_job_whose_file_was_removed_is_stopped_and_destroyed(tmpdir, name):
+    for act in (dh.stop, dh.destroy):
+        machine = Machine(tmpdir.join(act.__name__), 'upstart')
+        machine.lives(but('docker', 'FROM ' + name))
+        os.unlink(machine.host.path('/etc/init/blog.conf'))
+        act(machine.host, 'blog', *[True] * (act is dh.destroy))
+        assert machine.running() == [] and machine.jobs == {}
+    assert not [path for path in machine.files() if 'blog' in path]
 
 def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     machine.lives(FILES)
