@@ -4456,12 +4456,13 @@ class Server(object):
 
     # ---- apps that tests share
 
-    def app(self, name, **changes):
+    def app(self, name, options='--rm --init', stanzas=None, **changes):
         """A web app that has been pushed and answers, made at the first call."""
         if name not in self.apps:
             self.port += 1
             app = App(self, name, self.port)
-            app.deploy(dict(web_files(name, self.port), **changes))
+            files = web_files(name, self.port, options, stanzas=stanzas or STANZAS)
+            app.deploy(dict(files, **changes))
             self.apps[name] = app
         self.apps[name].follow()
         return self.apps[name]
@@ -4580,14 +4581,16 @@ class App(object):
         return self.server.ok('docker ps -q --no-trunc --filter ancestor=%s:latest' % self.name)
 
 REAL_WEB = 'FROM tiny:1\nCOPY www /www\n'
+STANZAS = 'start on started docker\nstop on stopping docker\nrespawn\n'
 
-def web_files(name, port, options='--rm --init', command='exec httpd -f -h /www'):
+def web_files(name, port, options='--rm --init', command='exec httpd -f -h /www',
+              stanzas=STANZAS):
     """A web app of a few bytes; its index.html holds its name at first."""
     return {
         'Dockerfile': REAL_WEB + 'CMD ["sh", "-c", "%s"]\n' % command,
         'www/index.html': name + '\n',
-        'upstart.conf': 'start on started docker\nstop on stopping docker\nrespawn\n'
-                        'exec docker run %s -p 127.0.0.1:%d:80 %s\n' % (options, port, name),
+        'upstart.conf': stanzas + 'exec docker run %s -p 127.0.0.1:%d:80 %s\n' % (
+            options, port, name),
         'nginx-proxy.conf': 'server {\n    listen 80;\n    server_name %s.test;\n'
                             '    location / { proxy_pass http://127.0.0.1:%d; }\n}\n'
                             % (name, port)}
@@ -4929,6 +4932,169 @@ def test_real_a_killed_docker_client_does_no_harm(servers):
     app.change('survivor')
     assert 'start/running' in server.ok('status survivor')
     assert len(app.container().split()) == 1
+
+# What holds a container's name, and how it came to that: its client was killed while it ran,
+# or before that; it ended, and the client that was to remove it was no more (before 1.13).
+LEFT = [
+    "kill -9 $(status orphan | sed 's/.*process //')",
+    'stop orphan; docker create --name orphan orphan; start orphan',
+    'stop orphan; docker run --name orphan orphan true; start orphan']
+
+def look_at_job(server, name):
+    """The state of a job, without numbers, and how many containers its image has."""
+    state = server.ok('status ' + name).split(',')[0]
+    containers = server.ok('docker ps -aq --filter ancestor=%s:latest' % name).split()
+    return state, len(containers)
+
+@pytest.mark.parametrize('command', ['start orphan', 'restart orphan', 'recover'])
+@pytest.mark.parametrize('harm', LEFT, ids=['running', 'created', 'ended'])
+def test_real_an_app_comes_back_though_its_name_is_held_by_a_container(servers, harm, command):
+    """Upstart has given up: each client it started ended at once, and so would the next."""
+    server = servers['upstart']
+    app = server.app('orphan', '--rm --init --name orphan')
+    assert until(lambda: look_at_job(server, 'orphan'), ('orphan start/running', 1)) == (
+        'orphan start/running', 1)
+    server.ok(harm)
+    given_up = 'orphan stop/waiting', 1
+    assert until(lambda: look_at_job(server, 'orphan'), given_up) == given_up
+    left = server.ok('docker ps -aq --no-trunc --filter name=^/orphan$')
+    try:
+        server.ok('dockhand ' + command)
+        assert until(app.answer, 'orphan') == 'orphan'
+        time.sleep(3)                       # longer than all respawns take
+        assert look_at_job(server, 'orphan') == ('orphan start/running', 1)
+        assert app.container() not in ('', left)
+    finally:
+        server.run('sh', '-c', 'docker rm -f orphan; dockhand start orphan')
+
+def test_real_an_app_is_started_whose_job_is_started_for_ever_beside_an_orphan(servers):
+    """Nothing holds its name, and docker takes so long to find its port taken, or the job
+    so many trials, that init never gives up."""
+    server = servers['upstart']
+    app = server.app('restless', stanzas=STANZAS + 'respawn limit unlimited\n')
+    left = app.container()
+    server.ok("kill -9 $(status restless | sed 's/.*process //')")
+    refused = 'grep -c "docker: Error" /var/log/upstart/restless.log || :'
+    assert until(lambda: int(server.ok(refused) or 0) > 3, True)
+    server.ok('dockhand start restless')
+    assert app.answer() == 'restless'
+    assert look_at_job(server, 'restless') == ('restless start/running', 1)
+    assert app.container() not in ('', left)
+
+# Of which jobs one is to run again that was down: what each says of its start.
+NEVER = ['stop on stopping docker\nrespawn\n', 'start on started docker\nmanual\nrespawn\n']
+LOST = ['start on filesystem and started docker\nstop on runlevel [!2345]\nrespawn\n',
+        'start on runlevel [2345]\nrespawn\n']
+
+def test_real_jobs_that_are_lost_while_docker_is_away_run_again(servers):
+    """Their events do not come again before the next boot, and recover runs with docker's."""
+    server = servers['upstart']
+    lost = [server.app('lost%d' % number, stanzas=each) for number, each in enumerate(LOST)]
+    quiet = server.app('hushed', stanzas=LOST[0])
+    never = [server.app('never%d' % number, stanzas=each)
+             for number, each in enumerate(NEVER)]
+    server.ok('dockhand stop hushed')
+    server.ok('stop docker; sleep 12')
+    states = server.ok('status lost0; status lost1').splitlines()
+    server.ok('start docker')
+    assert states == ['lost0 stop/waiting', 'lost1 stop/waiting']
+    for app in lost:
+        assert until(app.answer, app.name, 20) == app.name
+    server.ok('dockhand recover')
+    assert [app.answer() for app in lost + [quiet] + never] == [
+        'lost0', 'lost1', '502', '502', '502']
+    for app in [quiet] + never:
+        assert look_at_job(server, app.name) == (app.name + ' stop/waiting', 0)
+        server.ok('dockhand start ' + app.name)
+        assert app.answer() == app.name
+
+@pytest.mark.parametrize('stanzas', [
+    'start on started docker\n', 'start on filesystem\nrespawn\nrespawn limit 1 60\n'],
+    ids=['no respawn', 'one respawn'])
+def test_real_recover_runs_a_job_that_ended_and_that_nobody_stopped(servers, stanzas):
+    server = servers['upstart']
+    name = 'ended%d' % len(stanzas)
+    app, down = server.app(name, stanzas=stanzas), (name + ' stop/waiting', 0)
+
+    def strike():
+        server.ok('docker ps -q --filter ancestor=$1:latest | xargs -r docker kill', name)
+        return look_at_job(server, name)
+    assert until(strike, down, pause=1) == down
+    for _ in range(2):
+        server.ok('dockhand recover')
+        assert until(app.answer, name) == name
+    assert look_at_job(server, name) == (name + ' start/running', 1)
+    server.ok('dockhand stop %s && dockhand recover' % name)
+    assert look_at_job(server, name) == down
+
+# A running job whose file is gone, or no job any more, goes on; `stop` stops it, and fails.
+GONE, SPOILT = 'rm /etc/init/%s.conf', 'echo bogus >>/etc/init/%s.conf'
+HARMS = pytest.mark.parametrize('harm', [GONE, SPOILT], ids=['gone', 'spoilt'])
+
+def unfiled(server, harm, name='unfiled'):
+    """An app that runs, and of whose job's file init knows no more."""
+    app = server.app(name)
+    server.ok('dockhand start %s && %s' % (name, harm % name))
+    assert look_at_job(server, name) == (name + ' start/running', 1)
+    return app
+
+def check_unfiled(app, answer):
+    """It runs as if nothing had been, and init knows its job again."""
+    assert app.answer() == answer
+    assert look_at_job(app.server, app.name) == (app.name + ' start/running', 1)
+    app.server.ok('ls /etc/init/%s.conf && ! ls /etc/init/%s.override' % (app.name, app.name))
+
+def test_real_a_push_goes_live_where_the_file_of_the_job_was_removed(servers):
+    app = unfiled(servers['upstart'], GONE)
+    app.deploy({'www/index.html': 'pushed'})
+    check_unfiled(app, 'pushed')
+    app.change('unfiled')
+
+def test_real_a_push_goes_live_once_a_job_that_was_spoilt_by_hand_is_removed(servers):
+    """As dockhand itself says."""
+    app = unfiled(servers['upstart'], SPOILT)
+    remove = GONE % app.name
+    app.commit({'www/index.html': 'mended'})
+    check_refusal(app.push(), 'to drop it: sudo ' + remove + ', and try again')
+    app.server.ok(remove)
+    pushed = app.push()
+    assert pushed.status == 0, pushed.err
+    check_unfiled(app, 'mended')
+    app.change('unfiled')
+
+@HARMS
+def test_real_an_app_of_whose_job_there_is_no_file_is_restarted(servers, harm):
+    app = unfiled(servers['upstart'], harm)
+    before = app.container()
+    app.server.ok('dockhand restart unfiled')
+    check_unfiled(app, app.answer())
+    assert app.container() not in ('', before)
+
+def test_real_an_app_of_whose_job_there_is_no_file_is_rolled_back(servers):
+    app = unfiled(servers['upstart'], 'ls /etc/init/%s.conf')
+    answer = app.answer()
+    app.change('another')
+    app.server.ok(GONE % app.name + ' && dockhand rollback unfiled')
+    check_unfiled(app, answer)
+
+@HARMS
+def test_real_an_app_of_whose_job_there_is_no_file_is_stopped(servers, harm):
+    app = unfiled(servers['upstart'], harm)
+    answer = app.answer()
+    for command in ('stop unfiled', 'stop unfiled', 'recover'):
+        app.server.ok('dockhand ' + command)
+        assert app.answer() == '502' and app.container() == ''
+    app.server.ok('dockhand start unfiled')
+    check_unfiled(app, answer)
+
+@HARMS
+def test_real_an_app_of_whose_job_there_is_no_file_is_destroyed(servers, harm):
+    server, name = servers['upstart'], 'unfiled-' + harm[:2]
+    app = unfiled(server, harm, name)
+    del server.apps[name]
+    server.ok('dockhand destroy %s --force' % name)
+    assert app.container() == '' and server.run('status', name).status == 1
+    server.ok('! ls /etc/init/%s.conf' % name)
 
 @everywhere
 def test_real_apps_come_back_when_docker_is_restarted(server):
