@@ -1429,6 +1429,12 @@ def test_each_line_of_both_outputs_is_given_without_control_characters():
     assert [line for line in lines if line] == ['a', 'b', 'red', 'last']
     assert result.status == 0 and shell('exit 4', each=lines.append).status == 4
 
+def test_lines_as_a_terminal_gets_them_are_parted_by_no_empty_ones():
+    """Such are those of a job's log, which init reads from a pty."""
+    lines = []
+    shell(r"printf 'a\r\n\r\nb\r'; sleep 0.2; printf '\nc\r\n'", each=lines.append)
+    assert lines[:4] == ['a', '', 'b', 'c']
+
 def test_a_command_that_is_missing_is_named():
     assert refusal(dh.execute, ['no-such-command', 'x']).startswith('no-such-command: No')
 
