@@ -4939,6 +4939,60 @@ def test_real_a_killed_docker_client_does_no_harm(servers):
     assert 'start/running' in server.ok('status survivor')
     assert len(app.container().split()) == 1
 
+# What commands answer, and how logs come to be: measured on a real Upstart 1.5, but for what
+# is said of a spoilt file, and of a restart without one, which follows from its source.
+MEASURED = r'''
+cd /etc/init && exec 2>&1
+ask() { "$@"; echo "$1 $?"; }
+write() { printf 'console none\nexec sleep %d\n' "$1" >gauge.conf; }
+write 600; ask start gauge; ask start gauge; ask stop gauge; ask stop gauge; ask restart gauge
+ask start gauge; rm gauge.conf
+ask status gauge; ask restart gauge; ask stop gauge; ask status gauge
+write 600; start gauge; echo bogus >>gauge.conf; ask status gauge; ask stop gauge; ask start gauge
+write 600; start gauge; rm gauge.conf; write 601; ask stop gauge; ask start gauge; ask stop gauge
+printf 'script\nsleep 1\necho one >&2\nprintf two\nend script\n' >gauge.conf
+for _ in 1 2; do
+    start -n gauge >/dev/null; ls /var/log/upstart/gauge.log
+    while status gauge | grep -q start/; do sleep 0.1; done
+    cat -A /var/log/upstart/gauge.log; echo
+done
+stat -c '%a %U' /var/log/upstart/gauge.log; rm gauge.conf /var/log/upstart/gauge.log'''
+GAUGE_RUNS, NO_SUCH_METHOD = 'gauge start/running, process N\n', (
+    'stop: Method "Get" with signature "ss" on interface "org.freedesktop.DBus.Properties" '
+    "doesn't exist\nstop 1\n")
+ANSWERS = GAUGE_RUNS + '''start 0
+start: Job is already running: gauge
+start 1
+gauge stop/waiting
+stop 0
+stop: Unknown instance:\x20
+stop 1
+restart: Unknown instance:\x20
+restart 1
+''' + ''.join(GAUGE_RUNS + word + ' 0\n' for word in ('start', 'status', 'restart')) + (
+    NO_SUCH_METHOD) + '''\
+status: Unknown job: gauge
+status 1
+''' + GAUGE_RUNS * 2 + 'status 0\n' + NO_SUCH_METHOD + '''start: Unknown job: gauge
+start 1
+''' + GAUGE_RUNS + '''gauge stop/waiting
+stop 0
+''' + GAUGE_RUNS + '''start 0
+gauge stop/waiting
+stop 0
+ls: cannot access '/var/log/upstart/gauge.log': No such file or directory
+one^M$
+two
+/var/log/upstart/gauge.log
+one^M$
+twoone^M$
+two
+640 root'''
+
+def test_real_the_double_of_upstart_answers_as_upstart_does(servers):
+    said = servers['upstart'].ok(MEASURED)
+    assert re.sub(r'process \d+', 'process N', said).splitlines() == ANSWERS.splitlines()
+
 # What holds a container's name, and how it came to that: its client was killed while it ran,
 # or before that; it ended, and the client that was to remove it was no more (before 1.13).
 LEFT = [
