@@ -1429,6 +1429,12 @@ def test_each_line_of_both_outputs_is_given_without_control_characters():
     assert [line for line in lines if line] == ['a', 'b', 'red', 'last']
     assert result.status == 0 and shell('exit 4', each=lines.append).status == 4
 
+def test_lines_as_a_terminal_gets_them_are_parted_by_no_empty_ones():
+    """Such are those of a job's log, which init reads from a pty."""
+    lines = []
+    shell(r"printf 'a\r\n\r\nb\r'; sleep 0.2; printf '\nc\r\n'", each=lines.append)
+    assert lines[:4] == ['a', '', 'b', 'c']
+
 def test_a_command_that_is_missing_is_named():
     assert refusal(dh.execute, ['no-such-command', 'x']).startswith('no-such-command: No')
 
@@ -1603,8 +1609,13 @@ class Machine(object):
     def find(self, name):
         """An image by tag or id, or a container by name or id."""
         things = list(self.images.items()) + list(self.containers.items())
-        found = [thing for key, thing in things if name in (key, thing['Id'])]
+        found = [thing for key, thing in things
+                 if name in (key, thing['Id'], thing.get('Name', '/')[1:])]
         return found[0] if found else None
+
+    def remove(self, container):
+        self.containers = dict((key, each) for key, each in self.containers.items()
+                               if each is not container)
 
     def docker_volume(self, _, verb, *words):
         if verb == 'rm':
@@ -1701,9 +1712,12 @@ class Machine(object):
 
     def docker_stop(self, _, t, seconds, name):
         assert t == '-t' and seconds.isdigit()
-        if not self.find(name):
+        found = self.find(name)
+        if not found:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
-        self.find(name)['State'].update(Running=False)
+        found['State'].update(Running=False)
+        if found['Id'].startswith('cjob'):      # docker run --rm
+            self.remove(found)
 
     def docker_update(self, _, option, policy, name):
         assert option == '--restart'
@@ -1712,11 +1726,11 @@ class Machine(object):
         self.containers[name]['policy'] = policy
 
     def docker_rm(self, _, f, *words):
-        name = words[-1]
+        found = self.find(words[-1])
         assert (f,) + words[:-1] in (('-f',), ('-f', '-v'))
-        if name not in self.containers:
+        if not found:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
-        del self.containers[name]
+        self.remove(found)
 
     def docker_diff(self, _, name):
         return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
@@ -1757,26 +1771,42 @@ class Machine(object):
     def start(self, app):
         if app in self.jobs:
             return Result(1, '', 'start: Job is already running: %s\n' % app)
-        if self.read('/etc/init/%s.conf' % app) is None:
+        job = self.read('/etc/init/%s.conf' % app)
+        if job is None:
             return Result(1, '', 'start: Unknown job: %s\n' % app)
         assert self.read('/etc/init/%s.override' % app) == 'manual\n'
         image = self.images[app + ':latest']['Id']
-        if 'dies' not in image:
+        if 'dies' not in image and not self.is_in_the_way(job):
             name = self.jobs[app] = 'job%d' % self.next()
             self.containers[name] = self.container('c' + name, image)
+            self.containers[name]['Name'] = '/' + named(job, name)
             self.docker_start('', name)
 
+    def is_in_the_way(self, job):
+        """Whether a container that no docker client waits for has what a job wants."""
+        left = [each for name, each in self.containers.items()
+                if name.startswith('job') and name not in self.jobs.values()]
+        return [each for each in left if each['Name'] == '/' + named(job, '') or (
+            ' -p ' in job and each['State']['Running'])]
+
     def stop(self, app):
+        """As with Upstart, that of a job whose file is gone fails once it has stopped."""
         assert self.read('/etc/init/%s.override' % app) == 'manual\n'
+        known = self.read('/etc/init/%s.conf' % app) is not None
         if app not in self.jobs:
-            return Result(1, '', 'stop: Unknown instance: \n')
+            return Result(1, '', 'stop: Unknown %s\n' % ('instance: ' if known else 'job: ' + app))
         if 'deaf' not in self.containers[self.jobs[app]]['Image']:
             del self.containers[self.jobs[app]]
         del self.jobs[app]
+        if not known:
+            return Result(1, '', 'stop: Method "Get" with signature "ss" on interface '
+                                 '"org.freedesktop.DBus.Properties" doesn\'t exist\n')
 
     def status(self, app):
         if app in self.jobs:
             return '%s start/running, process %s\n' % (app, self.jobs[app][3:])
+        if self.read('/etc/init/%s.conf' % app) is None:
+            return Result(1, '', 'status: Unknown job: %s\n' % app)
         return app + ' stop/waiting\n'
 
     def systemctl(self, verb, *words):
@@ -1976,6 +2006,10 @@ class Machine(object):
         self.commits[new] = files
         dh.deploy(self.host, 'blog', 'anna', ref, old, new)
         self.refs[ref] = new
+
+def named(job, otherwise):
+    """The name that a job gives its container."""
+    return (re.findall(r'--name[ =](\S+)', job) or [otherwise])[0]
 
 def image(dockerfile):
     """What docker says of an image, which is named for the first line."""
@@ -2484,6 +2518,77 @@ def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     os.unlink(dh.app_folder(machine.host, 'blog', 'stopped'))
     dh.recover(machine.host)
     assert machine.running() == ['sha256:FROMone']
+
+@table('stanzas, runs', r'''
+    start on started docker                      => yes
+    start on filesystem and started docker       => yes
+    start on runlevel [2345]\nstop on shutdown   => yes
+    manual\nstart on started docker              => yes
+    respawn                                      => no
+    stop on stopping docker                      => no
+    start on started docker\nmanual              => no''')
+def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanzas, runs):
+    """init does so only when its events come again, and those of a boot do not."""
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(dict(FILES, **{'upstart.conf': stanzas.replace('\\n', '\n') +
+                                 '\nexec docker run --rm blog\n'}))
+    files = machine.files()
+    for stopped in (False, True):
+        machine.containers.clear(), machine.jobs.clear()
+        dh.recover(machine.host)
+        assert machine.running() == ['sha256:FROMone'] * (runs == 'yes' and not stopped)
+        assert stopped or machine.files() == files
+        dh.stop(machine.host, 'blog')
+
+NAMED = 'start on started docker\nexec docker run --rm --name blog-1 blog\n'
+PUBLISHED = NAMED.replace('--name blog-1', '-p 127.0.0.1:8000:80')
+
+def end_client(machine):
+    """The container of which goes on."""
+    machine.jobs.clear()
+
+def end_client_early(machine):
+    machine.jobs.clear()
+    for each in machine.containers.values():
+        each['State']['Running'] = False
+
+@pytest.mark.parametrize('act', [dh.start, dh.restart, lambda host, app: dh.recover(host)],
+                         ids=['start', 'restart', 'recover'])
+@pytest.mark.parametrize('job, harm', [
+    (NAMED, end_client), (PUBLISHED, end_client), (NAMED, end_client_early)])
+def test_a_container_that_a_killed_client_left_is_no_obstacle(tmpdir, act, job, harm):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(dict(FILES, **{'upstart.conf': job}))
+    left = list(machine.containers)
+    harm(machine)
+    act(machine.host, 'blog')
+    assert list(machine.jobs) == ['blog'] and machine.running() == ['sha256:FROMone']
+    assert len(machine.containers) == 1 and list(machine.containers) != left
+
+@pytest.mark.parametrize('act', [
+    lambda machine: machine.push(FILES_2, MAIN, SHA_2, SHA_3),
+    lambda machine: dh.restart(machine.host, 'blog'),
+    lambda machine: dh.rollback(machine.host, 'blog'),
+    lambda machine: dh.config(machine.host, 'blog', 'A=2')],
+    ids=['push', 'restart', 'rollback', 'config'])
+def test_a_running_job_whose_file_was_removed_is_changed_as_any_other(tmpdir, act):
+    machine, twin = Machine(tmpdir.join('1'), 'upstart'), Machine(tmpdir.join('2'), 'upstart')
+    for each in (machine, twin):
+        pushed(each, SHA_2)
+    os.unlink(machine.host.path('/etc/init/blog.conf'))
+    for each in (machine, twin):
+        act(each)
+    assert standing(machine) == standing(twin)
+
+@each('name', 'one deaf')
+def test_a_running_job_whose_file_was_removed_is_stopped_and_destroyed(tmpdir, name):
+    for act in (dh.stop, dh.destroy):
+        machine = Machine(tmpdir.join(act.__name__), 'upstart')
+        machine.lives(but('docker', 'FROM ' + name))
+        os.unlink(machine.host.path('/etc/init/blog.conf'))
+        act(machine.host, 'blog', *[True] * (act is dh.destroy))
+        assert machine.running() == [] and machine.jobs == {}
+    assert not [path for path in machine.files() if 'blog' in path]
 
 def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     machine.lives(FILES)
@@ -4565,12 +4670,13 @@ class Server(object):
 
     # ---- apps that tests share
 
-    def app(self, name, **changes):
+    def app(self, name, options='--rm --init', stanzas=None, **changes):
         """A web app that has been pushed and answers, made at the first call."""
         if name not in self.apps:
             self.port += 1
             app = App(self, name, self.port)
-            app.deploy(dict(web_files(name, self.port), **changes))
+            files = web_files(name, self.port, options, stanzas=stanzas or STANZAS)
+            app.deploy(dict(files, **changes))
             self.apps[name] = app
         self.apps[name].follow()
         return self.apps[name]
@@ -4689,14 +4795,16 @@ class App(object):
         return self.server.ok('docker ps -q --no-trunc --filter ancestor=%s:latest' % self.name)
 
 REAL_WEB = 'FROM tiny:1\nCOPY www /www\n'
+STANZAS = 'start on started docker\nstop on stopping docker\nrespawn\n'
 
-def web_files(name, port, options='--rm --init', command='exec httpd -f -h /www'):
+def web_files(name, port, options='--rm --init', command='exec httpd -f -h /www',
+              stanzas=STANZAS):
     """A web app of a few bytes; its index.html holds its name at first."""
     return {
         'Dockerfile': REAL_WEB + 'CMD ["sh", "-c", "%s"]\n' % command,
         'www/index.html': name + '\n',
-        'upstart.conf': 'start on started docker\nstop on stopping docker\nrespawn\n'
-                        'exec docker run %s -p 127.0.0.1:%d:80 %s\n' % (options, port, name),
+        'upstart.conf': stanzas + 'exec docker run %s -p 127.0.0.1:%d:80 %s\n' % (
+            options, port, name),
         'nginx-proxy.conf': 'server {\n    listen 80;\n    server_name %s.test;\n'
                             '    location / { proxy_pass http://127.0.0.1:%d; }\n}\n'
                             % (name, port)}
@@ -5136,6 +5244,223 @@ def test_real_a_killed_docker_client_does_no_harm(servers):
     app.change('survivor')
     assert 'start/running' in server.ok('status survivor')
     assert len(app.container().split()) == 1
+
+# What commands answer, and how logs come to be: measured on a real Upstart 1.5, but for what
+# is said of a spoilt file, and of a restart without one, which follows from its source.
+MEASURED = r'''
+cd /etc/init && exec 2>&1
+ask() { "$@"; echo "$1 $?"; }
+write() { printf 'console none\nexec sleep %d\n' "$1" >gauge.conf; }
+write 600; ask start gauge; ask start gauge; ask stop gauge; ask stop gauge; ask restart gauge
+ask start gauge; rm gauge.conf
+ask status gauge; ask restart gauge; ask stop gauge; ask status gauge
+write 600; start gauge; echo bogus >>gauge.conf; ask status gauge; ask stop gauge; ask start gauge
+write 600; start gauge; rm gauge.conf; write 601; ask stop gauge; ask start gauge; ask stop gauge
+printf 'script\nsleep 1\necho one >&2\nprintf two\nend script\n' >gauge.conf
+for _ in 1 2; do
+    start -n gauge >/dev/null; ls /var/log/upstart/gauge.log
+    while status gauge | grep -q start/; do sleep 0.1; done
+    cat -A /var/log/upstart/gauge.log; echo
+done
+stat -c '%a %U' /var/log/upstart/gauge.log; rm gauge.conf /var/log/upstart/gauge.log'''
+GAUGE_RUNS, NO_SUCH_METHOD = 'gauge start/running, process N\n', (
+    'stop: Method "Get" with signature "ss" on interface "org.freedesktop.DBus.Properties" '
+    "doesn't exist\nstop 1\n")
+ANSWERS = GAUGE_RUNS + '''start 0
+start: Job is already running: gauge
+start 1
+gauge stop/waiting
+stop 0
+stop: Unknown instance:\x20
+stop 1
+restart: Unknown instance:\x20
+restart 1
+''' + ''.join(GAUGE_RUNS + word + ' 0\n' for word in ('start', 'status', 'restart')) + (
+    NO_SUCH_METHOD) + '''\
+status: Unknown job: gauge
+status 1
+''' + GAUGE_RUNS * 2 + 'status 0\n' + NO_SUCH_METHOD + '''start: Unknown job: gauge
+start 1
+''' + GAUGE_RUNS + '''gauge stop/waiting
+stop 0
+''' + GAUGE_RUNS + '''start 0
+gauge stop/waiting
+stop 0
+ls: cannot access '/var/log/upstart/gauge.log': No such file or directory
+one^M$
+two
+/var/log/upstart/gauge.log
+one^M$
+twoone^M$
+two
+640 root'''
+
+def test_real_the_double_of_upstart_answers_as_upstart_does(servers):
+    said = servers['upstart'].ok(MEASURED)
+    assert re.sub(r'process \d+', 'process N', said).splitlines() == ANSWERS.splitlines()
+
+# What holds a container's name, and how it came to that: its client was killed while it ran,
+# or before that; it ended, and the client that was to remove it was no more (before 1.13).
+LEFT = [
+    "kill -9 $(status orphan | sed 's/.*process //')",
+    'stop orphan; docker create --name orphan orphan; start orphan',
+    'stop orphan; docker run --name orphan orphan true; start orphan']
+
+def look_at_job(server, name):
+    """The state of a job, without numbers, and how many containers its image has."""
+    state = server.ok('status ' + name).split(',')[0]
+    containers = server.ok('docker ps -aq --filter ancestor=%s:latest' % name).split()
+    return state, len(containers)
+
+@pytest.mark.parametrize('command', ['start orphan', 'restart orphan', 'recover'])
+@pytest.mark.parametrize('harm', LEFT, ids=['running', 'created', 'ended'])
+def test_real_an_app_comes_back_though_its_name_is_held_by_a_container(servers, harm, command):
+    """Upstart has given up: each client it started ended at once, and so would the next."""
+    server = servers['upstart']
+    app = server.app('orphan', '--rm --init --name orphan')
+    assert until(lambda: look_at_job(server, 'orphan'), ('orphan start/running', 1)) == (
+        'orphan start/running', 1)
+    server.ok(harm)
+    given_up = 'orphan stop/waiting', 1
+    assert until(lambda: look_at_job(server, 'orphan'), given_up) == given_up
+    left = server.ok('docker ps -aq --no-trunc --filter name=^/orphan$')
+    try:
+        server.ok('dockhand ' + command)
+        assert until(app.answer, 'orphan') == 'orphan'
+        time.sleep(3)                       # longer than all respawns take
+        assert look_at_job(server, 'orphan') == ('orphan start/running', 1)
+        assert app.container() not in ('', left)
+    finally:
+        server.run('sh', '-c', 'docker rm -f orphan; dockhand start orphan')
+
+def test_real_an_app_is_started_whose_job_is_started_for_ever_beside_an_orphan(servers):
+    """Nothing holds its name, and docker takes so long to find its port taken, or the job
+    so many trials, that init never gives up."""
+    server = servers['upstart']
+    app = server.app('restless', stanzas=STANZAS + 'respawn limit unlimited\n')
+    left = app.container()
+    server.ok("kill -9 $(status restless | sed 's/.*process //')")
+    refused = 'grep -c "docker: Error" /var/log/upstart/restless.log || :'
+    assert until(lambda: int(server.ok(refused) or 0) > 3, True)
+    server.ok('dockhand start restless')
+    assert app.answer() == 'restless'
+    assert look_at_job(server, 'restless') == ('restless start/running', 1)
+    assert app.container() not in ('', left)
+
+# Of which jobs one is to run again that was down: what each says of its start.
+NEVER = ['stop on stopping docker\nrespawn\n', 'start on started docker\nmanual\nrespawn\n']
+LOST = ['start on filesystem and started docker\nstop on runlevel [!2345]\nrespawn\n',
+        'start on runlevel [2345]\nrespawn\n']
+
+def test_real_jobs_that_are_lost_while_docker_is_away_run_again(servers):
+    """Their events do not come again before the next boot, and recover runs with docker's."""
+    server = servers['upstart']
+    lost = [server.app('lost%d' % number, stanzas=each) for number, each in enumerate(LOST)]
+    quiet = server.app('hushed', stanzas=LOST[0])
+    never = [server.app('never%d' % number, stanzas=each)
+             for number, each in enumerate(NEVER)]
+    server.ok('dockhand stop hushed')
+    server.ok('stop docker; sleep 12')
+    states = server.ok('status lost0; status lost1').splitlines()
+    server.ok('start docker')
+    assert states == ['lost0 stop/waiting', 'lost1 stop/waiting']
+    for app in lost:
+        assert until(app.answer, app.name, 20) == app.name
+    server.ok('dockhand recover')
+    assert [app.answer() for app in lost + [quiet] + never] == [
+        'lost0', 'lost1', '502', '502', '502']
+    for app in [quiet] + never:
+        assert look_at_job(server, app.name) == (app.name + ' stop/waiting', 0)
+        server.ok('dockhand start ' + app.name)
+        assert app.answer() == app.name
+
+@pytest.mark.parametrize('stanzas', [
+    'start on started docker\n', 'start on filesystem\nrespawn\nrespawn limit 1 60\n'],
+    ids=['no respawn', 'one respawn'])
+def test_real_recover_runs_a_job_that_ended_and_that_nobody_stopped(servers, stanzas):
+    server = servers['upstart']
+    name = 'ended%d' % len(stanzas)
+    app, down = server.app(name, stanzas=stanzas), (name + ' stop/waiting', 0)
+
+    def strike():
+        server.ok('docker ps -q --filter ancestor=$1:latest | xargs -r docker kill', name)
+        return look_at_job(server, name)
+    assert until(strike, down, pause=1) == down
+    for _ in range(2):
+        server.ok('dockhand recover')
+        assert until(app.answer, name) == name
+    assert look_at_job(server, name) == (name + ' start/running', 1)
+    server.ok('dockhand stop %s && dockhand recover' % name)
+    assert look_at_job(server, name) == down
+
+# A running job whose file is gone, or no job any more, goes on; `stop` stops it, and fails.
+GONE, SPOILT = 'rm /etc/init/%s.conf', 'echo bogus >>/etc/init/%s.conf'
+HARMS = pytest.mark.parametrize('harm', [GONE, SPOILT], ids=['gone', 'spoilt'])
+
+def unfiled(server, harm, name='unfiled'):
+    """An app that runs, and of whose job's file init knows no more."""
+    app = server.app(name)
+    server.ok('dockhand start %s && %s' % (name, harm % name))
+    assert look_at_job(server, name) == (name + ' start/running', 1)
+    return app
+
+def check_unfiled(app, answer):
+    """It runs as if nothing had been, and init knows its job again."""
+    assert app.answer() == answer
+    assert look_at_job(app.server, app.name) == (app.name + ' start/running', 1)
+    app.server.ok('ls /etc/init/%s.conf && ! ls /etc/init/%s.override' % (app.name, app.name))
+
+def test_real_a_push_goes_live_where_the_file_of_the_job_was_removed(servers):
+    app = unfiled(servers['upstart'], GONE)
+    app.deploy({'www/index.html': 'pushed'})
+    check_unfiled(app, 'pushed')
+    app.change('unfiled')
+
+def test_real_a_push_goes_live_once_a_job_that_was_spoilt_by_hand_is_removed(servers):
+    """As dockhand itself says."""
+    app = unfiled(servers['upstart'], SPOILT)
+    remove = GONE % app.name
+    app.commit({'www/index.html': 'mended'})
+    check_refusal(app.push(), 'to drop it: sudo ' + remove + ', and try again')
+    app.server.ok(remove)
+    pushed = app.push()
+    assert pushed.status == 0, pushed.err
+    check_unfiled(app, 'mended')
+    app.change('unfiled')
+
+@HARMS
+def test_real_an_app_of_whose_job_there_is_no_file_is_restarted(servers, harm):
+    app = unfiled(servers['upstart'], harm)
+    before = app.container()
+    app.server.ok('dockhand restart unfiled')
+    check_unfiled(app, app.answer())
+    assert app.container() not in ('', before)
+
+def test_real_an_app_of_whose_job_there_is_no_file_is_rolled_back(servers):
+    app = unfiled(servers['upstart'], 'ls /etc/init/%s.conf')
+    answer = app.answer()
+    app.change('another')
+    app.server.ok(GONE % app.name + ' && dockhand rollback unfiled')
+    check_unfiled(app, answer)
+
+@HARMS
+def test_real_an_app_of_whose_job_there_is_no_file_is_stopped(servers, harm):
+    app = unfiled(servers['upstart'], harm)
+    answer = app.answer()
+    for command in ('stop unfiled', 'stop unfiled', 'recover'):
+        app.server.ok('dockhand ' + command)
+        assert app.answer() == '502' and app.container() == ''
+    app.server.ok('dockhand start unfiled')
+    check_unfiled(app, answer)
+
+@HARMS
+def test_real_an_app_of_whose_job_there_is_no_file_is_destroyed(servers, harm):
+    server, name = servers['upstart'], 'unfiled-' + harm[:2]
+    app = unfiled(server, harm, name)
+    del server.apps[name]
+    server.ok('dockhand destroy %s --force' % name)
+    assert app.container() == '' and server.run('status', name).status == 1
+    server.ok('! ls /etc/init/%s.conf' % name)
 
 @everywhere
 def test_real_apps_come_back_when_docker_is_restarted(server):
