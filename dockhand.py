@@ -252,8 +252,12 @@ def read_lines(fd, each, silence=20):
             each('... still busy after %d s' % (monotonic() - begun))
             continue
         data = os.read(fd, 65536)
-        lines = (rest + data).replace(b'\r', b'\n').split(b'\n')
-        rest = lines.pop() if data else b''
+        heard = (rest + data).replace(b'\r\n', b'\n')
+        undecided = b''         # a CR is a line end of its own, if no LF follows it
+        if data and heard.endswith(b'\r'):
+            heard, undecided = heard[:-1], b'\r'
+        lines = heard.replace(b'\r', b'\n').split(b'\n')
+        rest = lines.pop() + undecided if data else b''
         for line in lines:
             each(plain_line(to_text(line)))
 
@@ -322,6 +326,11 @@ def children(host, parent):
              for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
     return dict((pid, host.text('/proc', pid, 'cmdline')) for pid, fields in found
                 if fields[1:2] == [parent])
+
+def start_ticks(host, pid):
+    """When a process began, in clock ticks since boot; None where it is not known."""
+    fields = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
+    return int(fields[19]) if len(fields) > 19 else None
 
 @contextmanager
 def replacing(path):
@@ -2157,6 +2166,18 @@ class Upstart(Engine):
                              ['stop', release.app])
         for found in running_containers(self.host, release.image):
             self.host.run_unless('No such', ['docker', 'stop', '-t', '1', found['Id']])
+        self.free_names(release)
+
+    def free_names(self, release):
+        """Remove a container of ours that holds the `--name` of the job: its client was
+        killed before it could do that."""
+        names = [value for name, value, _ in options_of(job_of(release)) if name == 'name']
+        held = inspect(self.host, *names) if names else []
+        numbers = list_releases(self.host, release.app) if held else []
+        ours = [load_release(self.host, release.app, number).image for number in numbers]
+        for found in held:
+            if found.get('Image') in ours:
+                self.host.run_unless('No such', ['docker', 'rm', '-f', found['Id']])
 
     def revives(self, release):
         """Whether it is to run after a boot. init starts it by its events, but not where a
@@ -2183,10 +2204,18 @@ class Upstart(Engine):
             return State(alive, None, [], '', text or 'no such job')
         for found in running_containers(self.host, release.image):
             state = container_state(found)
-            return state._replace(identity=running.groups() + state.identity, text=text)
+            if not self.is_left_over(found, running.group(1)):
+                return state._replace(identity=running.groups() + state.identity, text=text)
         own = [words for _, words in runs_of(job_of(release))
                if is_image_of(release.app, words[0].value)]
         return State(None if own else True, running.groups(), [], '', text)
+
+    def is_left_over(self, container, process):
+        """Whether a container began before the process of the job: it is that of an
+        earlier one, which was killed."""
+        began = start_ticks(self.host, container['State'].get('Pid'))
+        job_began = start_ticks(self.host, process)
+        return bool(began and job_began and began < job_began)
 
     def logs_command(self, release, lines, *follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
@@ -3413,7 +3442,7 @@ def start(host, app):
     """start an app that was stopped"""
     with live_app(host, app, 'start') as live:
         engine = engine_of(host, live)
-        if engine.state(live).alive is False:
+        if not engine.state(live).alive:
             engine.stop(live)       # what is left of it holds its port and its name
         engine.place(live)
         engine.start(live)

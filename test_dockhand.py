@@ -3647,7 +3647,7 @@ def write_down_again(machine, number, era, **changes):
 def store_of(machine, era):
     """Release 1, kept, and 2, live, as a dockhand of that era left them."""
     pushed(machine, SHA_2)
-    dh.install_proxy(machine.host, 'blog', dh.load_release(machine.host, 'blog', 2).proxy, True)
+    dh.restore_proxy(machine.host, 'blog', dh.load_release(machine.host, 'blog', 2).proxy)
     for number in (1, 2):
         write_down_again(machine, number, era)
     del machine.done[:]
