@@ -1351,7 +1351,8 @@ def taken_name(claims, others, known, may_take=()):
         for other in others:
             if claim.port != other.port or claim.name == other.name:
                 continue                    # the same name: server_claims tells
-            if claim.name in may_take and rank_of(other.name) in (1, 2):
+            is_full = rank_of(claim.name) == 0
+            if is_full and claim.name in may_take and rank_of(other.name) in (1, 2):
                 continue
             both = rank_of(claim.name) == rank_of(other.name) == 3
             comes_first = both and claim.path < other.path      # of expressions
@@ -1944,8 +1945,14 @@ def start_nginx(host, wait=True):
             return
         if not wait:
             command = ['systemctl', '--no-block', 'start', 'nginx']
-    if host.ask(command).status:
-        raise Failure('nginx does not start: ' + nginx_complaint(host))
+    if not host.ask(command).status:
+        return
+    # Upstart refuses to start a job that it is starting itself, after a crash
+    deadline = monotonic() + RELOAD_TIMEOUT
+    while nginx_master(host) is None:
+        if monotonic() > deadline:
+            raise Failure('nginx does not start: ' + nginx_complaint(host))
+        time.sleep(0.1)
 
 def end_orphans(host):
     """End the workers of a master that was killed, where init has not: they hold the

@@ -710,6 +710,305 @@ def test_a_proxy_file_that_takes_what_another_has_is_refused_by_line(text, other
 def test_a_proxy_file_beside_another_is_taken(text, other):
     proxied(blocks(text) if 'up' not in text else text, blocks(other))
 
+# ---- Proxy files read as nginx reads them ------------------------------------------------
+
+def directives(text):
+    """What is read of a text, one directive a line, a block indented."""
+    def lines(found, depth):
+        for directive in found:
+            yield '  ' * depth + '|'.join(directive.words) + (
+                '' if directive.inside is None else ' {')
+            for line in lines(directive.inside or (), depth + 1):
+                yield line
+    return '\n'.join(lines(dh.NginxReader(text).directives, 0))
+
+@table('text, read', r'''
+    a b;                  => a|b
+    a\tb\r\nc ;           => a|b|c
+    a "b c" 'd;e';        => a|b c|d;e
+    a b"c'd;              => a|b"c'd
+    a b#c; # d;           => a|b#c
+    a"b;                  => a"b
+    a \\;b;               => a|\\;b
+    a "\\"" '\\'' \\\\;   => a|"|'|\\
+    a "b\\tc";            => a|b\tc
+    a ${b}c;              => a|${b}c
+    a "}" '{';            => a|}|{
+    a (b);                => a|(b)
+    if ("a")b { }         => if|(|a")b {''')
+def test_the_words_of_a_file_are_those_that_nginx_reads(text, read):
+    if text.startswith('if'):           # a quote is a letter inside a word
+        read = 'if|("a")b {'
+    assert directives(text) == read
+
+@table('text, line, said', r'''
+    a b                     => 1 => a directive without `;`
+    a {                     => 1 => a block without `}`
+    \na { b; } }            => 2 => `}` where nginx wants none
+    a b } c;                => 1 => `}` where nginx wants none
+    ;                       => 1 => `;` where nginx wants none
+    {                       => 1 => `{` where nginx wants none
+    a "b                    => 1 => a quote or a word that does not end
+    a "b"c;                 => 1 => something directly behind a closing quote
+    a 'b'"c";               => 1 => something directly behind a closing quote
+    a\n b\\                 => 2 => a quote or a word that does not end
+    set $x a};              => 1 => `a}`: put what holds
+    a;\nset $x b{c} d;      => 2 => put what holds
+    a ${b;                  => 1 => `${b`: put what holds
+    a $x${;                 => 1 => put what holds
+    a;\nb \_\0;             => 2 => a control character
+    include x;              => 1 => `include`: it is not read here
+    a {\n\n include /x; }   => 3 => `include`: it is not read here
+    include ../fastcgi_params;    => 1 => `include`: it is not read here
+    content_by_lua_block { x }    => 1 => `content_by_lua_block`: it is not read here''')
+def test_what_nginx_would_refuse_or_read_in_another_way_is_told_by_line(text, line, said):
+    troubles = dh.NginxReader(text).troubles
+    assert (int(line), said) in [(at, told[:len(said)] if told.startswith(said) else
+                                  said if said in told else told) for at, told in troubles]
+
+@pytest.mark.parametrize('text', [
+    'set $x a};', 'set $x a\x0b#;', 'set $x a\x0c#;', 'set $x "a"b;', 'set $x ${a;',
+    'set $x a"b;', 'set $x \\";', "set $x a\\'b;", 'set $x a#b;', 'set $x \\};'])
+def test_no_name_is_hidden_behind_what_nginx_reads_otherwise(text):
+    """Many were read without the name, by an older reader, and taken by nginx."""
+    text = 'server { listen 80; %s server_name shop.*; }' % text
+    reader = dh.NginxReader(text)
+    names = [name for server in dh.servers_in(reader.directives, 'f') for name in server.names]
+    assert reader.troubles or 'shop.*' in names
+
+@each('name', 'fastcgi_params /etc/nginx/proxy_params scgi_params /etc/nginx/uwsgi_params')
+def test_the_distributions_parameters_may_be_included(name):
+    assert dh.NginxReader('location / { include %s; }' % name).troubles == []
+
+def test_each_directive_knows_where_it_begins_and_ends():
+    text = '# x\nserver {\n    listen 80;  # y\n    location / { root /a; }\n}\n'
+    server, = dh.NginxReader(text).directives
+    assert (server.line, text[server.begin:server.end]) == (2, text[4:-1])
+    assert [(each.line, text[each.begin:each.end]) for each in server.inside] == [
+        (3, 'listen 80;'), (4, 'location / { root /a; }')]
+
+@pytest.mark.parametrize('text', ['a;', 'a{', '}', '{', '"', "'", '\\', '$', '${', '#', ' ', 'a ',
+                                  '#\n', 'a"', '""', '"" ', ';', '\n', 'listen 80;', '\\a'])
+def test_a_long_file_of_anything_is_read_in_one_pass(text):
+    """That takes the time of one pass is measured elsewhere; a deep file ends it."""
+    dh.read_proxy_file((text * (2 ** 18 // len(text))))
+    dh.read_proxy_file('server{' + text * (2 ** 17 // len(text)))
+
+# ---- What one app's file may say beside the others' ----------------------------------------
+
+MODERN = (1, 22, 1)
+
+def problems(text, others='', version=MODERN, app='shop', known=None):
+    """What is wrong with a pushed file beside another app's, `wiki`."""
+    trees = [('/etc/nginx/conf.d/wiki.conf', dh.NginxReader(others).directives)]
+    found = dh.rule_problems(app, dh.NginxReader(text).directives, trees, version, known)
+    return ['%d: %s: %s' % (directive.line, directive.words[0], said) for directive, said in found]
+
+OUTSIDE = 'outside of `server { }` it holds for every app: write it inside'
+
+@each('name', '''auth_basic auth_basic_user_file deny allow gzip client_max_body_size add_header
+      proxy_set_header real_ip_header set_real_ip_from error_page limit_req limit_conn root
+      fastcgi_cache_path proxy_buffering server_names_hash_bucket_size js_import lua_package_path
+      resolver ssl_protocols ssl_session_cache access_log keepalive_timeout types''')
+def test_what_stands_above_the_server_reaches_all_and_is_refused(name):
+    assert '2: %s: %s' % (name, OUTSIDE) in problems('\n%s x;\nserver { server_name a; }' % name)
+    inside = problems('server { server_name a; %s x; }' % name)
+    assert OUTSIDE not in str(inside)
+
+@table('text', r'''
+    upstream a { server 10.0.0.1; keepalive 4; } server { server_name a; }
+    map $http_upgrade $up { default upgrade; '' close; }
+    geo $near { default 0; 10.0.0.0/8 1; }
+    geo $remote_addr $near { default 0; }
+    split_clients $remote_addr $half { 50% a; * b; }
+    limit_req_zone $binary_remote_addr zone=shop:1m rate=1r/s;
+    limit_conn_zone $binary_remote_addr zone=shop:1m;
+    proxy_cache_path /var/cache/nginx/shop levels=1:2 keys_zone=shop:1m;
+    proxy_cache_path /var/cache/nginx/shop/a keys_zone=shop:1m use_temp_path=off;
+    log_format shop '$status';
+    server { access_log /var/log/nginx/shop.log; error_log /var/log/nginx/shop-errors.log warn; }
+    server { access_log off; error_log syslog:server=10.0.0.1; }
+    server { root /srv/a; location /a { alias /srv/b/; } auth_basic_user_file /etc/nginx/x; }
+    server { ssl_certificate /etc/a.pem; ssl_certificate_key /etc/b.pem; ssl_dhparam /etc/d; }
+    server { location / { try_files $uri /index.html; error_page 404 /404.html; return 301 /a; } }
+    server { location ~ \\.php$ { include fastcgi_params; fastcgi_pass unix:/run/php.sock; } }
+    server { if ($a ~ "^/x{2}") { rewrite ^/a /b; } add_header A /b; set $a /c; }
+    server { listen [::]:80 ipv6only=on; }
+    server { listen 443 ssl http2; }
+    server { listen 8443 ssl http2 proxy_protocol deferred; }
+    server { location ~ "^/(?<shop_id>[0-9]+)" { } set $mine 1; }
+    server { proxy_store on; types { text/plain /x; } }''')
+def test_what_keeps_to_its_own_server_is_taken(text):
+    assert problems(text) == []
+
+@table('text, said', r'''
+    server { client_body_temp_path /etc/x; }   => may name files with root, alias
+    server { client_body_temp_path x; }        => may name files with root, alias
+    server { proxy_temp_path /x; }             => may name files
+    server { error_log /etc/x.log; }           => its place is /var/log/nginx/shop.log
+    server { error_log x.log; }                => its place is /var/log/nginx/shop.log
+    server { access_log /var/log/nginx/wiki.log; } => its place is /var/log/nginx/shop.log
+    server { access_log /var/log/nginx/shop-../../x.log; } => its place is
+    server { access_log /var/log/nginx/$host.log; }    => its place is
+    server { access_log /var/log/nginx/shopx.log; }    => its place is
+    server { access_log syslog:server=unix:/run/x; }   => its place is
+    server { location / { access_log /x; } }   => its place is
+    proxy_cache_path /var/cache/nginx/wiki keys_zone=s:1m;     => its place is /var/cache/nginx/shop
+    proxy_cache_path /var/cache/nginx/shop/../wiki keys_zone=s:1m; => its place is
+    proxy_cache_path /var/cache/nginx/shopping keys_zone=s:1m; => its place is
+    server { root /srv/../etc; }               => without `..`
+    server { location / { alias ..; } }        => without `..`
+    server { ssl_certificate /a/../b; }        => without `..`
+    server { ssl_password_file x; }            => may name files
+    server { ssl_session_ticket_key x; }       => may name files
+    server { js_import a from x; }             => may name files
+    server { xslt_stylesheet x; }              => may name files
+    server { modsecurity_rules_file /x; }      => may name files
+    server { some_module_of_tomorrow /x; }     => may name files
+    server { some_module_of_tomorrow path=/x; } => may name files
+    server { proxy_store /x; }                 => may name files
+    server { listen unix:/run/x; }             => listen on a port instead of a file
+    server { ssl on; }                         => write `listen 443 ssl;`''')
+def test_files_that_a_test_of_nginx_would_open_or_make_are_refused(text, said):
+    assert said in str(problems(text))
+
+@table('text, version, said', r'''
+    80 proxy_protocol       => 1.26.0 => `proxy_protocol` would hold for all on port 80
+    80 http2                => 1.22.1 => `http2` would hold for all on port 80
+    80 http2                => 1.25.0 => `http2`
+    80 http2                => 1.25.1 =>
+    80 ssl                  => 1.26.0 => `ssl`
+    [::]:80 backlog=9       => 1.26.0 => `backlog=9`
+    80 deferred             => 1.26.0 => `deferred`
+    80 reuseport            => 1.26.0 => `reuseport`
+    443 quic reuseport      => 1.26.0 => on port 443
+    443                     => 1.26.0 => `ssl` would hold for all on port 443, or theirs for this
+    443 ssl proxy_protocol  => 1.26.0 => `proxy_protocol` would hold for all on port 443
+    443 ssl http2           => 1.14.0 =>
+    8080 proxy_protocol     => 1.26.0 => `proxy_protocol`
+    8080                    => 1.26.0 =>
+    8443 ssl                => 1.26.0 =>
+    8443                    => 1.26.0 => `ssl`
+    9000 proxy_protocol     => 1.26.0 =>
+    80 default_server       => 1.26.0 =>''')
+def test_the_words_of_a_socket_are_those_of_all_on_its_port(text, version, said):
+    others = 'server { listen 80; listen 8080; } server { listen 8443 ssl; }'
+    found = problems('server { listen %s; }' % text, others,
+                     tuple(int(part) for part in version.split('.')))
+    assert said in str(found) if said else found == []
+
+UPGRADE = "map $http_upgrade $up { default upgrade; '' close; }"
+
+@table('text, others, said', r'''
+    map $a $up { default 1; }       => map $b $up { default 1; }     => wiki has a variable of this
+    geo $up { default 1; }          => map $b $up { default 1; }     => wiki has a variable of this
+    map $a $up { x 1; default 1; }  => map $a $up { default 1; x 1; } => wiki has a variable
+    split_clients $a $up { * x; }   => geo $b $up { default 1; }     => wiki has a variable of this
+    upstream a { server b; }        => upstream a { server b; }      => wiki has a upstream
+    log_format a b;                 => log_format a b;               => wiki has a log_format
+    limit_req_zone $a zone=z:1m rate=1r/s; => limit_conn_zone $a zone=z:2m; => wiki has a zone
+    proxy_cache_path /var/cache/nginx/shop keys_zone=z:1m; => limit_conn_zone $a zone=z:2m; => a zone
+    map $a $args { default x; }          =>  => this is a variable of nginx
+    map $a $http_upgrade { default x; }  =>  => this is a variable of nginx
+    geo $limit_rate { default 1; }       =>  => this is a variable of nginx
+    map $a $HTTP_host { default x; }     =>  => this is a variable of nginx
+    server { location ~ "(?<args>x)" { } }         =>  => it captures $args
+    server { server_name "~^(?<http_host>.+)$"; }  =>  => it captures $http_host
+    server { if ($a ~ "(?P<up>x)") { return 200; } } => map $a $up { default 1; } => it captures $up
+    map $a $b { "~(?'up'x)" 1; }    => map $a $up { default 1; }     => it captures $up
+    map $a $up { default 1; }  => server { rewrite "(?<up>x)" /; }   => another file captures''')
+def test_what_a_file_defines_for_all_has_a_name_of_its_own(text, others, said):
+    assert said in str(problems(text, others))
+
+@table('text, others', r'''
+    %s => %s
+    map $a $up { default 1; } => map $a $down { default 1; }
+    server { set $up 1; }     => map $a $up { default 1; }
+    map $a $up { default 1; } => server { set $up 1; }
+    server { rewrite "(?<up>x)" /; } => server { rewrite "(?<up>y)" /; }''' % (UPGRADE, UPGRADE))
+def test_the_same_table_may_stand_in_two_files(text, others):
+    assert problems(text, others) == []
+
+def test_who_may_not_know_of_an_app_is_not_told_its_name():
+    for known, who in ((None, 'wiki'), (['wiki'], 'wiki'), ([], 'something else here'),
+                       (['shop'], 'something else here')):
+        said, = problems('log_format a b;', 'log_format a c;', known=known)
+        assert who + ' has a log_format' in said
+
+# ---- Host names, as nginx ranks them ---------------------------------------------------------
+
+@table('name, other, taken', r'''
+    hello.org         => hello.org        => no
+    shop.org          => shop.*           => yes
+    shop.co.uk        => shop.*           => yes
+    shops.org         => shop.*           => no
+    shop              => shop.*           => no
+    a.org             => *.org            => yes
+    a.b.org           => *.org            => yes
+    org               => *.org            => no
+    *.org             => shop.*           => yes
+    *.org             => shop             => no
+    *.org             => shop.org         => no
+    *.b.org           => *.org            => yes
+    *.org             => *.b.org          => no
+    *.ab.org          => *.b.org          => no
+    shop.eu.*         => shop.*           => yes
+    shop.*            => shop.eu.*        => no
+    shop.*            => *.org            => no
+    shop.*            => _                => no
+    *.org             =>                  => no
+    shop.org          => ~^shop           => yes
+    shop.org          => ~^wiki           => no
+    shop.org          => ~^SHOP\\.org$    => yes
+    shop.org          => ~(               => yes
+    shop.*            => ~^www\\.         => no
+    shop.*            => ~^shop\\.org$    => yes
+    shop.*            => ~^(.+)\\.users\\.org$ => yes
+    *.org             => ~^(.+)\\.net$    => no
+    *.org             => ~^(.+)\\.org$    => yes
+    *.a.org           => ~^(?<x>.+)\\.org$ => yes
+    ~^shop\\.         => shop.*           => yes
+    ~^wiki\\.         => shop.*           => no
+    ~.                => shop             => yes
+    ~^(?<a>.+)$       => shop             => yes
+    ~^x$              => ~^y$             => no
+    _                 => shop.*           => no''')
+def test_a_name_takes_requests_from_those_that_nginx_ranks_below_it(name, other, taken):
+    assert dh.takes_from(name, other) == (taken == 'yes')
+
+def taken(ours, theirs, known=None, may_take=(), path='/etc/nginx/conf.d/hello.conf'):
+    claims = [dh.claims_of(dh.servers_of(blocks(text), where), where) for text, where in (
+        (ours, path), (theirs, '/etc/nginx/conf.d/shop.conf'))]
+    return dh.taken_name(claims[0], claims[1], known, may_take)
+
+def test_a_name_that_another_app_would_lose_is_told_with_both_and_what_to_type():
+    assert taken('{shop.example.com}', '{shop.*}') == (
+        '/etc/nginx/conf.d/hello.conf:1: "shop.example.com" would take requests from shop, '
+        'which has "shop.*": give that full names of its own first: dockhand config shop '
+        'domains="..."')
+    assert taken('{shop.example.com}', '{shop.*}', ['hello']) == (
+        '/etc/nginx/conf.d/hello.conf:1: the host name "shop.example.com" is taken on this '
+        'server')
+
+def test_ports_80_and_443_count_as_one_and_others_apart():
+    assert taken('{shop.org 443 ssl}', '{shop.*}') and taken('{shop.org}', '{shop.* 443 ssl}')
+    assert taken('{shop.org 81}', '{shop.*}') is None
+    assert 'shop.*' in taken('{a 81}{shop.org 81}', '{shop.* 81}')
+    assert 'server_name "a" is taken on port' in refusal(
+        proxied, blocks('{a 443 ssl}'), blocks('{a}'))
+
+def test_root_may_take_a_full_name_out_of_a_wildcard():
+    assert taken('{shop.org}', '{shop.*}', None, ['shop.org']) is None
+    assert taken('{shop.org}', '{~^shop}', None, ['shop.org'])
+    assert taken('{*.org}', '{shop.*}', None, ['*.org'])
+
+def test_of_two_expressions_the_one_that_is_read_first_has_a_request():
+    assert taken('{~^a}', '{~^b}')
+    assert taken('{~^a}', '{~^b}', path='/etc/nginx/conf.d/wiki.conf') is None
+
+def test_two_apps_with_the_names_they_have_by_default_do_not_disturb():
+    assert taken('{hello}{hello.*}', '{shop}{shop.*}') is None
+
 CATCH_ALL = '''# dockhand: what no app answers to; written anew when the apps change
 server {
     listen 80%s;%s
@@ -4113,6 +4412,360 @@ def test_a_write_for_which_the_disk_is_full_leaves_one_whole_release(trials, act
 @runs
 def test_a_disk_that_stays_full_leaves_a_whole_release_once_recovered(trials, act, init):
     assert wrong(trials, 'stays full', act, init) == {}
+
+# ---- One app ends where the next begins ------------------------------------------------------
+
+WIKI_FILE = "# dockhand: wiki's proxy file, x\nserver { listen 80; server_name wiki.org wiki.*; }\n"
+
+def with_wiki(machine):
+    """Another app's proxy file beside the one under test."""
+    machine.write('/etc/nginx/conf.d/wiki.conf', WIKI_FILE)
+    machine.lives(FILES)
+    return machine
+
+@pytest.mark.parametrize('now, refused', [
+    ('403', True), ('401', True), ('404', True), ('400', True), ('', True), ('444', True),
+    ('502', False), ('500', False), ('200', False), ('302', False)])
+def test_a_push_with_which_another_app_answers_no_more_is_put_back(plain, now, refused):
+    with_wiki(plain)
+    before, reload = plain.whole(), plain.nginx_s
+
+    def reloads(*words):
+        reload(*words)
+        new = 'www.example' in str(plain.served)
+        plain.answers = {'wiki.org': now} if new else {}
+    plain.nginx_s = reloads
+    if refused:
+        assert 'another app answers' in refusal(plain.push, FILES_2)
+        assert plain.changed(before) == []
+    else:
+        plain.push(FILES_2)
+        assert plain.running() == ['sha256:FROMtwo']
+
+@each('before', '403 401 404 400 444')
+def test_an_app_that_answered_so_before_is_not_held_against_a_push(plain, before):
+    with_wiki(plain)
+    plain.answers = {'wiki.org': before}
+    plain.push(FILES_2)
+    assert plain.running() == ['sha256:FROMtwo']
+
+def test_a_file_that_leans_on_what_another_app_defines_is_refused(plain):
+    with_wiki(plain)
+    plain.write('/etc/nginx/conf.d/wiki.conf', WIKI_FILE + 'upstream wiki { server a; }\n')
+    said = refusal(plain.push, but('proxy', WEB.replace('root /x', 'proxy_pass http://wiki')))
+    assert said == ("nginx-proxy.conf:1: proxy_pass http://wiki (it must not lean on another "
+                    "app's file)")
+    assert plain.running() == ['sha256:FROMone']
+
+@table('name, said', '''
+    wiki.net => "wiki.net" would take requests from wiki, which has "wiki.*": give that full
+    *.net    => "*.net" would take requests from wiki, which has "wiki.*"
+    wiki.org => server_name "wiki.org" is taken on port 80, by /etc/nginx/conf.d/wiki.conf''')
+def test_a_key_without_the_right_to_an_app_is_told_the_host_name_alone(plain, name, said):
+    with_wiki(plain)
+    files = but('proxy', WEB.replace('blog.example.org', name))
+    assert said in refusal(plain.push, files)
+    plain.write('/home/git/' + dh.KEYS, dh.render_authorized_keys(
+        '', [Key('ssh-ed25519', 'AAAA', 'anna', ('blog',))], ''))
+    told = refusal(plain.push, files)
+    assert 'wiki.*' not in told and 'wiki.conf' not in told and name in told
+
+def test_what_nginx_says_of_another_file_is_told_without_what_it_quotes(plain):
+    with_wiki(plain)
+    plain.write('/etc/nginx/.secret', '')
+    secret = 'nginx: [emerg] unknown directive "PASSWORD=1" in /etc/nginx/conf.d/wiki.conf:1\n'
+    plain.nginx_t = lambda *words: Result(1, '', secret)
+    said = refusal(plain.push, FILES_2)
+    assert said == ("nginx's configuration was broken before this push: "
+                    '/etc/nginx/conf.d/wiki.conf:1: unknown directive "..."')
+
+def test_a_rule_that_is_newer_than_a_release_binds_pushes_and_warns_else(plain, capfd):
+    """The files of release 1 and 2 were taken by an earlier dockhand."""
+    plain.lives(but('proxy', 'deny all;\n' + WEB))
+    live = dh.live_release(plain.host, 'blog')
+    plain.push(but('docker', 'FROM three'))
+    capfd.readouterr()
+    dh.rollback(plain.host, 'blog')
+    assert dh.live_release(plain.host, 'blog').number == live.number
+    note = 'Note: nginx-proxy.conf:1: `deny all`: outside of `server { }`'
+    assert note in capfd.readouterr().err
+    dh.config(plain.host, 'blog', 'A=1')
+    assert dh.live_release(plain.host, 'blog').config == {'A': '1'}
+    files = but('proxy', 'deny all;\n' + WEB)
+    assert 'nginx-proxy.conf:1: `deny all`: outside' in refusal(
+        lambda: plain.push(dict(files, Dockerfile='FROM four'), new=SHA_3))
+
+def test_a_plan_leaves_no_log_and_no_cache_that_a_test_of_nginx_made(plain):
+    plain.lives(FILES)
+    test = plain.nginx_t
+
+    def tested(*words):             # as nginx makes what a configuration names
+        plain.write('/var/log/nginx/blog.log', '')
+        dh.make_folder(plain.host.path('/var/cache/nginx/blog'))
+        return test(*words)
+    plain.nginx_t = tested
+    proxy = ('proxy_cache_path /var/cache/nginx/blog keys_zone=blog:1m;\n'
+             + WEB.replace('listen', 'access_log /var/log/nginx/blog.log; listen'))
+    assert 'this was a plan' in refusal(
+        lambda: plain.push(but('proxy', proxy), 'refs/heads/plan', ZERO))
+    assert plain.read('/var/log/nginx/blog.log') is None
+    assert not os.path.exists(plain.host.path('/var/cache/nginx/blog'))
+
+@table('app, alias', '''
+    blog            => --net-alias=blog
+    api.example.com =>''')
+def test_an_app_is_never_a_host_name_with_a_dot_on_the_network(app, alias):
+    options = dh.plain_container(plain_release(app=app), '/env').options
+    assert [each for each in options if 'alias' in each] == alias.split()
+
+@table('options, said', '''
+    --net dockhand --net-alias shop               => only the app shop answers to that
+    --net dockhand --network-alias=shop           => only the app shop answers to that
+    --network name=dockhand,alias=shop            => only the app shop answers to that
+    --network name=dockhand,ip=10.86.0.2          => only the app 10.86.0.2 answers
+    --net=dockhand --ip 10.86.0.2                 => only the app 10.86.0.2 answers
+    --net dockhand --name shop                    => only the app shop answers to that
+    --net dockhand --net-alias api.example.com    => only the app api.example.com answers
+    --net dockhand --net-alias blog               =>
+    --net dockhand --name blog                    =>
+    --net other --net-alias shop                  =>
+    --net-alias shop                              =>''')
+def test_a_job_answers_to_no_other_apps_name_on_the_network(options, said):
+    job = dh.parse_job('exec docker run --rm %s blog' % options)
+    if said:
+        assert 'upstart.conf:1: ' in refusal(dh.check_job, job, 'blog')
+        assert said in refusal(dh.check_job, job, 'blog')
+    else:
+        dh.check_job(job, 'blog')
+
+def test_a_container_has_a_limit_of_processes_unless_it_says_one(plain):
+    plain.lives(FILES)
+    plain.push(but('job', JOB.replace('--rm', '--rm --pids-limit 9')))
+    created, = [line for line in plain.done if line.startswith('docker create')]
+    assert re.findall(r'--pids-limit\S*', created) == ['--pids-limit=9']
+
+# ---- A push ends as git will end it ------------------------------------------------------------
+
+@table('kind, said', '''
+    tag  => an annotated tag is no commit, which a branch wants: git push REMOTE v1.0^{}:%s
+    tree => a tree is no commit, which a branch wants: git push REMOTE HEAD:%s
+    blob => a blob is no commit, which a branch wants: git push REMOTE HEAD:%s''')
+def test_what_is_no_commit_is_refused_before_anything(plain, kind, said):
+    plain.lives(FILES)
+    before = plain.whole()
+    plain.kinds[SHA_2] = kind
+    for ref in (MAIN, 'refs/heads/plan'):
+        assert refusal(lambda: plain.push(FILES_2, ref)) == said % ref
+    assert plain.changed(before) == [] and plain.done == []
+
+def test_recover_mends_an_app_whose_live_commit_is_a_tag(plain):
+    live = plain.lives(FILES)
+    dh.save_record(plain.host, live._replace(commit=SHA_2))
+    plain.commits[SHA_2], plain.kinds[SHA_2], plain.named = FILES, 'tag', SHA_3
+    plain.commits[SHA_3] = FILES_2
+    dh.recover(plain.host)
+    assert dh.live_release(plain.host, 'blog').commit == SHA_3 == plain.refs[MAIN]
+    plain.history.add((SHA_3, SHA))
+    plain.push(FILES_2, old=SHA_3, new=SHA)
+    assert dh.live_release(plain.host, 'blog').number == 2
+
+def test_an_app_whose_live_commit_is_a_tag_takes_the_next_push(plain):
+    live = plain.lives(FILES)
+    dh.save_record(plain.host, live._replace(commit=SHA_3))
+    plain.commits[SHA_3], plain.kinds[SHA_3] = FILES, 'tag'
+    plain.push(FILES_2)
+    assert dh.live_release(plain.host, 'blog').commit == SHA_2
+
+@table('ref, branch', '''
+    refs/tags/main   =>
+    refs/tags/master =>
+    refs/tags/plan   =>
+    refs/tags/live   => live''')
+def test_a_tag_called_like_the_branch_is_refused_with_what_to_type(ref, branch):
+    said = refusal(dh.check_tag, ref, branch or None)
+    assert said.endswith('git push REMOTE TAG^{}:refs/heads/' + ref[10:])
+
+@table('ref, branch', '''
+    refs/tags/v1     =>
+    refs/tags/main   => live
+    refs/tags/mains  =>''')
+def test_any_other_tag_is_stored(ref, branch):
+    dh.check_tag(ref, branch or None)
+
+def test_the_next_push_after_a_killed_one_that_went_live_is_deployed(plain):
+    """git was killed before it moved the branch: it stays where the pusher saw it, or git
+    could not move it after this push."""
+    plain.lives(FILES)
+    plain.refs[MAIN] = SHA_3            # live is SHA
+    plain.history.add((SHA, SHA_2))
+    dh.deploy(plain.host, 'blog', 'anna', MAIN, SHA_3, plain.commits.setdefault(SHA_2, FILES_2) and SHA_2)
+    assert dh.live_release(plain.host, 'blog').commit == SHA_2
+    assert plain.refs[MAIN] == SHA_3
+
+def test_a_push_that_lacks_what_is_live_is_told_which_commit_since_when(plain):
+    plain.lives(FILES)
+    plain.refs[MAIN] = SHA_3
+    said = refusal(lambda: plain.push(FILES_2, old=SHA_3))
+    assert re.match(r'another push went live: pull, then push again \(1111111111 is live since '
+                    r'\d{4}-\d\d-\d\d \d\d:\d\d, by anna\)\Z', said)
+    assert plain.refs[MAIN] == SHA
+
+def test_a_push_does_not_move_the_branch_when_it_finishes_what_was_killed(plain):
+    """Or it would be refused for its own earlier push."""
+    plain.lives(FILES)
+    new = half_deployed(plain)
+    dh.set_link(plain.host, 'blog', 'live', new)
+    plain.history.add((SHA_2, SHA_3))
+    plain.commits[SHA_3] = but('docker', 'FROM three')
+    dh.deploy(plain.host, 'blog', 'anna', MAIN, SHA, SHA_3)
+    assert dh.live_release(plain.host, 'blog').commit == SHA_3 and plain.refs[MAIN] == SHA
+
+def test_apps_lists_whatever_has_anything_here_and_what_it_waits_for(plain, capfd):
+    plain.nginx()
+    dh.make_folder(plain.host.path('/home/git/empty.git'))
+    dh.make_folder(plain.host.path('/home/git/No_app.git'))
+    dh.config(plain.host, 'noted', 'A=1')
+    assert refusal(lambda: plain.push(but('docker', 'FROM dies'), old=ZERO))
+    capfd.readouterr()
+    dh.apps(plain.host)
+    lines = [line.split(None, 2) for line in capfd.readouterr().out.splitlines()]
+    assert lines == [
+        ['blog', 'waiting', 'for a push that succeeds; the last one: release 1 failed its health '
+         'check: it does not run: exited with 1'],
+        ['empty', 'waiting', 'for its first push'], ['noted', 'waiting', 'for its first push']]
+
+def test_releases_and_logs_of_an_app_that_never_went_live_say_why(plain, capfd):
+    plain.nginx()
+    assert refusal(lambda: plain.push(but('docker', 'FROM dies'), old=ZERO))
+    capfd.readouterr()
+    dh.releases(plain.host, 'blog')
+    assert 'failed: release 1 failed its health check' in capfd.readouterr().out
+    assert 'it waits for a push that succeeds; the last one: release 1 failed' in refusal(
+        dh.logs, plain.host, 'blog')
+    assert 'no app nobody is live here' in refusal(dh.logs, plain.host, 'nobody')
+    dh.destroy(plain.host, 'blog', force=True)
+    dh.apps(plain.host)
+    assert 'blog' not in capfd.readouterr().out.replace('blog is removed', '')
+
+# ---- It comes back by itself ---------------------------------------------------------------------
+
+def test_docker_is_told_not_to_restart_a_container_before_it_is_stopped(plain):
+    """And again afterwards where it refused: dockerd that dies between the two must not
+    bring the old worker back beside the new one."""
+    live = plain.lives(FILES)
+    engine, update = dh.Containers(plain.host), plain.docker_update
+    plain.broken['docker update'] = 1
+    engine.stop(live)
+    assert plain.done == ['docker update --restart no blog--1', 'docker stop -t 5 blog--1',
+                          'docker update --restart no blog--1']
+    assert plain.containers['blog--1']['policy'] == 'no'
+    del plain.done[:]
+    engine.stop(live)
+    assert len(plain.done) == 2 and update
+
+def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(FILES)
+    os.unlink(machine.host.path('/run/nginx.pid'))
+    dh.recover(machine.host)
+    assert [line for line in machine.done if 'start nginx' in line] == [
+        'systemctl --no-block start nginx']
+    assert dh.nginx_master(machine.host)
+
+def test_the_workers_of_a_killed_master_are_ended_before_nginx_is_started(plain):
+    plain.lives(FILES)
+    worker = subprocess.Popen(['sleep', '60'])
+    try:
+        plain.process(worker.pid, 1, 'nginx: worker process')
+        started = []
+        plain.service = lambda *words: started.append(worker.poll()) or plain.nginx()
+        os.unlink(plain.host.path('/run/nginx.pid'))
+        threading.Timer(0.2, lambda: worker.wait() and shutil.rmtree(
+            plain.host.path('/proc', str(worker.pid)))).start()
+        dh.recover(plain.host)
+        assert started == [-signal.SIGQUIT]
+    finally:
+        worker.poll() is None and worker.kill()
+
+def test_recover_waits_until_docker_answers(plain, capfd):
+    plain.lives(FILES)
+    plain.broken['docker version'] = 3
+    dh.recover(plain.host)
+    assert capfd.readouterr().err.count('Waiting for docker') == 1
+    plain.broken['docker version'] = 999
+    assert 'docker does not answer' in refusal(dh.recover, plain.host)
+
+@each('enabler', '/usr/sbin/update-rc.d /sbin/rc-update')
+def test_a_script_for_sysvinit_openrc_and_runit_is_installed_and_enabled(plain, enabler):
+    plain.write(enabler, '')
+    dh.make_folder(plain.host.path('/etc/init.d'))
+    plain.update_rc_d = plain.rc_update = lambda *words: plain.write(
+        '/etc/rc2.d/S01dockhand-recover', '')
+    dh.install(plain.host)
+    text = plain.read('/etc/init.d/dockhand-recover')
+    assert mode_of(plain.host.path('/etc/init.d/dockhand-recover')) == '755'
+    for line in ('# Provides:          dockhand-recover', '# X-Start-Before:    nginx',
+                 '# Should-Start:      docker', 'start) exec /usr/local/bin/dockhand recover ;;'):
+        assert line in text
+    assert [line for line in plain.done if 'dockhand-recover' in line] == [
+        {'/usr/sbin/update-rc.d': 'update-rc.d dockhand-recover defaults',
+         '/sbin/rc-update': 'rc-update add dockhand-recover default'}[enabler]]
+    files = plain.files()
+    dh.install(plain.host)
+    assert plain.files() == files
+
+@pytest.mark.parametrize('init', ['none', 'upstart'])
+def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init, monkeypatch):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    before = machine.whole()
+
+    def no_room(name, mode='r', *more):
+        if 'dockhand-blog' in str(name):
+            raise IOError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return io.open(name, mode, *more)
+    monkeypatch.setattr(dh, 'open', no_room, raising=False)
+    said = refusal(machine.push, FILES_2)
+    assert said.startswith('docker could start nothing: ') and 'No space left' in said
+    assert machine.changed(before) == []
+    assert not [line for line in machine.done if line.startswith(('docker stop', 'stop'))]
+
+def test_order_is_a_counter_whatever_the_times_of_folders_say(machine):
+    """A clock that was ahead, or a copy of the store without its times."""
+    pushed(machine, SHA_2)
+    for number, commit in ((3, SHA_3), (4, '4' * 40)):
+        machine.push(but('docker', 'FROM ' + commit[:3]), old=machine.refs[MAIN], new=commit)
+    for number, when in ((1, 4e9), (2, 3e9), (3, 1), (4, 2)):
+        os.utime(dh.release_folder(machine.host, 'blog', number), (when, when))
+    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [4, 3, 2, 1]
+    dh.rollback(machine.host, 'blog')
+    assert dh.live_release(machine.host, 'blog').number == 3
+    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [3, 4, 2, 1]
+    dh.rollback(machine.host, 'blog')
+    assert dh.live_release(machine.host, 'blog').number == 4
+
+def test_live_is_what_the_link_says_where_a_crash_came_before_it(machine):
+    pushed(machine, SHA_2)
+    live = dh.live_release(machine.host, 'blog')
+    dh.count_turn(machine.host, live, dh.load_release(machine.host, 'blog', 1))
+    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [2, 1]
+
+def test_doctor_asks_nginx_for_every_app(plain, capfd):
+    plain.lives(dict(FILES, **{'nginx-proxy.conf': WEB}))
+    dh.install(plain.host)
+    plain.answers = {'blog.example.org': '502'}
+    assert refusal(dh.doctor, plain.host)
+    assert 'WRONG  blog answers 502 through nginx' in capfd.readouterr().out
+    plain.answers = {'blog.example.org': '403'}         # its own file may say so
+    dh.doctor(plain.host)
+
+def test_doctor_names_what_it_cannot_read_of_the_servers_own_files(plain, capfd):
+    plain.lives(FILES)
+    dh.install(plain.host)
+    plain.write('/etc/nginx/sites-enabled/old', 'server {\n  include snippets/x.conf;\n}\n')
+    dh.doctor(plain.host)
+    assert ('note: /etc/nginx/sites-enabled/old:2: `include`: it is not read here: what it names '
+            'may clash with an app unnoticed\n') in capfd.readouterr().out
 
 # ---- Health ----------------------------------------------------------------------------
 
