@@ -6144,6 +6144,25 @@ def test_real_apps_come_back_after_a_reboot(server):
 def test_real_apps_come_back_after_a_power_cut(server):
     come_back_after(server, server.cut_power)
 
+def test_real_an_interrupted_deploy_is_put_right_at_boot_by_sysvinit(servers):
+    """Debian's other init, which runs what is in /etc/init.d; this server is for that alone."""
+    server = Server('sysvinit', servers['none'].folder)
+    try:
+        server.prepare()
+        shop, plain = server.app('shop'), Plain(server, 'plain')
+        for mark in 'ab':
+            plain.release(mark)
+        for app, release in ((shop, '$(readlink live)'), (plain, 'releases/1')):
+            server.ok('cd /var/lib/dockhand/apps/%s && ln -s %s pending' % (app.name, release))
+        server.reboot()
+        assert until(lambda: server.ok('cd /var/lib/dockhand/apps && ls -d */pending || :'), '',
+                     60) == ''
+        assert until(shop.answer, 'shop') == 'shop'
+        plain.check_whole('b')
+        assert server.ok('dockhand doctor') == 'all is well'
+    finally:
+        server.remove()
+
 def test_real_a_pusher_who_goes_away_leaves_one_whole_release(servers):
     server = servers['systemd']
     app = server.app('shop')
@@ -7438,6 +7457,217 @@ def test_real_each_name_gets_its_own_app_whatever_happens(server, size):
 @drill('upstart', 1, 6)
 def test_real_each_name_gets_its_own_app_whatever_happens_under_upstart(server, size):
     return each_its_own(server, size)
+
+# What is killed with -9, and what is typed after it. On systemd and Upstart dockhand's own job
+# follows each start of docker; only where docker did not start does nobody hear of nginx.
+KILLS = [
+    ('dockerd', 'kill -9 $(cat /run/docker.pid)', None),
+    ('containerd', 'kill -9 $(pidof containerd)', None),
+    ("nginx's master", 'kill -9 $(cat /run/nginx.pid)', 'recover'),
+    ("dockerd and nginx's master", 'kill -9 $(cat /run/docker.pid) $(cat /run/nginx.pid)', None)]
+
+# Whether docker answers. One that is away is not asked: systemd would start it for that.
+ANSWERS = '''
+[ "$(cat /proc/$(cat /run/docker.pid)/comm)" = dockerd ] && docker ps -q '''
+
+# Whether containerd does too, nginx is there and dockhand is done
+SETTLED = ANSWERS + '''&& docker top $(docker ps -q | head -n 1) &&
+[ "$(cat /proc/$(cat /run/nginx.pid)/comm)" = nginx ] && ! pgrep -f '/dockhand recover$' '''
+
+class Crowd(object):
+    """Apps, each asked all the time inside a `with`: since when it has answered as itself."""
+
+    STEADY, BOUND = 3, 60               # seconds
+
+    def __init__(self, server, apps):
+        self.server, self.since, self.going = server, dict.fromkeys(apps), True
+        self.threads = [threading.Thread(target=self.ask, args=(app,)) for app in apps]
+
+    def ask(self, app):
+        while self.going:
+            if app.mark() != 'a':
+                self.since[app] = None
+            elif self.since[app] is None:
+                self.since[app] = time.time()
+            time.sleep(0.2)
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.going = False
+        for thread in self.threads:
+            thread.join()
+
+    def silent(self):
+        return sorted(app.name for app, since in self.since.items() if since is None)
+
+    def doubled(self):
+        """Those of which more than one container runs; a job's has no name of dockhand's."""
+        counted = Counter()
+        for line in self.server.ok("docker ps --format '{{.Names}} {{.Image}}'").splitlines():
+            name, image = line.split()
+            counted[name.partition('--')[0] if '--' in name else image.partition(':')[0]] += 1
+        return sorted(app.name for app in self.since if counted[app.name] > 1)
+
+    def is_back(self):
+        """Whether all have answered for a while, with docker and nginx there."""
+        since = list(self.since.values())
+        if None in since or time.time() - max(since) < self.STEADY:
+            return False
+        return self.server.run('sh', '-c', SETTLED).status == 0
+
+    def missing(self, begun):
+        """What is not back BOUND seconds after a moment, or doubled; '' if all is well."""
+        if until(self.is_back, True, begun + self.BOUND - time.time()):
+            doubled = self.doubled()
+            return 'two containers of ' + ' '.join(doubled) if doubled else ''
+        silent = self.silent()
+        if silent:
+            return '%d of %d do not answer after %d s: %s' % (
+                len(silent), len(self.since), time.time() - begun, ' '.join(silent))
+        said = self.server.run('sh', '-xc', SETTLED).err.splitlines()
+        return 'all answer, but after %d s: %s' % (time.time() - begun, said[-1])
+
+    def mend(self):
+        """What a person would do, so that the next kill finds all well; what is still missing."""
+        self.server.run('sh', '-c', 'timeout 30 service docker start; '
+                        'timeout 30 service nginx start; pkill -P 1 -f "^nginx: worker"')
+        said = self.server.run('timeout', '60', 'dockhand', 'recover')
+        missing = self.missing(time.time())
+        return missing and '; nor is it mended: %s (%s)' % (missing, said.err)
+
+def kill_again(crowd, times, kill, typed):
+    """Kill so many times, or until not all is well again; ([seconds], what is missing or '')."""
+    took = []
+    for _ in range(times):
+        if crowd.server.kind == 'systemd':      # which would give up one killed so often
+            crowd.server.ok('systemctl reset-failed docker containerd nginx')
+        begun = time.time()
+        crowd.server.ok(kill)
+        if typed:
+            crowd.server.run('timeout', '60', 'dockhand', typed)
+        missing = crowd.missing(begun)
+        if missing:
+            return took, missing
+        took.append(max(0, *[since - begun for since in crowd.since.values() if since]))
+    return took, ''
+
+def come_back_from_kills(server, size, jobs):
+    """So many apps, one in `jobs` of them with a job of its own, and another to be pushed."""
+    (number, times), said, wrong = size, [], []
+    apps = [(Plain if at % jobs else Marked)(server, 'crowd%d' % at, 8600 + at)
+            for at in range(number)]
+    pushed = Plain(server, 'pushed')
+    pushed.release('first')
+    try:
+        for at in range(0, number, 8):          # sshd lets few begin at once
+            together(*[functools.partial(app.release, 'a') for app in apps[at:at + 8]])
+        with Crowd(server, apps) as crowd:
+            assert crowd.missing(time.time()) == ''
+            for turn, (what, kill, typed) in enumerate(KILLS):
+                took, missing = kill_again(crowd, times, kill, typed)
+                if missing:
+                    wrong.append('%s, kill %d: %s%s' % (
+                        what, len(took) + 1, missing, crowd.mend()))
+                else:
+                    said.append('%s: all %d again after %.1f s at the median, %.1f s at the '
+                                'longest of %d' % (what, number, sorted(took)[times // 2],
+                                                   max(took), times))
+                pushed.commit(pushed.files('push%d' % turn))
+                outcome = pushed.push()
+                if outcome.status:
+                    reasons = [line for line in outcome.out if line.startswith('dockhand: ')]
+                    wrong.append('%s, then a push: %s%s' % (
+                        what, ' / '.join(reasons), crowd.mend()))
+    finally:
+        for app in apps + [pushed]:
+            server.dockhand('destroy', app.name, '--force')
+    if wrong:
+        raise AssertionError('\n'.join(wrong + said))
+    return '\n'.join(said)
+
+@drill('systemd', (6, 1), (30, 10))
+def test_real_all_apps_come_back_from_a_kill_of_docker_or_nginx(server, size):
+    return come_back_from_kills(server, size, 6)
+
+@drill('upstart', (6, 1), (30, 10))
+def test_real_all_apps_come_back_from_a_kill_of_docker_or_nginx_under_upstart(server, size):
+    return come_back_from_kills(server, size, 2)
+
+class Worker(Plain):
+    """No web app; it ignores SIGTERM, and its command line says of which release it is."""
+
+    # What runs, 20 times a second
+    LOOP = (r"touch /root/watch; while [ -e /root/watch ]; do echo $(date +%s.%N) "
+            r"$(ps -eo args= | grep -o '[w]orked-[a-z0-9]*' | sort -u); sleep 0.05; done >/root/ran")
+    STOPPING = r'''
+stops() { pgrep -f '^docker stop .*worker--'; }
+for _ in $(seq 3000); do ! stops || break; sleep 0.01; done
+sleep "$1"; stops && kill -9 $(cat /run/docker.pid)'''
+
+    def files(self, mark):
+        return {'Dockerfile': 'FROM tiny:1\nCMD ["sh", "-c", "trap \'\' TERM; while :; do '
+                              'sleep 1; done", "worked-%s"]\n' % mark}
+
+    def mark(self):
+        """The releases of which a worker runs, in words."""
+        return ' '.join(sorted(set(re.findall(
+            r'worked-(\w+)', self.server.ok('ps -eo args=')))))
+
+    def two_at_once(self, since):
+        """The longest time in seconds for which two ran at once, begun after a moment."""
+        began, longest = None, 0
+        for line in self.server.ok('cat /root/ran').splitlines():
+            moment, marks = float(line.split()[0]), line.split()[1:]
+            if moment < since or len(marks) < 2:
+                began = None
+            else:
+                began = began or moment
+                longest = max(longest, moment - began)
+        return longest
+
+@drill('systemd', 1, 5)
+def test_real_docker_killed_while_it_stops_a_worker_leaves_one_of_them(server, size):
+    """In a push that stops one before it starts the other, and in one that hands over."""
+    app, generator, said = Worker(server, 'worker'), random.Random(SEED), []
+
+    def strike():
+        """Kill docker meanwhile; the moment at which it answers again."""
+        server.ok(app.STOPPING, '%.1f' % (generator.random() * 8))
+        assert until(lambda: server.run('sh', '-c', ANSWERS).status, 0) == 0
+        return time.time()
+    server.ok('dockhand config worker overlap=no')
+    app.release('first')
+    must(['docker', 'exec', '-d', server.name, 'sh', '-c', app.LOOP])
+    try:
+        for turn, overlap in enumerate(['no', 'yes'] * size):
+            server.ok('systemctl reset-failed docker; dockhand config worker overlap=' + overlap)
+            app.follow()
+            live, mark, begun = app.mark(), 'turn%d' % turn, time.time()
+            app.commit(app.files(mark))
+            pushed, back = together(app.push, strike)
+            recovered = server.dockhand('recover')      # after the one that follows docker
+            assert recovered.status == 0, recovered
+            assert until(lambda: server.run('sh', '-c', SETTLED).status, 0) == 0
+            took = time.time() - back
+            ran = app.check_whole(live, mark)
+            assert pushed.status or ran == mark, pushed
+            server.restart_docker()     # which brings back the one that is live, and no other
+            assert until(app.mark, ran) == ran
+            time.sleep(3)
+            assert app.mark() == ran
+            # what is handed over may run twice until then
+            both = app.two_at_once(since=back if overlap == 'yes' else begun)
+            assert both <= took, (both, took)
+            said.append('overlap=%s: push %s, %s runs, both for %.1f s, recover took %.1f s' % (
+                overlap, 'refused' if pushed.status else 'accepted',
+                'the new one' if ran == mark else 'the old one', both, took))
+    finally:
+        server.ok('rm -f /root/watch; dockhand destroy worker --force')
+    return '; '.join(said)
 
 # What is there while nothing happens; not what only the test's own look at it takes.
 IDLE = r'''
