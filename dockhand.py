@@ -1347,10 +1347,13 @@ def owner_text(path, known):
 def taken_name(claims, others, known, may_take=()):
     """What is wrong with the first of these names that takes requests from what is there,
     as `FILE:LINE: ...`, or None. may_take: exact names that may leave a wildcard"""
+    exact = set((other.name, other.port) for other in others)
     for claim in claims:
+        if (claim.name, claim.port) in exact:
+            continue                        # the same name: server_claims tells
         for other in others:
-            if claim.port != other.port or claim.name == other.name:
-                continue                    # the same name: server_claims tells
+            if claim.port != other.port:
+                continue
             is_full = rank_of(claim.name) == 0
             if is_full and claim.name in may_take and rank_of(other.name) in (1, 2):
                 continue
@@ -1720,11 +1723,11 @@ def check_proxy_file(host, release, files, older=False):
     others.pop(PROXIES + '/%s.conf' % app, None)
     pushed = read_proxy_file(pushed_part(release))
 
-    check_proxy(pushed.servers, all_servers(others), host.known)
     for problem in rules_broken(host, release, pushed, others):
         if not older:
             raise Failure(problem)
         step('Note: %s; the next push will be refused for it', problem)
+    check_proxy(pushed.servers, all_servers(others), host.known)
 
     problem = try_nginx(host, app, pushed_part(release), files)
     before = problem and nginx_problem(host)
@@ -1760,6 +1763,20 @@ def rules_broken(host, release, pushed, others):
                        names_of_config(release))
     if taken:
         yield taken
+
+def tell_taken_names(host, live, release):
+    """Say which full names a change of `domains` takes out of another app's wildcard."""
+    files = proxy_files(host)
+    before = names_of_config(live)
+    claims = [claim for path in sorted(files) if app_of_file(path) != release.app
+              for claim in claims_of(files[path].servers, path)]
+    for name in names_of_config(release):
+        losers = set((owner_text(claim.path, host.known), claim.name) for claim in claims
+                     if takes_from(name, claim.name))
+        for loser, wildcard in sorted(losers):
+            if name not in before:
+                step('Note: %s comes to %s from now on, not to %s, which has %s', name,
+                     release.app, loser, printable(wildcard))
 
 def names_of_config(release):
     """The host names that root gave an app: they may be taken out of a wildcard."""
@@ -2221,8 +2238,10 @@ class Upstart(Engine):
         """Whether a container began before the process of the job: it is that of an
         earlier one, which was killed."""
         began = start_ticks(self.host, container['State'].get('Pid'))
-        job_began = start_ticks(self.host, process)
-        return bool(began and job_began and began < job_began)
+        if began is None:
+            return False
+        job_began = start_ticks(self.host, process)     # None: it ended just now
+        return job_began is None or began < job_began
 
     def logs_command(self, release, lines, *follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
@@ -2427,8 +2446,6 @@ def switch_steps(host, old, new, beside=False, run=True, certain=False, older=Fa
         return start + [proxy] + tag + (drained if certain else [])
     if old and type(engine) != type(engine_of(host, old)):
         stop.append(partial(engine_of(host, old).withdraw, old))
-    if not certain:
-        stop.insert(0, partial(check_disk_takes_writes, host, app))
     return stop + tag + [partial(engine.place, new), proxy] + start
 
 def hands_over(old, new):
@@ -2453,6 +2470,8 @@ def apply(host, old, new):
     if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
         check_proxy_change(host, new, older)
     engine.prepare(new)
+    if not beside:                  # nothing is stopped yet, and nothing is to be undone
+        check_disk_takes_writes(host, app)
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
         stopped = monotonic()
@@ -2899,7 +2918,11 @@ def complete_plain(host, release, settings):
         if release.number != 'plan':
             save_release(host, release)
     live = live_release(host, app)
-    check_proxy_change(host, release, bool(live) and live.image == release.image)
+    if live and live.image == release.image:
+        check_proxy_change(host, release, older=True)
+        tell_taken_names(host, live, release)
+    else:
+        check_proxy_change(host, release)
     step('%s is %s', app, kind_text(release))
     return release
 
@@ -3084,18 +3107,40 @@ def show_address(host, release):
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
 def serve(host, name, *apps):
-    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git."""
+    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git. The
+    exit status, where git has not taken the place of this process."""
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     refuse_if(apps and app not in apps, 'the key "%s" has no right to %s: it may reach '
               '%s', name, app, ', '.join(apps))
     folder = repository(host, app)
+    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app, DOCKHAND_KEY=name,
+               GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
     if not os.path.isdir(folder):
         refuse_if(verb == 'upload-pack', 'no app %s here; a first push makes it', app)
         check_host_names(host, app)
         make_repository(host, folder)
-    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app, DOCKHAND_KEY=name,
-               GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
+        return receive_first(host, folder, env)
     os.execvpe('git', ['git', verb, folder], env)
+
+def receive_first(host, folder, env):
+    """Hand a first push over to git. Where nothing at all comes in, the repository was
+    made for nothing: git of a client with sha256 ids ends when it sees ours."""
+    from subprocess import call
+    status = call(['git', 'receive-pack', folder], env=env,
+                  preexec_fn=partial(become, None))
+    if not holds_anything(folder):
+        host.run(['rm', '-rf', '--', folder])
+        refuse_if(status, 'nothing came in. (A repository with sha256 ids is not taken as a '
+                  'new app: git init --object-format=sha1)')
+    return status
+
+def holds_anything(folder):
+    """Whether a bare repository has, or is just getting, an object or a ref."""
+    for place in ('objects', 'objects/pack', 'refs/heads', 'refs/tags'):
+        found = set(list_folder(os.path.join(folder, place))) - set(['info', 'pack'])
+        if found:
+            return True
+    return os.path.exists(os.path.join(folder, 'packed-refs'))
 
 def make_repository(host, folder):
     """A bare repository with our hooks, there whole or not at all."""
@@ -3677,7 +3722,7 @@ def main(role, user):
         if role == 'receive':
             receive(host, *words or [''])
         elif words[:1] == ['serve'] and len(words) > 1:
-            serve(host, *words[1:])
+            status = serve(host, *words[1:])
         else:
             run_command(host, words)
     except (Failure, Stopped, EnvironmentError) as problem:
