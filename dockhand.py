@@ -1555,6 +1555,7 @@ def free_ports(host, patience=10):
                   'for no container: restart it, then: sudo dockhand recover', port)
         step('docker keeps port %s for no container; restarting it', port)
         host.run(['service', 'docker', 'restart'])
+        await_docker(host)
 
 # How a failed build ends, and what to say.
 BUILD_TROUBLE = [
@@ -3388,9 +3389,19 @@ def install(host, user=None):
     py_compile.compile(host.path(script), dfile=script, doraise=True)
     if any(changes) or nginx_master(host) is None:
         reload_nginx(host)
+    if any(changes):
+        for app in list_apps(host):
+            attempt(app, settle_again, host, app)
     demand([(sudo_problem(host), 'visudo')])
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
+
+def settle_again(host, app):
+    """Have an app kept running as this version does it: an older one may have set docker
+    another policy."""
+    with app_lock(host, app, 'dockhand install') as live:
+        if live and not is_stopped(host, app) and engine_of(host, live).state(live).alive:
+            engine_of(host, live).settle(live)
 
 def change_keys(host, change):
     """Replace our keys by what a function makes of them."""

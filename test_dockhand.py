@@ -4750,6 +4750,15 @@ def test_live_is_what_the_link_says_where_a_crash_came_before_it(machine):
     dh.count_turn(machine.host, live, dh.load_release(machine.host, 'blog', 1))
     assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [2, 1]
 
+@pytest.mark.parametrize('harm, policy', [
+    (lambda machine: None, 'always'), (lambda machine: dh.stop(machine.host, 'blog'), 'no')])
+def test_an_app_of_an_older_dockhand_gets_todays_policy_by_install(plain, harm, policy):
+    plain.lives(ONE_WEB)
+    plain.containers['blog--1']['policy'] = 'unless-stopped'
+    harm(plain)
+    dh.install(plain.host)
+    assert plain.containers['blog--1']['policy'] == policy
+
 def test_doctor_asks_nginx_for_every_app(plain, capfd):
     plain.lives(dict(FILES, **{'nginx-proxy.conf': WEB}))
     dh.install(plain.host)
@@ -5927,6 +5936,20 @@ def test_real_a_file_that_reaches_past_its_own_app_is_refused_and_leaves_nothing
     after = server.manifest('/etc', '/var/lib/nginx', '/var/cache')
     assert [line for line in after if line not in before] == []
     assert basket.answer() == 'basket'
+
+def test_real_a_release_that_closes_another_app_is_put_back(servers):
+    """One that was live before there was a rule against that: it is noticed by asking."""
+    server = servers['systemd']
+    app, basket = server.app('shop'), server.app('basket', **NEIGHBOUR)
+    number = os.path.basename(server.ok('readlink /var/lib/dockhand/apps/shop/live'))
+    app.change('the next one')
+    record = '/var/lib/dockhand/apps/shop/releases/%s/nginx-proxy.conf' % number
+    server.ok("sed -i '1a deny all;' %s" % record)
+    told = server.dockhand('rollback', 'shop', number)
+    assert told.status == 1 and 'Note: nginx-proxy.conf:1: `deny all`' in told.err, told
+    assert 'another app answers 403 instead of 200' in told.err
+    assert (app.answer(), basket.answer()) == ('the next one', 'basket')
+    server.ok("sed -i '2d' %s; dockhand rollback shop %s" % (record, number))
 
 def test_real_the_files_that_people_write_are_taken(servers):
     server = servers['systemd']
