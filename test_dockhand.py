@@ -5888,8 +5888,8 @@ def test_real_any_other_ref_is_refused(servers, words, pattern):
 # One app ends where the next begins
 # ---------------------------------------------------------------------------------------
 
-NEIGHBOUR = {'nginx-proxy.conf': UPGRADE + '\nserver { listen 80; server_name basket.test '
-             'b.shop.test basket.*; add_header X-Up $up; return 200 basket; }\n'}
+NEIGHBOUR = {'nginx-proxy.conf': UPGRADE + '\nserver { listen 80; server_name market.test '
+             'market.*; add_header X-Up $up; return 200 market; }\n'}
 
 REACHES = [
     ('server { listen 80 proxy_protocol; server_name a.test; }', '`listen 80`.*`proxy_protocol`'),
@@ -5901,18 +5901,18 @@ REACHES = [
     ('deny all;\nserver { server_name a.test; }', 'conf:1: `deny all`.*holds for every app'),
     ('limit_rate 1;\nserver { server_name a.test; }', 'conf:1: `limit_rate 1`'),
     ('map $uri $up { default stolen; }\nserver { server_name a.test; }',
-     'conf:1: `map \\$uri`: basket has a variable of this name'),
+     'conf:1: `map \\$uri`: market has a variable of this name'),
     ('map $uri $args { default stolen; }\nserver { server_name a.test; }', 'a variable of nginx'),
     ('server { server_name a.test; location ~ "^/(?<up>x)" { return 200; } }', 'captures \\$up'),
-    ('server { server_name shop.test basket.example.com; }', '"basket.example.com" would take '
-     'requests from basket, which has "basket.\\*"'),
-    ('server { server_name *.example.com; }', '"\\*.example.com" would take requests from basket'),
-    ('server { listen 443 ssl; server_name basket.test; ssl_certificate /x; }',
-     'server_name "basket.test" is taken'),
-    ('server { server_name ~^basket; }', '"~\\^basket" would take requests from basket'),
-    ('server { set $x a}; server_name basket.*; }', 'put what holds'),
-    ('server { set $x a\x0b#; server_name basket.*; }', 'a control character'),
-    ('server { server_name a.test; include /var/lib/dockhand/apps/basket/live/env; }',
+    ('server { server_name shop.test market.example.com; }', '"market.example.com" would take '
+     'requests from market, which has "market.\\*"'),
+    ('server { server_name *.example.com; }', '"\\*.example.com" would take requests from market'),
+    ('server { listen 443 ssl; server_name market.test; ssl_certificate /x; }',
+     'server_name "market.test" is taken'),
+    ('server { server_name ~^market; }', '"~\\^market" would take requests from market'),
+    ('server { set $x a}; server_name market.*; }', 'put what holds'),
+    ('server { set $x a\x0b#; server_name market.*; }', 'a control character'),
+    ('server { server_name a.test; include /var/lib/dockhand/apps/market/live/env; }',
      '`include`: it is not read here'),
     ('server { server_name a.test; client_body_temp_path /etc/made; }', 'may name files with'),
     ('server { server_name a.test; error_log /etc/made.log; }', 'its place is /var/log/nginx/shop'),
@@ -5924,8 +5924,8 @@ def test_real_a_file_that_reaches_past_its_own_app_is_refused_and_leaves_nothing
         servers, text, pattern):
     """nginx takes each of them."""
     server = servers['systemd']
-    app, basket = server.app('shop'), server.app('basket', **NEIGHBOUR)
-    server.ok('dockhand config basket SECRET=hidden')
+    app, market = server.app('shop'), server.app('market', **NEIGHBOUR)
+    server.ok('dockhand config market SECRET=hidden')
     before = server.manifest('/etc', '/var/log/nginx', '/var/lib/nginx', '/var/cache')
     app.commit({'nginx-proxy.conf': text + '\n'})
     for words in ((), ('HEAD:plan',)):
@@ -5935,12 +5935,12 @@ def test_real_a_file_that_reaches_past_its_own_app_is_refused_and_leaves_nothing
     app.follow()
     after = server.manifest('/etc', '/var/lib/nginx', '/var/cache')
     assert [line for line in after if line not in before] == []
-    assert basket.answer() == 'basket'
+    assert market.answer() == 'market'
 
 def test_real_a_release_that_closes_another_app_is_put_back(servers):
     """One that was live before there was a rule against that: it is noticed by asking."""
     server = servers['systemd']
-    app, basket = server.app('shop'), server.app('basket', **NEIGHBOUR)
+    app, market = server.app('shop'), server.app('market', **NEIGHBOUR)
     number = os.path.basename(server.ok('readlink /var/lib/dockhand/apps/shop/live'))
     app.change('the next one')
     record = '/var/lib/dockhand/apps/shop/releases/%s/nginx-proxy.conf' % number
@@ -5948,13 +5948,13 @@ def test_real_a_release_that_closes_another_app_is_put_back(servers):
     told = server.dockhand('rollback', 'shop', number)
     assert told.status == 1 and 'Note: nginx-proxy.conf:1: `deny all`' in told.err, told
     assert 'another app answers 403 instead of 200' in told.err
-    assert (app.answer(), basket.answer()) == ('the next one', 'basket')
+    assert (app.answer(), market.answer()) == ('the next one', 'market')
     server.ok("sed -i '2d' %s; dockhand rollback shop %s" % (record, number))
 
 def test_real_the_files_that_people_write_are_taken(servers):
     server = servers['systemd']
     app = server.app('shop')
-    server.app('basket', **NEIGHBOUR)
+    server.app('market', **NEIGHBOUR)
     proxy = '''%s
 limit_req_zone $binary_remote_addr zone=shop_rate:1m rate=100r/s;
 proxy_cache_path /var/cache/nginx/shop levels=1:2 keys_zone=shop:1m;
@@ -6036,38 +6036,38 @@ def test_real_names_are_read_as_this_servers_nginx_reads_them(server):
 
 def test_real_a_key_is_told_the_host_name_alone_of_an_app_it_has_no_right_to(servers):
     server = servers['systemd']
-    server.app('basket', **NEIGHBOUR)
+    server.app('market', **NEIGHBOUR)
     other = public_key(server, 'other')
     server.disconnect('other')
     server.ok('dockhand upload-key other bp', stdin=other)
     server.open_connection('other')
     try:
-        app = App(server, 'bp', 8093, alias='other')
-        for name in ('basket.test', 'basket.org', 'basket.test basket.org'):
-            app.commit(dict(web_files('bp', 8093), **{
+        app = App(server, 'bp', 8073, alias='other')
+        for name in ('market.test', 'market.org', 'market.test market.org'):
+            app.commit(dict(web_files('bp', 8073), **{
                 'nginx-proxy.conf': 'server { server_name %s; }' % name}))
             pushed = app.push()
             check_refusal(pushed, re.escape(name.split()[0]))
-            assert 'basket.conf' not in pushed.err and 'basket.*' not in pushed.err
+            assert 'market.conf' not in pushed.err and 'market.*' not in pushed.err
     finally:
         server.ok('dockhand destroy bp --force; dockhand upload-key other', stdin=other)
         server.open_connection('other')
 
 def test_real_root_takes_a_full_name_out_of_a_wildcard_and_a_pushed_file_does_not(servers):
     server = servers['systemd']
-    server.app('basket', **NEIGHBOUR)
+    server.app('market', **NEIGHBOUR)
     app = App(server, 'taker')
     app.deploy({'Dockerfile': REAL_WEB + 'EXPOSE 80\nCMD ["httpd", "-f", "-h", "/www"]\n',
                 'www/index.html': 'taken'})
-    assert server.get('basket.example.com') == 'basket'
+    assert server.get('market.example.com') == 'market'
     refused(app, {'nginx-proxy.conf': 'server { listen 80; server_name taker.test '
-                  'basket.example.com; location / { proxy_pass http://taker; } }\n'},
-            'would take requests from basket.*dockhand config basket domains=')
-    said = server.run('dockhand', 'config', 'taker', 'domains=taker.test basket.example.com')
-    assert said.status == 0 and 'basket.example.com' in said.err, said
-    assert until(lambda: server.get('basket.example.com'), 'taken') == 'taken'
+                  'market.example.com; location / { proxy_pass http://taker; } }\n'},
+            'would take requests from market.*dockhand config market domains=')
+    said = server.run('dockhand', 'config', 'taker', 'domains=taker.test market.example.com')
+    assert said.status == 0 and 'market.example.com' in said.err, said
+    assert until(lambda: server.get('market.example.com'), 'taken') == 'taken'
     app.change('pushed')
-    assert server.get('basket.example.com') == 'pushed'
+    assert server.get('market.example.com') == 'pushed'
     server.ok('dockhand destroy taker --force')
 
 def test_real_an_app_with_a_dot_is_no_host_name_for_another(servers):
@@ -6108,8 +6108,8 @@ def test_real_what_is_no_commit_is_refused_and_the_app_takes_the_next_push(serve
 
 def test_real_a_first_push_of_a_tag_is_refused_and_the_branch_is_then_pushed(servers):
     server = servers['systemd']
-    app = App(server, 'tagged', 8095)
-    app.commit(web_files('tagged', 8095))
+    app = App(server, 'tagged', 8071)
+    app.commit(web_files('tagged', 8071))
     app.git('tag', '-a', '-m', 'v', '1.0.0')
     check_refusal(app.push('1.0.0:refs/heads/main'), r'1\.0\.0\^\{\}:refs/heads/main')
     check_refusal(app.push('1.0.0:master'), 'make a tag called master, which deploys nothing')
@@ -6131,15 +6131,15 @@ def test_real_a_repository_with_sha256_ids_leaves_nothing_behind(servers):
 
 @everywhere
 def test_real_an_app_that_never_went_live_is_listed_with_the_reason(server):
-    app = App(server, 'stillborn', 8096)
-    app.commit(dict(web_files('stillborn', 8096), Dockerfile='FROM tiny:1\nRUN false\n'))
+    app = App(server, 'stillborn', 8072)
+    app.commit(dict(web_files('stillborn', 8072), Dockerfile='FROM tiny:1\nRUN false\n'))
     check_refusal(app.push(), 'the build failed')
     assert re.search('(?m)^stillborn +waiting +for a push that succeeds; the last one: the build '
                      'failed', server.ok('dockhand apps'))
     assert 'failed: the build failed' in server.ok('dockhand releases stillborn')
     logs = server.dockhand('logs', 'stillborn')
     assert logs.status == 1 and 'was never live' in logs.err and 'the build failed' in logs.err
-    app.deploy({'Dockerfile': web_files('stillborn', 8096)['Dockerfile']})
+    app.deploy({'Dockerfile': web_files('stillborn', 8072)['Dockerfile']})
     assert app.answer() == 'stillborn'
     server.ok('dockhand destroy stillborn --force')
     assert 'stillborn' not in server.ok('dockhand apps')
