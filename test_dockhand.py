@@ -5906,7 +5906,7 @@ REACHES = [
     ('server { server_name a.test; location ~ "^/(?<up>x)" { return 200; } }', 'captures \\$up'),
     ('server { server_name shop.test market.example.com; }', '"market.example.com" would take '
      'requests from market, which has "market.\\*"'),
-    ('server { server_name *.example.com; }', '"\\*.example.com" would take requests from market'),
+    ('server { server_name *.example.com; }', '"\\*.example.com" would take requests from '),
     ('server { listen 443 ssl; server_name market.test; ssl_certificate /x; }',
      'server_name "market.test" is taken'),
     ('server { server_name ~^market; }', '"~\\^market" would take requests from market'),
