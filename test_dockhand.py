@@ -912,6 +912,8 @@ UPGRADE = "map $http_upgrade $up { default upgrade; '' close; }"
     map $a $http_upgrade { default x; }  =>  => this is a variable of nginx
     geo $limit_rate { default 1; }       =>  => this is a variable of nginx
     map $a $HTTP_host { default x; }     =>  => this is a variable of nginx
+    map $a $proxy_host { default x; }    =>  => this is a variable of nginx
+    map $a $ssl_protocol { default x; }  =>  => this is a variable of nginx
     server { location ~ "(?<args>x)" { } }         =>  => it captures $args
     server { server_name "~^(?<http_host>.+)$"; }  =>  => it captures $http_host
     server { if ($a ~ "(?P<up>x)") { return 200; } } => map $a $up { default 1; } => it captures $up
