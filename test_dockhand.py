@@ -5942,7 +5942,7 @@ def test_real_a_file_that_reaches_past_its_own_app_is_refused_and_leaves_nothing
 def test_real_a_release_that_closes_another_app_is_put_back(servers):
     """One that was live before there was a rule against that: it is noticed by asking."""
     server = servers['systemd']
-    app, market = server.app('shop'), server.app('market', **NEIGHBOUR)
+    app, closed = server.app('shop'), server.app('bpx')     # what `return` answers is not
     number = os.path.basename(server.ok('readlink /var/lib/dockhand/apps/shop/live'))
     app.change('the next one')
     record = '/var/lib/dockhand/apps/shop/releases/%s/nginx-proxy.conf' % number
@@ -5950,7 +5950,7 @@ def test_real_a_release_that_closes_another_app_is_put_back(servers):
     told = server.dockhand('rollback', 'shop', number)
     assert told.status == 1 and 'Note: nginx-proxy.conf:1: `deny all`' in told.err, told
     assert 'another app answers 403 instead of 200' in told.err
-    assert (app.answer(), market.answer()) == ('the next one', 'market')
+    assert (app.answer(), closed.answer()) == ('the next one', 'bpx')
     server.ok("sed -i '2d' %s; dockhand rollback shop %s" % (record, number))
 
 def test_real_the_files_that_people_write_are_taken(servers):
@@ -6049,7 +6049,7 @@ def test_real_a_key_is_told_the_host_name_alone_of_an_app_it_has_no_right_to(ser
             app.commit(dict(web_files('bp', 8073), **{
                 'nginx-proxy.conf': 'server { server_name %s; }' % name}))
             pushed = app.push()
-            check_refusal(pushed, re.escape(name.split()[0]))
+            check_refusal(pushed, 'market')
             assert 'market.conf' not in pushed.err and 'market.*' not in pushed.err
     finally:
         server.ok('dockhand destroy bp --force; dockhand upload-key other', stdin=other)
@@ -6268,8 +6268,9 @@ def test_real_an_app_is_started_whose_job_is_started_for_ever_beside_an_orphan(s
     assert until(lambda: int(server.ok(refused) or 0) > 3, True)
     server.ok('dockhand start restless')
     assert app.answer() == 'restless'
-    assert look_at_job(server, 'restless') == ('restless start/running', 1)
-    assert app.container() not in ('', left)
+    assert look_at_job(server, 'restless')[0] == 'restless start/running'
+    running = app.container().split()       # a client that was ended may leave one created
+    assert len(running) == 1 and running != [left]
 
 # Of which jobs one is to run again that was down: what each says of its start.
 NEVER = ['stop on stopping docker\nrespawn\n', 'start on started docker\nmanual\nrespawn\n']
@@ -6404,7 +6405,7 @@ def come_back_after(server, event):
     assert quiet.answer() == '502'
     states = dict(line.split()[:2] for line in server.ok('dockhand apps').splitlines())
     assert states.pop('quiet') == 'stopped'
-    assert set(states.values()) == set(['running']), states
+    assert set(states.values()) <= set(['running', 'waiting']), states
     quiet.change(event.__name__)
 
 @everywhere
@@ -6464,7 +6465,7 @@ def test_real_a_configuration_of_nginx_that_was_broken_already_is_named(server):
     server.ok('echo "bogus on;" >/etc/nginx/conf.d/elses.conf')
     try:
         refused(app, {'www/index.html': 'never'},
-                r"configuration was broken before this push.*/elses\.conf:1: .*bogus")
+                r'configuration was broken before this push.*/elses\.conf:1: .*"\.\.\."')
     finally:
         server.ok('rm /etc/nginx/conf.d/elses.conf')
 
@@ -7742,11 +7743,11 @@ KILLS = [
     ("dockerd and nginx's master", 'kill -9 $(cat /run/docker.pid) $(cat /run/nginx.pid)', None)]
 
 # Whether docker answers. One that is away is not asked: systemd would start it for that.
-ANSWERS = '''
+ALL_THERE = '''
 [ "$(cat /proc/$(cat /run/docker.pid)/comm)" = dockerd ] && docker ps -q '''
 
 # Whether containerd does too, nginx is there and dockhand is done
-BACK_AGAIN = ANSWERS + '''&& docker top $(docker ps -q | head -n 1) &&
+BACK_AGAIN = ALL_THERE + '''&& docker top $(docker ps -q | head -n 1) &&
 [ "$(cat /proc/$(cat /run/nginx.pid)/comm)" = nginx ] && ! pgrep -f '/dockhand recover$' '''
 
 class Crowd(object):
@@ -7912,7 +7913,7 @@ def test_real_docker_killed_while_it_stops_a_worker_leaves_one_of_them(server, s
     def strike():
         """Kill docker meanwhile; the moment at which it answers again."""
         server.ok(app.STOPPING, '%.1f' % (generator.random() * 8))
-        assert until(lambda: server.run('sh', '-c', ANSWERS).status, 0) == 0
+        assert until(lambda: server.run('sh', '-c', ALL_THERE).status, 0) == 0
         return time.time()
     server.ok('dockhand config worker overlap=no')
     app.release('first')
