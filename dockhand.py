@@ -529,7 +529,7 @@ def render_authorized_keys(before, keys, after):
     return before + '\n'.join([KEYS_BEGIN] + ours + [KEYS_END, after])
 
 def apps_of(keys, name):
-    """The apps that the keys of a name may reach, as [app]; None where that is every app."""
+    """The apps that the keys of a name may reach, as [app]; None where that is all."""
     named = [key for key in keys if key.name == name]
     if any(not key.apps for key in named):
         return None
@@ -864,9 +864,9 @@ def expand_word(word, env):
 
 # ---- Proxy files read as nginx reads them (pure functions) -----------------------------
 
-# words: its name and arguments, without their quotes; line: in which it begins, from 1;
-# begin, end: where in the text, its `;` or `}` included; inside: [Directive] of its block,
-# None where it ends with `;`.
+# words: its name and arguments, without their quotes. line: in which it begins, from 1.
+# begin, end: where in the text it stands, its `;` or `}` included. inside: [Directive] of
+# its block, None where it ends with `;`.
 Directive = namedtuple('Directive', 'words line begin end inside')
 
 # What stands at one place of an nginx file. A bare word goes on over quotes, `#`, `}` and
@@ -879,17 +879,19 @@ NGINX_TOKEN = r'''(?xs)(?P<blank>[ \t\r\n]+)
 
 NGINX_ESCAPES = {'t': '\t', 'r': '\r', 'n': '\n', '"': '"', "'": "'", '\\': '\\'}
 CONTROL = r'[\0-\x08\x0b\x0c\x0e-\x1f\x7f]'
-INCLUDES = ('fastcgi_params', 'proxy_params', 'scgi_params', 'uwsgi_params')
+# Files of the distribution, which hold parameters, and what php wants
+INCLUDES = ('fastcgi_params', 'proxy_params', 'scgi_params', 'uwsgi_params',
+            'fastcgi.conf', 'snippets/fastcgi-php.conf', 'mime.types')
 DEEPEST = 20                    # blocks in one another
 DATA_BLOCKS = ('charset_map', 'geo', 'map', 'split_clients', 'types')
 
 class NginxReader(object):
     """Reads a file as nginx's ngx_conf_read_token does, in one pass.
 
-    Blanks are space, tab, CR and LF alone. A word begins after a blank or a mark; only
-    there do quotes quote, does `#` begin a comment and `}` end a block. Inside a bare word
-    they are letters, as a backslash makes of anything. After a closing quote nothing may
-    follow but a blank, `;`, `{` or `)`.
+    Blanks are space, tab, CR and LF alone. A word begins after a blank or a mark. Only
+    there do quotes quote, does `#` begin a comment, and does `}` end a block: inside a
+    bare word they are letters, as a backslash makes of anything. After a closing quote
+    nothing may follow but a blank, `;`, `{` or `)`.
 
     directives: [Directive] as far as the file can be read; troubles: [(line, what nginx
     will refuse, or may read in another way than this)].
@@ -912,9 +914,9 @@ class NginxReader(object):
             match = token.match(self.text, at)
             if match is None:
                 return self.stop(line, 'a quote or a word that does not end')
-            if after_quote and match.lastgroup in ('quoted', 'comment') or (
-                    after_quote and match.lastgroup == 'bare' and match.group()[0] != ')'):
+            if after_quote and self.text[at] not in ' \t\r\n;{)}':
                 return self.stop(line, 'something directly behind a closing quote')
+
             if match.lastgroup in ('quoted', 'bare'):
                 self.take_word(match, line)
             elif match.lastgroup == 'mark' and not self.take_mark(match, line):
@@ -975,7 +977,7 @@ class NginxReader(object):
         self.into.append(directive)
         name, arguments = directive.words[0], directive.words[1:]
         if name == 'include' and not is_known_include(arguments):
-            self.trouble(directive.line, '`include`: it is not read here')
+            self.trouble(directive.line, '`include`: it is not read here: copy its lines')
         elif name.endswith('_by_lua_block'):
             self.trouble(directive.line, '`%s`: it is not read here' % printable(name))
 
@@ -989,12 +991,12 @@ class NginxReader(object):
             self.close(len(self.text))
 
 def is_known_include(arguments):
-    """Whether an `include` names a file of the distribution that holds parameters alone."""
+    """Whether an `include` names one of those files of the distribution."""
     names = [name.replace('/etc/nginx/', '', 1) for name in arguments]
     return len(names) == 1 and names[0] in INCLUDES
 
 def all_directives(directives):
-    """Every Directive, those inside blocks too, but for the lines of tables like `map`."""
+    """Every Directive, also inside blocks, but for the lines of tables like `map`."""
     for directive in directives:
         yield directive
         if directive.inside and directive.words[0] not in DATA_BLOCKS:
@@ -1006,7 +1008,7 @@ def flat(directive):
     inside = [flat(inner) for inner in directive.inside or ()]
     return directive.words, inside
 
-# ---- Proxy files: what one app's may say beside the others' (pure functions) ------------
+# ---- Proxy files: what one app's may say beside the others' (pure functions) -----------
 
 # place: FILE:LINE; listens: [Listen]; names: in lower case, '' where there is none;
 # block: its Directive
@@ -1016,7 +1018,7 @@ Listen = namedtuple('Listen', 'address port default words place')
 ALL = ('*', '[::]')             # the addresses of a Listen that mean every address
 
 def servers_of(text, path='nginx-proxy.conf'):
-    """The server blocks of a file in conf.d, as [Server]; `nginx -t` has the last word."""
+    """The server blocks of a file in conf.d, as [Server], as far as they can be read."""
     return servers_in(NginxReader(text).directives, path)
 
 def servers_in(directives, path):
@@ -1045,7 +1047,7 @@ def read_listen(arguments, place):
     where, words = arguments[0], arguments[1:]
     match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', where)
     if match:
-        address, port = match.groups()
+        address, port = match.group(1), str(int(match.group(2)))
     elif where.startswith('unix:'):
         address, port = where, ''
     else:
@@ -1053,7 +1055,7 @@ def read_listen(arguments, place):
     if address in (None, '0.0.0.0'):
         address = '*'
 
-    default = 'default_server' in words or 'default' in words
+    default = bool(set(words) & set(DEFAULT))
     socket_words = [word for word in words if word not in NO_SOCKET_WORDS]
     return Listen(address, port, default, tuple(sorted(socket_words)), place)
 
@@ -1071,47 +1073,53 @@ def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
 
-# What may stand beside `server`, and how each names what all files share: the position of
-# the word, or the beginning of a word. The rest would hold for every other app.
-SHARED_NAMES = {
-    'upstream': 1, 'log_format': 1, 'map': 2, 'split_clients': 2, 'geo': -1,
-    'limit_req_zone': 'zone=', 'limit_conn_zone': 'zone=', 'proxy_cache_path': 'keys_zone='}
+# What may stand beside `server`: the rest would hold for every other app. Each has a name
+# that all files share: at this position, or behind the beginning of a word.
+SHARED_NAMES = {'upstream': 1, 'log_format': 1, 'map': 2, 'split_clients': 2, 'geo': -1,
+                'limit_req_zone': 'zone=', 'limit_conn_zone': 'zone=',
+                'proxy_cache_path': 'keys_zone=', 'fastcgi_cache_path': 'keys_zone=',
+                'scgi_cache_path': 'keys_zone=', 'uwsgi_cache_path': 'keys_zone='}
 TABLES = ('map', 'geo', 'split_clients')        # the same one may stand in several files
 
 SharedName = namedtuple('SharedName', 'kind name directive path')
 
 def shared_names(directives, path):
-    """[SharedName] of what a file defines for all: kind is variable, zone, upstream, ..."""
+    """[SharedName] of what a file defines for all files. kind: variable, zone, upstream
+    or log_format; nginx compares variables in lower case"""
     found = []
     for directive in directives:
-        kind, where = directive.words[0], SHARED_NAMES.get(directive.words[0])
-        if isinstance(where, str):
-            named = [word[len(where):].partition(':')[0] for word in directive.words
+        keyword, words = directive.words[0], directive.words
+        where = SHARED_NAMES.get(keyword)
+        if where is None or len(words) < 2:
+            continue
+
+        if keyword in TABLES:
+            kind, names = 'variable', [word.lower() for word in words[where:][:1]]
+        elif isinstance(where, str):
+            kind = 'zone'
+            names = [word[len(where):].partition(':')[0] for word in words
                      if word.startswith(where)]
-        elif where is not None:
-            named = directive.words[1:][where - 1 if where > 0 else where:][:1]
         else:
-            named = []
-        kind = 'variable' if kind in TABLES else 'zone' if isinstance(where, str) else kind
-        found.extend(SharedName(kind, name, directive, path) for name in named)
+            kind, names = keyword, words[where:][:1]
+        found.extend(SharedName(kind, name, directive, path) for name in names)
     return found
 
 # Variables that nginx makes itself and would let a file make anew, for every app.
 OWN_VARIABLES = r'''(?xi)
-    (http | sent_http | sent_trailer | upstream | arg | cookie | ssl | uid | geoip | realip
-        | connections | jwt | proxy_internal | proxy_protocol | session_log)_
+    (http | sent_http | sent_trailer | upstream | arg | cookie | ssl | uid | geoip
+        | realip | connections | jwt | proxy_internal | proxy_protocol | session_log)_
     | (args | limit_rate | limit_req_status | limit_conn_status | proxy_host | proxy_port
-        | proxy_add_x_forwarded_for | fastcgi_script_name | fastcgi_path_info | gzip_ratio
-        | memcached_key | secure_link | secure_link_expires | slice_range | invalid_referer
-        | date_local | date_gmt | modern_browser | ancient_browser | msie | http2 | http3
-        | spdy | spdy_request_priority)\Z'''
+        | proxy_add_x_forwarded_for | fastcgi_script_name | fastcgi_path_info
+        | gzip_ratio | memcached_key | secure_link | secure_link_expires | slice_range
+        | invalid_referer | date_local | date_gmt | modern_browser | ancient_browser
+        | msie | http2 | http3 | spdy | spdy_request_priority)\Z'''
 CAPTURE = r"""\(\?P?[<']([A-Za-z_]\w*)[>']"""
 
 def captured_variables(directives):
     """[(variable, Directive)] of the named groups in the expressions of a file: nginx
     knows one variable of a name, whichever file it is from."""
     everything = all_directives(directives)
-    return [('$' + name, directive) for directive in everything
+    return [('$' + name.lower(), directive) for directive in everything
             for word in table_words(directive) for name in re.findall(CAPTURE, word)]
 
 def table_words(directive):
@@ -1122,13 +1130,15 @@ def table_words(directive):
             words.extend(line.words)
     return words
 
-# Which directives may name a file, and those whose words begin with `/` for other reasons.
+# Which directives may name a file, and whose words begin with `/` for other reasons.
 FILE_DIRECTIVES = r'''root | alias | auth_basic_user_file | ssl_dhparam
     | (\w+_)?ssl_((client|trusted)_)?certificate(_key)?
-    | ssl_((client|trusted)_)?certificate(_key)?'''
-PATH_DIRECTIVES = set('''add_header add_trailer auth_basic auth_request default_type
-    error_page expires fastcgi_cache_key fastcgi_index fastcgi_param fastcgi_pass
-    fastcgi_split_path_info geo grpc_pass grpc_set_header health_check if index location
+    | ssl_((client|trusted)_)?certificate(_key)?
+    | ssl_crl'''
+PATH_DIRECTIVES = set('''add_after_body add_before_body add_header add_trailer auth_basic
+    auth_request default_type error_page expires fastcgi_cache_key fastcgi_index
+    fastcgi_param fastcgi_pass fastcgi_split_path_info geo grpc_pass grpc_set_header
+    health_check http2_push if include index location
     log_format map memcached_pass mirror post_action proxy_cache_key proxy_cookie_path
     proxy_pass proxy_redirect proxy_set_body proxy_set_header return rewrite scgi_param
     scgi_pass secure_link secure_link_md5 server set split_clients sub_filter try_files
@@ -1144,22 +1154,32 @@ def file_problem(app, directive):
     name, arguments = directive.words[0], directive.words[1:]
     if name in ('access_log', 'error_log'):
         return log_problem(app, name, arguments)
-    if name == 'proxy_cache_path':
+    if name.endswith('_cache_path'):
         return cache_problem(app, arguments)
-    if name == 'listen' and arguments[:1] and arguments[0].startswith('unix:'):
-        return 'listen on a port instead of a file'
     if re.match('(?x)(?:%s)\\Z' % FILE_DIRECTIVES, name):
-        if any('..' in word.split('/') for word in arguments):
-            return 'write the path without `..`'
+        return path_problem(arguments)
+    if name.endswith('_store') and arguments in (['on'], ['off']):
         return None
 
     names_a_file = re.match('(?x)(?:%s)\\Z' % OTHER_FILES, name)
     if name not in PATH_DIRECTIVES:
         names_a_file = names_a_file or any(
             re.match(r'(\w+=)?/', word) for word in arguments)
-    if names_a_file and arguments != ['off'] and arguments != ['on']:
+    if names_a_file:
         return ('a proxy file may name files with root, alias, auth_basic_user_file, '
                 'ssl_certificate and logs alone')
+    return None
+
+def path_problem(arguments):
+    """What is wrong with the path of a file that may be named, or None. OpenSSL loads a
+    library for `engine:...`; to read what is no file may never end."""
+    for word in arguments:
+        if '..' in word.split('/'):
+            return 'write the path without `..`'
+        if ':' in word and not word.startswith('data:'):
+            return 'write the path of a file'
+        if re.match('/+(dev|proc|sys)(/|\\Z)', word):
+            return 'this is no place for files'
     return None
 
 def log_problem(app, name, arguments):
@@ -1192,77 +1212,163 @@ def rule_problems(app, directives, others, version, known=None):
     `server` blocks: [(Directive, text)]. `nginx -t` takes all of it.
     others: [(path, [Directive])] of the server's other files; version: nginx's; known:
     as owner_text wants it"""
-    found = []
+    found = list(size_problems(directives))
+    if found:
+        return found                # to hold so much against all others takes too long
+
     for directive in directives:
         if directive.words != ['server'] and directive.words[0] not in SHARED_NAMES:
             found.append((directive, 'outside of `server { }` it holds for every app: '
                           'write it inside'))
     for directive in all_directives(directives):
-        problem = file_problem(app, directive)
+        problem = file_problem(app, directive) or word_problem(directive)
         if problem:
             found.append((directive, problem))
-        if directive.words == ['ssl', 'on']:
-            found.append((directive, 'write `listen 443 ssl;`'))
     found.extend(name_problems(directives, others, known))
-    found.extend(listen_problems(directives, others, version))
+    found.extend(listen_problems(app, directives, others, version))
     return found
 
+MOST_NAMES, MOST_LISTENS, MOST_SHARED = 200, 50, 100     # in one file
+
+def size_problems(directives):
+    """Where a file says more than any person writes, as rule_problems gives it."""
+    counted = {'server_name': 0, 'listen': 0, '': 0}
+    limits = {'server_name': MOST_NAMES, 'listen': MOST_LISTENS, '': MOST_SHARED}
+    for directive in all_directives(directives):
+        kind = directive.words[0]
+        if kind in SHARED_NAMES:
+            kind = ''
+        if kind in counted:
+            counted[kind] += len(directive.words) - 1 if kind == 'server_name' else 1
+            if counted[kind] > limits[kind]:
+                yield directive, 'more than %d of these in a file' % limits[kind]
+                return
+
+# Of the server that is the default one of a port nginx takes these for all on that port.
+OF_A_PORT = '''client_header_buffer_size client_header_timeout ignore_invalid_headers
+    large_client_header_buffers underscores_in_headers'''.split()
+
+def word_problem(directive):
+    """What is wrong with the words of a directive, wherever it stands, or None."""
+    name, arguments = directive.words[0], directive.words[1:]
+    if name == 'ssl' and [word.lower() for word in arguments] != ['off']:
+        return 'write `listen 443 ssl;`'
+    if name == 'listen' and arguments and arguments[0].lower().startswith('unix:'):
+        return 'listen on a port instead of a file'
+    if name == 'listen' and arguments and re.search(r'\d-\d+\Z', arguments[0]):
+        return 'write each port by itself'
+    if name == 'server_name' and '$' in ''.join(
+            word for word in arguments if word[:1] != '~'):
+        return 'write the name itself'
+    if name in ('proxy_cache', 'fastcgi_cache', 'scgi_cache', 'uwsgi_cache') and (
+            '$' in ''.join(arguments)):
+        return 'write the name of the cache itself'
+    if directive.words == ['server']:
+        said = [inner.words for inner in directive.inside or ()]
+        is_default = any(words[0] == 'listen' and set(words) & set(DEFAULT)
+                         for words in said)
+        for_all = [words[0] for words in said if words[0] in OF_A_PORT]
+        if is_default and for_all:
+            return '`%s` in a default_server holds for all on its port' % for_all[0]
+    return None
+
+DEFAULT = ('default_server', 'default')
+
 def name_problems(directives, others, known):
-    """What a file defines that another one, or nginx itself, has under the same name."""
-    theirs, captured = {}, set()
+    """What a file defines that another one, or nginx itself, has under the same name: as
+    rule_problems gives it."""
+    theirs, used = {}, set()
     for path, other in others:
         for shared in shared_names(other, path):
             theirs.setdefault((shared.kind, shared.name), []).append(shared)
-        captured.update(name for name, _ in captured_variables(other))
+        used.update(name for name, _ in captured_variables(other))
+        used.update(names_used(other))
 
     found = []
     for shared in shared_names(directives, ''):
-        same = [each for each in theirs.get((shared.kind, shared.name), [])
-                if not (shared.kind == 'variable'
-                        and flat(each.directive) == flat(shared.directive))]
-        if same:
-            found.append((shared.directive, '%s has a %s of this name: choose another'
-                          % (owner_text(same[0].path, known), shared.kind)))
-        if shared.kind == 'variable':
-            if is_nginxs_variable(shared.name):
-                found.append((shared.directive, 'this is a variable of nginx, for every '
-                              'app: choose another name'))
-            elif shared.name in captured:
-                found.append((shared.directive, 'another file captures a variable of this '
-                              'name: choose another'))
+        problem = shared_name_problem(shared, theirs, used, known)
+        if problem:
+            found.append((shared.directive, problem))
     for name, directive in captured_variables(directives):
         if is_nginxs_variable(name) or ('variable', name) in theirs:
             found.append((directive, 'it captures %s, which others use: choose another '
                           'name' % name))
     return found
 
+def names_used(directives):
+    """What a file sets or asks by a name that a table or an upstream of another file
+    would take: its variables, and the hosts that it passes requests to."""
+    for directive in all_directives(directives):
+        name, arguments = directive.words[0], directive.words[1:]
+        if name in ('set', 'auth_request_set') and arguments:
+            yield arguments[0].lower()
+        elif name.endswith('_pass') and arguments:
+            yield host_passed_to(arguments[0])
+
+def host_passed_to(address):
+    """The host of `http://HOST:PORT/PATH`, or of what is written shorter."""
+    return re.split('[:/]', address.rpartition('://')[2])[0]
+
+def shared_name_problem(shared, theirs, used, known):
+    """What is wrong with a SharedName, or None. theirs: {(kind, name): [SharedName]};
+    used: what other files capture, set, or pass requests to"""
+    is_variable = shared.kind == 'variable'
+    for other in theirs.get((shared.kind, shared.name), []):
+        if not is_variable or flat(other.directive) != flat(shared.directive):
+            return '%s has a %s of this name: choose another' % (
+                owner_text(other.path, known), shared.kind)
+    if is_variable and is_nginxs_variable(shared.name):
+        return 'this is a variable of nginx, for every app: choose another name'
+    if is_variable and shared.name in used:
+        return 'another file sets a variable of this name: choose another'
+    if shared.kind == 'upstream' and shared.name in used:
+        return 'another file passes requests to a host of this name: choose another'
+    return None
+
 def is_nginxs_variable(name):
     return bool(re.match(OWN_VARIABLES, name.lstrip('$')))
 
-def listen_problems(directives, others, version):
-    """What a `listen` says of a socket that other servers share, and they do not."""
-    theirs = {}
+def listen_problems(app, directives, others, version):
+    """What a `listen` says of a socket that other servers share, and they do not: as
+    rule_problems gives it."""
+    theirs = {'80': [set()], '443': [set(['ssl'])]}     # of 000-dockhand.conf
     for path, other in others:
         for server in servers_in(other, path):
             for listen in server.listens:
                 theirs.setdefault(listen.port, []).append(set(listen.words))
-    theirs.setdefault('80', []).append(set())           # of 000-dockhand.conf
-    theirs.setdefault('443', []).append(set(['ssl']))
 
     found = []
-    for block in directives:
-        for directive in block.inside or () if block.words == ['server'] else ():
-            if directive.words[0] != 'listen' or not directive.words[1:]:
-                continue
-            listen = read_listen(directive.words[1:], '')
-            for words in theirs.get(listen.port, []):
-                differing = socket_difference(set(listen.words), words, version)
-                if differing:
-                    found.append((directive, '`%s` would hold for all on port %s, or theirs '
-                                  'for this: leave it as they have it, or take another port'
-                                  % (differing, listen.port)))
-                    break
+    for directive in listen_directives(directives):
+        listen = read_listen(directive.words[1:], '')
+        differing = [socket_difference(set(listen.words), words, version)
+                     for words in theirs.get(listen.port, [])]
+        for word in [word for word in differing if word][:1]:
+            found.append((directive, '`%s` would hold for all on port %s, or theirs for '
+                          'this: leave it as they have it, or take another port'
+                          % (word, listen.port)))
+        if becomes_default(app, listen, others):
+            found.append((directive, 'another file has port %s, and would lose the '
+                          'requests for unknown names: take another port' % listen.port))
     return found
+
+def becomes_default(app, listen, others):
+    """Whether a Listen takes the requests for unknown names on a port from another file:
+    the first server of a port has them, if none says default_server. On 80 and 443 that
+    is ours of 000-dockhand.conf."""
+    own = PROXIES + '/%s.conf' % app
+    there = [(path, other) for path, file in others for server in servers_in(file, path)
+             for other in server.listens if other.port == listen.port]
+    if listen.port in ('80', '443') or not there:
+        return False
+    if any(other.default for _, other in there):
+        return False
+    return listen.default or own < min(path for path, _ in there)
+
+def listen_directives(directives):
+    """Every `listen` Directive of the servers of a file."""
+    servers = [block for block in directives if block.words == ['server']]
+    return [directive for block in servers for directive in block.inside or ()
+            if directive.words[0] == 'listen' and directive.words[1:]]
 
 def socket_difference(ours, theirs, version):
     """A word of two `listen` of one port that both must have, or neither, or None. With
@@ -1315,29 +1421,45 @@ def is_covered(name, wildcard):
         return name.endswith(wildcard[1:])
     return name.startswith(wildcard[:-1])
 
+# What makes an expression one that is not tried: it may take for ever, or Python reads it
+# in another way than nginx's PCRE.
+NOT_TRIED = r'\)[*+?{]|\[\[:|\\[^.dDwWsSbB$^*+?(){}|\[\]-]|\(\?(?!P?<[A-Za-z_]|:)'
+
 def expression_matches(expression, name):
-    """Whether a `~expression` matches a name; True where Python cannot read it."""
-    try:
-        return bool(re.search(re.sub(r'\(\?<(?=[A-Za-z_])', '(?P<', expression[1:]),
-                              name, re.I))
-    except re.error:
+    """Whether a `~expression` matches a name; True where that is not tried."""
+    repeated = len(re.findall('[*+{]', expression))
+    if len(expression) > 255 or repeated > 3 or re.search(NOT_TRIED, expression):
         return True
+    pattern = re.sub(r'\(\?<(?=[A-Za-z_])', '(?P<', expression[1:])
+    try:
+        return bool(re.search(pattern, name, re.I))
+    except (re.error, RuntimeError, OverflowError):
+        return True
+
+def plain_ends(expression):
+    """(text that a matching host begins with, text that it ends with) of a `~expression`,
+    in lower case; '' where it does not say."""
+    text = expression.lower()
+    if '|' in text:
+        return '', ''
+    begins = re.match(r'~\^((?:[a-z0-9-]|\\\.)*(?![?*{]))', text)
+    ends = re.search(r'((?:[a-z0-9-]|\\\.)*)\$\Z', text)
+    return [match.group(1).replace('\\', '') if match else '' for match in (begins, ends)]
 
 def may_match(expression, name):
     """Whether a `~expression` may match a host that a name stands for. Of a wildcard, it
     may unless the plain text at the beginning or end of the expression differs."""
     if rank_of(name) == 0:
         return expression_matches(expression, name)
-    plain = r'((?:[A-Za-z0-9-]|\\\.)*)'
-    begins = re.match(r'~\^%s' % plain, expression)
-    ends = re.search(r'%s\$\Z' % plain, expression)
-    if name.endswith('.*') and begins:
-        first, wanted = begins.group(1).replace('\\', ''), name[:-1]
-        return first.startswith(wanted) or wanted.startswith(first)
-    if name.startswith('*.') and ends:
-        last, wanted = ends.group(1).replace('\\', ''), name[1:]
-        return last.endswith(wanted) or wanted.endswith(last)
-    return True
+    begins, ends = plain_ends(expression)
+    if name.endswith('.*'):
+        return begins.startswith(name[:-1]) or name[:-1].startswith(begins)
+    return ends.endswith(name[1:]) or name[1:].endswith(ends)
+
+def may_both_match(expression, other):
+    """Whether two expressions may match one host: not where they end in another text."""
+    one, two = plain_ends(expression)[1], plain_ends(other)[1]
+    return one.endswith(two) or two.endswith(one)
 
 def app_of_file(path):
     """The app whose proxy file has this path, or None."""
@@ -1353,32 +1475,41 @@ def owner_text(path, known):
 
 def taken_name(claims, others, known, may_take=()):
     """What is wrong with the first of these names that takes requests from what is there,
-    as `FILE:LINE: ...`, or None. may_take: exact names that may leave a wildcard"""
-    exact = set((other.name, other.port) for other in others)
+    as `FILE:LINE: ...`, or None.
+    claims, others: [Claim]; known: as owner_text wants it; may_take: full names that may
+    leave a wildcard"""
+    there = set((other.name, other.port) for other in others)
+    losers = dict(((other.name, other.port, app_of_file(other.path)), other)
+                  for other in others)
+    wide = [other for other in losers.values() if rank_of(other.name) > 0]
     for claim in claims:
-        if (claim.name, claim.port) in exact:
+        if (claim.name, claim.port) in there:
             continue                        # the same name: server_claims tells
-        for other in others:
-            if claim.port != other.port:
-                continue
-            is_full = rank_of(claim.name) == 0
-            if is_full and claim.name in may_take and rank_of(other.name) in (1, 2):
-                continue
-            both = rank_of(claim.name) == rank_of(other.name) == 3
-            comes_first = both and claim.path < other.path      # of expressions
-            if not comes_first and not takes_from(claim.name, other.name):
-                continue
-            app = app_of_file(other.path)
-            shown = printable(claim.name)
-            if known is not None and app not in known:
-                return '%s: the host name "%s" is taken on this server' % (
-                    claim.place, shown)
-            return ('%s: "%s" would take requests from %s, which has "%s": give that full '
-                    'names of its own first%s' % (
-                        claim.place, shown, owner_text(other.path, known),
-                        printable(other.name),
-                        ': dockhand config %s domains="..."' % app if app else ''))
+        rivals = losers.values() if rank_of(claim.name) == 3 else wide
+        for other in sorted(rivals):
+            if claim.port == other.port and robs(claim, other, may_take):
+                return robbed_text(claim, other, known)
     return None
+
+def robs(claim, other, may_take):
+    """Whether a Claim takes requests from another one, and may not."""
+    ours, theirs = rank_of(claim.name), rank_of(other.name)
+    if claim.name in may_take and ours == 0 and theirs in (1, 2):
+        return False
+    if ours == theirs == 3:                 # of two expressions the first has a request
+        return claim.path < other.path and may_both_match(claim.name, other.name)
+    return takes_from(claim.name, other.name)
+
+def robbed_text(claim, other, known):
+    """What to say of a Claim that takes requests from another one."""
+    name, app = printable(claim.name), app_of_file(other.path)
+    if known is not None and app not in known:
+        return '%s: the host name "%s" is taken on this server' % (claim.place, name)
+    remedy = 'give that full names of its own first'
+    if app:
+        remedy += ': dockhand config %s domains="..."' % app
+    return '%s: "%s" would take requests from %s, which has "%s": %s' % (
+        claim.place, name, owner_text(other.path, known), printable(other.name), remedy)
 
 # ---- Proxy files: made, and held against the others' (pure functions) -----------------
 
@@ -1466,7 +1597,8 @@ def check_proxy(servers, others, known=None):
         for listen in server.listens:
             refuse_if(listen.address not in ALL and listen.port in shared,
                       '%s: `listen %s:%s` would take all requests to that address: write '
-                      '`listen %s;`', listen.place, listen.address, listen.port, listen.port)
+                      '`listen %s;`', listen.place, listen.address, listen.port,
+                      listen.port)
         for claim, place in server_claims(server):
             if claim in taken:
                 raise Failure('%s: %s, by %s: change one of the two', place,
@@ -1646,7 +1778,7 @@ def trial_file(host, app):
     return temporary_of(host.path(images_folder(host), 'dockhand-' + app))
 
 def check_disk_takes_writes(host, app):
-    """Failure where docker's disk is full: `docker stop` works there, and no start does."""
+    """Failure where docker's disk is full: `docker stop` works there, no start does."""
     path = trial_file(host, app)
     if os.path.isdir(os.path.dirname(path)):
         try:
@@ -1725,8 +1857,8 @@ def pushed_part(release):
 
 def check_proxy_file(host, release, files, older=False):
     """Failure where a release's proxy file clashes with another, or nginx refuses it.
-    files: {path: ProxyFile}; older: it was live before, so that a rule which is newer than
-    it only warns"""
+    files: {path: ProxyFile}; older: it was live before, so that a rule which is newer
+    only warns"""
     app, others = release.app, dict(files)
     others.pop(PROXIES + '/%s.conf' % app, None)
     pushed = read_proxy_file(pushed_part(release))
@@ -1736,15 +1868,40 @@ def check_proxy_file(host, release, files, older=False):
             raise Failure(problem)
         step('Note: %s; the next push will be refused for it', problem)
     check_proxy(pushed.servers, all_servers(others), host.known)
+    check_named_files(host, pushed.directives)
 
     problem = try_nginx(host, app, pushed_part(release), files)
     before = problem and nginx_problem(host)
     refuse_if(before, "nginx's configuration was broken before this push: %s",
               unquoted(before, host.known))
-    refuse_if(problem and not problem.startswith('nginx-proxy.conf:'),
-              'nginx-proxy.conf clashes with another file: %s',
-              unquoted(problem, host.known))
-    refuse_if(problem, '%s', problem)
+    refuse_if(re.match(r'/\S+\.conf:\d+: ', problem), 'nginx-proxy.conf clashes with '
+              'another file: %s', unquoted(problem, host.known))
+    refuse_if(problem, '%s', problem if problem.startswith('nginx-proxy.conf:') else
+              'nginx-proxy.conf: ' + problem)
+
+def check_named_files(host, directives):
+    """Failure where a certificate is something that nginx might read for ever."""
+    for directive in all_directives(directives):
+        if '_certificate' in directive.words[0] or directive.words[0] == 'ssl_dhparam':
+            for word in directive.words[1:]:
+                path = host.path(word if word.startswith('/') else NGINX + '/' + word)
+                refuse_if(os.path.exists(path) and not os.path.isfile(path),
+                          'nginx-proxy.conf:%d: %s is no file', directive.line,
+                          printable(word))
+
+def proxy_doubts(directives):
+    """[(line, text)] of what will do, but only while a name can be looked up: nginx with
+    such a file does not start without."""
+    upstreams = set(shared.name for shared in shared_names(directives, ''))
+    for directive in all_directives(directives):
+        name, arguments = directive.words[0], directive.words[1:]
+        if not name.endswith('_pass') or not arguments:
+            continue
+        host = host_passed_to(arguments[0])
+        is_name = re.search('[a-z]', host) and '.' in host and '$' not in arguments[0]
+        if is_name and host not in upstreams and not host.startswith('unix'):
+            yield directive.line, ('while `%s` cannot be looked up nginx does not start, '
+                                   'for any app: an address is safer' % printable(host))
 
 def unquoted(problem, known):
     """What nginx says of another file, without what it quotes of it."""
@@ -1882,7 +2039,7 @@ def write_proxy(host, app, text, files):
 
 # The one of another app that is asked before and after a reload
 Neighbour = namedtuple('Neighbour', 'app name port status')
-NO_ANSWERS = ('400', '401', '403', '404', '444')    # what one file can make of another app
+NO_ANSWERS = ('400', '401', '403', '404', '444')    # what a file can make of other apps
 
 def answering_neighbour(host, app, files):
     """The Neighbour of another app that answers through nginx now, or None; of the first
@@ -1901,7 +2058,7 @@ def answering_neighbour(host, app, files):
     return None
 
 def check_neighbour(neighbour):
-    """Failure where an app answered before a reload of nginx, and three times not since."""
+    """Failure where an app answered before a reload, and three times not since."""
     if neighbour is None:
         return
     for _ in range(3):
@@ -2203,7 +2360,8 @@ class Upstart(Engine):
     def free_names(self, release):
         """Remove a container of ours that holds the `--name` of the job: its client was
         killed before it could do that."""
-        names = [value for name, value, _ in options_of(job_of(release)) if name == 'name']
+        names = [value for name, value, _ in options_of(job_of(release))
+                 if name == 'name']
         held = inspect(self.host, *names) if names else []
         numbers = list_releases(self.host, release.app) if held else []
         ours = [load_release(self.host, release.app, number).image for number in numbers]
@@ -2212,8 +2370,8 @@ class Upstart(Engine):
                 self.host.run_unless('No such', ['docker', 'rm', '-f', found['Id']])
 
     def revives(self, release):
-        """Whether it is to run after a boot. init starts it by its events, but not where a
-        command was killed that held the job, or where docker was away for too long."""
+        """Whether it is to run after a boot. init starts it by its events, but not where
+        a command was killed that held the job, or where docker was away for too long."""
         held, job = self.path(release, '.override'), self.path(release, '.conf')
         return os.path.exists(held) or not os.path.exists(job) or (
             starts_at_boot(job_of(release)))
@@ -2237,7 +2395,8 @@ class Upstart(Engine):
         for found in running_containers(self.host, release.image):
             state = container_state(found)
             if not self.is_left_over(found, running.group(1)):
-                return state._replace(identity=running.groups() + state.identity, text=text)
+                return state._replace(identity=running.groups() + state.identity,
+                                      text=text)
         own = [words for _, words in runs_of(job_of(release))
                if is_image_of(release.app, words[0].value)]
         return State(None if own else True, running.groups(), [], '', text)
@@ -2322,7 +2481,8 @@ def load_release(host, app, number):
 def is_finished_older(record):
     """Whether a record is of the first versions, which wrote it after the build and never
     said how long the deploy took."""
-    return bool(record.get('image')) and 'seconds' not in record and 'failed' not in record
+    is_newer = 'seconds' in record or 'failed' in record
+    return bool(record.get('image')) and not is_newer
 
 def read_json(path):
     """The dict in a file of ours, {} where there is none."""
@@ -2353,8 +2513,8 @@ def save_config(host, app, config):
     replace_file(path, to_json(config), 0o600) if config else remove_file(path)
 
 def kept_releases(host, app):
-    """The releases that one can go back to, the live one first, then the one that was live
-    before. Where a crash came between a turn and its link, live is what the link says."""
+    """The releases that one can go back to, the live one first, then the one that was
+    live before. Where a crash came between a turn and its link, the link is right."""
     live = linked_number(host, app, 'live')
     found = [load_release(host, app, number) for number in list_releases(host, app)]
     found = [release for release in found if release.seconds is not None]
@@ -2362,7 +2522,7 @@ def kept_releases(host, app):
         release.number == live, release.turn or 0, release.number))
 
 def count_turn(host, old, new):
-    """Write down that a release becomes live now, after all others; gives it with that."""
+    """Write down that a release becomes live now, after all others; gives it so."""
     turn = 1 + max([release.turn or 0 for release in kept_releases(host, new.app)] + [0])
     if old and old.turn is None:            # it is of an older version of dockhand
         save_record(host, old._replace(turn=turn))
@@ -2613,7 +2773,7 @@ def recover_app(host, app, follow=True):
 
 def mend_commit(host, live):
     """Where the live commit is none but an annotated tag, which older versions took: git
-    never moves a branch to it. Write down the commit that it names, and move the branch."""
+    never moves a branch to it. Write down the commit that it names, move the branch."""
     app = live.app
     kind = git(host, app, 'cat-file', '-t', live.commit, act=host.ask).out.strip()
     if kind == 'tag':
@@ -2756,9 +2916,10 @@ def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
     new app, which deploys nothing, and afterwards git finds `main` ambiguous."""
     name = ref[len('refs/tags/'):]
-    refuse_if(name in ((branch,) if branch else DEFAULT_BRANCHES) + ('plan',), 'this would '
-              'make a tag called %s, which deploys nothing; to deploy what it names: git '
-              'push REMOTE TAG^{}:refs/heads/%s', name, name)
+    branches = (branch,) if branch else DEFAULT_BRANCHES
+    refuse_if(name in branches + ('plan',), 'this would make a tag called %s, which '
+              'deploys nothing; to deploy what it names: git push REMOTE '
+              'TAG^{}:refs/heads/%s', name, name)
 
 def check_is_commit(host, app, new, ref):
     """Failure unless a branch would point to a commit: git refuses all else afterwards,
@@ -2767,16 +2928,16 @@ def check_is_commit(host, app, new, ref):
     if kind == 'tag':
         said = git(host, app, 'cat-file', 'tag', new)
         named = re.search(r'(?m)^tag ([\w./-]+)$', said)
-        raise Failure('an annotated tag is no commit, which a branch wants: git push REMOTE '
-                      '%s^{}:%s', named.group(1) if named else 'TAG', ref)
-    refuse_if(kind != 'commit', 'a %s is no commit, which a branch wants: git push REMOTE '
-              'HEAD:%s', printable(kind), ref)
+        raise Failure('an annotated tag is no commit, which a branch wants: git push '
+                      'REMOTE %s^{}:%s', named.group(1) if named else 'TAG', ref)
+    refuse_if(kind != 'commit', 'a %s is no commit, which a branch wants: git push REMOTE'
+              ' HEAD:%s', printable(kind), ref)
 
 def check_race(host, app, live, branch, old, new):
-    """Failure where the branch is no longer what the pusher saw, or something is live that
-    is not part of what is pushed. git moves the branch soon after a push went live; if not,
-    a crash came between. Then the branch stays where the pusher saw it, or git could not
-    move it after this push; only a refusal sets it to what is live."""
+    """Failure where the branch is no longer what the pusher saw, or what is live is no
+    part of what is pushed. git moves the branch soon after a push went live; if not, a
+    crash came between. Then the branch stays where the pusher saw it, or git could not move it
+    after this push; only a refusal sets it to what is live."""
     ref = 'refs/heads/' + branch
     found = read_branch(host, app, ref)
     if live and live.commit != found and has_history(host, app, live.commit):
@@ -2808,8 +2969,8 @@ def live_text(live):
     return '%s is live since %s, by %s' % (live.commit[:10], since, live.key)
 
 def has_history(host, app, commit):
-    """Whether git has a commit and its parents: a killed shallow push leaves it alone, and
-    older versions of dockhand took what is none."""
+    """Whether git has a commit and its parents: a killed shallow push leaves it without,
+    and older versions of dockhand took what is no commit."""
     kind = git(host, app, 'cat-file', '-t', commit, act=host.ask)
     if kind.out.strip() != 'commit':
         return False
@@ -2901,6 +3062,8 @@ def build_commit(host, live, release, options):
         if release.proxy:
             with host_lock(host, app):
                 check_alone(host, release, proxy_files(host))
+            for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
+                step('nginx-proxy.conf:%d: warning: %s', line, text)
         step('Building %s', image_tag(release))
         build_image(host, folder, image_tag(release), layers, *options)
         return release
@@ -2941,8 +3104,8 @@ def kind_text(release):
                 'config %s port=N)' % (release.port, release.app))
     if release.port:
         if '.' in release.app:
-            return ('a service on port %d that no other app can reach by its name, for the '
-                    'dot in it' % release.port)
+            return ('a service on port %d that no other app can reach by its name, for '
+                    'the dot in it' % release.port)
         return 'a service that other apps reach as %s:%d, and nginx does not' % (
             release.app, release.port)
     return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
@@ -3008,7 +3171,7 @@ def forget(host, release, reason=None):
         return          # docker has gone, or the disk is full: a later command does
 
 def remove_app(host, app):
-    """Remove what the store has of an app without a release, but what a person told it."""
+    """Remove what the store has of an app without a release, but for its config."""
     parts = ('releases', 'env', 'live') if load_config(host, app) else ('',)
     host.run(['rm', '-rf', '--'] + [app_folder(host, app, part) for part in parts])
 
@@ -3115,8 +3278,8 @@ def show_address(host, release):
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
 def serve(host, name, *apps):
-    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git. The
-    exit status, where git has not taken the place of this process."""
+    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git.
+    The exit status, where git has not taken the place of this process."""
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     refuse_if(apps and app not in apps, 'the key "%s" has no right to %s: it may reach '
               '%s', name, app, ', '.join(apps))
@@ -3138,8 +3301,8 @@ def receive_first(host, folder, env):
                   preexec_fn=partial(become, None))
     if not holds_anything(folder):
         host.run(['rm', '-rf', '--', folder])
-        refuse_if(status, 'nothing came in. (A repository with sha256 ids is not taken as a '
-                  'new app: git init --object-format=sha1)')
+        refuse_if(status, 'nothing came in. (A repository with sha256 ids is not taken '
+                  'as a new app: git init --object-format=sha1)')
     return status
 
 def holds_anything(folder):
@@ -3251,7 +3414,8 @@ def enable_at_boot(host):
 def enabled_scripts(host):
     """The links that have our script run, in each folder of a runlevel."""
     folders = ['/etc/rc%s.d' % level for level in '0123456S'] + ['/etc/runlevels/default']
-    return [(folder, name) for folder in folders for name in list_folder(host.path(folder))
+    return [(folder, name) for folder in folders
+            for name in list_folder(host.path(folder))
             if name.endswith('dockhand-recover')]
 
 PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
@@ -3476,7 +3640,7 @@ def apps(host):
         tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
 
 def all_apps(host):
-    """The names of all apps that have anything here: a release, a config, a repository."""
+    """The names of all apps that have a release, a config or a repository here."""
     repositories = [name[:-len('.git')] for name in list_folder(host.path(host.home()))
                     if name.endswith('.git')]
     found = set(list_apps(host)) | set(name for name in repositories if is_app_name(name))

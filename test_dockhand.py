@@ -808,7 +808,7 @@ OUTSIDE = 'outside of `server { }` it holds for every app: write it inside'
 
 @each('name', '''auth_basic auth_basic_user_file deny allow gzip client_max_body_size add_header
       proxy_set_header real_ip_header set_real_ip_from error_page limit_req limit_conn root
-      fastcgi_cache_path proxy_buffering server_names_hash_bucket_size js_import lua_package_path
+      proxy_buffering server_names_hash_bucket_size js_import lua_package_path
       resolver ssl_protocols ssl_session_cache access_log keepalive_timeout types''')
 def test_what_stands_above_the_server_reaches_all_and_is_refused(name):
     assert '2: %s: %s' % (name, OUTSIDE) in problems('\n%s x;\nserver { server_name a; }' % name)
@@ -828,6 +828,9 @@ def test_what_stands_above_the_server_reaches_all_and_is_refused(name):
     log_format shop '$status';
     server { access_log /var/log/nginx/shop.log; error_log /var/log/nginx/shop-errors.log warn; }
     server { access_log off; error_log syslog:server=10.0.0.1; }
+    fastcgi_cache_path /var/cache/nginx/shop keys_zone=shop:1m;
+    server { location ~ \\.php$ { include snippets/fastcgi-php.conf; fastcgi_cache shop; } }
+    server { include /etc/nginx/mime.types; ssl off; ssl_certificate data:$x; }
     server { root /srv/a; location /a { alias /srv/b/; } auth_basic_user_file /etc/nginx/x; }
     server { ssl_certificate /etc/a.pem; ssl_certificate_key /etc/b.pem; ssl_dhparam /etc/d; }
     server { location / { try_files $uri /index.html; error_page 404 /404.html; return 301 /a; } }
@@ -868,6 +871,18 @@ def test_what_keeps_to_its_own_server_is_taken(text):
     server { some_module_of_tomorrow path=/x; } => may name files
     server { proxy_store /x; }                 => may name files
     server { listen unix:/run/x; }             => listen on a port instead of a file
+    server { ssl_certificate_key engine:/x.so:y; } => write the path of a file
+    server { ssl_certificate store:x; }        => write the path of a file
+    server { ssl_certificate /proc/kmsg; }     => this is no place for files
+    server { root /dev/; }                     => this is no place for files
+    server { client_body_temp_path off; }      => may name files with root, alias
+    fastcgi_cache_path /x keys_zone=a:1m;      => its place is /var/cache/nginx/shop
+    server { listen UNIX:/run/x; }             => listen on a port instead of a file
+    server { listen 7000-7005; }               => write each port by itself
+    server { server_name $hostname a; }        => write the name itself
+    server { set $z a; proxy_cache $z; }       => write the name of the cache itself
+    server { listen 80 default_server; large_client_header_buffers 1 1k; } => holds for all on its
+    server { ssl ON; }                         => write `listen 443 ssl;`
     server { ssl on; }                         => write `listen 443 ssl;`''')
 def test_files_that_a_test_of_nginx_would_open_or_make_are_refused(text, said):
     assert said in str(problems(text))
@@ -890,9 +905,11 @@ def test_files_that_a_test_of_nginx_would_open_or_make_are_refused(text, said):
     8443 ssl                => 1.26.0 =>
     8443                    => 1.26.0 => `ssl`
     9000 proxy_protocol     => 1.26.0 =>
+    0080 proxy_protocol     => 1.26.0 => `proxy_protocol`
     80 default_server       => 1.26.0 =>''')
 def test_the_words_of_a_socket_are_those_of_all_on_its_port(text, version, said):
-    others = 'server { listen 80; listen 8080; } server { listen 8443 ssl; }'
+    others = ('server { listen 80; listen 8080 default_server; } '
+              'server { listen 8443 ssl default_server; }')
     found = problems('server { listen %s; }' % text, others,
                      tuple(int(part) for part in version.split('.')))
     assert said in str(found) if said else found == []
@@ -918,7 +935,11 @@ UPGRADE = "map $http_upgrade $up { default upgrade; '' close; }"
     server { server_name "~^(?<http_host>.+)$"; }  =>  => it captures $http_host
     server { if ($a ~ "(?P<up>x)") { return 200; } } => map $a $up { default 1; } => it captures $up
     map $a $b { "~(?'up'x)" 1; }    => map $a $up { default 1; }     => it captures $up
-    map $a $up { default 1; }  => server { rewrite "(?<up>x)" /; }   => another file captures''')
+    map $a $up { default 1; }  => server { rewrite "(?<up>x)" /; }   => another file sets a
+    map $a $Up { default 1; }  => server { set $uP 1; }              => another file sets a
+    map $a $UP { default 1; }  => map $b $up { default 1; }          => wiki has a variable
+    server { location ~ "(?<UP>x)" { } } => map $a $up { default 1; } => it captures $up
+    upstream localhost { server b; } => server { location / { proxy_pass http://localhost:80/; } } => passes requests''')
 def test_what_a_file_defines_for_all_has_a_name_of_its_own(text, others, said):
     assert said in str(problems(text, others))
 
@@ -926,7 +947,6 @@ def test_what_a_file_defines_for_all_has_a_name_of_its_own(text, others, said):
     %s => %s
     map $a $up { default 1; } => map $a $down { default 1; }
     server { set $up 1; }     => map $a $up { default 1; }
-    map $a $up { default 1; } => server { set $up 1; }
     server { rewrite "(?<up>x)" /; } => server { rewrite "(?<up>y)" /; }''' % (UPGRADE, UPGRADE))
 def test_the_same_table_may_stand_in_two_files(text, others):
     assert problems(text, others) == []
@@ -963,6 +983,12 @@ def test_who_may_not_know_of_an_app_is_not_told_its_name():
     shop.org          => ~^wiki           => no
     shop.org          => ~^SHOP\\.org$    => yes
     shop.org          => ~(               => yes
+    shop.org          => ~^(.+)+!$        => yes
+    shop.org          => ~^h[[:digit:]]$  => yes
+    shop.org          => ~a{99999999999}  => yes
+    shop.*            => ~^foo\\.org|shop\\.org$ => yes
+    shop.*            => ~^Shop\\.org$    => yes
+    shop.*            => ~^shops?\\.net$  => yes
     shop.*            => ~^www\\.         => no
     shop.*            => ~^shop\\.org$    => yes
     shop.*            => ~^(.+)\\.users\\.org$ => yes
@@ -1007,6 +1033,38 @@ def test_root_may_take_a_full_name_out_of_a_wildcard():
 def test_of_two_expressions_the_one_that_is_read_first_has_a_request():
     assert taken('{~^a}', '{~^b}')
     assert taken('{~^a}', '{~^b}', path='/etc/nginx/conf.d/wiki.conf') is None
+    assert taken(r'{~^(.+)\.a\.org$}', r'{~^(.+)\.b\.org$}') is None
+    assert taken(r'{~^(.+)\.a\.org$}', r'{~^(.+)\.org$}')
+
+def test_the_first_file_of_a_port_keeps_the_requests_for_unknown_names():
+    others = 'server { listen 9000; }'
+    for app, others, is_refused in (('shop', others, True), ('zoo', others, False), (
+            'shop', 'server { listen 9000 default_server; }', False)):
+        found = problems('server { listen 9000; server_name a; }', others, app=app)
+        assert ('would lose the' in str(found)) == is_refused
+
+@pytest.mark.parametrize('text', [
+    'server { server_name %s; }' % ' '.join('a%d.org' % at for at in range(201)),
+    'server { %s }' % ''.join('listen %d;' % at for at in range(9000, 9051)),
+    ''.join('map $a $b%d { }' % at for at in range(101))])
+def test_a_file_that_says_more_than_a_person_writes_is_refused(text):
+    assert len(problems(text)) == 1 and 'of these in a file' in problems(text)[0]
+
+@pytest.mark.parametrize('text', [
+    'server { server_name "~%s"; }' % ('(' * 900 + ')' * 900),
+    'server { server_name "~^(.+)+!$" "~^(([a-z0-9-]+)+\\\\.)+shop$" "~a{99999999999}"; }',
+    'server { server_name %s; }' % ' '.join('*.a%d.org' % at for at in range(200))])
+def test_no_name_takes_long_to_be_compared(text):
+    name = 'a' * 60 + '.org'
+    others = [dh.Claim(each, '/x', '80', '') for each in (
+        [name, '~^(.+)+x$', '~' + '(a*)*' * 9] + ['b%d.*' % at for at in range(3000)])]
+    dh.taken_name(dh.claims_of(dh.servers_of(text), '/y'), others, None)
+
+def test_a_host_that_must_be_looked_up_is_doubtful():
+    text = ('upstream a.b { server 10.0.0.1; }\nserver { location / { proxy_pass http://a.b; } '
+            'location /x { proxy_pass http://10.0.0.1; }\nlocation /y { '
+            'proxy_pass http://backend.lan:80/; } location /z { proxy_pass http://$a.b; } }')
+    assert [line for line, _ in dh.proxy_doubts(dh.NginxReader(text).directives)] == [3]
 
 def test_two_apps_with_the_names_they_have_by_default_do_not_disturb():
     assert taken('{hello}{hello.*}', '{shop}{shop.*}') is None
@@ -4775,7 +4833,7 @@ def test_doctor_names_what_it_cannot_read_of_the_servers_own_files(plain, capfd)
     dh.install(plain.host)
     plain.write('/etc/nginx/sites-enabled/old', 'server {\n  include snippets/x.conf;\n}\n')
     dh.doctor(plain.host)
-    assert ('note: /etc/nginx/sites-enabled/old:2: `include`: it is not read here: what it names '
+    assert ('note: /etc/nginx/sites-enabled/old:2: `include`: it is not read here: copy its lines: what it names '
             'may clash with an app unnoticed\n') in capfd.readouterr().out
 
 # ---- Health ----------------------------------------------------------------------------
@@ -5898,6 +5956,14 @@ REACHES = [
     ('server { listen 80 http2; server_name a.test; }', '`listen 80`.*`http2`'),
     ('server { listen [::]:80 proxy_protocol; listen 80; server_name a.test; }', 'proxy_protocol'),
     ('server { listen 80 backlog=9; server_name a.test; }', 'backlog=9'),
+    ('server { listen 0080; server_name market.test; }', 'server_name "market.test" is taken'),
+    ('server { listen 80 default_server; ssl ON; }', '`ssl ON`: write `listen 443 ssl;`'),
+    ('server { listen 443 ssl; server_name a.test; ssl_certificate_key engine:/x.so:y; }',
+     'write the path of a file'),
+    ('server { listen 443 ssl; server_name a.test; ssl_certificate /proc/kmsg; }',
+     'this is no place for files'),
+    ('map $uri $UP { default stolen; }\nserver { server_name a.test; }',
+     'market has a variable of this name'),
     ('auth_basic "x"; auth_basic_user_file /etc/passwd;\nserver { server_name a.test; }',
      'conf:1: `auth_basic x`.*holds for every app'),
     ('deny all;\nserver { server_name a.test; }', 'conf:1: `deny all`.*holds for every app'),
