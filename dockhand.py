@@ -63,7 +63,7 @@ PATIENCE, LOG_LINES = 5.0, 20       # seconds that we wait for a pusher; lines h
 HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
 RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
 FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
-WRITTEN = 2 ** 20                   # bytes that docker's disk must take before a stop
+WRITTEN = 2 ** 16                   # bytes that docker's disk must take before a stop
 KEPT, LISTED = 5, 50                # releases kept; numbers for which failed ones stay
 DEFAULT_BRANCHES = ('main', 'master')
 HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
@@ -1950,8 +1950,11 @@ def names_of_config(release):
 def check_alone(host, release, files):
     """Failure where a proxy file leans on what the file of another app defines: that app
     could not be changed or removed any more."""
-    alone = dict((path, file) for path, file in files.items()
-                 if not is_ours(host.text(path), app_of_file(path)))
+    others = [path for path in files if app_of_file(path) not in (None, release.app)
+              and is_ours(host.text(path), app_of_file(path))]
+    if not others:
+        return
+    alone = dict((path, files[path]) for path in files if path not in others)
     problem = try_nginx(host, release.app, pushed_part(release), alone)
     refuse_if(problem, "%s (it must not lean on another app's file)", problem)
 

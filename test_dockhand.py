@@ -2475,7 +2475,6 @@ def plain(tmpdir):
 
 BUILD = '''mkdir /var/lib/dockhand/build/blog
 nginx -t -q -c /etc/nginx/.blog.conf.new
-nginx -t -q -c /etc/nginx/.blog.conf.new
 docker build --force-rm -t blog:2 /var/lib/dockhand/build/blog
 rm -rf -- /var/lib/dockhand/build/blog
 '''
