@@ -266,7 +266,8 @@ class Host(object):
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git'):
         self.root, self.ask, self.user = root, run, user
-        self.nginx, self.proxy_files = None, {}     # of nginx_version, proxy_files
+        # What nginx_version, proxy_files and is_upstart found out
+        self.nginx, self.proxy_files, self.upstart = None, {}, None
         # The apps that the person behind a command may know of; None: every one
         self.known = None
 
@@ -2160,8 +2161,10 @@ def is_systemd(host):
 
 def is_upstart(host):
     """Whether PID 1 is Upstart (its tools may lie beside another init)."""
-    return not is_systemd(host) and os.path.exists(host.path('/sbin/initctl')) and (
-        'upstart' in host.ask(['initctl', 'version']).out)
+    if host.upstart is None:
+        there = not is_systemd(host) and os.path.exists(host.path('/sbin/initctl'))
+        host.upstart = there and 'upstart' in host.ask(['initctl', 'version']).out
+    return host.upstart
 
 def nginx_master(host):
     """The process id of nginx's master, None where it does not run."""
@@ -2796,7 +2799,9 @@ def put_right(host, app):
 def bring_back(host, live):
     """Bring back what is gone of a live release: tags, files, its container."""
     engine, app, number = engine_of(host, live), live.app, live.number
-    for tag in (image_tag(live), app + ':latest'):
+    tags = image_tag(live), app + ':latest'
+    missing = [each['Id'] for each in inspect(host, *tags)] != [live.image] * 2
+    for tag in tags if missing else ():
         if [each['Id'] for each in inspect(host, tag)] != [live.image]:
             refuse_if(not inspect(host, live.image), 'the image of release %d is gone: '
                       'sudo dockhand rebuild %s', number, app)
@@ -3744,9 +3749,9 @@ def recover(host):
     """put right what a crash or a prune left; runs at boot, and when docker starts"""
     await_docker(host)
     free_ports(host)
+    runs = nginx_master(host) or attempt('nginx', start_nginx, host, False)
     apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
     wrong = [app for app in apps if not attempt(app, put_right, host, app)]
-    runs = nginx_master(host) or attempt('nginx', start_nginx, host, False)
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 
