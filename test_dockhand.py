@@ -6013,7 +6013,7 @@ def test_real_a_release_that_closes_another_app_is_put_back(servers):
     record = '/var/lib/dockhand/apps/shop/releases/%s/nginx-proxy.conf' % number
     server.ok("sed -i 's/listen 80;/listen 80 proxy_protocol;/' " + record)
     told = server.dockhand('rollback', 'shop', number)
-    assert told.status == 1 and 'Note: nginx-proxy.conf:1: `listen 80`' in told.err, told
+    assert told.status == 1 and 'Note: nginx-proxy.conf:2: `listen 80`' in told.err, told
     assert 'another app answers nothing instead of 200' in told.err
     assert (app.answer(), closed.answer()) == ('the next one', 'bpx')
     server.ok("sed -i 's/ proxy_protocol//' %s; dockhand rollback shop %s" % (record, number))
