@@ -1915,12 +1915,13 @@ def rules_broken(host, release, pushed, others):
     for line, text in pushed.troubles:
         yield 'nginx-proxy.conf:%d: %s' % (line, text)
 
-    trees = [(path, others[path].directives) for path in sorted(others)]
-    trees.append((NGINX + '/nginx.conf', main_directives(host)))
-    for directive, text in rule_problems(release.app, pushed.directives, trees,
-                                         nginx_version(host), host.known):
-        shown = printable(' '.join(directive.words[:2]), 60)
-        yield 'nginx-proxy.conf:%d: `%s`: %s' % (directive.line, shown, text)
+    if not is_made(release):            # what we make keeps to its own server
+        trees = [(path, others[path].directives) for path in sorted(others)]
+        trees.append((NGINX + '/nginx.conf', main_directives(host)))
+        for directive, text in rule_problems(release.app, pushed.directives, trees,
+                                             nginx_version(host), host.known):
+            shown = printable(' '.join(directive.words[:2]), 60)
+            yield 'nginx-proxy.conf:%d: `%s`: %s' % (directive.line, shown, text)
 
     own = PROXIES + '/%s.conf' % release.app
     theirs = [claim for path in sorted(others)
