@@ -951,7 +951,9 @@ class NginxReader(object):
     def take_mark(self, match, line):
         """End a directive, begin or end a block; False where nginx gives up."""
         mark = match.group()
-        if (mark == '}') == bool(self.words) or mark == '}' and not self.around:
+        ends_block = mark == '}'
+        is_wanted = not self.words if ends_block else bool(self.words)
+        if not is_wanted or (ends_block and not self.around):
             self.stop(line, '`%s` where nginx wants none' % mark)
             return False
         if mark == '{' and len(self.around) == DEEPEST:
@@ -1133,9 +1135,7 @@ def table_words(directive):
 
 # Which directives may name a file, and whose words begin with `/` for other reasons.
 FILE_DIRECTIVES = r'''root | alias | auth_basic_user_file | ssl_dhparam
-    | (\w+_)?ssl_((client|trusted)_)?certificate(_key)?
-    | ssl_((client|trusted)_)?certificate(_key)?
-    | ssl_crl'''
+    | (\w+_)?ssl_((client|trusted)_)?certificate(_key)? | ssl_crl'''
 PATH_DIRECTIVES = set('''add_after_body add_before_body add_header add_trailer auth_basic
     auth_request default_type error_page expires fastcgi_cache_key fastcgi_index
     fastcgi_param fastcgi_pass fastcgi_split_path_info geo grpc_pass grpc_set_header
@@ -1179,7 +1179,7 @@ def path_problem(arguments):
             return 'write the path without `..`'
         if ':' in word and not word.startswith('data:'):
             return 'write the path of a file'
-        if re.match('/+(dev|proc|sys)(/|\\Z)', word):
+        if re.match('/+(dev|proc|sys)(/|\\Z)', os.path.normpath(word)):
             return 'this is no place for files'
     return None
 
@@ -1190,23 +1190,24 @@ def log_problem(app, name, arguments):
                    % re.escape(app), where)
     is_nginxs = where in ('/var/log/nginx/access.log', '/var/log/nginx/error.log')
     elsewhere = where.startswith('syslog:') and 'unix:' not in where
-    if own and not is_nginxs or elsewhere or (name, where) == ('access_log', 'off'):
+    is_off = (name, where) == ('access_log', 'off')
+    if elsewhere or is_off or (own and not is_nginxs):
         return None
     return 'its place is /var/log/nginx/%s.log, or %s-NAME.log' % (app, app)
 
 def cache_problem(app, arguments):
     folder = '/var/cache/nginx/' + app
     where = (arguments + [''])[0]
-    if (where + '/').startswith(folder + '/') and '..' not in where.split('/') and (
-            '$' not in where):
+    is_below = (where + '/').startswith(folder + '/')
+    if is_below and '$' not in where and '..' not in where.split('/'):
         return None
     return 'its place is %s, or below it' % folder
 
 def files_made(directives):
     """The logs and caches that a file names: nginx makes them where they are missing."""
-    return [each.words[1] for each in all_directives(directives) if each.words[1:] and
-            each.words[0] in ('access_log', 'error_log', 'proxy_cache_path')
-            and each.words[1].startswith('/')]
+    found = [each.words for each in all_directives(directives)
+             if each.words[0].endswith(('access_log', 'error_log', '_cache_path'))]
+    return [words[1] for words in found if words[1:] and words[1].startswith('/')]
 
 def rule_problems(app, directives, others, version, known=None):
     """What a pushed file says that would reach other apps, or the server, past its own
@@ -2945,8 +2946,8 @@ def check_is_commit(host, app, new, ref):
 def check_race(host, app, live, branch, old, new):
     """Failure where the branch is no longer what the pusher saw, or what is live is no
     part of what is pushed. git moves the branch soon after a push went live; if not, a
-    crash came between. Then the branch stays where the pusher saw it, or git could not move it
-    after this push; only a refusal sets it to what is live."""
+    crash came between. Then the branch stays where the pusher saw it, or git could not
+    move it after this push; only a refusal sets it to what is live."""
     ref = 'refs/heads/' + branch
     found = read_branch(host, app, ref)
     if live and live.commit != found and has_history(host, app, live.commit):

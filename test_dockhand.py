@@ -875,6 +875,8 @@ def test_what_keeps_to_its_own_server_is_taken(text):
     server { ssl_certificate store:x; }        => write the path of a file
     server { ssl_certificate /proc/kmsg; }     => this is no place for files
     server { root /dev/; }                     => this is no place for files
+    server { ssl_certificate /./proc/kmsg; }   => this is no place for files
+    server { ssl_certificate /etc//../x; }     => without `..`
     server { client_body_temp_path off; }      => may name files with root, alias
     fastcgi_cache_path /x keys_zone=a:1m;      => its place is /var/cache/nginx/shop
     server { listen UNIX:/run/x; }             => listen on a port instead of a file
