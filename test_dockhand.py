@@ -4735,7 +4735,9 @@ def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
 
 def test_the_workers_of_a_killed_master_are_ended_before_nginx_is_started(plain):
     plain.lives(FILES)
-    worker = subprocess.Popen(['sleep', '60'])
+    # What a shell puts in the background ignores SIGQUIT, and so do its children.
+    worker = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: signal.signal(
+        signal.SIGQUIT, signal.SIG_DFL))
     try:
         plain.process(worker.pid, 1, 'nginx: worker process')
         started = []
@@ -6365,6 +6367,8 @@ def test_real_jobs_that_are_lost_while_docker_is_away_run_again(servers):
         assert look_at_job(server, app.name) == (app.name + ' stop/waiting', 0)
         server.ok('dockhand start ' + app.name)
         assert app.answer() == app.name
+    for app in never:                       # nor after the reboot, further down
+        server.ok('dockhand destroy %s --force' % app.name)
 
 @pytest.mark.parametrize('stanzas', [
     'start on started docker\n', 'start on filesystem\nrespawn\nrespawn limit 1 60\n'],
@@ -6384,6 +6388,7 @@ def test_real_recover_runs_a_job_that_ended_and_that_nobody_stopped(servers, sta
     assert look_at_job(server, name) == (name + ' start/running', 1)
     server.ok('dockhand stop %s && dockhand recover' % name)
     assert look_at_job(server, name) == down
+    server.ok('dockhand destroy %s --force' % name)
 
 # A running job whose file is gone, or no job any more, goes on; `stop` stops it, and fails.
 GONE, SPOILT = 'rm /etc/init/%s.conf', 'echo bogus >>/etc/init/%s.conf'
