@@ -1,0 +1,630 @@
+"""A machine in a folder: what docker, nginx, git and init do, in small, without any of them.
+
+Machine is the double that dockhand's Host gets in the tests of its middle layer. After it
+come the repositories that these push, and an app that a crash has left half deployed.
+"""
+import errno
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+
+import dockhand as dh
+from dockhand import Host, Key, Result
+
+SHA, SHA_2, SHA_3, ZERO = '1' * 40, '2' * 40, '3' * 40, '0' * 40
+
+NGINX_CONF = '''user www-data;
+pid /run/nginx.pid;
+events { worker_connections 768; }
+http {
+    include /etc/nginx/mime.types;
+    %s
+    include /etc/nginx/sites-enabled/*;
+}
+'''
+
+USER, GROUP = os.getuid() or 12345, os.getgid() or 12345
+
+def mode_in(found):
+    return '%o' % stat.S_IMODE(found.st_mode)
+
+QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'ip', 'hostname',
+           'docker version', 'docker logs', 'docker diff', 'nginx -v',
+           'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
+
+SS_HEAD = 'State Recv-Q Send-Q Local Address:Port Peer Address:PortProcess \n'
+MAIN = 'refs/heads/main'
+CONNECT, MONOTONIC = socket.create_connection, dh.monotonic
+PACE = 50                           # how often faster the time of a Machine goes in waiting
+
+class Clock(object):
+    """The module `time` as dockhand sees it on a Machine."""
+    def __init__(self):
+        self.ahead = 0
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def sleep(self, seconds):
+        time.sleep(seconds / PACE)
+        self.ahead += seconds
+
+    def time(self):
+        return time.time() + self.ahead
+
+    def monotonic(self):
+        return MONOTONIC() + self.ahead
+
+def is_shown(how, network, route):
+    """Whether `ip route show root|match NETWORK` shows a route: of a part, or of more."""
+    def bits(text):
+        address, _, length = text.replace('default', '0.0.0.0/0').partition('/')
+        number = functools.reduce(lambda whole, part: whole * 256 + int(part),
+                                  address.split('.'), 0)
+        return number, int(length or 32)
+    (wanted, longest), (found, length) = bits(network), bits(route)
+    shift = 32 - min(longest, length)
+    return wanted >> shift == found >> shift and (
+        length >= longest if how == 'root' else length <= longest)
+
+class NginxConnection(object):
+    """A request to a Machine's nginx: 200, but for the host names in its `answers`, and for
+    all of them what the text `deny all` outside of a server makes of them."""
+    def __init__(self, machine):
+        self.machine, self.status = machine, None
+
+    def settimeout(self, seconds):
+        pass
+
+    def sendall(self, data):
+        name = re.search(r'Host: (\S+)', dh.to_text(data)).group(1)
+        denied = re.search('(?m)^deny all', str(list((self.machine.served or {}).values())))
+        self.status = '403' if denied else self.machine.answers.get(name, '200')
+
+    def recv(self, size):
+        return dh.to_bytes('HTTP/1.1 %s\r\n' % self.status if self.status.isdigit() else '')
+
+    def close(self):
+        pass
+
+class Machine(object):
+    """What docker, nginx, git and init do, in small, on files under a root of its own.
+
+    A method is a command: named for its first two words, or the first. A command without
+    one fails the test.
+    done    the commands that change something, without the root
+    broken  {beginning of a command: how often it fails}
+    """
+    def __init__(self, root, init='none'):
+        dh.time = Clock()
+        dh.monotonic = dh.time.monotonic
+        self.root, self.init, self.host = str(root), init, Host(str(root), self)
+        self.sockets = SS_HEAD
+        self.done, self.broken, self.count, self.shares = [], {}, 100, False
+        self.images, self.containers, self.jobs = {}, {}, {}
+        self.volumes, self.networks, self.routes = [], {}, 'default via 192.0.2.9 dev eth0\n'
+        self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
+        self.history, self.named, self.answers = set(), SHA, {}
+        self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
+        self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
+        self.kinds = {}             # of what is pushed and is no commit: {id: kind}
+        self.write('/usr/bin/docker-init', '')
+        folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run /var/lib/docker
+            /usr/local/bin /etc/sudoers.d /etc/init'''.split() + {
+                'systemd': ['/run/systemd/system', os.path.dirname(dh.UNIT_ENABLED[0]), os.path.dirname(dh.UNIT_ENABLED[1])],
+                'upstart': ['/sbin/initctl'], 'none': []}[init]
+        for folder in folders:
+            dh.make_folder(self.host.path(folder))
+
+    def write(self, path, text):
+        dh.make_folder(os.path.dirname(self.host.path(path)))
+        dh.replace_file(self.host.path(path), text)
+
+    def read(self, path):
+        return dh.read_file(self.host.path(path))
+
+    def __call__(self, argv, account=None, each=None, **options):
+        line = ' '.join(argv).replace(self.root, '')
+        socket.create_connection = self.connect
+        if not line.startswith(QUERIES):
+            self.done.append(line)
+        for beginning in self.broken:
+            if line.startswith(beginning) and self.broken[beginning]:
+                self.broken[beginning] -= 1
+                return Result(1, '', 'broken on purpose\n')
+        names = [re.sub(r'\W+', '_', ' '.join(argv[:count])) for count in (2, 1)]
+        method = getattr(self, names[0], None) or getattr(self, names[1], None)
+        assert method, 'unexpected command: ' + line
+        self.each = each
+        result = method(*argv[1:])
+        return result if isinstance(result, Result) else Result(0, result or '', '')
+
+    def next(self):
+        self.count += 1
+        return self.count
+
+    def connect(self, place, timeout):
+        """The app of a container that runs listens on its $PORT, unless it is mute."""
+        at, port = place
+        if place == ('127.0.0.1', 80) and self.read('/run/nginx.pid'):
+            return NginxConnection(self)
+        if at.startswith('127.'):
+            return CONNECT(place, timeout)
+        for each in self.containers.values():
+            if (each['address'], each['State']['Running']) == (at, True) and (
+                    'PORT=%d\n' % port in each['env'] and 'mute' not in each['Image']):
+                return io.BytesIO()
+        raise socket.error(errno.ECONNREFUSED, 'Connection refused')
+
+    # docker
+
+    def docker_version(self, _):
+        return 'Client:\n Version: 29.0.0\nServer:\n Engine:\n  Version: 28.1.0\n'
+
+    def docker_inspect(self, _, *names):
+        found = [each for each in [self.find(name) for name in names] if each]
+        return Result(len(found) < len(names), json.dumps(found), 'No such object\n')
+
+    def find(self, name):
+        """An image by tag or id, or a container by name or id."""
+        things = list(self.images.items()) + list(self.containers.items())
+        found = [thing for key, thing in things
+                 if name in (key, thing['Id'], thing.get('Name', '/')[1:])]
+        return found[0] if found else None
+
+    def remove(self, container):
+        self.containers = dict((key, each) for key, each in self.containers.items()
+                               if each is not container)
+
+    def docker_volume(self, _, verb, *words):
+        if verb == 'rm':
+            self.volumes = [name for name in self.volumes if name not in words]
+            return
+        assert (verb, words) == ('ls', ('-q',))
+        return '\n'.join(self.volumes) + '\n'
+
+    def docker_network(self, _, verb, *words):
+        name = words[-1]
+        if verb == 'create':
+            if name in self.networks:
+                return Result(1, '', 'network with name %s already exists\n' % name)
+            subnet = re.match(r'--subnet=(\d+\.\d+)\.0\.0/16\Z', words[0]).group(1)
+            self.networks[name] = {'Id': 'n%d' % self.next(), 'IPAM': {'Config': [
+                {'Subnet': subnet + '.0.0/16', 'Gateway': subnet + '.0.1'}]}}
+        elif name not in self.networks:
+            return Result(1, '[]\n', 'Error response from daemon: network x not found\n')
+        elif verb == 'rm':
+            del self.networks[name]
+        else:
+            assert verb == 'inspect'
+            return json.dumps([self.networks[name]], indent=4)
+
+    def docker_build(self, *words):
+        folder, tag = words[-1], words[words.index('-t') + 1]
+        text = dh.read_file(os.path.join(folder, 'Dockerfile'))
+        record = '/var/lib/dockhand/apps/blog/releases/%s/release.json' % tag[5:]
+        assert tag == 'blog:plan' or '"seconds": null' in self.read(record)
+        self.each('Step 1/1 : ' + text)
+        self.images[tag] = image(text)
+        if 'fail' in text:
+            del self.images[tag]
+            return Result(1, '', '')
+
+    def docker_tag(self, _, source, target):
+        self.images[target] = self.find(source)
+
+    def docker_rmi(self, *words):
+        if not self.images.pop(words[-1], None):
+            return Result(1, '', 'Error response from daemon: No such image: x\n')
+
+    def docker_create(self, *words):
+        if words[2] in self.containers:
+            return Result(1, '', 'Conflict. The name "/x" is already in use by y.\n')
+        found = [self.find(word) for word in words if self.find(word)]
+        made = self.container('c%d' % self.next(), found[0]['Id'])
+        self.containers[words[2]] = dict(made, Name='/' + words[2], **self.given(words))
+
+    def container(self, name, image):
+        return {'Id': name, 'Image': image, 'RestartCount': 0, 'policy': 'no',
+                'NetworkSettings': {}, 'volumes': [], 'address': None, 'env': None,
+                'State': {'Running': False, 'StartedAt': '', 'ExitCode': 0}}
+
+    def given(self, words):
+        """What the options of `docker create` or `run` say, as docker takes it then."""
+        found = [word.partition('=')[::2] for word in words if word[:2] == '--']
+        options = dict(found)
+        volumes = [value.partition(':')[0] for name, value in found if name == '--volume']
+        self.volumes += [name for name in volumes if name not in self.volumes]
+        env, network = options.get('--env-file'), self.networks.get(options.get('--net'))
+        address = options.get('--ip')
+        if address and network and not network['IPAM']['Config'][0]['Subnet'].startswith(
+                address.rsplit('.', 2)[0] + '.'):
+            raise AssertionError('no configured subnet contains ' + address)
+        there = network['Id'] if network else options.get('--net')     # or no start will do
+        return {'volumes': volumes, 'network': there, 'address': address,
+                'env': env and dh.read_file(env)}
+
+    def docker_run(self, *words):
+        found = [self.find(word) for word in words if self.find(word)]
+        self.ran = dict(self.given(words), image=found[0]['Id'])
+        self.each('migrated')
+
+    def docker_start(self, _, name):
+        if name not in self.containers:
+            return Result(1, '', 'Error response from daemon: No such container: x\n')
+        found = self.containers[name]
+        if found['State']['Running']:
+            return
+        others = [each for each in self.containers.values() if each['State']['Running']]
+        if found.get('network') not in [None] + [n['Id'] for n in self.networks.values()]:
+            return Result(1, '', 'network %s not found\n' % found['network'])
+        assert found['address'] not in [each['address'] for each in others] or (
+            not found['address'])
+        for each in others:
+            assert self.shares or not set(found['volumes']) & set(each['volumes'])
+        found['State'] = {'Running': 'dies' not in found['Image'], 'ExitCode': 1,
+                          'StartedAt': str(self.next())}
+        config = (self.find(found['Image']) or {}).get('Config') or {}
+        if 'Healthcheck' in config:
+            sick = 'un' if 'sick' in found['Image'] else ''
+            found['State']['Health'] = {'Status': sick + 'healthy'}
+
+    def docker_stop(self, _, t, seconds, name):
+        assert t == '-t' and seconds.isdigit()
+        found = self.find(name)
+        if not found:
+            return Result(1, '', 'Error response from daemon: No such container: x\n')
+        found['State'].update(Running=False)
+        if found['Id'].startswith('cjob'):      # docker run --rm
+            self.remove(found)
+
+    def docker_update(self, _, option, policy, name):
+        assert option == '--restart'
+        if name not in self.containers:
+            return Result(1, '', 'Error response from daemon: No such container: x\n')
+        self.containers[name]['policy'] = policy
+
+    def docker_rm(self, _, f, *words):
+        found = self.find(words[-1])
+        assert (f,) + words[:-1] in (('-f',), ('-f', '-v'))
+        if not found:
+            return Result(1, '', 'Error response from daemon: No such container: x\n')
+        self.remove(found)
+
+    def docker_diff(self, _, name):
+        return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
+                'C /run\nA /run/x.pid\n')
+
+    def docker_ps(self, _, q, no_trunc):
+        assert q in ('-q', '-aq') and no_trunc == '--no-trunc'
+        return '\n'.join(each['Id'] for each in self.containers.values()
+                         if q == '-aq' or each['State']['Running'])
+
+    def docker_logs(self, *words):
+        self.each('its last words')
+
+    tail = docker_logs
+
+    # init
+
+    def initctl(self, verb):
+        return 'init (upstart 1.5)\n'
+
+    def timeout(self, seconds, command, *words):
+        return getattr(self, command)(*words)
+
+    def ip(self, *words):
+        if words[:3] == ('-4', 'route', 'show'):
+            return ''.join(line for line in self.routes.splitlines(True)
+                           if is_shown(words[3], words[4], line.split()[0]))
+        return ''
+
+    def hostname(self, option):
+        return '192.0.2.2 172.17.0.1 \n'
+
+
+    def getent(self, ahosts, name):
+        return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
+                'there.org': '192.0.2.7  STREAM there.org\n'}.get(name, '')
+
+    def start(self, app):
+        if app in self.jobs:
+            return Result(1, '', 'start: Job is already running: %s\n' % app)
+        job = self.read('/etc/init/%s.conf' % app)
+        if job is None:
+            return Result(1, '', 'start: Unknown job: %s\n' % app)
+        assert self.read('/etc/init/%s.override' % app) == 'manual\n'
+        image = self.images[app + ':latest']['Id']
+        if 'dies' not in image and not self.is_in_the_way(job):
+            name = self.jobs[app] = 'job%d' % self.next()
+            self.containers[name] = self.container('c' + name, image)
+            self.containers[name]['Name'] = '/' + named(job, name)
+            self.docker_start('', name)
+
+    def is_in_the_way(self, job):
+        """Whether a container that no docker client waits for has what a job wants."""
+        left = [each for name, each in self.containers.items()
+                if name.startswith('job') and name not in self.jobs.values()]
+        return [each for each in left if each['Name'] == '/' + named(job, '') or (
+            ' -p ' in job and each['State']['Running'])]
+
+    def stop(self, app):
+        """As with Upstart, that of a job whose file is gone fails once it has stopped."""
+        assert self.read('/etc/init/%s.override' % app) == 'manual\n'
+        known = self.read('/etc/init/%s.conf' % app) is not None
+        if app not in self.jobs:
+            return Result(1, '', 'stop: Unknown %s\n' % ('instance: ' if known else 'job: ' + app))
+        if 'deaf' not in self.containers[self.jobs[app]]['Image']:
+            del self.containers[self.jobs[app]]
+        del self.jobs[app]
+        if not known:
+            return Result(1, '', 'stop: Method "Get" with signature "ss" on interface '
+                                 '"org.freedesktop.DBus.Properties" doesn\'t exist\n')
+
+    def status(self, app):
+        if app in self.jobs:
+            return '%s start/running, process %s\n' % (app, self.jobs[app][3:])
+        if self.read('/etc/init/%s.conf' % app) is None:
+            return Result(1, '', 'status: Unknown job: %s\n' % app)
+        return app + ' stop/waiting\n'
+
+    def systemctl(self, verb, *words):
+        if verb == '--no-block':
+            assert words == ('start', 'nginx')
+            return self.nginx()
+        assert verb == 'is-system-running'
+        return self.state + '\n'
+
+    def service(self, name, verb):
+        if (name, verb) == ('docker', 'restart'):
+            return shutil.rmtree(self.host.path('/proc/60'))
+        assert (name, verb) == ('nginx', 'start')
+        return self.nginx()
+
+    # nginx
+
+    def nginx(self):
+        self.write('/run/nginx.pid', '50\n')
+        self.process(50, 1, 'nginx: master process')
+        self.nginx_s('-s', 'reload')
+
+    def process(self, pid, parent, title):
+        self.write('/proc/%d/stat' % pid, '%d (ngi) nx) S %d 1' % (pid, parent))
+        self.write('/proc/%d/cmdline' % pid, title + '\0')
+
+    def nginx_v(self, _):
+        return Result(0, '', 'nginx version: nginx/1.24.0\n')
+
+    def nginx_t(self, t, q, c='-c', path='/etc/nginx/nginx.conf'):
+        names = re.findall(r'include (/etc/nginx/\S*[^*\s]);', self.read(path))
+        known = re.findall('upstream (.*) {', '\n'.join(self.read(name) or '' for name in names))
+        for name in [name for name in names if name.endswith('.new')]:
+            found, told = self.read(name), []
+            told += re.findall('broken', found)
+            told += ['upstream ' + each for each in known if known.count(each) > 1]
+            told += ['proxy_pass http://' + each for each in re.findall(
+                r'proxy_pass http://([a-z]+);', found) if each not in known]
+            for each in [each for each in told if each in found]:
+                line = found[:found.index(each)].count('\n') + 1
+                return Result(1, '', 'nginx: [emerg] %s in %s:%d\n' % (each, name, line))
+
+    def nginx_s(self, s, reload):
+        for pid in os.listdir(self.host.path('/proc')):
+            if pid != '50':
+                shutil.rmtree(self.host.path('/proc', pid))
+        self.process(self.next(), 50, 'nginx: worker process')
+        self.process(51, 50, 'nginx: worker process is shutting down')
+        self.process(52, 1, 'nginx: worker process')
+        self.served = dict((path, self.read(path)) for path in dh.proxy_files(self.host))
+
+    # git and files
+
+    def git(self, folder, verb, *words):
+        assert re.match(re.escape('--git-dir=' + self.host.path('/home/git/')) + r'[a-z]+\.git\Z', folder)
+        if verb == 'read-tree':
+            self.index = self.commits[words[0]]
+        if verb.startswith('--work-tree='):
+            assert words == ('checkout-index', '-a')
+            self.check_out(verb.partition('=')[2])
+        if verb == 'for-each-ref':
+            return self.refs.get(words[-1], '') + '\n'
+        if verb == 'symbolic-ref':
+            self.head = words[-1]
+            return 'refs/heads/master\n'
+        if verb == 'cat-file':
+            return self.cat_file(*words)
+        if verb == 'rev-parse':
+            return self.named + '\n'
+        if verb == 'merge-base':
+            return words[0] + '\n' if words in self.history else Result(1, '', '')
+        if verb == 'rev-list':
+            return 'commit\n' if words[-1] in self.commits else Result(128, '', 'fatal\n')
+        if verb == 'update-ref' and words[0] == '-d':
+            self.refs.pop(words[1], None)
+        elif verb == 'update-ref':
+            self.refs[words[0]] = words[1]
+
+    def cat_file(self, how, name):
+        if how == 'tag':
+            return 'object %s\ntype commit\ntag v1.0\n' % SHA
+        assert how == '-t'
+        if name not in self.commits:
+            return Result(128, '', 'fatal: Not a valid object name %s\n' % name)
+        return self.kinds.get(name, 'commit') + '\n'
+
+    def mkdir(self, folder):
+        os.mkdir(folder)
+
+    def check_out(self, folder):
+        for name, text in self.index.items():
+            with open(os.path.join(folder, name), 'wb') as target:
+                target.write(dh.to_bytes(text))
+
+    def rm(self, *words):
+        assert words[:2] == ('-rf', '--') and words[2:]
+        for path in words[2:]:
+            assert path.startswith(self.root + '/')
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.islink(path):
+                os.unlink(path)
+
+    def ss(self, options):
+        assert options == '-tanp'
+        return self.sockets
+
+    # installing
+
+    def which(self, name):
+        return '/usr/bin/' + name
+
+    def useradd(self, *words):
+        self.write('/etc/passwd', '%s:x:%d:%d::/home/%s:/bin/sh\n'
+                   % (words[-1], USER, GROUP, words[-1]))
+
+    def sudo(self, *words):
+        assert words == ('-n', '/usr/local/lib/dockhand/receive', 'check')
+
+    def sshd(self, option):
+        return 'authorizedkeysfile .ssh/authorized_keys .ssh/authorized_keys2\n'
+
+    def visudo(self, *words):
+        """Finds nothing wrong, as these find nothing to say."""
+
+    dpkg_query = visudo
+
+    def ssh_keygen(self, l, f, path):
+        return '256 SHA256:%s no comment (ED25519)\n' % dh.read_file(path).split()[1][-8:]
+
+    # what the tests look at
+
+    def files(self, *besides):
+        """{path: (text or target, mode, owner)} of all files but processes and locks."""
+        found = {}
+        for folder, folders, names in os.walk(self.root):
+            for path in [os.path.join(folder, name) for name in folders + names]:
+                short = path[len(self.root):]
+                if not short.startswith(('/proc', '/run/lock') + besides):
+                    about = os.lstat(path)
+                    found[short] = (content(path, about.st_mode), mode_in(about),
+                                    (about.st_uid, about.st_gid))
+        return found
+
+    def running(self):
+        return sorted(each['Image'] for each in self.containers.values()
+                      if each['State']['Running'])
+
+    def whole(self):
+        """All that must be as before when a deploy of release 2 fails."""
+        found = self.files('/var/lib/dockhand/apps/blog/releases/2')
+        found.update((tag, image['Id']) for tag, image in self.images.items())
+        found.update((name, (each['policy'], each['address'], each['env']))
+                     for name, each in self.containers.items()
+                     if not name.startswith('job'))
+        return dict(found, refs=self.refs.copy(), running=self.running(),
+                    jobs=sorted(self.jobs), served=self.served)
+
+    def changed(self, before):
+        now = self.whole()
+        return sorted(key for key in set(before) | set(now)
+                      if before.get(key, 0) != now.get(key, 0))
+
+    def release(self, number, commit, files, seconds=None, **config):
+        """A Release of these files, built, as a deploy makes it before the switch."""
+        tag, self.commits[commit] = 'blog:%d' % number, files
+        self.images[tag] = image(files['Dockerfile'])
+        self.refs['refs/dockhand/%d' % number] = commit
+        job, proxy = files.get('upstart.conf'), files.get('nginx-proxy.conf')
+        release = dh.Release('blog', number, commit, 'main', 'anna', 1, seconds, None,
+                             self.images[tag]['Id'], dict(config), None, None, None, None,
+                             job and JOB_HEADER + job, proxy and PROXY_HEADER + proxy)
+        if not job:
+            settings = self.images[tag]['Config']
+            release = dh.complete_plain(self.host, release, settings)
+        dh.save_release(self.host, release)
+        return release
+
+    def lives(self, files, **config):
+        """Release 1, as a deploy would have left it."""
+        if self.read('/home/git/' + dh.KEYS) is None:
+            self.write('/home/git/' + dh.KEYS, dh.render_authorized_keys(
+                '', [Key('ssh-ed25519', 'AAAA', 'anna', ())], ''))
+        live = self.release(1, SHA, files, 2.5, **config)
+        dh.save_config(self.host, 'blog', config)
+        engine = dh.engine_of(self.host, live)
+        self.images['blog:latest'] = self.images['blog:1']
+        self.refs['refs/heads/main'] = SHA
+        dh.set_link(self.host, 'blog', 'live', live)
+        for act in (engine.prepare, engine.place, engine.start, engine.settle):
+            act(live)
+        self.nginx()
+        dh.restore_proxy(self.host, 'blog', live.proxy)
+        del self.done[:]
+        return live
+
+    def push(self, files, ref=MAIN, old=SHA, new=SHA_2):
+        self.commits[new] = files
+        dh.deploy(self.host, 'blog', 'anna', ref, old, new)
+        self.refs[ref] = new
+
+def named(job, otherwise):
+    """The name that a job gives its container."""
+    return (re.findall(r'--name[ =](\S+)', job) or [otherwise])[0]
+
+def image(dockerfile):
+    """What docker says of an image, which is named for the first line."""
+    ports = [port + ('' if '/' in port else '/tcp')
+             for port in re.findall(r'(?m)^EXPOSE (\S+)', dockerfile)]
+    paths = re.findall(r'(?m)VOLUME ?(\S*)', dockerfile)
+    config = {'Volumes': dict((path or '/data', {}) for path in paths) or None,
+              'ExposedPorts': dict((port, {}) for port in ports)}
+    if 'HEALTHCHECK' in dockerfile:
+        config['Healthcheck'] = {'Test': ['CMD', 'true']}
+    return {'Id': 'sha256:' + re.sub(r'\W', '', dockerfile.partition('\n')[0]),
+            'Size': 5000000, 'Config': config}
+
+def content(path, mode):
+    if stat.S_ISLNK(mode):
+        return os.readlink(path)
+    if stat.S_ISREG(mode):
+        with open(path, 'rb') as source:
+            return source.read()
+
+# ---- What is pushed to it --------------------------------------------------------------
+
+JOB_HEADER = "# dockhand: blog's job, installed from its repository at each push\n"
+PROXY_HEADER = JOB_HEADER.replace('job', 'proxy file')
+JOB = 'start on started docker\nexec docker run --rm blog\n'
+WEB = 'server { listen 80; server_name blog.example.org; location / { root /x; } }\n'
+FILES = {'Dockerfile': 'FROM one', 'upstart.conf': JOB, 'nginx-proxy.conf': WEB}
+FILES_2 = {'Dockerfile': 'FROM two', 'upstart.conf': JOB + 'respawn\n',
+           'nginx-proxy.conf': WEB.replace('blog.', 'www.')}
+SHORT = {'docker': 'Dockerfile', 'job': 'upstart.conf', 'proxy': 'nginx-proxy.conf'}
+
+def but(name, text):
+    """The second commit's files with another text for one (None: without it)."""
+    files = dict(FILES_2, **{SHORT.get(name, name): text})
+    return dict((name, text) for name, text in files.items() if text is not None)
+
+def half_deployed(machine, steps=99, files=None):
+    """A crash after so many steps of a switch to release 2."""
+    one, two = files or (FILES, FILES_2)
+    live, new = machine.lives(one), machine.release(2, SHA_2, two)
+    dh.set_link(machine.host, 'blog', 'pending', new)
+    acts = [lambda: dh.engine_of(machine.host, new).prepare(new)]
+    for act in (acts + dh.switch_steps(machine.host, live, new))[:steps]:
+        act()
+    return new
+
+def an_app(name, more='EXPOSE 8000', proxy=None):
+    """The files of a plain app. Its HEALTHCHECK is what the machine here can answer."""
+    files = {'Dockerfile': 'FROM %s\nHEALTHCHECK x\n%s\n' % (name, more)}
+    return dict(files, **{'nginx-proxy.conf': proxy} if proxy else {})
+
+ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
+ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data') for name in ('one', 'two')]
