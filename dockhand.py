@@ -2581,11 +2581,11 @@ def is_stopped(host, app):
     return os.path.exists(app_folder(host, app, 'stopped'))
 
 @contextmanager
-def app_lock(host, app, purpose, follow=True):
+def app_lock(host, app, purpose, branch_moves=False):
     """Hold an app's lock, what a crash left put right; gives the live Release or None.
-    follow: whether the branch is set to what is live; a push lets git move it"""
+    branch_moves: by git, at the end of a push; else it is set to what is live"""
     with locked(host.path(LOCKS, check_app_name(app)), purpose):
-        recover_app(host, app, follow)
+        recover_app(host, app, branch_moves)
         yield live_release(host, app)
 
 @contextmanager
@@ -2599,31 +2599,6 @@ def must_be_live(host, app):
     refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
     return live
 
-def switch_steps(host, old, new, beside=False, run=True, certain=False, older=False):
-    """What makes the host go from one release, or None, to another, as [function].
-    beside: both run for a time; run, certain: whether the new one is started, was live a
-    moment ago; older: whether it, or what was pushed of it, was live before"""
-    app = (new or old).app
-    if certain:
-        proxy = partial(restore_proxy, host, app, new and new.proxy)
-    elif new:
-        proxy = partial(install_proxy, host, new, older)
-    else:
-        proxy = partial(remove_proxy, host, app)
-    stop = [partial(engine_of(host, old).stop, old)] if old else []
-    if new is None:
-        return stop + [proxy, partial(engine_of(host, old).withdraw, old),
-                       partial(remove_image_tag, host, app + ':latest')]
-    engine = engine_of(host, new)
-    start = [partial(engine.start, new)] if run else []
-    tag = [partial(tag_image, host, image_tag(new), app + ':latest')]
-    if beside:
-        drained = [partial(drain, host, old.address)] + stop
-        return start + [proxy] + tag + (drained if certain else [])
-    if old and type(engine) != type(engine_of(host, old)):
-        stop.append(partial(engine_of(host, old).withdraw, old))
-    return stop + tag + [partial(engine.place, new), proxy] + start
-
 def hands_over(old, new):
     """Whether two releases with addresses may run at once: both web, without data."""
     both = [each for each in (old, new) if each and each.address]
@@ -2633,56 +2608,152 @@ def hands_over(old, new):
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
 
+# seconds: how long the app did not answer, None where it always did; spent on checks
+Switch = namedtuple('Switch', 'gap checked')
+
 def apply(host, old, new):
-    """Make the host match a release, or put the old one back and raise; gives a report.
+    """Make the host match a release, or put the old one back and raise; a report.
+
     `pending` says what is being switched to; moving `live` is the commit point."""
-    engine, begun, app = engine_of(host, new), monotonic(), new.app
-    served = old and not is_stopped(host, app)
-    beside = served and hands_over(old, new)
-    on_trial = beside and old.web and new.web   # the old one steps in where it fails
-    shown = new._replace(proxy=with_backup(
-        new.proxy, old.address, old.port)) if on_trial else new
-    older = new.turn is not None or bool(old) and new.image == old.image
-    if not old or not beside and new.proxy != old.proxy:    # others worked meanwhile
-        check_proxy_change(host, new, older)
+    begun, app, engine = monotonic(), new.app, engine_of(host, new)
+    served = old is not None and not is_stopped(host, app)
+    overlap = served and hands_over(old, new)
+
+    # Another app may have taken one of its names while this one was built.
+    if old is None or not overlap and new.proxy != old.proxy:
+        check_proxy_change(host, new, was_live(old, new))
     engine.prepare(new)
-    if not beside:                  # nothing is stopped yet, and nothing is to be undone
+    if not overlap:                 # nothing is stopped yet, and nothing is to be undone
         check_disk_takes_writes(host, app)
+
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
-        stopped = monotonic()
-        steps = switch_steps(
-            host, old, shown, beside, older=older)
-        first = 1 if beside else len(steps)     # checked before requests reach it
-        for act in steps[:first]:
-            act()
-        started = monotonic()
-        gap = check_or_show_log(host, new, engine, 0 if on_trial else STEADY) - stopped
-        checked = monotonic() - started
-        for act in steps[first:]:
-            act()
-        if on_trial:
-            started = monotonic()
-            check_or_show_log(host, new, engine)
-            checked += monotonic() - started
-            install_proxy(host, new, older)
+        if overlap:
+            switch = hand_over(host, old, new)
+        else:
+            switch = stop_then_start(host, old, new)
         new = count_turn(host, old, new)
         set_link(host, app, 'live', new)
-    times = monotonic() - begun - checked, checked
-    pushed = new.seconds is None and not (old and old.commit == new.commit)
-    finish(host, new, engine, not pushed)
-    down = '' if not served else ', no gap' if beside else ', down for %.1f s' % gap
-    return 'switched in %.1f s, checked in %.1f s' % times + down
 
-def finish(host, release, engine, follow):
-    """What follows the commit point. follow: git does not move the branch by itself"""
+    switched = monotonic() - begun - switch.checked
+    finish(host, new, engine, branch_moves=is_pushed(old, new))
+    report = 'switched in %.1f s, checked in %.1f s' % (switched, switch.checked)
+    if overlap:
+        return report + ', no gap'
+    if served:
+        return report + ', down for %.1f s' % switch.gap
+    return report
+
+def was_live(old, new):
+    """Whether a release, or what was pushed of it, was live before: a rule for proxy
+    files that is newer than that only warns."""
+    return new.turn is not None or old is not None and new.image == old.image
+
+def is_pushed(old, new):
+    """Whether git moves the branch by itself, once this push is over."""
+    is_new = new.seconds is None
+    return is_new and not (old is not None and old.commit == new.commit)
+
+def hand_over(host, old, new):
+    """Both run for a time, so that no request is lost; gives a Switch."""
+    engine = engine_of(host, new)
+    on_trial = old.web and new.web      # the old one answers where the new one fails
+    engine.start(new)
+    begun = monotonic()
+    check_or_show_log(host, new, engine, steady=0 if on_trial else STEADY)
+    checked = monotonic() - begun
+
+    shown = new
+    if on_trial:
+        shown = new._replace(proxy=with_backup(new.proxy, old.address, old.port))
+    install_proxy(host, shown, was_live(old, new))
+    tag_image(host, image_tag(new), new.app + ':latest')
+
+    if on_trial:
+        begun = monotonic()
+        check_or_show_log(host, new, engine)
+        checked += monotonic() - begun
+        install_proxy(host, new, was_live(old, new))
+    return Switch(None, checked)
+
+def stop_then_start(host, old, new):
+    """Never two at once: they would share data, a port, or a job. Gives a Switch."""
+    engine, stopped = engine_of(host, new), monotonic()
+    if old is not None:
+        stop_for(host, old, engine)
+    tag_image(host, image_tag(new), new.app + ':latest')
+    engine.place(new)
+    install_proxy(host, new, was_live(old, new))
+    engine.start(new)
+
+    started = monotonic()
+    answered = check_or_show_log(host, new, engine)
+    return Switch(answered - stopped, monotonic() - started)
+
+def stop_for(host, release, engine):
+    """Stop a release, and take its job away where another engine follows."""
+    own = engine_of(host, release)
+    own.stop(release)
+    if type(own) != type(engine):
+        own.withdraw(release)
+
+def take_away(host, release):
+    """What undoes a first deploy, as [(function, argument...)]."""
+    engine = engine_of(host, release)
+    return [
+        (engine.stop, release),
+        (restore_proxy, host, release.app, None),
+        (engine.withdraw, release),
+        (remove_image_tag, host, release.app + ':latest')]
+
+def ways_back(host, new, old):
+    """What puts the old release back, as [(function, argument...)]."""
+    engine, served = engine_of(host, old), not is_stopped(host, old.app)
+    start = [(engine.start, old)] if served else []
+    settle = [(engine.settle, old)] if served else []
+    tag = [(tag_image, host, image_tag(old), old.app + ':latest')]
+    proxy = [(restore_proxy, host, old.app, old.proxy)]
+
+    if served and hands_over(old, new):
+        stop = [(drain, host, new.address), (engine_of(host, new).stop, new)]
+        return start + proxy + tag + stop + settle
+
+    # Its own stop too: a crash may have come while it was being stopped.
+    again = [(engine.stop, old)] if served else []
+    stop = again + [(stop_for, host, new, engine)]
+    return stop + tag + [(engine.place, old)] + proxy + start + settle
+
+def put_back(host, new, old, branch_moves=False):
+    """Undo a switch, whatever was done of it. Each part that can be put back is."""
+    engine, live = engine_of(host, new), live_release(host, new.app)
+    put = partial(attempt, 'could not be put back')
+    if live is not None and live.number == new.number:
+        # A crash after the commit point; and it may be down since a power cut.
+        put(engine.place, new)
+        put(engine.start, new)
+        return finish(host, new, engine, branch_moves)
+
+    ways = take_away(host, new) if old is None else ways_back(host, new, old)
+    done = [put(*way) for way in ways]
+    if not all(done):
+        return say('dockhand: mend that, then: sudo dockhand recover')
+    remove_file(app_folder(host, new.app, 'pending'))
+
+    if old is not None and not is_stopped(host, old.app):
+        title = 'release %d was started again, but' % old.number
+        if attempt(title, check_health, old, engine_of(host, old), HEALTH_TIMEOUT, 0):
+            step('Release %d runs as before', old.number)
+
+def finish(host, release, engine, branch_moves):
+    """What follows the commit point. branch_moves: by git, when this push is over"""
     app, branch = release.app, 'refs/heads/' + release.branch
     try:
         remove_file(app_folder(host, app, 'stopped'))
         engine.settle(release)
         stop_others(host, release)
-        if follow and has_history(host, app, release.commit):
+        if not branch_moves and has_history(host, app, release.commit):
             git(host, app, 'update-ref', branch, release.commit)
+
         if release.seconds is None:
             took = max(0, round(time.time() - release.time, 1))
             save_record(host, release._replace(seconds=took))
@@ -2724,28 +2795,6 @@ def loopback_ports(host, release):
              for name in ('tcp', 'tcp6')]
     return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
 
-def put_back(host, new, old, follow=True):
-    """Undo a switch, whatever was done of it. Each part that can be put back is."""
-    engine, live = engine_of(host, new), live_release(host, new.app)
-    put = partial(attempt, 'could not be put back')
-    if live and live.number == new.number:      # and it may be down since a power cut
-        put(engine.place, new)
-        put(engine.start, new)
-        return finish(host, new, engine, follow)
-    run = old is not None and not is_stopped(host, new.app)
-    beside = run and hands_over(old, new)
-    steps = switch_steps(host, new, old, beside, run, certain=True)
-    if run:
-        before = engine_of(host, old)           # its stop, begun before a crash, goes on
-        begin = [] if beside else [partial(before.stop, old)]
-        steps = begin + steps + [partial(before.settle, old)]
-    if not all([put(act) for act in steps]):
-        return say('dockhand: mend that, then: sudo dockhand recover')
-    remove_file(app_folder(host, new.app, 'pending'))
-    if run and attempt('release %d was started again, but' % old.number,
-                       check_health, old, before, HEALTH_TIMEOUT, 0):
-        step('Release %d runs as before', old.number)
-
 def sweep(host, app):
     """Remove the temporary files and the build folder of a command that was killed."""
     written = [app_folder(host, app, name)
@@ -2761,14 +2810,14 @@ def sweep(host, app):
         empty_build_folder(host, app)
         remove_image_tag(host, app + ':plan')
 
-def recover_app(host, app, follow=True):
+def recover_app(host, app, branch_moves=False):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     sweep(host, app)
     pending = linked_release(host, app, 'pending')
     if pending:
         step('%s: the switch to release %d was interrupted', app, pending.number)
         live = live_release(host, app)
-        put_back(host, pending, live, follow)
+        put_back(host, pending, live, branch_moves)
         if pending.seconds is None and not (live and live.number == pending.number):
             forget(host, pending, 'interrupted')
     for number in reversed(list_releases(host, app)):
@@ -2908,7 +2957,8 @@ def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
     keys = split_authorized_keys(host.text(host.home(), KEYS))[1]
     host.known = apps_of(keys, key)
-    with app_lock(host, app, 'a push of %s by %s' % (app, key), follow=False) as live:
+    with app_lock(host, app, 'a push of %s by %s' % (app, key),
+                  branch_moves=True) as live:
         branch = load_config(host, app).get('branch', live.branch if live else None)
         verdict = judge_ref(ref, new, branch)
         if verdict == 'store':
@@ -3691,7 +3741,7 @@ def start(host, app):
         engine.place(live)
         engine.start(live)
         check_or_show_log(host, live, engine)
-        finish(host, live, engine, True)
+        finish(host, live, engine, branch_moves=False)
     tell('%s runs', app)
 
 def stop(host, app):
@@ -3812,8 +3862,11 @@ def destroy(host, app, force=False, volumes=False):
         force = sys.stdin.readline().strip() == app
     refuse_if(not force, 'not removed; if you are sure: dockhand destroy %s --force', app)
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
-        for act in switch_steps(host, live, None) if live else []:
-            act()
+        if live:
+            engine_of(host, live).stop(live)
+            remove_proxy(host, app)
+            engine_of(host, live).withdraw(live)
+            remove_image_tag(host, app + ':latest')
         for link in ('live', 'pending'):
             remove_file(app_folder(host, app, link))
         for number in list_releases(host, app):

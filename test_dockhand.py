@@ -40,7 +40,7 @@ from lab import (
 from machine import (
     CONNECT, FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, MONOTONIC, NGINX_CONF,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
-    USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in)
+    USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in, switch_steps)
 from moments import RUNS, standing, trials, wrong
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
@@ -2209,7 +2209,7 @@ def test_a_plan_says_what_would_change_and_changes_nothing(machine, capfd):
 
 def test_a_push_without_the_proxy_file_removes_the_old_one(plain):
     live = plain.lives(FILES)
-    for act in dh.switch_steps(plain.host, live, live._replace(proxy=None), run=False):
+    for act in switch_steps(plain.host, live, live._replace(proxy=None), run=False):
         act()
     assert plain.read('/etc/nginx/conf.d/blog.conf') is None and plain.served == {}
 
@@ -2265,7 +2265,7 @@ def test_a_job_that_runs_another_image_can_be_deployed(plain, name):
     live, new = plain.lives(FILES), plain.release(2, SHA_2, but('job', JOB.replace(
         'blog', name)))
     for act in [lambda: dh.Containers(plain.host).prepare(new)] + \
-            dh.switch_steps(plain.host, live, new):
+            switch_steps(plain.host, live, new):
         act()
     assert plain.running() == ['sha256:FROMother']
 
@@ -2384,7 +2384,7 @@ def pushed(machine, *commits):
         files = but('docker', 'FROM ' + commit[:3])
         new = machine.release(number, commit, files, 2.5)
         engine.prepare(new)
-        for act in dh.switch_steps(machine.host, old, new):
+        for act in switch_steps(machine.host, old, new):
             act()
         engine.settle(new)
         old = new
@@ -3493,7 +3493,7 @@ def test_what_an_earlier_dockhand_was_switching_to_is_put_back_and_forgotten(mac
     live = dh.live_release(machine.host, 'blog')
     engine.prepare(new)
     dh.set_link(machine.host, 'blog', 'pending', new)
-    for act in dh.switch_steps(machine.host, live, new):
+    for act in switch_steps(machine.host, live, new):
         act()
     write_down_again(machine, 3, era)
     dh.recover(machine.host)

@@ -611,13 +611,25 @@ def but(name, text):
     files = dict(FILES_2, **{SHORT.get(name, name): text})
     return dict((name, text) for name, text in files.items() if text is not None)
 
+def switch_steps(host, old, new, run=True):
+    """The stop-then-start of a switch, step by step, as dockhand's own does it."""
+    engine, steps = dh.engine_of(host, new), []
+    if old:
+        before = dh.engine_of(host, old)
+        steps.append(lambda: before.stop(old))
+        if type(before) != type(engine):
+            steps.append(lambda: before.withdraw(old))
+    steps += [lambda: dh.tag_image(host, dh.image_tag(new), new.app + ':latest'),
+              lambda: engine.place(new), lambda: dh.install_proxy(host, new)]
+    return steps + ([lambda: engine.start(new)] if run else [])
+
 def half_deployed(machine, steps=99, files=None):
     """A crash after so many steps of a switch to release 2."""
     one, two = files or (FILES, FILES_2)
     live, new = machine.lives(one), machine.release(2, SHA_2, two)
     dh.set_link(machine.host, 'blog', 'pending', new)
     acts = [lambda: dh.engine_of(machine.host, new).prepare(new)]
-    for act in (acts + dh.switch_steps(machine.host, live, new))[:steps]:
+    for act in (acts + switch_steps(machine.host, live, new))[:steps]:
         act()
     return new
 
