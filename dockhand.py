@@ -591,6 +591,7 @@ STANZA = r'''(?x)[ \t]*(?:
   | (?:\#[^\n]*)?)[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
 
 # What kills a deploy, and notes: a pattern of `STANZA VALUE` or of `--OPTION VALUE`
+UPSTART_ONLY = 'note: under Upstart'
 JOB_CHECKS = [
     (r'exec \Z', 'a command is wanted'),
     (r'kill timeout (?!\d+\Z)', 'a number of seconds is wanted'),
@@ -599,8 +600,8 @@ JOB_CHECKS = [
     (r'instance ', 'one app is one service; push it under several names'),
     (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
     (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
-    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', 'note: under Upstart lost '
-     'when docker restarts; `start on started docker`, `stop on stopping docker` is not'),
+    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', UPSTART_ONLY + ' lost when '
+     'docker restarts; `start on started docker`, `stop on stopping docker` is not'),
     (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
     (r'--(interactive|tty) (?![fF0])', 'a service has no terminal; remove it'),
     (r'--lxc-conf ', 'docker has had no such option since 1.10; remove it'),
@@ -2217,10 +2218,6 @@ def app_folder(host, app, *parts):
 def release_folder(host, app, number):
     return app_folder(host, app, 'releases', str(number))
 
-def engine_of(host, release):
-    """What runs a release: init its job where that is Upstart, docker all else."""
-    return Upstart(host) if release.job and is_upstart(host) else Containers(host)
-
 def container_state(found):
     """The State of a container as docker describes it, ports where they really are."""
     state, settings = found['State'], found.get('NetworkSettings') or {}
@@ -2235,21 +2232,120 @@ def container_state(found):
              for port in sorted(published) if port.endswith('/tcp') and not health]
     return State(alive, identity, ports, health, text)
 
-class Engine(namedtuple('Engine', 'host')):
-    """What keeps apps running."""
-    def nothing(self, release):
-        """What only the other engine has to do."""
-    check = prepare = place = withdraw = nothing
+class Engine(object):
+    """What keeps apps running: all that `apply`, and what it calls, knows of it.
+
+    A release is whole when it comes here: its image is there, and its files are in the
+    store. Every method may be called again after a crash in the middle of it, and then
+    finds some of its work done already. What docker or init refuse is a Failure.
+    """
+    def __init__(self, host):
+        self.host = host
+
+    @classmethod
+    def takes(cls, host, release):
+        """Whether it is this engine that runs a release."""
+        raise NotImplementedError
+
+    def check(self, release):
+        """Failure where this release cannot run here. Its image is not built yet."""
+
+    def doubts(self, release, ports, volumes):
+        """[(line, text)] of what is doubtful in its job; Failure for what would kill it.
+        ports, volumes: as check_job wants them"""
+        return check_job(job_of(release), release.app, ports, volumes)
+
+    def names_taken(self, release):
+        """The names that nobody else's container may have when it comes."""
+        return [container_name(release)]
+
+    def prepare(self, release):
+        """Make ready what can be while an earlier release goes on: the gap is as long as
+        what is left. It may be there already, of a kept release. Nothing runs yet, and
+        nothing of it starts by itself, not even at boot."""
+
+    def place(self, release):
+        """Put where init finds it what says how to run this release. The earlier one has
+        been stopped; nothing starts at boot before `settle`."""
+
+    def start(self, release):
+        """Start it, where it does not run. What was made ready may be gone: make it."""
+        raise NotImplementedError
+
+    def stop(self, release):
+        """Stop it, and what a killed process left of it; nothing brings it back, be it at
+        boot or after a crash of docker. It may be stopped, or gone, already."""
+        raise NotImplementedError
+
+    def withdraw(self, release):
+        """Take away what `place` put there: another engine follows, or nothing does."""
+
+    def settle(self, release):
+        """It is live: from now on it is started by itself at boot, and where it dies."""
+
+    def revives(self, release):
+        """Whether one that is live and does not run is to be started, after a boot."""
+        return True
+
+    def state(self, release):
+        """Its State at this moment."""
+        raise NotImplementedError
+
+    def running(self, releases):
+        """Which of some earlier [Release] run still, beside the one that is live."""
+        return []
+
+    def overlaps(self, old, new):
+        """Whether two releases, either may be None, may run at once for a time."""
+        return False
+
+    def address(self, release):
+        """Where nginx reaches it, '' where it has no address of its own."""
+        return ''
+
+    def image_ref(self, release):
+        """What docker makes its containers from."""
+        return release.image
+
+    def run_once(self, release, command, each):
+        """Run a command in its image, in its environment; the exit status. each: gets
+        the lines that it prints"""
+        raise NotImplementedError
+
+    def remove(self, release):
+        """Remove what is left of it in docker, but for its image and its data."""
+        on_container(self.host, release, 'rm', '-f', '-v')
+        if 'release' in release.config:
+            self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
+
+    def logs_command(self, release, lines, *follow):
+        """The command that prints its last lines: so many, a str; `-f` goes on."""
+        raise NotImplementedError
 
 def on_container(host, release, *words):
     """Run a docker command on a release's container; False where that is gone."""
     command = ('docker',) + words + (container_name(release),)
     return host.run_unless('No such container', command)
 
+def run_in_image(host, release, options, command, each, env, cwd):
+    """`docker run` in the image of a release; the exit status."""
+    run = ['docker', 'run', '--rm', '--name', once_name(release)] + options
+    if not any(option.startswith('--pids-limit') for option in options):
+        run.append(PIDS_CAP)
+    return host.ask(run + [release.image] + command, each=each, env=env, cwd=cwd).status
+
+def once_name(release):
+    """The name of the container in which a release's command runs once."""
+    return container_name(release) + '--release'
+
+LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
+
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
-    log_cap = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
-    pids_cap = '--pids-limit=4096'          # or a fork bomb in one app takes the host
+    @classmethod
+    def takes(cls, host, release):
+        return True
 
     def job(self, release):
         """How docker runs a release; Failure where it cannot."""
@@ -2266,6 +2362,45 @@ class Containers(Engine):
         refuse_if(is_upstart(self.host) and docker_version(self.host) < (1, 11),
                   'without an upstart.conf an app wants docker 1.11 or later')
 
+    def doubts(self, release, ports, volumes):
+        """All but what holds for init alone."""
+        found = Engine.doubts(self, release, ports, volumes)
+        return [doubt for doubt in found if not doubt[1].startswith(UPSTART_ONLY)]
+
+    def image_ref(self, release):
+        """Its own image by id, or that which its job names."""
+        image = self.job(release).image
+        return release.image if is_image_of(release.app, image) else image
+
+    def overlaps(self, old, new):
+        """Both are plain apps, and web apps without data, or config says that they may:
+        two that share a volume destroy it."""
+        if not (old and new and old.address and new.address):
+            return False
+        both_safe = all(release.web and not release.volumes for release in (old, new))
+        return new.config.get('overlap', 'yes' if both_safe else 'no') == 'yes'
+
+    def address(self, release):
+        return release.address or ''
+
+    def running(self, releases):
+        """A job's own container was stopped before the next one was started."""
+        plain = dict((container_name(release), release)
+                     for release in releases if release.address)
+        found = inspect(self.host, *plain) if plain else []
+        return [plain[container['Name'][1:]] for container in found
+                if container['State']['Running']]
+
+    def run_once(self, release, command, each):
+        """Beside the app: with its volumes and its network, but not its names there."""
+        job = self.job(release)
+        options = [option for option in job.options
+                   if not option.startswith(('--ip', '--net-alias', '--publish'))]
+        if release.address:
+            ensure_network(self.host, release.address)
+        return run_in_image(self.host, release, options, command, each, job.env,
+                            job.folder)
+
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
@@ -2275,11 +2410,10 @@ class Containers(Engine):
         if release.address and has_init(host):
             command.append('--init')
         if not any(each.startswith('--log-') for each in job.options):
-            command += self.log_cap
+            command += LOG_CAP
         if not any(each.startswith('--pids-limit') for each in job.options):
-            command.append(self.pids_cap)
-        image = release.image if is_image_of(release.app, job.image) else job.image
-        command += [image] + job.command
+            command.append(PIDS_CAP)
+        command += [self.image_ref(release)] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
             on_container(host, release, 'update', '--restart', 'no')
 
@@ -2334,10 +2468,15 @@ class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     held = 'manual\n'   # an override that keeps a reboot from starting a mixture
 
-    def job(self, release):
-        """What the job gives its release command: the environment alone is known."""
+    @classmethod
+    def takes(cls, host, release):
+        return bool(release.job) and is_upstart(host)
+
+    def run_once(self, release, command, each):
+        """Of the job only its environment is known here."""
         env_file = release_folder(self.host, release.app, release.number) + '/env'
-        return Container(['--env-file=' + env_file], release.app, [], {}, '/', True, '5')
+        options = ['--env-file=' + env_file]
+        return run_in_image(self.host, release, options, command, each, {}, '/')
 
     def place(self, release):
         env = environment_text(release.config, None)
@@ -2421,6 +2560,13 @@ class Upstart(Engine):
     def logs_command(self, release, lines, *follow):
         log = self.host.path(JOB_LOGS, release.app + '.log')
         return ('tail', '-n', lines) + follow + (log,)
+
+# Who runs a release: the first of these that takes it.
+ENGINES = [Upstart, Containers]
+
+def engine_of(host, release):
+    """The engine that runs a release."""
+    return next(kind for kind in ENGINES if kind.takes(host, release))(host)
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
@@ -2599,12 +2745,6 @@ def must_be_live(host, app):
     refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
     return live
 
-def hands_over(old, new):
-    """Whether two releases with addresses may run at once: both web, without data."""
-    both = [each for each in (old, new) if each and each.address]
-    safe = all(each.web and not each.volumes for each in both)
-    return len(both) == 2 and new.config.get('overlap', 'yes' if safe else 'no') == 'yes'
-
 def image_tag(release):
     return '%s:%s' % (release.app, release.number)
 
@@ -2617,7 +2757,7 @@ def apply(host, old, new):
     `pending` says what is being switched to; moving `live` is the commit point."""
     begun, app, engine = monotonic(), new.app, engine_of(host, new)
     served = old is not None and not is_stopped(host, app)
-    overlap = served and hands_over(old, new)
+    overlap = served and engine.overlaps(old, new)
 
     # Another app may have taken one of its names while this one was built.
     if old is None or not overlap and new.proxy != old.proxy:
@@ -2665,7 +2805,8 @@ def hand_over(host, old, new):
 
     shown = new
     if on_trial:
-        shown = new._replace(proxy=with_backup(new.proxy, old.address, old.port))
+        address = engine_of(host, old).address(old)
+        shown = new._replace(proxy=with_backup(new.proxy, address, old.port))
     install_proxy(host, shown, was_live(old, new))
     tag_image(host, image_tag(new), new.app + ':latest')
 
@@ -2714,8 +2855,9 @@ def ways_back(host, new, old):
     tag = [(tag_image, host, image_tag(old), old.app + ':latest')]
     proxy = [(restore_proxy, host, old.app, old.proxy)]
 
-    if served and hands_over(old, new):
-        stop = [(drain, host, new.address), (engine_of(host, new).stop, new)]
+    failed = engine_of(host, new)
+    if served and failed.overlaps(old, new):
+        stop = [(drain, host, failed.address(new)), (failed.stop, new)]
         return start + proxy + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
@@ -2764,15 +2906,16 @@ def finish(host, release, engine, branch_moves):
     except (Failure, EnvironmentError) as error:
         say('dockhand: %s is live, but: %s; `dockhand recover` tries again', app, error)
 
-def stop_others(host, release):
+def stop_others(host, live):
     """Stop what still runs of the app's earlier releases, once it is drained."""
-    others = dict((container_name(each), each)
-                  for each in kept_releases(host, release.app)
-                  if each.address and each.number != release.number)
-    for found in inspect(host, *others) if others else []:
-        if found['State']['Running']:
-            drain(host, others[found['Name'][1:]].address)
-            Containers(host).stop(others[found['Name'][1:]])
+    others = [release for release in kept_releases(host, live.app)
+              if release.number != live.number]
+    for kind in ENGINES:
+        engine = kind(host)
+        theirs = [release for release in others if kind.takes(host, release)]
+        for release in engine.running(theirs):
+            drain(host, engine.address(release))
+            engine.stop(release)
 
 def check_or_show_log(host, release, engine, steady=STEADY):
     """The moment of a release's first answer; its log for the pusher if none comes."""
@@ -3075,8 +3218,9 @@ def plan_release(host, live, release):
 def check_free(host, live, release):
     """Failure where docker has something of a name that this release needs."""
     check_host_names(host, release.app)
-    names = [image_tag(release), container_name(release)]
-    names += [] if live else [release.app + ':latest']
+    names = [image_tag(release)] + engine_of(host, release).names_taken(release)
+    if live is None:
+        names.append(release.app + ':latest')
     for name in names if inspect(host, *names) else []:
         refuse_if(inspect(host, name), 'docker has %s already, and not from dockhand: '
                   'rename the app, or remove that', name)
@@ -3096,15 +3240,14 @@ def build_release(host, live, release, options=()):
         return complete_plain(host, release, settings)
     ports, volumes = proxied_ports(release.proxy), settings.get('Volumes') or {}
     try:
-        doubts = check_job(job_of(release), release.app, ports, volumes)
+        doubts = engine_of(host, release).doubts(release, ports, volumes)
     except Failure as error:        # a rule that is newer than the release binds pushes
         if not (live and live.image == release.image):
             raise
         step('Note: %s; the next push will be refused for it', error)
         return release
     for line, text in doubts:
-        if 'under Upstart' not in text or is_upstart(host):
-            step('upstart.conf:%d: %s', line, text)
+        step('upstart.conf:%d: %s', line, text)
     return release
 
 def build_commit(host, live, release, options):
@@ -3193,17 +3336,9 @@ def free_address(host):
 def run_release_command(host, release):
     """Run what config's `release` says in the new image, with its volumes and network."""
     import shlex
-    job = engine_of(host, release).job(release)
-    command = ['docker', 'run', '--rm', '--name', container_name(release) + '--release']
-    command += [option for option in job.options
-                if not option.startswith(('--ip', '--net-alias', '--publish'))]
-    if not any(option.startswith('--pids-limit') for option in command):
-        command.append(Containers.pids_cap)
-    command += [release.image] + shlex.split(release.config['release'])
-    step('Running the release command: %s', release.config['release'])
-    if release.address:
-        ensure_network(host, release.address)
-    status = host.ask(command, each=detail, env=job.env, cwd=job.folder).status
+    said = release.config['release']
+    step('Running the release command: %s', said)
+    status = engine_of(host, release).run_once(release, shlex.split(said), detail)
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 def check_proxy_change(host, release, older=False):
@@ -3237,9 +3372,7 @@ def remove_app(host, app):
 
 def drop(host, release, *options):
     """Take a release's container, image and commit away; False if the image is used."""
-    on_container(host, release, 'rm', '-f', '-v')
-    if 'release' in release.config:
-        host.ask(['docker', 'rm', '-f', '-v', container_name(release) + '--release'])
+    engine_of(host, release).remove(release)
     gone = remove_image_tag(host, image_tag(release), *options)
     if gone:
         held = HELD_REF % release.number
@@ -3288,8 +3421,9 @@ def show_plan(host, live, release):
     for name, old, new in zip(names, was, now):
         diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
         detail(diff or name + ': no change')
-    gap = 'none' if not live or hands_over(live, release) else (
-        'one stop and one start of the service')
+    gap = 'one stop and one start of the service'
+    if live is None or engine_of(host, release).overlaps(live, release):
+        gap = 'none'
     size = inspect(host, image_tag(release))[0]['Size'] / 1e6
     detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
            free_bytes(host, STATE) / 1e6)

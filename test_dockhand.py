@@ -1401,7 +1401,7 @@ def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expect
     config = {'overlap': overlap} if overlap else {}
     old, new = [None if each is None else plain_release(config=more, **each)
                 for each, more in ((old, {}), (new, config))]
-    assert dh.hands_over(old, new) == (
+    assert dh.Containers(None).overlaps(old, new) == (
         expected is not None and (overlap == 'yes' if overlap else expected))
 
 @table('changes, said', """
