@@ -822,12 +822,12 @@ def plain_container(release, env_file):
     return Container(options + given, app, [], {}, '/', True, '10')
 
 def read_image(settings, config, proxied):
-    """(port, whether it is for nginx, [volume path]) by the Config of an app's image."""
+    """(port or 0, whether it is for nginx, [volume path]) by the Config of an image."""
     exposed = settings.get('ExposedPorts') or {}
     ports = sorted((int(port.split('/')[0]) for port in exposed if port.endswith('/tcp')))
     web = [int(port) for port in HTTP_PORTS[:-1] if int(port) in ports]
-    port = ([int(config['port'])] if 'port' in config else web + ports + [None])[0]
-    is_web = port is not None and bool(web or 'port' in config or proxied)
+    port = ([int(config['port'])] if 'port' in config else web + ports + [0])[0]
+    is_web = port != 0 and bool(web or 'port' in config or proxied)
     return port, is_web, sorted(settings.get('Volumes') or {})
 
 def refuse_here_if(wrong, place, what, remedy):
@@ -2007,7 +2007,7 @@ def install_proxy(host, release, older=False):
     make nginx follow. older: as check_proxy_file wants it"""
     app = release.app
     with host_lock(host, app):
-        if read_file(host.path(PROXIES, app + '.conf')) == release.proxy:
+        if host.text(PROXIES, app + '.conf') == release.proxy:
             return
         files = proxy_files(host)
         if release.proxy:
@@ -2605,14 +2605,30 @@ def silent_ports(state):
 
 # ---- Releases: the store, apply, deploy, recover ---------------------------------------
 
-# number: from 1, never used again. time: of its push, in seconds since 1970. seconds:
-# that the deploy took, None until it is through. failed: why it never was live, or None.
-# turn: higher, the later it became live; None before, and in records of older versions.
-# image: its id. job, proxy: the files as installed, or None. Of a plain app: port, None
-# for a worker; web: nginx passes requests to it; volumes: [path]; address: of its own.
-Release = namedtuple('Release', 'app number commit branch key time seconds failed image '
-                     'config port web volumes address job proxy turn')
-Release.__new__.__defaults__ = (None,)
+Release = namedtuple('Release', '''
+    app number plan commit branch key time seconds failed turn
+    image config port web volumes address job proxy''')
+Release.__new__.__defaults__ = (None,) * len(Release._fields)
+# A numbered deployment of an app. What is None is not known yet, or not written down.
+#
+# number    from 1, never used again
+# plan      whether it only shows what a push would change: it is never saved
+# commit, branch, key     what was pushed, where to, and by whom
+# time      of its push, in seconds since 1970
+# seconds   that the deploy took; None until it is through
+# failed    why it never was live
+# turn      higher, the later it became live; not in records of older versions
+# image     the id of its image; of a failed one, that of the last layer that was made
+# config    what the host knew of the app then, {key: value}
+# port      of a plain app, which it listens on; 0: it is a worker, or a job
+# web       whether nginx passes requests to that port
+# volumes   of a plain app, [path] of each VOLUME
+# address   of a plain app, on our network; '' for a job
+# job       its upstart.conf as it is installed; '' where it brings none
+# proxy     its proxy file as it is installed, pushed or made; '' where it has none
+
+# What stands in a release for that which is known not to be there.
+NOTHING = {'port': 0, 'web': False, 'volumes': [], 'address': '', 'job': '', 'proxy': ''}
 
 def list_apps(host):
     return list_folder(host.path(STATE, 'apps'))
@@ -2623,14 +2639,19 @@ def list_releases(host, app):
     return sorted(int(name) for name in names if name.isdigit())
 
 def load_release(host, app, number):
-    """A Release from the store; what is not written down of it yet is None."""
+    """A Release from the store."""
     folder = release_folder(host, app, number)
     found = dict({'config': {}}, **read_json(folder + '/release.json'))
     if is_finished_older(found) and linked_number(host, app, 'pending') != number:
         found['seconds'] = 0
-    found.update(app=app, number=number, job=read_file(folder + '/upstart.conf'),
+    found.update(app=app, number=number, plan=False,
+                 job=read_file(folder + '/upstart.conf'),
                  proxy=read_file(folder + '/nginx-proxy.conf'))
-    return Release(*[found.get(field) for field in Release._fields])
+    known = dict((field, found.get(field)) for field in Release._fields)
+    if known['image']:
+        for field, nothing in NOTHING.items():
+            known[field] = known[field] or nothing
+    return Release(**known)
 
 def is_finished_older(record):
     """Whether a record is of the first versions, which wrote it after the build and never
@@ -2687,8 +2708,9 @@ def count_turn(host, old, new):
 
 def save_record(host, release):
     """Write down what is known of a release, but for its files."""
-    record = release._asdict()
-    del record['job'], record['proxy']
+    record = dict(release._asdict())
+    for field in ('plan', 'job', 'proxy'):
+        del record[field]
     folder = release_folder(host, release.app, release.number)
     replace_file(folder + '/release.json', to_json(record), 0o600)
 
@@ -2698,7 +2720,7 @@ def save_release(host, release):
     make_folder(app_folder(host, release.app), 0o700)
     make_folder(folder)
     env = environment_text(release.config, release.port if release.web else None)
-    texts = release.job, release.proxy, None if release.failed else env
+    texts = release.job or None, release.proxy or None, None if release.failed else env
     for name, text in zip(('/upstart.conf', '/nginx-proxy.conf', '/env'), texts):
         path = folder + name
         remove_file(temporary_of(path))
@@ -2746,7 +2768,7 @@ def must_be_live(host, app):
     return live
 
 def image_tag(release):
-    return '%s:%s' % (release.app, release.number)
+    return '%s:%s' % (release.app, 'plan' if release.plan else release.number)
 
 # seconds: how long the app did not answer, None where it always did; spent on checks
 Switch = namedtuple('Switch', 'gap checked')
@@ -3055,10 +3077,11 @@ def check_files(release, folder):
         step('Note: submodules are not part of a push; their folders are empty')
     if 'filter=lfs' in (read('.gitattributes') or ''):
         step('Note: files kept by git LFS are not part of a push; their pointers are')
-    proxy = proxy and headed(app, 'proxy file', proxy)
-    if job is None:             # until the image is built, its port is not known
-        there = upstream(app, '127.0.0.1', 80, ())
-        return release._replace(proxy=proxy and proxy.partition(MARK)[0] + there)
+    proxy = headed(app, 'proxy file', proxy) if proxy else ''
+    if job is None:
+        if proxy:               # until the image is built, its port is not known
+            proxy = proxy.partition(MARK)[0] + upstream(app, '127.0.0.1', 80, ())
+        return release._replace(job='', proxy=proxy)
     job, old_words = modernize_job(job)
     if old_words:
         step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
@@ -3110,7 +3133,7 @@ def deploy(host, app, key, ref, old, new):
         branch = branch or ref[len('refs/heads/'):]
         check_is_commit(host, app, new, ref)
         if verdict == 'plan':
-            plan_release(host, live, new_release(host, app, key, branch, new, 'plan'))
+            plan_release(host, live, new_release(host, app, key, branch, new, plan=True))
         elif not (live and live.commit == new):
             check_race(host, app, live, branch, old, new)
             make_release(host, live, new_release(host, app, key, branch, new))
@@ -3179,11 +3202,11 @@ def has_history(host, app, commit):
         return False
     return not git(host, app, 'rev-list', '--quiet', commit, act=host.ask).status
 
-def new_release(host, app, key, branch, commit, number=None):
+def new_release(host, app, key, branch, commit, plan=False):
     """The next Release of an app, as far as it is known before the build."""
-    number = number or (list_releases(host, app) or [0])[-1] + 1
-    return Release(app, number, commit, branch, key, round(time.time(), 2), None, None,
-                   None, load_config(host, app), *[None] * 6)
+    last = max([0] + list_releases(host, app))
+    return Release(app=app, number=last + 1, plan=plan, commit=commit, branch=branch,
+                   key=key, time=round(time.time(), 2), config=load_config(host, app))
 
 def make_release(host, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was."""
@@ -3238,6 +3261,7 @@ def build_release(host, live, release, options=()):
     release = release._replace(image=str(images[0]['Id']))
     if not release.job:
         return complete_plain(host, release, settings)
+    release = release._replace(port=0, web=False, volumes=[], address='')
     ports, volumes = proxied_ports(release.proxy), settings.get('Volumes') or {}
     try:
         doubts = engine_of(host, release).doubts(release, ports, volumes)
@@ -3271,7 +3295,7 @@ def build_commit(host, live, release, options):
         build_image(host, folder, image_tag(release), layers, *options)
         return release
     except (Failure, Stopped):
-        if layers and release.number != 'plan':
+        if layers and not release.plan:
             save_release(host, release._replace(image=layers[-1]))
         raise
     finally:
@@ -3281,7 +3305,7 @@ def complete_plain(host, release, settings):
     """The Release of a plain app, with what the Config of its image and its own say."""
     app = release.app
     if is_made(release):
-        release = release._replace(proxy=None)
+        release = release._replace(proxy='')
     port, web, volumes = read_image(settings, release.config, release.proxy)
     for name in volumes_of(host, app) if not live_release(host, app) else []:
         step('Found a volume of an earlier %s: %s', app, name)
@@ -3289,7 +3313,7 @@ def complete_plain(host, release, settings):
         release = release._replace(port=port, web=web, volumes=volumes,
                                    address=free_address(host))
         release = release._replace(proxy=complete_proxy(host, release))
-        if release.number != 'plan':
+        if not release.plan:
             save_release(host, release)
     live = live_release(host, app)
     if live and live.image == release.image:
@@ -3317,7 +3341,7 @@ def complete_proxy(host, release):
     """The proxy file of a plain app; a web app's leads to it, and may be made here."""
     text = (release.proxy or '').partition(MARK)[0]
     if not release.web:
-        return text or None
+        return text
     app, version = release.app, nginx_version(host)
     if not text:
         domains = release.config.get('domains', '%s %s.*' % (app, app))
@@ -3355,10 +3379,10 @@ def forget(host, release, reason=None):
         return
     try:
         drop(host, release, '--no-prune')       # the mended push builds on what is there
-        if release.number == 'plan':
+        if release.plan:
             return
         save_release(host, load_release(host, app, release.number)._replace(
-            failed=why, job=None, proxy=None, config={}, address=None))
+            failed=why, job='', proxy='', config={}, address=''))
         if live is None:
             remove_file(app_folder(host, app, 'live'))
             clean_up_failed(host, app)
@@ -3984,7 +4008,7 @@ def proxy(host, app):
     """print the proxy file that is made for an app, to start one of its own from"""
     live = must_be_live(host, app)
     refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app)
-    text = complete_proxy(host, live._replace(proxy=None))
+    text = complete_proxy(host, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
 def destroy(host, app, force=False, volumes=False):

@@ -1260,9 +1260,9 @@ def test_a_secret_that_will_not_do_is_refused(data, times, said):
         assert said in refusal(dh.change_config, {}, ['A=-'], False)
 
 @table('exposed, port, proxied, found, web', """
-                        =>      =>     => None => False
+                        =>      =>     => 0    => False
                         => 9000 =>     => 9000 => True
-                        =>      => yes => None => False
+                        =>      => yes => 0    => False
     8000/tcp            =>      =>     => 8000 => True
     3000/tcp 8080/tcp 443/tcp  =>      =>     => 8080 => True
     5000/tcp 80/tcp     =>      =>     => 80   => True
@@ -1273,9 +1273,9 @@ def test_a_secret_that_will_not_do_is_refused(data, times, said):
     9000/tcp            =>      => yes => 9000 => True
     9000/tcp 3000/tcp   =>      => yes => 3000 => True
     443/tcp             =>      =>     => 443  => False
-    53/udp              =>      =>     => None => False
-    80/udp              =>      =>     => None => False
-    80/sctp             =>      =>     => None => False""")
+    53/udp              =>      =>     => 0    => False
+    80/udp              =>      =>     => 0    => False
+    80/sctp             =>      =>     => 0    => False""")
 def test_what_an_image_exposes_says_what_an_app_is(exposed, port, proxied, found, web):
     settings = {'ExposedPorts': dict((each, {}) for each in exposed.split()) or None}
     config = {'port': port} if port else {}
@@ -1283,7 +1283,7 @@ def test_what_an_image_exposes_says_what_an_app_is(exposed, port, proxied, found
         found, web, '[]']
 
 def test_an_image_of_any_docker_is_read():
-    assert dh.read_image({}, {}, None) == (None, False, [])
+    assert dh.read_image({}, {}, None) == (0, False, [])
     volumes = {'/var/lib/b': {}, '/a b': {}}
     assert dh.read_image({'Volumes': volumes}, {}, None)[2] == ['/a b', '/var/lib/b']
 
@@ -1299,8 +1299,10 @@ def test_a_volume_is_named_for_its_path(path, name):
     assert dh.volume_of('shop', path) == name
 
 def plain_release(**changes):
-    release = dh.Release('blog', 3, SHA, 'main', 'anna', 1, None, None, 'sha256:x', {}, 8000,
-                         True, [], '10.86.0.2', None, None)
+    release = dh.Release(
+        app='blog', number=3, plan=False, commit=SHA, branch='main', key='anna', time=1,
+        image='sha256:x', config={}, port=8000, web=True, volumes=[],
+        address='10.86.0.2', job='', proxy='')
     return release._replace(**changes)
 
 def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
@@ -1394,7 +1396,7 @@ def test_a_subnet_that_a_route_leads_to_is_known(route, routed):
 @pytest.mark.parametrize('old, new, expected', [
     ({}, {}, True), ({'volumes': ['/a']}, {}, False), ({}, {'volumes': ['/a']}, False),
     ({'volumes': ['/a']}, {'volumes': ['/a']}, False), ({'web': False}, {}, False),
-    ({}, {'web': False}, False), ({'web': False}, {'web': False, 'port': None}, False),
+    ({}, {'web': False}, False), ({'web': False}, {'web': False, 'port': 0}, False),
     ({'address': None, 'job': 'exec x'}, {}, None), ({}, {'address': None, 'job': 'x'}, None),
     (None, {}, None), ({}, None, None)])
 def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expected, overlap):
@@ -1409,7 +1411,7 @@ def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expect
     inside => a service that other apps reach as blog:8000, and nginx does not
     worker => a worker without a port (a web app has an EXPOSE in its Dockerfile)""")
 def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
-    release = plain_release(web=changes == 'web', port=None if changes == 'worker' else 8000)
+    release = plain_release(web=changes == 'web', port=0 if changes == 'worker' else 8000)
     assert dh.kind_text(release).startswith(said)
 
 
@@ -2661,7 +2663,7 @@ def test_a_plain_web_app_is_switched_in_this_order(plain, capfd, more, config, e
     assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
     live = dh.live_release(plain.host, 'blog')
     assert (live.number, live.port, live.web, live.address, live.config, live.job) == (
-        2, 8000, True, '10.86.0.3', config, None)
+        2, 8000, True, '10.86.0.3', config, '')
     assert live.volumes == (['/data'] if more else []) and live.seconds > 0
     said = re.sub(r'\d\.\d s', 'N s', capfd.readouterr().err)
     assert re.findall('-----> (.*)', said) == [
@@ -2690,7 +2692,7 @@ def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
 @table('more, said, port, address', """
     EXPOSE 3000 => a web app: nginx passes requests to its port 3000 => 3000 => 10.86.0.2
     EXPOSE 5432 => a service that other apps reach as blog:5432, and nginx does => 5432 => 10.86.0.2
-                => a worker without a port (a web app has an EXPOSE in its  => None => 10.86.0.2""")
+                => a worker without a port (a web app has an EXPOSE in its  => 0 => 10.86.0.2""")
 def test_a_first_push_says_what_the_app_is(plain, capfd, more, said, port, address):
     plain.nginx()
     plain.push(an_app('one', more), old=ZERO, new=SHA)
@@ -3087,7 +3089,7 @@ def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     assert dh.live_release(plain.host, 'blog').web
     dh.config(plain.host, 'blog', 'port', unset=True)
     live = dh.live_release(plain.host, 'blog')
-    assert not live.web and live.proxy is None and plain.served == {}
+    assert not live.web and live.proxy == '' and plain.served == {}
     assert plain.containers['blog--2']['env'] == ''
 
 @each('own', 'job proxy')
@@ -3423,7 +3425,9 @@ def test_a_release_of_an_earlier_dockhand_is_read_whole(machine, era):
     store_of(machine, era)
     for number, commit, name in ((1, SHA, 'one'), (2, SHA_2, '222')):
         found = dh.load_release(machine.host, 'blog', number)
-        assert found[:6] == ('blog', number, commit, 'main', 'anna', 1)
+        assert (found.app, found.number, found.commit, found.branch, found.key) == (
+            'blog', number, commit, 'main', 'anna')
+        assert found.time == 1 and not found.plan
         assert (found.image, found.failed, found.config) == ('sha256:FROM' + name, None, {})
         assert found.job.startswith(JOB_HEADER) and dh.is_ours(found.proxy, 'blog')
         assert found.seconds is not None, 'it looks as if it were still under way'

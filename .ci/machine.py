@@ -540,9 +540,11 @@ class Machine(object):
         self.images[tag] = image(files['Dockerfile'])
         self.refs['refs/dockhand/%d' % number] = commit
         job, proxy = files.get('upstart.conf'), files.get('nginx-proxy.conf')
-        release = dh.Release('blog', number, commit, 'main', 'anna', 1, seconds, None,
-                             self.images[tag]['Id'], dict(config), None, None, None, None,
-                             job and JOB_HEADER + job, proxy and PROXY_HEADER + proxy)
+        release = dh.Release(
+            app='blog', number=number, plan=False, commit=commit, branch='main',
+            key='anna', time=1, seconds=seconds, image=self.images[tag]['Id'], config=dict(config),
+            port=0, web=False, volumes=[], address='', job=JOB_HEADER + job if job else '',
+            proxy=PROXY_HEADER + proxy if proxy else '')
         if not job:
             settings = self.images[tag]['Config']
             release = dh.complete_plain(self.host, release, settings)
