@@ -321,6 +321,25 @@ def read_file(path):
             raise
         return None
 
+def read_json(path):
+    """The dict in a file of ours, {} where there is none."""
+    import json
+    return native(json.loads(read_file(path) or '{}'))
+
+def to_json(value):
+    import json
+    return json.dumps(value, indent=1, sort_keys=True) + '\n'
+
+def native(value):
+    """What json read, in native str: Python 2.7's gives unicode."""
+    if not PYTHON_2:
+        return value
+    if isinstance(value, dict):
+        return dict((native(key), native(each)) for key, each in value.items())
+    if isinstance(value, list):
+        return [native(each) for each in value]
+    return to_text(to_bytes(value)) if isinstance(value, type(u'')) else value
+
 def children(host, parent):
     """{process id: command line, a NUL after each word} of what a process started."""
     found = [(pid, host.text('/proc', pid, 'stat').rpartition(')')[2].split())
@@ -568,6 +587,55 @@ def environment_text(config, port):
     variables = dict({'PORT': port} if port else {}, **config)
     return ''.join('%s=%s\n' % (key, variables[key]) for key in sorted(variables)
                    if key not in SETTINGS)
+
+# ---- The record of a release (pure functions) ------------------------------------------
+
+Release = namedtuple('Release', '''
+    app number plan commit branch key time seconds failed turn
+    image config port web volumes address job proxy''')
+Release.__new__.__defaults__ = (None,) * len(Release._fields)
+
+# A numbered deployment of an app. What is None is not known yet, or not written down.
+#
+# number    from 1, never used again
+# plan      whether it only shows what a push would change: it is never saved
+# commit, branch, key     what was pushed, where to, and by whom
+# time      of its push, in seconds since 1970
+# seconds   that the deploy took; None until it is through
+# failed    why it never was live
+# turn      higher, the later it became live; not in records of older versions
+# image     the id of its image; of a failed one, that of the last layer that was made
+# config    what the host knew of the app then, {key: value}
+# port      of a plain app, which it listens on; 0: it is a worker, or a job
+# web       whether nginx passes requests to that port
+# volumes   of a plain app, [path] of each VOLUME
+# address   of a plain app, on our network; '' for a job
+# job       its upstart.conf as it is installed; '' where it brings none
+# proxy     its proxy file as it is installed, pushed or made; '' where it has none
+
+# What stands in a release for that which is known not to be there.
+NOTHING = {'port': 0, 'web': False, 'volumes': [], 'address': '', 'job': '', 'proxy': ''}
+
+def image_tag(release):
+    return '%s:%s' % (release.app, 'plan' if release.plan else release.number)
+
+def container_name(release):
+    return '%s--%s' % (release.app, release.number)
+
+def job_of(release):
+    return parse_job(release.job.partition('\n')[2])    # lines count as they were pushed
+
+def pushed_part(release):
+    """What a release's proxy file says below our first line, as it was pushed or made."""
+    return (release.proxy or '').partition('\n')[2]
+
+def is_made(release):
+    """Whether its proxy file was made here, not pushed."""
+    return (release.proxy or '').startswith(MADE % (release.app, release.app))
+
+def names_of_config(release):
+    """The host names that root gave an app: they may be taken out of a wildcard."""
+    return release.config.get('domains', '').split() if is_made(release) else []
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 
@@ -1642,7 +1710,53 @@ def stage_nginx_conf(text, catch_all, paths):
               '*.conf;`: add it to its http block')
     return 'pid /dev/null; ' + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
 
-# ---- Docker and nginx ------------------------------------------------------------------
+# ---- The machine: init, disk, routes ---------------------------------------------------
+
+def is_systemd(host):
+    return os.path.isdir(host.path('/run/systemd/system'))
+
+def is_upstart(host):
+    """Whether PID 1 is Upstart (its tools may lie beside another init)."""
+    if host.upstart is None:
+        there = not is_systemd(host) and os.path.exists(host.path('/sbin/initctl'))
+        host.upstart = there and 'upstart' in host.ask(['initctl', 'version']).out
+    return host.upstart
+
+def has_ipv6(host):
+    return os.path.exists(host.path('/proc/net/if_inet6'))
+
+def free_bytes(host, path):
+    found = os.statvfs(host.path(path))
+    return found.f_bavail * found.f_frsize
+
+def is_routed(host, subnet):
+    """Whether a route that is no default (nor half of one, as of a VPN) touches a /16."""
+    found = [host.ask(['ip', '-4', 'route', 'show', how, subnet + '.0.0/16']).out
+             for how in ('root', 'match')]
+    return bool(re.search(r'(?m)^(?!(\w+ )?default|\d+\.0\.0\.0/1 )\S', ''.join(found)))
+
+def host_lock(host, app):
+    """What apps share (names, nginx) changes under this lock, taken after the app's."""
+    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
+
+def fetch_status(name, port, timeout=5, address='127.0.0.1'):
+    """What nginx on this machine, or what is at an address, answers to a request for a
+    host name: `200`, or `nothing`."""
+    import socket
+    try:
+        connection = socket.create_connection((address, port), timeout)
+        connection.settimeout(timeout)
+        connection.sendall(to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand'
+                                    '\r\nConnection: close\r\n\r\n' % name))
+        answer = to_text(connection.recv(100)).split()
+        connection.close()
+    except (EnvironmentError, socket.error) as error:
+        return 'nothing (%s)' % error
+    if answer[1:] and answer[0].startswith('HTTP/'):
+        return answer[1]
+    return 'nothing'
+
+# ---- Docker ----------------------------------------------------------------------------
 
 def docker_version(host):
     """The version of docker's engine, as a tuple; Failure where it does not answer."""
@@ -1744,22 +1858,16 @@ def subnet_of(host, given=()):
         return subnet
     raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
 
-def is_routed(host, subnet):
-    """Whether a route that is no default (nor half of one, as of a VPN) touches a /16."""
-    found = [host.ask(['ip', '-4', 'route', 'show', how, subnet + '.0.0/16']).out
-             for how in ('root', 'match')]
-    return bool(re.search(r'(?m)^(?!(\w+ )?default|\d+\.0\.0\.0/1 )\S', ''.join(found)))
-
-def volumes_of(host, app):
-    """The names of the docker volumes that an app of this name left."""
-    names = host.run(['docker', 'volume', 'ls', '-q']).split()
-    return [name for name in names if name.startswith(app + '--')]
-
 def ensure_network(host, address):
     """Our network, for one of its addresses; docker's own choices come from its end."""
     command = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
                '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
     host.run_unless('already exists', command.split())
+
+def volumes_of(host, app):
+    """The names of the docker volumes that an app of this name left."""
+    names = host.run(['docker', 'volume', 'ls', '-q']).split()
+    return [name for name in names if name.startswith(app + '--')]
 
 def written_files(host, container):
     """What a container wrote outside its volumes, as [path], without what is passing."""
@@ -1768,6 +1876,11 @@ def written_files(host, container):
     passing = r'/(dev|proc|run|sys|tmp|var/run|var/tmp|\.dockerenv|sbin/docker-init)/'
     return [path[:-1] for path, following in zip(paths, paths[1:] + [''])
             if not following.startswith(path) and not re.match(passing, path)]
+
+def images_folder(host):
+    settings = host.text('/etc/docker/daemon.json')
+    moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
+    return (moved + ['/var/lib/docker'])[0]
 
 def check_space(host, wanted=SPACE):
     folders = images_folder(host), '/var/lib/containerd', STATE
@@ -1795,18 +1908,11 @@ def check_disk_takes_writes(host, app):
         finally:
             remove_file(path)
 
-def images_folder(host):
-    settings = host.text('/etc/docker/daemon.json')
-    moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
-    return (moved + ['/var/lib/docker'])[0]
-
-def free_bytes(host, path):
-    found = os.statvfs(host.path(path))
-    return found.f_bavail * found.f_frsize
-
 def has_init(host):
     """Whether docker has an init of its own: from 1.13 on, if it is packaged."""
     return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
+
+# ---- nginx -----------------------------------------------------------------------------
 
 # What an nginx file says. servers: [Server]; directives: of conf.d or of nginx.conf's
 # http block; troubles: as NginxReader has them.
@@ -1850,13 +1956,6 @@ def nginx_version(host):
     host.nginx = host.nginx or tuple(
         map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
     return host.nginx
-
-def has_ipv6(host):
-    return os.path.exists(host.path('/proc/net/if_inet6'))
-
-def pushed_part(release):
-    """What a release's proxy file says below our first line, as it was pushed or made."""
-    return (release.proxy or '').partition('\n')[2]
 
 def check_proxy_file(host, release, files, older=False):
     """Failure where a release's proxy file clashes with another, or nginx refuses it.
@@ -1946,10 +2045,6 @@ def tell_taken_names(host, live, release):
             if name not in before:
                 step('Note: %s comes to %s from now on, not to %s, which has %s', name,
                      release.app, loser, printable(wildcard))
-
-def names_of_config(release):
-    """The host names that root gave an app: they may be taken out of a wildcard."""
-    return release.config.get('domains', '').split() if is_made(release) else []
 
 def check_alone(host, release, files):
     """Failure where a proxy file leans on what the file of another app defines: that app
@@ -2046,6 +2141,7 @@ def write_proxy(host, app, text, files):
 
 # The one of another app that is asked before and after a reload
 Neighbour = namedtuple('Neighbour', 'app name port status')
+
 NO_ANSWERS = ('400', '401', '403', '404', '444')    # what a file can make of other apps
 
 def answering_neighbour(host, app, files):
@@ -2087,27 +2183,6 @@ def plain_place(servers):
         if names and ports and ports[0]:
             return names[0], int(ports[0])
     return None
-
-def fetch_status(name, port, timeout=5, address='127.0.0.1'):
-    """What nginx on this machine, or what is at an address, answers to a request for a
-    host name: `200`, or `nothing`."""
-    import socket
-    try:
-        connection = socket.create_connection((address, port), timeout)
-        connection.settimeout(timeout)
-        connection.sendall(to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand'
-                                    '\r\nConnection: close\r\n\r\n' % name))
-        answer = to_text(connection.recv(100)).split()
-        connection.close()
-    except (EnvironmentError, socket.error) as error:
-        return 'nothing (%s)' % error
-    if answer[1:] and answer[0].startswith('HTTP/'):
-        return answer[1]
-    return 'nothing'
-
-def host_lock(host, app):
-    """What apps share (names, nginx) changes under this lock, taken after the app's."""
-    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
 
 def reload_nginx(host):
     """Make nginx take up its configuration; Failure unless it really has. Where a port is
@@ -2159,16 +2234,6 @@ def nginx_complaint(host):
     path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
     return plain_line((['see ' + path] + re.findall(pattern, host.text(path)))[-1])
 
-def is_systemd(host):
-    return os.path.isdir(host.path('/run/systemd/system'))
-
-def is_upstart(host):
-    """Whether PID 1 is Upstart (its tools may lie beside another init)."""
-    if host.upstart is None:
-        there = not is_systemd(host) and os.path.exists(host.path('/sbin/initctl'))
-        host.upstart = there and 'upstart' in host.ask(['initctl', 'version']).out
-    return host.upstart
-
 def nginx_master(host):
     """The process id of nginx's master, None where it does not run."""
     named = re.findall(r'(?m)^\s*pid\s+([^;]+);', host.text(NGINX, 'nginx.conf'))[:1]
@@ -2206,17 +2271,183 @@ def is_drained(host, address):
             return False
     return True
 
-# ---- The two engines: what keeps an app running ----------------------------------------
-
-# What the health check looks at. alive: True, False, or None while it is still starting;
-# identity changes when the app is started anew; ports: [(address, tcp port)].
-State = namedtuple('State', 'alive identity ports health text')
+# ---- An app: its folder, releases, repository ------------------------------------------
 
 def app_folder(host, app, *parts):
     return host.path(STATE, 'apps', app, *parts)
 
 def release_folder(host, app, number):
     return app_folder(host, app, 'releases', str(number))
+
+def list_apps(host):
+    return list_folder(host.path(STATE, 'apps'))
+
+def list_releases(host, app):
+    """The numbers of an app's releases, failed ones included, as [int]."""
+    names = list_folder(app_folder(host, app, 'releases'))
+    return sorted(int(name) for name in names if name.isdigit())
+
+def load_release(host, app, number):
+    """A Release from the store."""
+    folder = release_folder(host, app, number)
+    found = dict({'config': {}}, **read_json(folder + '/release.json'))
+    if is_finished_older(found) and linked_number(host, app, 'pending') != number:
+        found['seconds'] = 0
+    found.update(app=app, number=number, plan=False,
+                 job=read_file(folder + '/upstart.conf'),
+                 proxy=read_file(folder + '/nginx-proxy.conf'))
+    known = dict((field, found.get(field)) for field in Release._fields)
+    if known['image']:
+        for field, nothing in NOTHING.items():
+            known[field] = known[field] or nothing
+    return Release(**known)
+
+def is_finished_older(record):
+    """Whether a record is of the first versions, which wrote it after the build and never
+    said how long the deploy took."""
+    is_newer = 'seconds' in record or 'failed' in record
+    return bool(record.get('image')) and not is_newer
+
+def load_config(host, app):
+    """{key: value} of what the host knows about an app and its repository does not."""
+    return read_json(app_folder(host, app, 'config'))
+
+def save_config(host, app, config):
+    make_folder(app_folder(host, app), 0o700)
+    path = app_folder(host, app, 'config')
+    replace_file(path, to_json(config), 0o600) if config else remove_file(path)
+
+def kept_releases(host, app):
+    """The releases that one can go back to, the live one first, then the one that was
+    live before. Where a crash came between a turn and its link, the link is right."""
+    live = linked_number(host, app, 'live')
+    found = [load_release(host, app, number) for number in list_releases(host, app)]
+    found = [release for release in found if release.seconds is not None]
+    return sorted(found, reverse=True, key=lambda release: (
+        release.number == live, release.turn or 0, release.number))
+
+def count_turn(host, old, new):
+    """Write down that a release becomes live now, after all others; gives it so."""
+    turn = 1 + max([release.turn or 0 for release in kept_releases(host, new.app)] + [0])
+    if old and old.turn is None:            # it is of an older version of dockhand
+        save_record(host, old._replace(turn=turn))
+        turn += 1
+    new = new._replace(turn=turn)
+    save_record(host, new)
+    return new
+
+def save_record(host, release):
+    """Write down what is known of a release, but for its files."""
+    record = dict(release._asdict())
+    for field in ('plan', 'job', 'proxy'):
+        del record[field]
+    folder = release_folder(host, release.app, release.number)
+    replace_file(folder + '/release.json', to_json(record), 0o600)
+
+def save_release(host, release):
+    """Write a release down whole: its record comes last."""
+    folder = release_folder(host, release.app, release.number)
+    make_folder(app_folder(host, release.app), 0o700)
+    make_folder(folder)
+    env = environment_text(release.config, release.port if release.web else None)
+    texts = release.job or None, release.proxy or None, None if release.failed else env
+    for name, text in zip(('/upstart.conf', '/nginx-proxy.conf', '/env'), texts):
+        path = folder + name
+        remove_file(temporary_of(path))
+        remove_file(path) if text is None else replace_file(path, text, 0o600)
+    save_record(host, release)
+
+def linked_number(host, app, link):
+    """The number of the release that `live` or `pending` points to, or None."""
+    name = os.path.basename(os.path.realpath(app_folder(host, app, link)))
+    return int(name) if name.isdigit() else None
+
+def linked_release(host, app, link):
+    """The Release that `live` or `pending` points to, or None."""
+    number = linked_number(host, app, link)
+    release = None if number is None else load_release(host, app, number)
+    return release if release and release.commit else None
+
+def live_release(host, app):
+    return linked_release(host, app, 'live')
+
+def set_link(host, app, link, release):
+    replace_link(app_folder(host, app, link), 'releases/%d' % release.number)
+
+def is_stopped(host, app):
+    """Whether a person said `dockhand stop`; it lasts until a start or a push."""
+    return os.path.exists(app_folder(host, app, 'stopped'))
+
+def must_be_live(host, app):
+    live = live_release(host, check_app_name(app))
+    refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
+    return live
+
+def all_apps(host):
+    """The names of all apps that have a release, a config or a repository here."""
+    repositories = [name[:-len('.git')] for name in list_folder(host.path(host.home()))
+                    if name.endswith('.git')]
+    found = set(list_apps(host)) | set(name for name in repositories if is_app_name(name))
+    return sorted(found)
+
+def is_waiting(host, app):
+    """Whether an app has something here, but was never live."""
+    return is_app_name(app) and app in all_apps(host) and not live_release(host, app)
+
+def waiting_text(host, app):
+    """What an app that was never live waits for."""
+    if list_releases(host, app):
+        last = load_release(host, app, list_releases(host, app)[-1])
+        return 'for a push that succeeds; the last one: %s' % (last.failed or 'under way')
+    return 'for its first push'
+
+def repository(host, app):
+    return host.path(host.home(), app + '.git')
+
+def git(host, app, *args, **options):
+    """Run git in an app's repository, as the git user only; what it prints."""
+    command = ['git', '--git-dir=' + repository(host, app)] + list(args)
+    return options.get('act', host.run)(command, account=host.account())
+
+def build_folder(host, app):
+    return host.path(STATE, 'build', app)
+
+def empty_build_folder(host, app):
+    host.run(['rm', '-rf', '--', build_folder(host, app)], account=host.account())
+
+def read_branch(host, app, ref):
+    """The commit of a branch, '' where there is none."""
+    return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
+
+def is_ancestor(host, app, commit, of):
+    """Whether a commit is part of the history of another. (git 1.7 does not know
+    `merge-base --is-ancestor`.)"""
+    return git(host, app, 'merge-base', commit, of, act=host.ask).out.strip() == commit
+
+def has_history(host, app, commit):
+    """Whether git has a commit and its parents: a killed shallow push leaves it without,
+    and older versions of dockhand took what is no commit."""
+    kind = git(host, app, 'cat-file', '-t', commit, act=host.ask)
+    if kind.out.strip() != 'commit':
+        return False
+    return not git(host, app, 'rev-list', '--quiet', commit, act=host.ask).status
+
+HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
+
+def free_address(host):
+    """An address on our network that no release of any app has."""
+    records = (read_json(release_folder(host, app, number) + '/release.json')
+               for app in list_apps(host) for number in list_releases(host, app))
+    taken = set(record.get('address') for record in records)
+    subnet = subnet_of(host, sorted(filter(None, taken)))
+    every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
+    return next(address for address in every if address not in taken)
+
+# ---- The engines: what keeps an app running --------------------------------------------
+
+# What the health check looks at. alive: True, False, or None while it is still starting;
+# identity changes when the app is started anew; ports: [(address, tcp port)].
+State = namedtuple('State', 'alive identity ports health text')
 
 def container_state(found):
     """The State of a container as docker describes it, ports where they really are."""
@@ -2339,6 +2570,7 @@ def once_name(release):
     return container_name(release) + '--release'
 
 LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+
 PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
 
 class Containers(Engine):
@@ -2457,12 +2689,6 @@ class Containers(Engine):
 
     def logs_command(self, release, lines, *follow):
         return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
-
-def job_of(release):
-    return parse_job(release.job.partition('\n')[2])    # lines count as they were pushed
-
-def container_name(release):
-    return '%s--%s' % (release.app, release.number)
 
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
@@ -2603,172 +2829,7 @@ def silent_ports(state):
             return 'nothing listens on port %d of the container' % port
     return ''
 
-# ---- Releases: the store, apply, deploy, recover ---------------------------------------
-
-Release = namedtuple('Release', '''
-    app number plan commit branch key time seconds failed turn
-    image config port web volumes address job proxy''')
-Release.__new__.__defaults__ = (None,) * len(Release._fields)
-# A numbered deployment of an app. What is None is not known yet, or not written down.
-#
-# number    from 1, never used again
-# plan      whether it only shows what a push would change: it is never saved
-# commit, branch, key     what was pushed, where to, and by whom
-# time      of its push, in seconds since 1970
-# seconds   that the deploy took; None until it is through
-# failed    why it never was live
-# turn      higher, the later it became live; not in records of older versions
-# image     the id of its image; of a failed one, that of the last layer that was made
-# config    what the host knew of the app then, {key: value}
-# port      of a plain app, which it listens on; 0: it is a worker, or a job
-# web       whether nginx passes requests to that port
-# volumes   of a plain app, [path] of each VOLUME
-# address   of a plain app, on our network; '' for a job
-# job       its upstart.conf as it is installed; '' where it brings none
-# proxy     its proxy file as it is installed, pushed or made; '' where it has none
-
-# What stands in a release for that which is known not to be there.
-NOTHING = {'port': 0, 'web': False, 'volumes': [], 'address': '', 'job': '', 'proxy': ''}
-
-def list_apps(host):
-    return list_folder(host.path(STATE, 'apps'))
-
-def list_releases(host, app):
-    """The numbers of an app's releases, failed ones included, as [int]."""
-    names = list_folder(app_folder(host, app, 'releases'))
-    return sorted(int(name) for name in names if name.isdigit())
-
-def load_release(host, app, number):
-    """A Release from the store."""
-    folder = release_folder(host, app, number)
-    found = dict({'config': {}}, **read_json(folder + '/release.json'))
-    if is_finished_older(found) and linked_number(host, app, 'pending') != number:
-        found['seconds'] = 0
-    found.update(app=app, number=number, plan=False,
-                 job=read_file(folder + '/upstart.conf'),
-                 proxy=read_file(folder + '/nginx-proxy.conf'))
-    known = dict((field, found.get(field)) for field in Release._fields)
-    if known['image']:
-        for field, nothing in NOTHING.items():
-            known[field] = known[field] or nothing
-    return Release(**known)
-
-def is_finished_older(record):
-    """Whether a record is of the first versions, which wrote it after the build and never
-    said how long the deploy took."""
-    is_newer = 'seconds' in record or 'failed' in record
-    return bool(record.get('image')) and not is_newer
-
-def read_json(path):
-    """The dict in a file of ours, {} where there is none."""
-    import json
-    return native(json.loads(read_file(path) or '{}'))
-
-def to_json(value):
-    import json
-    return json.dumps(value, indent=1, sort_keys=True) + '\n'
-
-def native(value):
-    """What json read, in native str: Python 2.7's gives unicode."""
-    if not PYTHON_2:
-        return value
-    if isinstance(value, dict):
-        return dict((native(key), native(each)) for key, each in value.items())
-    if isinstance(value, list):
-        return [native(each) for each in value]
-    return to_text(to_bytes(value)) if isinstance(value, type(u'')) else value
-
-def load_config(host, app):
-    """{key: value} of what the host knows about an app and its repository does not."""
-    return read_json(app_folder(host, app, 'config'))
-
-def save_config(host, app, config):
-    make_folder(app_folder(host, app), 0o700)
-    path = app_folder(host, app, 'config')
-    replace_file(path, to_json(config), 0o600) if config else remove_file(path)
-
-def kept_releases(host, app):
-    """The releases that one can go back to, the live one first, then the one that was
-    live before. Where a crash came between a turn and its link, the link is right."""
-    live = linked_number(host, app, 'live')
-    found = [load_release(host, app, number) for number in list_releases(host, app)]
-    found = [release for release in found if release.seconds is not None]
-    return sorted(found, reverse=True, key=lambda release: (
-        release.number == live, release.turn or 0, release.number))
-
-def count_turn(host, old, new):
-    """Write down that a release becomes live now, after all others; gives it so."""
-    turn = 1 + max([release.turn or 0 for release in kept_releases(host, new.app)] + [0])
-    if old and old.turn is None:            # it is of an older version of dockhand
-        save_record(host, old._replace(turn=turn))
-        turn += 1
-    new = new._replace(turn=turn)
-    save_record(host, new)
-    return new
-
-def save_record(host, release):
-    """Write down what is known of a release, but for its files."""
-    record = dict(release._asdict())
-    for field in ('plan', 'job', 'proxy'):
-        del record[field]
-    folder = release_folder(host, release.app, release.number)
-    replace_file(folder + '/release.json', to_json(record), 0o600)
-
-def save_release(host, release):
-    """Write a release down whole: its record comes last."""
-    folder = release_folder(host, release.app, release.number)
-    make_folder(app_folder(host, release.app), 0o700)
-    make_folder(folder)
-    env = environment_text(release.config, release.port if release.web else None)
-    texts = release.job or None, release.proxy or None, None if release.failed else env
-    for name, text in zip(('/upstart.conf', '/nginx-proxy.conf', '/env'), texts):
-        path = folder + name
-        remove_file(temporary_of(path))
-        remove_file(path) if text is None else replace_file(path, text, 0o600)
-    save_record(host, release)
-
-def linked_number(host, app, link):
-    """The number of the release that `live` or `pending` points to, or None."""
-    name = os.path.basename(os.path.realpath(app_folder(host, app, link)))
-    return int(name) if name.isdigit() else None
-
-def linked_release(host, app, link):
-    """The Release that `live` or `pending` points to, or None."""
-    number = linked_number(host, app, link)
-    release = None if number is None else load_release(host, app, number)
-    return release if release and release.commit else None
-
-def live_release(host, app):
-    return linked_release(host, app, 'live')
-
-def set_link(host, app, link, release):
-    replace_link(app_folder(host, app, link), 'releases/%d' % release.number)
-
-def is_stopped(host, app):
-    """Whether a person said `dockhand stop`; it lasts until a start or a push."""
-    return os.path.exists(app_folder(host, app, 'stopped'))
-
-@contextmanager
-def app_lock(host, app, purpose, branch_moves=False):
-    """Hold an app's lock, what a crash left put right; gives the live Release or None.
-    branch_moves: by git, at the end of a push; else it is set to what is live"""
-    with locked(host.path(LOCKS, check_app_name(app)), purpose):
-        recover_app(host, app, branch_moves)
-        yield live_release(host, app)
-
-@contextmanager
-def live_app(host, app, command):
-    """The same for a command that wants an app that is live."""
-    with app_lock(host, app, 'dockhand %s %s' % (command, app)):
-        yield must_be_live(host, app)
-
-def must_be_live(host, app):
-    live = live_release(host, check_app_name(app))
-    refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
-    return live
-
-def image_tag(release):
-    return '%s:%s' % (release.app, 'plan' if release.plan else release.number)
+# ---- Switching: one function makes the host match a release ----------------------------
 
 # seconds: how long the app did not answer, None where it always did; spent on checks
 Switch = namedtuple('Switch', 'gap checked')
@@ -2852,6 +2913,27 @@ def stop_then_start(host, old, new):
     started = monotonic()
     answered = check_or_show_log(host, new, engine)
     return Switch(answered - stopped, monotonic() - started)
+
+def check_or_show_log(host, release, engine, steady=STEADY):
+    """The moment of a release's first answer; its log for the pusher if none comes."""
+    timeout, lines = int(release.config.get('timeout', HEALTH_TIMEOUT)), []
+    try:
+        return check_health(release, engine, timeout, steady)
+    except Failure as error:
+        host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
+        step('The last lines of its log:' if any(lines) else 'It printed nothing')
+        detail('\n'.join(lines))
+        for port in loopback_ports(host, release):
+            step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
+        raise Failure('release %d failed its health check: %s', release.number, error)
+
+def loopback_ports(host, release):
+    """The ports on which an app listens for its own container alone."""
+    listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
+    texts = [host.text('/proc', str(found['State'].get('Pid')), 'net', name)
+             for found in running_containers(host, release.image)
+             for name in ('tcp', 'tcp6')]
+    return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
 
 def stop_for(host, release, engine):
     """Stop a release, and take its job away where another engine follows."""
@@ -2939,41 +3021,89 @@ def stop_others(host, live):
             drain(host, engine.address(release))
             engine.stop(release)
 
-def check_or_show_log(host, release, engine, steady=STEADY):
-    """The moment of a release's first answer; its log for the pusher if none comes."""
-    timeout, lines = int(release.config.get('timeout', HEALTH_TIMEOUT)), []
+# ---- Keeping: what is removed, and when ------------------------------------------------
+
+def forget(host, release, reason=None):
+    """Clean up after a release that did not become live: its number and why remain."""
+    why = printable(reason or str(sys.exc_info()[1]), 300)
+    app, live = release.app, live_release(host, release.app)
+    if linked_release(host, app, 'pending') or live and live.number == release.number:
+        return
     try:
-        return check_health(release, engine, timeout, steady)
-    except Failure as error:
-        host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
-        step('The last lines of its log:' if any(lines) else 'It printed nothing')
-        detail('\n'.join(lines))
-        for port in loopback_ports(host, release):
-            step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
-        raise Failure('release %d failed its health check: %s', release.number, error)
+        drop(host, release, '--no-prune')       # the mended push builds on what is there
+        if release.plan:
+            return
+        save_release(host, load_release(host, app, release.number)._replace(
+            failed=why, job='', proxy='', config={}, address=''))
+        if live is None:
+            remove_file(app_folder(host, app, 'live'))
+            clean_up_failed(host, app)
+    except Failure:
+        return          # docker has gone, or the disk is full: a later command does
 
-def loopback_ports(host, release):
-    """The ports on which an app listens for its own container alone."""
-    listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
-    texts = [host.text('/proc', str(found['State'].get('Pid')), 'net', name)
-             for found in running_containers(host, release.image)
-             for name in ('tcp', 'tcp6')]
-    return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
+def drop(host, release, *options):
+    """Take a release's container, image and commit away; False if the image is used."""
+    engine_of(host, release).remove(release)
+    gone = remove_image_tag(host, image_tag(release), *options)
+    if gone:
+        held = HELD_REF % release.number
+        git(host, release.app, 'update-ref', '-d', held, act=host.ask)
+    return gone
 
-def sweep(host, app):
-    """Remove the temporary files and the build folder of a command that was killed."""
-    written = [app_folder(host, app, name)
-               for name in ('live', 'pending', 'stopped', 'config', 'env')]
-    written += [host.path(folder, app + '.conf') for folder in (JOBS, PROXIES, NGINX)]
-    written += [release_folder(host, app, number) + '/release.json'
-                for number in list_releases(host, app)]
-    for path in written + [host.path(JOBS, app + '.override')]:
-        remove_file(temporary_of(path))
-    remove_file(trial_file(host, app))
-    remove_file(repository(host, app) + '/index.lock')
-    if os.path.lexists(build_folder(host, app)):
-        empty_build_folder(host, app)
-        remove_image_tag(host, app + ':plan')
+def remove_app(host, app):
+    """Remove what the store has of an app without a release, but for its config."""
+    parts = ('releases', 'env', 'live') if load_config(host, app) else ('',)
+    host.run(['rm', '-rf', '--'] + [app_folder(host, app, part) for part in parts])
+
+def clean_up(host, live):
+    """Remove what is older than the last releases; only what the store names is ours."""
+    app, numbers = live.app, list_releases(host, live.app)
+    if linked_release(host, app, 'pending'):
+        return
+    kept = [live.number] + [each.number for each in kept_releases(host, app)[:KEPT]]
+    clean_up_failed(host, app)
+    for release in [load_release(host, app, number) for number in numbers]:
+        if not release.failed and release.number not in kept:
+            remove_release(host, release)
+
+def clean_up_failed(host, app):
+    """Remove what failed releases left as a cache, and the record of those long ago."""
+    numbers = list_releases(host, app)
+    for release in [load_release(host, app, number) for number in numbers]:
+        if release.failed and release.image and live_release(host, app):
+            if not any(each.get('RepoTags') for each in inspect(host, release.image)):
+                host.ask(['docker', 'rmi', release.image])
+            save_record(host, release._replace(image=None))
+        if release.failed and release.number in numbers[:-LISTED]:
+            remove_release(host, release)
+
+def remove_release(host, release):
+    """Remove an old release, but not the image of somebody's container."""
+    images, number = images_folder(host), release.number
+    free, written = free_bytes(host, images), written_files(host, container_name(release))
+    if not drop(host, release):
+        return step('Release %d stays: a container uses its image', number)
+    host.run(['rm', '-rf', '--', release_folder(host, release.app, number)])
+    freed = max(0, free_bytes(host, images) - free) / 1e6
+    step('Release %d is removed, %.1f MB freed', number, freed)
+    if written:
+        detail('with what it wrote outside volumes: ' + ' '.join(written[:5]))
+
+# ---- Recovering: what a crash left -----------------------------------------------------
+
+@contextmanager
+def app_lock(host, app, purpose, branch_moves=False):
+    """Hold an app's lock, what a crash left put right; gives the live Release or None.
+    branch_moves: by git, at the end of a push; else it is set to what is live"""
+    with locked(host.path(LOCKS, check_app_name(app)), purpose):
+        recover_app(host, app, branch_moves)
+        yield live_release(host, app)
+
+@contextmanager
+def live_app(host, app, command):
+    """The same for a command that wants an app that is live."""
+    with app_lock(host, app, 'dockhand %s %s' % (command, app)):
+        yield must_be_live(host, app)
 
 def recover_app(host, app, branch_moves=False):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
@@ -2993,6 +3123,29 @@ def recover_app(host, app, branch_moves=False):
     if app in list_apps(host) and not list_releases(host, app):
         remove_app(host, app)
 
+def sweep(host, app):
+    """Remove the temporary files and the build folder of a command that was killed."""
+    written = [app_folder(host, app, name)
+               for name in ('live', 'pending', 'stopped', 'config', 'env')]
+    written += [host.path(folder, app + '.conf') for folder in (JOBS, PROXIES, NGINX)]
+    written += [release_folder(host, app, number) + '/release.json'
+                for number in list_releases(host, app)]
+    for path in written + [host.path(JOBS, app + '.override')]:
+        remove_file(temporary_of(path))
+    remove_file(trial_file(host, app))
+    remove_file(repository(host, app) + '/index.lock')
+    if os.path.lexists(build_folder(host, app)):
+        empty_build_folder(host, app)
+        remove_image_tag(host, app + ':plan')
+
+def put_right(host, app):
+    """For one app: what a crash left, and what is gone of its live release."""
+    with app_lock(host, app, 'dockhand recover') as live:
+        refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
+        if live:
+            mend_commit(host, live)
+            bring_back(host, live)
+
 def mend_commit(host, live):
     """Where the live commit is none but an annotated tag, which older versions took: git
     never moves a branch to it. Write down the commit that it names, move the branch."""
@@ -3003,14 +3156,6 @@ def mend_commit(host, live):
         step('%s: %s is a tag; its commit is %s', app, live.commit[:10], named[:10])
         save_record(host, live._replace(commit=named))
         git(host, app, 'update-ref', 'refs/heads/' + live.branch, named)
-
-def put_right(host, app):
-    """For one app: what a crash left, and what is gone of its live release."""
-    with app_lock(host, app, 'dockhand recover') as live:
-        refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
-        if live:
-            mend_commit(host, live)
-            bring_back(host, live)
 
 def bring_back(host, live):
     """Bring back what is gone of a live release: tags, files, its container."""
@@ -3036,88 +3181,87 @@ def bring_back(host, live):
             engine.start(live)
         engine.settle(live)
 
-def read_pushed(folder, name):
-    """The text of a pushed file, None where there is none; Failure unless it is plain."""
-    path = os.path.join(folder, name)
-    if not os.path.lexists(path):
-        return None
-    refuse_if(os.path.islink(path), '%s is a link: commit a plain file', name)
-    refuse_if(not os.path.isfile(path), '%s is a folder: commit a plain file', name)
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
-        data = source.read(FILE_LIMIT + 1)
-    refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
-    refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
-    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith('.conf'),
-              '%s:1: begins with a byte order mark: save it without one', name)
-    refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
-    return to_text(data)
-
-def repository(host, app):
-    return host.path(host.home(), app + '.git')
-
-def git(host, app, *args, **options):
-    """Run git in an app's repository, as the git user only; what it prints."""
-    command = ['git', '--git-dir=' + repository(host, app)] + list(args)
-    return options.get('act', host.run)(command, account=host.account())
-
-def build_folder(host, app):
-    return host.path(STATE, 'build', app)
-
-def empty_build_folder(host, app):
-    host.run(['rm', '-rf', '--', build_folder(host, app)], account=host.account())
-
-def check_files(release, folder):
-    """The Release with its job and proxy file, as they are installed; Failure by line."""
-    app, read = release.app, partial(read_pushed, folder)
-    refuse_if(read('Dockerfile') is None, 'no Dockerfile in this commit: it says how to '
-              'build the app; a compose file is not read, push each service by itself')
-    read('.dockerignore')
-    job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
-    if os.path.lexists(os.path.join(folder, '.gitmodules')):
-        step('Note: submodules are not part of a push; their folders are empty')
-    if 'filter=lfs' in (read('.gitattributes') or ''):
-        step('Note: files kept by git LFS are not part of a push; their pointers are')
-    proxy = headed(app, 'proxy file', proxy) if proxy else ''
-    if job is None:
-        if proxy:               # until the image is built, its port is not known
-            proxy = proxy.partition(MARK)[0] + upstream(app, '127.0.0.1', 80, ())
-        return release._replace(job='', proxy=proxy)
-    job, old_words = modernize_job(job)
-    if old_words:
-        step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
-    check_job(parse_job(job), app)
-    return release._replace(job=headed(app, 'job', job), proxy=proxy)
-
-def check_host_names(host, app):
-    """Failure where the server has something of that name that dockhand did not write."""
-    if live_release(host, app):
-        return
-    services = ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]
-    for path in services + [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
-        text = read_file(host.path(path))
-        refuse_if(text is not None and not is_ours(text, app), '%s is on this server '
-                  'already, and not from dockhand: rename the app, or that', path)
-
-def check_edited(host, live, release):
-    """Failure where a file of the live release was changed by hand on the server, unless
-    it is as the new one says; where a proxy file leads is not compared."""
-    job = live.job if is_upstart(host) else None
-    for name, folder, ours, new in (
-            ('nginx-proxy.conf', PROXIES, live.proxy or '', release.proxy),
-            ('upstart.conf', JOBS, job or '', release.job)):
-        path = '%s/%s.conf' % (folder, live.app)
-        text = read_file(host.path(path))
-        wanted = (new or ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
-        if ours and text not in (None, ours, wanted):
-            step('%s was changed on the server:', path)
-            detail(diff_text(ours, text, 'as pushed', 'on the server'))
-            raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm '
-                          '%s, and try again', name, path)
+# ---- What the pusher is told -----------------------------------------------------------
 
 def diff_text(old, new, old_name, new_name):
     import difflib
     return '\n'.join(line.rstrip('\r\n') for line in difflib.unified_diff(
         old.splitlines(), new.splitlines(), old_name, new_name, lineterm=''))
+
+def ports_text(release):
+    if release.job:
+        return ', '.join(published_ports(job_of(release))) or 'none'
+    return '%s on %s' % (release.port or 'none', release.address)
+
+def kind_text(release):
+    """What a plain app is, and how to change that."""
+    if release.web:
+        return ('a web app: nginx passes requests to its port %d (another: dockhand '
+                'config %s port=N)' % (release.port, release.app))
+    if release.port:
+        if '.' in release.app:
+            return ('a service on port %d that no other app can reach by its name, for '
+                    'the dot in it' % release.port)
+        return 'a service that other apps reach as %s:%d, and nginx does not' % (
+            release.app, release.port)
+    return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
+
+def origin_text(release):
+    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
+    return '%s  %s  %-10s' % (release.commit[:10], since, release.key)
+
+def live_text(live):
+    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
+    return '%s is live since %s, by %s' % (live.commit[:10], since, live.key)
+
+def address_text(release):
+    """The address that a person would type for a web app; of another app, its ports."""
+    for server in servers_of(release.proxy or ''):
+        port, default = server.listens[0].port, server.listens[0].default
+        names = [name.replace('*', 'ANY.DOMAIN') for name in server.names
+                 if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
+        names += [os.uname()[1]] if default else []
+        if names and port:
+            name = sorted(names, key=lambda name: '.' not in name)[0]
+            shape = {'80': 'http://%s/', '443': 'https://%s/'}
+            return shape.get(port, 'http://%s:' + port + '/') % name
+    return 'ports ' + ports_text(release) if release.job else kind_text(release)
+
+def show_address(host, release):
+    """Tell where an app answers; a web app's address is fetched through nginx first."""
+    app, address = release.app, address_text(release)
+    match = re.match(r'http://([^:/]+)((?::\d+)?)/', address)
+    if not match:
+        return step('%s: %s', app, address)
+    name, port = match.groups()
+    status = fetch_status(name, int(port[1:] or 80))
+    there = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()[:1]
+    own = host.ask(['hostname', '-I']).out.split() or os.uname()[1:2]
+    if there and there[0] in own:
+        return step('%s: %s answers %s', app, address, status)
+    here = ('[%s]' if ':' in own[0] else '%s') % own[0] + port
+    step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
+    detail('%s leads %s: point it here in DNS, or %s', name,
+           'to ' + there[0] if there else 'nowhere yet',
+           'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app
+           if is_made(release) else 'take every name with `listen 80 default_server;`')
+
+def show_plan(host, live, release):
+    step('What a push of this would change:')
+    was, now = [(each.job, each.proxy, ports_text(each), each.image) if each else
+                ('', '', 'none', '') for each in (live, release)]
+    names = ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image')
+    for name, old, new in zip(names, was, now):
+        diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
+        detail(diff or name + ': no change')
+    gap = 'one stop and one start of the service'
+    if live is None or engine_of(host, release).overlaps(live, release):
+        gap = 'none'
+    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
+    detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
+           free_bytes(host, STATE) / 1e6)
+
+# ---- Deploying: check, build, plan -----------------------------------------------------
 
 def deploy(host, app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
@@ -3181,27 +3325,6 @@ def check_race(host, app, live, branch, old, new):
         raise Failure('another push went live: pull, then push again (%s)',
                       live_text(live) if live else 'the branch is at %s' % found[:10])
 
-def read_branch(host, app, ref):
-    """The commit of a branch, '' where there is none."""
-    return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
-
-def is_ancestor(host, app, commit, of):
-    """Whether a commit is part of the history of another. (git 1.7 does not know
-    `merge-base --is-ancestor`.)"""
-    return git(host, app, 'merge-base', commit, of, act=host.ask).out.strip() == commit
-
-def live_text(live):
-    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
-    return '%s is live since %s, by %s' % (live.commit[:10], since, live.key)
-
-def has_history(host, app, commit):
-    """Whether git has a commit and its parents: a killed shallow push leaves it without,
-    and older versions of dockhand took what is no commit."""
-    kind = git(host, app, 'cat-file', '-t', commit, act=host.ask)
-    if kind.out.strip() != 'commit':
-        return False
-    return not git(host, app, 'rev-list', '--quiet', commit, act=host.ask).status
-
 def new_release(host, app, key, branch, commit, plan=False):
     """The next Release of an app, as far as it is known before the build."""
     last = max([0] + list_releases(host, app))
@@ -3228,8 +3351,6 @@ def make_release(host, live, release, options=()):
     detail('disk: %.1f MB %s', abs(more) / 1e6, 'more' if more > 0 else 'less')
     log('%s: release %d of %s by %s is live', app, number, release.commit, release.key)
 
-HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
-
 def plan_release(host, live, release):
     try:
         show_plan(host, live, build_release(host, live, release))
@@ -3237,16 +3358,6 @@ def plan_release(host, live, release):
         remove_image_tag(host, image_tag(release))
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
-
-def check_free(host, live, release):
-    """Failure where docker has something of a name that this release needs."""
-    check_host_names(host, release.app)
-    names = [image_tag(release)] + engine_of(host, release).names_taken(release)
-    if live is None:
-        names.append(release.app + ':latest')
-    for name in names if inspect(host, *names) else []:
-        refuse_if(inspect(host, name), 'docker has %s already, and not from dockhand: '
-                  'rename the app, or remove that', name)
 
 def build_release(host, live, release, options=()):
     """The Release with its image, and all checked that can be before a switch."""
@@ -3301,6 +3412,86 @@ def build_commit(host, live, release, options):
     finally:
         empty_build_folder(host, app)
 
+def read_pushed(folder, name):
+    """The text of a pushed file, None where there is none; Failure unless it is plain."""
+    path = os.path.join(folder, name)
+    if not os.path.lexists(path):
+        return None
+    refuse_if(os.path.islink(path), '%s is a link: commit a plain file', name)
+    refuse_if(not os.path.isfile(path), '%s is a folder: commit a plain file', name)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
+        data = source.read(FILE_LIMIT + 1)
+    refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
+    refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
+    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith('.conf'),
+              '%s:1: begins with a byte order mark: save it without one', name)
+    refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
+    return to_text(data)
+
+def check_files(release, folder):
+    """The Release with its job and proxy file, as they are installed; Failure by line."""
+    app, read = release.app, partial(read_pushed, folder)
+    refuse_if(read('Dockerfile') is None, 'no Dockerfile in this commit: it says how to '
+              'build the app; a compose file is not read, push each service by itself')
+    read('.dockerignore')
+    job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
+    if os.path.lexists(os.path.join(folder, '.gitmodules')):
+        step('Note: submodules are not part of a push; their folders are empty')
+    if 'filter=lfs' in (read('.gitattributes') or ''):
+        step('Note: files kept by git LFS are not part of a push; their pointers are')
+    proxy = headed(app, 'proxy file', proxy) if proxy else ''
+    if job is None:
+        if proxy:               # until the image is built, its port is not known
+            proxy = proxy.partition(MARK)[0] + upstream(app, '127.0.0.1', 80, ())
+        return release._replace(job='', proxy=proxy)
+    job, old_words = modernize_job(job)
+    if old_words:
+        step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
+    check_job(parse_job(job), app)
+    return release._replace(job=headed(app, 'job', job), proxy=proxy)
+
+def check_host_names(host, app):
+    """Failure where the server has something of that name that dockhand did not write."""
+    if live_release(host, app):
+        return
+    services = ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]
+    for path in services + [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
+        text = read_file(host.path(path))
+        refuse_if(text is not None and not is_ours(text, app), '%s is on this server '
+                  'already, and not from dockhand: rename the app, or that', path)
+
+def check_edited(host, live, release):
+    """Failure where a file of the live release was changed by hand on the server, unless
+    it is as the new one says; where a proxy file leads is not compared."""
+    job = live.job if is_upstart(host) else None
+    for name, folder, ours, new in (
+            ('nginx-proxy.conf', PROXIES, live.proxy or '', release.proxy),
+            ('upstart.conf', JOBS, job or '', release.job)):
+        path = '%s/%s.conf' % (folder, live.app)
+        text = read_file(host.path(path))
+        wanted = (new or ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
+        if ours and text not in (None, ours, wanted):
+            step('%s was changed on the server:', path)
+            detail(diff_text(ours, text, 'as pushed', 'on the server'))
+            raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm '
+                          '%s, and try again', name, path)
+
+def check_free(host, live, release):
+    """Failure where docker has something of a name that this release needs."""
+    check_host_names(host, release.app)
+    names = [image_tag(release)] + engine_of(host, release).names_taken(release)
+    if live is None:
+        names.append(release.app + ':latest')
+    for name in names if inspect(host, *names) else []:
+        refuse_if(inspect(host, name), 'docker has %s already, and not from dockhand: '
+                  'rename the app, or remove that', name)
+
+def check_proxy_change(host, release, older=False):
+    """Failure where the proxy file of a release cannot be had beside the others."""
+    if release.proxy:
+        with host_lock(host, release.app):
+            check_proxy_file(host, release, proxy_files(host), older)
+
 def complete_plain(host, release, settings):
     """The Release of a plain app, with what the Config of its image and its own say."""
     app = release.app
@@ -3324,19 +3515,6 @@ def complete_plain(host, release, settings):
     step('%s is %s', app, kind_text(release))
     return release
 
-def kind_text(release):
-    """What a plain app is, and how to change that."""
-    if release.web:
-        return ('a web app: nginx passes requests to its port %d (another: dockhand '
-                'config %s port=N)' % (release.port, release.app))
-    if release.port:
-        if '.' in release.app:
-            return ('a service on port %d that no other app can reach by its name, for '
-                    'the dot in it' % release.port)
-        return 'a service that other apps reach as %s:%d, and nginx does not' % (
-            release.app, release.port)
-    return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
-
 def complete_proxy(host, release):
     """The proxy file of a plain app; a web app's leads to it, and may be made here."""
     text = (release.proxy or '').partition(MARK)[0]
@@ -3348,15 +3526,6 @@ def complete_proxy(host, release):
         text = MADE % (app, app) + render_proxy(app, domains, version, has_ipv6(host))
     return text + upstream(app, release.address, release.port, version)
 
-def free_address(host):
-    """An address on our network that no release of any app has."""
-    records = (read_json(release_folder(host, app, number) + '/release.json')
-               for app in list_apps(host) for number in list_releases(host, app))
-    taken = set(record.get('address') for record in records)
-    subnet = subnet_of(host, sorted(filter(None, taken)))
-    every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
-    return next(address for address in every if address not in taken)
-
 def run_release_command(host, release):
     """Run what config's `release` says in the new image, with its volumes and network."""
     import shlex
@@ -3364,134 +3533,6 @@ def run_release_command(host, release):
     step('Running the release command: %s', said)
     status = engine_of(host, release).run_once(release, shlex.split(said), detail)
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
-
-def check_proxy_change(host, release, older=False):
-    """Failure where the proxy file of a release cannot be had beside the others."""
-    if release.proxy:
-        with host_lock(host, release.app):
-            check_proxy_file(host, release, proxy_files(host), older)
-
-def forget(host, release, reason=None):
-    """Clean up after a release that did not become live: its number and why remain."""
-    why = printable(reason or str(sys.exc_info()[1]), 300)
-    app, live = release.app, live_release(host, release.app)
-    if linked_release(host, app, 'pending') or live and live.number == release.number:
-        return
-    try:
-        drop(host, release, '--no-prune')       # the mended push builds on what is there
-        if release.plan:
-            return
-        save_release(host, load_release(host, app, release.number)._replace(
-            failed=why, job='', proxy='', config={}, address=''))
-        if live is None:
-            remove_file(app_folder(host, app, 'live'))
-            clean_up_failed(host, app)
-    except Failure:
-        return          # docker has gone, or the disk is full: a later command does
-
-def remove_app(host, app):
-    """Remove what the store has of an app without a release, but for its config."""
-    parts = ('releases', 'env', 'live') if load_config(host, app) else ('',)
-    host.run(['rm', '-rf', '--'] + [app_folder(host, app, part) for part in parts])
-
-def drop(host, release, *options):
-    """Take a release's container, image and commit away; False if the image is used."""
-    engine_of(host, release).remove(release)
-    gone = remove_image_tag(host, image_tag(release), *options)
-    if gone:
-        held = HELD_REF % release.number
-        git(host, release.app, 'update-ref', '-d', held, act=host.ask)
-    return gone
-
-def clean_up(host, live):
-    """Remove what is older than the last releases; only what the store names is ours."""
-    app, numbers = live.app, list_releases(host, live.app)
-    if linked_release(host, app, 'pending'):
-        return
-    kept = [live.number] + [each.number for each in kept_releases(host, app)[:KEPT]]
-    clean_up_failed(host, app)
-    for release in [load_release(host, app, number) for number in numbers]:
-        if not release.failed and release.number not in kept:
-            remove_release(host, release)
-
-def clean_up_failed(host, app):
-    """Remove what failed releases left as a cache, and the record of those long ago."""
-    numbers = list_releases(host, app)
-    for release in [load_release(host, app, number) for number in numbers]:
-        if release.failed and release.image and live_release(host, app):
-            if not any(each.get('RepoTags') for each in inspect(host, release.image)):
-                host.ask(['docker', 'rmi', release.image])
-            save_record(host, release._replace(image=None))
-        if release.failed and release.number in numbers[:-LISTED]:
-            remove_release(host, release)
-
-def remove_release(host, release):
-    """Remove an old release, but not the image of somebody's container."""
-    images, number = images_folder(host), release.number
-    free, written = free_bytes(host, images), written_files(host, container_name(release))
-    if not drop(host, release):
-        return step('Release %d stays: a container uses its image', number)
-    host.run(['rm', '-rf', '--', release_folder(host, release.app, number)])
-    freed = max(0, free_bytes(host, images) - free) / 1e6
-    step('Release %d is removed, %.1f MB freed', number, freed)
-    if written:
-        detail('with what it wrote outside volumes: ' + ' '.join(written[:5]))
-
-def show_plan(host, live, release):
-    step('What a push of this would change:')
-    was, now = [(each.job, each.proxy, ports_text(each), each.image) if each else
-                ('', '', 'none', '') for each in (live, release)]
-    names = ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image')
-    for name, old, new in zip(names, was, now):
-        diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
-        detail(diff or name + ': no change')
-    gap = 'one stop and one start of the service'
-    if live is None or engine_of(host, release).overlaps(live, release):
-        gap = 'none'
-    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
-    detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
-           free_bytes(host, STATE) / 1e6)
-
-def ports_text(release):
-    if release.job:
-        return ', '.join(published_ports(job_of(release))) or 'none'
-    return '%s on %s' % (release.port or 'none', release.address)
-
-def is_made(release):
-    """Whether its proxy file was made here, not pushed."""
-    return (release.proxy or '').startswith(MADE % (release.app, release.app))
-
-def address_text(release):
-    """The address that a person would type for a web app; of another app, its ports."""
-    for server in servers_of(release.proxy or ''):
-        port, default = server.listens[0].port, server.listens[0].default
-        names = [name.replace('*', 'ANY.DOMAIN') for name in server.names
-                 if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
-        names += [os.uname()[1]] if default else []
-        if names and port:
-            name = sorted(names, key=lambda name: '.' not in name)[0]
-            shape = {'80': 'http://%s/', '443': 'https://%s/'}
-            return shape.get(port, 'http://%s:' + port + '/') % name
-    return 'ports ' + ports_text(release) if release.job else kind_text(release)
-
-def show_address(host, release):
-    """Tell where an app answers; a web app's address is fetched through nginx first."""
-    app, address = release.app, address_text(release)
-    match = re.match(r'http://([^:/]+)((?::\d+)?)/', address)
-    if not match:
-        return step('%s: %s', app, address)
-    name, port = match.groups()
-    status = fetch_status(name, int(port[1:] or 80))
-    there = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()[:1]
-    own = host.ask(['hostname', '-I']).out.split() or os.uname()[1:2]
-    if there and there[0] in own:
-        return step('%s: %s answers %s', app, address, status)
-    here = ('[%s]' if ':' in own[0] else '%s') % own[0] + port
-    step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
-    detail('%s leads %s: point it here in DNS, or %s', name,
-           'to ' + there[0] if there else 'nowhere yet',
-           'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app
-           if is_made(release) else 'take every name with `listen 80 default_server;`')
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
 
@@ -3578,7 +3619,7 @@ def hang_up(host):
         if pid > 1:
             os.kill(pid, signal.SIGTERM)
 
-# ---- Installing: what dockhand puts on a machine, and whether it is there --------------
+# ---- Installing, and whether all is well -----------------------------------------------
 
 def installed_parts(host):
     """Every file that `install` writes, as [(path, text, mode)]. The launchers neither
@@ -3707,6 +3748,13 @@ def disable_default_site(host):
             tell("disabled nginx's default site: it is %s.disabled now", packaged)
             return True
 
+def settle_again(host, app):
+    """Have an app kept running as this version does it: an older one may have set docker
+    another policy."""
+    with app_lock(host, app, 'dockhand install') as live:
+        if live and not is_stopped(host, app) and engine_of(host, live).state(live).alive:
+            engine_of(host, live).settle(live)
+
 def sudo_problem(host):
     """What keeps the git user from running its one command, as a hook will, or None."""
     status, _, err = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
@@ -3759,6 +3807,17 @@ def unread_files(host):
             for path, file in sorted(proxy_files(host).items())
             for line, text in file.troubles]
 
+def nginx_advice(host):
+    """How to start nginx, and how to have systemd start it after a crash: a file for that
+    is not ours to write."""
+    advice = 'service nginx start || sudo dockhand recover'
+    if not is_systemd(host):
+        return advice
+    folder = UNITS[0] + '/nginx.service.d'
+    return (advice + '; so that systemd does it the next time: mkdir -p %s; '
+            "printf '[Service]\\nRestart=on-failure\\n' >%s/restart.conf; systemctl "
+            'daemon-reload' % (folder, folder))
+
 # ---- Commands --------------------------------------------------------------------------
 
 def install(host, user=None):
@@ -3784,13 +3843,6 @@ def install(host, user=None):
     demand([(sudo_problem(host), 'visudo')])
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
-
-def settle_again(host, app):
-    """Have an app kept running as this version does it: an older one may have set docker
-    another policy."""
-    with app_lock(host, app, 'dockhand install') as live:
-        if live and not is_stopped(host, app) and engine_of(host, live).state(live).alive:
-            engine_of(host, live).settle(live)
 
 def change_keys(host, change):
     """Replace our keys by what a function makes of them."""
@@ -3857,20 +3909,6 @@ def apps(host):
             'stopped' if is_stopped(host, app) else 'DOWN')
         tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
 
-def all_apps(host):
-    """The names of all apps that have a release, a config or a repository here."""
-    repositories = [name[:-len('.git')] for name in list_folder(host.path(host.home()))
-                    if name.endswith('.git')]
-    found = set(list_apps(host)) | set(name for name in repositories if is_app_name(name))
-    return sorted(found)
-
-def waiting_text(host, app):
-    """What an app that was never live waits for."""
-    if list_releases(host, app):
-        last = load_release(host, app, list_releases(host, app)[-1])
-        return 'for a push that succeeds; the last one: %s' % (last.failed or 'under way')
-    return 'for its first push'
-
 def logs(host, app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
@@ -3879,10 +3917,6 @@ def logs(host, app, n='100', f=False):
     live = must_be_live(host, app)
     command = engine_of(host, live).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
-
-def is_waiting(host, app):
-    """Whether an app has something here, but was never live."""
-    return is_app_name(app) and app in all_apps(host) and not live_release(host, app)
 
 def restart(host, app):
     """stop an app and start it again"""
@@ -3928,10 +3962,6 @@ def releases(host, app):
             'kept' if release.seconds is not None else 'under way')
         took = '%.1f s' % release.seconds if release.seconds else '-'
         tell('%4d  %s %8s  %s', release.number, origin_text(release), took, state)
-
-def origin_text(release):
-    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
-    return '%s  %s  %-10s' % (release.commit[:10], since, release.key)
 
 def rollback(host, app, number=None):
     """go back to the release that was live before, or to another that is kept"""
@@ -4058,17 +4088,6 @@ def doctor(host):
     for place in unread_files(host):
         tell('note: %s: what it names may clash with an app unnoticed', place)
     tell('all is well')
-
-def nginx_advice(host):
-    """How to start nginx, and how to have systemd start it after a crash: a file for that
-    is not ours to write."""
-    advice = 'service nginx start || sudo dockhand recover'
-    if not is_systemd(host):
-        return advice
-    folder = UNITS[0] + '/nginx.service.d'
-    return (advice + '; so that systemd does it the next time: mkdir -p %s; '
-            "printf '[Service]\\nRestart=on-failure\\n' >%s/restart.conf; systemctl "
-            'daemon-reload' % (folder, folder))
 
 # The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
 COMMANDS = [
