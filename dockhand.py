@@ -261,11 +261,24 @@ def read_lines(fd, each, silence=20):
         for line in lines:
             each(plain_line(to_text(line)))
 
+class Clock(object):
+    """What time it is, in seconds: since 1970, and since some moment, never backwards."""
+    monotonic = staticmethod(monotonic)
+    sleep = staticmethod(time.sleep)
+    time = staticmethod(time.time)
+
+def open_connection(place, timeout):
+    """A socket that is connected to an (address, port); EnvironmentError if none is."""
+    import socket
+    return socket.create_connection(place, timeout)
+
 class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
-    def __init__(self, root='/', run=execute, user='git'):
+    def __init__(self, root='/', run=execute, user='git', clock=Clock,
+                 connect=open_connection):
         self.root, self.ask, self.user = root, run, user
+        self.clock, self.connect = clock, connect
         # What nginx_version, proxy_files and is_upstart found out
         self.nginx, self.proxy_files, self.upstart = None, {}, None
         # The apps that the person behind a command may know of; None: every one
@@ -1739,18 +1752,17 @@ def host_lock(host, app):
     """What apps share (names, nginx) changes under this lock, taken after the app's."""
     return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
 
-def fetch_status(name, port, timeout=5, address='127.0.0.1'):
+def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
     """What nginx on this machine, or what is at an address, answers to a request for a
     host name: `200`, or `nothing`."""
-    import socket
     try:
-        connection = socket.create_connection((address, port), timeout)
+        connection = host.connect((address, port), timeout)
         connection.settimeout(timeout)
         connection.sendall(to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand'
                                     '\r\nConnection: close\r\n\r\n' % name))
         answer = to_text(connection.recv(100)).split()
         connection.close()
-    except (EnvironmentError, socket.error) as error:
+    except EnvironmentError as error:
         return 'nothing (%s)' % error
     if answer[1:] and answer[0].startswith('HTTP/'):
         return answer[1]
@@ -1767,12 +1779,14 @@ def docker_version(host):
 
 def await_docker(host, patience=60):
     """Wait until docker answers: at boot some inits go on before it does."""
-    deadline, told = monotonic() + patience, False
-    while host.ask(['docker', 'version']).status and monotonic() < deadline:
+    deadline, told = host.clock.monotonic() + patience, False
+    while host.ask(['docker', 'version']).status:
+        if host.clock.monotonic() > deadline:
+            break
         if not told:
             step('Waiting for docker, which does not answer')
         told = True
-        time.sleep(0.5)
+        host.clock.sleep(0.5)
     docker_version(host)
 
 def inspect(host, *names):
@@ -1802,9 +1816,9 @@ def kept_ports(host):
 def free_ports(host, patience=10):
     """Restart docker where it keeps a port, as after a power cut while it started an app:
     nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
-    kept, deadline = kept_ports(host), monotonic() + patience
-    while kept and monotonic() < deadline:      # one may be of a container that stops
-        time.sleep(0.1)
+    kept, deadline = kept_ports(host), host.clock.monotonic() + patience
+    while kept and host.clock.monotonic() < deadline:      # one may be of a container that stops
+        host.clock.sleep(0.1)
         kept &= kept_ports(host)
     for _, port in sorted(kept)[:1]:
         refuse_if(not is_systemd(host) and not is_upstart(host), 'docker keeps port %s '
@@ -2110,7 +2124,7 @@ def install_proxy(host, release, older=False):
         neighbour = answering_neighbour(host, app, files)
         if write_proxy(host, app, release.proxy, files):
             reload_nginx(host)
-            check_neighbour(neighbour)
+            check_neighbour(host, neighbour)
 
 def restore_proxy(host, app, text):
     """Put the text back that was live before, or take the file away: it is not checked
@@ -2155,20 +2169,20 @@ def answering_neighbour(host, app, files):
             continue
         asked += 1
         name, port = place
-        status = fetch_status(name, port, 1)
+        status = fetch_status(host, name, port, 1)
         if status.isdigit() and status not in NO_ANSWERS:
             return Neighbour(other, name, port, status)
     return None
 
-def check_neighbour(neighbour):
+def check_neighbour(host, neighbour):
     """Failure where an app answered before a reload, and three times not since."""
     if neighbour is None:
         return
     for _ in range(3):
-        status = fetch_status(neighbour.name, neighbour.port, 2)
+        status = fetch_status(host, neighbour.name, neighbour.port, 2)
         if status.isdigit() and status not in NO_ANSWERS:
             return
-        time.sleep(0.1)
+        host.clock.sleep(0.1)
     raise Failure('with this proxy file another app answers %s instead of %s: what in it '
                   'holds for more than its own server?', status, neighbour.status)
 
@@ -2192,11 +2206,11 @@ def reload_nginx(host):
         return start_nginx(host)
     earlier = nginx_workers(host, master)
     host.run(['nginx', '-s', 'reload'])
-    deadline = monotonic() + RELOAD_TIMEOUT
+    deadline = host.clock.monotonic() + RELOAD_TIMEOUT
     while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):
-        if monotonic() > deadline:
+        if host.clock.monotonic() > deadline:
             raise Failure('nginx keeps its old configuration: ' + nginx_complaint(host))
-        time.sleep(0.01)
+        host.clock.sleep(0.01)
 
 def start_nginx(host, wait=True):
     """Start nginx by whatever init is there. wait: not in `recover`, for which systemd
@@ -2212,11 +2226,11 @@ def start_nginx(host, wait=True):
     if not host.ask(command).status:
         return
     # Upstart refuses to start a job that it is starting itself, after a crash
-    deadline = monotonic() + RELOAD_TIMEOUT
+    deadline = host.clock.monotonic() + RELOAD_TIMEOUT
     while nginx_master(host) is None:
-        if monotonic() > deadline:
+        if host.clock.monotonic() > deadline:
             raise Failure('nginx does not start: ' + nginx_complaint(host))
-        time.sleep(0.1)
+        host.clock.sleep(0.1)
 
 def end_orphans(host):
     """End the workers of a master that was killed, where init has not: they hold the
@@ -2225,10 +2239,10 @@ def end_orphans(host):
                if title.startswith('nginx: worker')]
     for pid in orphans:
         os.kill(int(pid), signal.SIGQUIT)
-    deadline = monotonic() + RELOAD_TIMEOUT
-    while monotonic() < deadline and any(
+    deadline = host.clock.monotonic() + RELOAD_TIMEOUT
+    while host.clock.monotonic() < deadline and any(
             is_working(host.text('/proc', pid, 'cmdline')) for pid in orphans):
-        time.sleep(0.01)
+        host.clock.sleep(0.01)
 
 def nginx_complaint(host):
     path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
@@ -2253,9 +2267,9 @@ def is_working(title):
 
 def drain(host, address):
     """Wait, DRAIN seconds at most, until no request can reach an address any more."""
-    deadline = monotonic() + DRAIN
-    while not is_drained(host, address) and monotonic() < deadline:
-        time.sleep(0.1)
+    deadline = host.clock.monotonic() + DRAIN
+    while not is_drained(host, address) and host.clock.monotonic() < deadline:
+        host.clock.sleep(0.1)
 
 def is_drained(host, address):
     """Whether each worker that is shutting down has no connection to an address, and no
@@ -2798,7 +2812,8 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
     Failure as soon as none can come. Without a HEALTHCHECK to say so, it answers when the
     container's own ports accept (docker's proxy accepts whatever is behind it)."""
-    begun = since = monotonic()
+    clock = engine.host.clock
+    begun = since = clock.monotonic()
     identity, deaths, answered = None, 0, None
     while True:
         state = engine.state(release)
@@ -2806,26 +2821,25 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
         refuse_if(state.health == 'unhealthy', 'its HEALTHCHECK says unhealthy')
         if state.identity != identity:
             deaths += identity is not None
-            identity, since, answered = state.identity, monotonic(), None
+            identity, since, answered = state.identity, clock.monotonic(), None
         refuse_if(deaths > 3, 'it keeps dying and being started again')
-        missing = silent_ports(state)
+        missing = silent_ports(engine.host, state)
         if state.alive and not missing:
-            answered = answered or monotonic()
-            if monotonic() - since >= steady:
+            answered = answered or clock.monotonic()
+            if clock.monotonic() - since >= steady:
                 return answered
-        if monotonic() - begun > timeout:
+        if clock.monotonic() - begun > timeout:
             raise Failure('after %d s %s', timeout, missing or 'it is not running yet')
-        time.sleep(0.1)
+        clock.sleep(0.1)
 
-def silent_ports(state):
+def silent_ports(host, state):
     """What does not answer yet, in words; '' when all does."""
-    import socket
     if state.health not in ('', 'healthy'):
         return 'its HEALTHCHECK is still ' + state.health
     for address, port in state.ports:
         try:
-            socket.create_connection((address, port), 1).close()
-        except (EnvironmentError, socket.error):
+            host.connect((address, port), 1).close()
+        except EnvironmentError:
             return 'nothing listens on port %d of the container' % port
     return ''
 
@@ -2838,7 +2852,7 @@ def apply(host, old, new):
     """Make the host match a release, or put the old one back and raise; a report.
 
     `pending` says what is being switched to; moving `live` is the commit point."""
-    begun, app, engine = monotonic(), new.app, engine_of(host, new)
+    begun, app, engine = host.clock.monotonic(), new.app, engine_of(host, new)
     served = old is not None and not is_stopped(host, app)
     overlap = served and engine.overlaps(old, new)
 
@@ -2858,7 +2872,7 @@ def apply(host, old, new):
         new = count_turn(host, old, new)
         set_link(host, app, 'live', new)
 
-    switched = monotonic() - begun - switch.checked
+    switched = host.clock.monotonic() - begun - switch.checked
     finish(host, new, engine, branch_moves=is_pushed(old, new))
     report = 'switched in %.1f s, checked in %.1f s' % (switched, switch.checked)
     if overlap:
@@ -2882,9 +2896,9 @@ def hand_over(host, old, new):
     engine = engine_of(host, new)
     on_trial = old.web and new.web      # the old one answers where the new one fails
     engine.start(new)
-    begun = monotonic()
+    begun = host.clock.monotonic()
     check_or_show_log(host, new, engine, steady=0 if on_trial else STEADY)
-    checked = monotonic() - begun
+    checked = host.clock.monotonic() - begun
 
     shown = new
     if on_trial:
@@ -2894,15 +2908,15 @@ def hand_over(host, old, new):
     tag_image(host, image_tag(new), new.app + ':latest')
 
     if on_trial:
-        begun = monotonic()
+        begun = host.clock.monotonic()
         check_or_show_log(host, new, engine)
-        checked += monotonic() - begun
+        checked += host.clock.monotonic() - begun
         install_proxy(host, new, was_live(old, new))
     return Switch(None, checked)
 
 def stop_then_start(host, old, new):
     """Never two at once: they would share data, a port, or a job. Gives a Switch."""
-    engine, stopped = engine_of(host, new), monotonic()
+    engine, stopped = engine_of(host, new), host.clock.monotonic()
     if old is not None:
         stop_for(host, old, engine)
     tag_image(host, image_tag(new), new.app + ':latest')
@@ -2910,9 +2924,9 @@ def stop_then_start(host, old, new):
     install_proxy(host, new, was_live(old, new))
     engine.start(new)
 
-    started = monotonic()
+    started = host.clock.monotonic()
     answered = check_or_show_log(host, new, engine)
-    return Switch(answered - stopped, monotonic() - started)
+    return Switch(answered - stopped, host.clock.monotonic() - started)
 
 def check_or_show_log(host, release, engine, steady=STEADY):
     """The moment of a release's first answer; its log for the pusher if none comes."""
@@ -3001,7 +3015,7 @@ def finish(host, release, engine, branch_moves):
             git(host, app, 'update-ref', branch, release.commit)
 
         if release.seconds is None:
-            took = max(0, round(time.time() - release.time, 1))
+            took = max(0, round(host.clock.time() - release.time, 1))
             save_record(host, release._replace(seconds=took))
         save_config(host, app, release.config)
         pending = linked_release(host, app, 'pending')
@@ -3234,7 +3248,7 @@ def show_address(host, release):
     if not match:
         return step('%s: %s', app, address)
     name, port = match.groups()
-    status = fetch_status(name, int(port[1:] or 80))
+    status = fetch_status(host, name, int(port[1:] or 80))
     there = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()[:1]
     own = host.ask(['hostname', '-I']).out.split() or os.uname()[1:2]
     if there and there[0] in own:
@@ -3311,9 +3325,9 @@ def check_race(host, app, live, branch, old, new):
     ref = 'refs/heads/' + branch
     found = read_branch(host, app, ref)
     if live and live.commit != found and has_history(host, app, live.commit):
-        deadline = monotonic() + 3
-        while found != live.commit and monotonic() < deadline:
-            time.sleep(0.05)
+        deadline = host.clock.monotonic() + 3
+        while found != live.commit and host.clock.monotonic() < deadline:
+            host.clock.sleep(0.05)
             found = read_branch(host, app, ref)
         if found != live.commit:
             remove_file(os.path.join(repository(host, app), ref + '.lock'))
@@ -3329,13 +3343,13 @@ def new_release(host, app, key, branch, commit, plan=False):
     """The next Release of an app, as far as it is known before the build."""
     last = max([0] + list_releases(host, app))
     return Release(app=app, number=last + 1, plan=plan, commit=commit, branch=branch,
-                   key=key, time=round(time.time(), 2), config=load_config(host, app))
+                   key=key, time=round(host.clock.time(), 2), config=load_config(host, app))
 
 def make_release(host, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was."""
     check_space(host)
     check_free(host, live, release)
-    begun, app, free = monotonic(), release.app, free_bytes(host, images_folder(host))
+    begun, app, free = host.clock.monotonic(), release.app, free_bytes(host, images_folder(host))
     with undone_by(forget, host, release):
         save_release(host, release)
         release = build_release(host, live, release, options)
@@ -3343,7 +3357,7 @@ def make_release(host, live, release, options=()):
         save_release(host, release)
         if 'release' in release.config:
             run_release_command(host, release)
-        built, number = monotonic() - begun, release.number
+        built, number = host.clock.monotonic() - begun, release.number
         step('Switching to release %d', number)
         report = apply(host, live, release)
     step('Release %d is live: built in %.1f s, %s', number, built, report)
@@ -3611,7 +3625,7 @@ def hang_up(host):
     The deploy is over; the same push again is accepted, and moves the branch."""
     from termios import FIONREAD
     pid, unread = os.getppid(), fcntl.ioctl(2, FIONREAD, b'none')
-    time.sleep(2 * PATIENCE)
+    host.clock.sleep(2 * PATIENCE)
     if fcntl.ioctl(2, FIONREAD, b'none') == unread != b'\0\0\0\0':
         while pid > 1 and 'receive-pack' not in host.text('/proc', str(pid), 'cmdline'):
             stats = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
@@ -3790,10 +3804,10 @@ def answer_problem(host, live):
     if not place or is_stopped(host, live.app):
         return None
     name, port = place
-    status = fetch_status(name, port)
+    status = fetch_status(host, name, port)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
-        direct = fetch_status(name, live.port, address=live.address)
+        direct = fetch_status(host, name, live.port, address=live.address)
         if direct != status:
             return '%s answers %s through nginx, and %s by itself' % (
                 live.app, status, direct)

@@ -38,7 +38,7 @@ from lab import (
     Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine, drill,
     drilled, everywhere, must, public_key, run, servers, together, until, web_files)
 from machine import (
-    CONNECT, FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, MONOTONIC, NGINX_CONF,
+    FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
     USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in, switch_steps)
 from moments import RUNS, standing, trials, wrong
@@ -74,12 +74,6 @@ def signals_stay():
     yield
     for number, handler in kept:
         signal.signal(number, handler)
-
-@pytest.fixture(autouse=True)
-def time_goes_on():
-    """A Machine has a time of its own, and connections to its containers."""
-    yield
-    dh.time, dh.monotonic, socket.create_connection = time, MONOTONIC, CONNECT
 
 # ---- Names, ssh commands, refs ---------------------------------------------------------
 
@@ -2579,7 +2573,7 @@ def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
     assert heard == [dh.to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand\r\n'
                                  'Connection: close\r\n\r\n' % name)]
     assert plain.head == 'refs/heads/main'
-    assert dh.fetch_status(name, port).startswith('nothing (')
+    assert dh.fetch_status(Host(), name, port).startswith('nothing (')
 
 @contextmanager
 def ssh_command(text):
@@ -3917,7 +3911,7 @@ def test_doctor_names_what_it_cannot_read_of_the_servers_own_files(plain, capfd)
 class Engine(object):
     """Gives its states one after the other, the last one for ever."""
     def __init__(self, *states):
-        self.states, self.asked = list(states), 0
+        self.states, self.asked, self.host = list(states), 0, Host()
 
     def state(self, release):
         self.asked += 1

@@ -40,16 +40,12 @@ QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'dock
 
 SS_HEAD = 'State Recv-Q Send-Q Local Address:Port Peer Address:PortProcess \n'
 MAIN = 'refs/heads/main'
-CONNECT, MONOTONIC = socket.create_connection, dh.monotonic
 PACE = 50                           # how often faster the time of a Machine goes in waiting
 
 class Clock(object):
-    """The module `time` as dockhand sees it on a Machine."""
+    """The time on a Machine, where waiting takes less of it."""
     def __init__(self):
         self.ahead = 0
-
-    def __getattr__(self, name):
-        return getattr(time, name)
 
     def sleep(self, seconds):
         time.sleep(seconds / PACE)
@@ -59,7 +55,7 @@ class Clock(object):
         return time.time() + self.ahead
 
     def monotonic(self):
-        return MONOTONIC() + self.ahead
+        return dh.monotonic() + self.ahead
 
 def is_shown(how, network, route):
     """Whether `ip route show root|match NETWORK` shows a route: of a part, or of more."""
@@ -102,9 +98,8 @@ class Machine(object):
     broken  {beginning of a command: how often it fails}
     """
     def __init__(self, root, init='none'):
-        dh.time = Clock()
-        dh.monotonic = dh.time.monotonic
-        self.root, self.init, self.host = str(root), init, Host(str(root), self)
+        self.root, self.init = str(root), init
+        self.host = Host(self.root, self, clock=Clock(), connect=self.connect)
         self.sockets = SS_HEAD
         self.done, self.broken, self.count, self.shares = [], {}, 100, False
         self.images, self.containers, self.jobs = {}, {}, {}
@@ -131,7 +126,6 @@ class Machine(object):
 
     def __call__(self, argv, account=None, each=None, **options):
         line = ' '.join(argv).replace(self.root, '')
-        socket.create_connection = self.connect
         if not line.startswith(QUERIES):
             self.done.append(line)
         for beginning in self.broken:
@@ -155,7 +149,7 @@ class Machine(object):
         if place == ('127.0.0.1', 80) and self.read('/run/nginx.pid'):
             return NginxConnection(self)
         if at.startswith('127.'):
-            return CONNECT(place, timeout)
+            return dh.open_connection(place, timeout)
         for each in self.containers.values():
             if (each['address'], each['State']['Running']) == (at, True) and (
                     'PORT=%d\n' % port in each['env'] and 'mute' not in each['Image']):
