@@ -3411,7 +3411,7 @@ def listed(machine, capfd):
     """{number: what `releases` says became of it}."""
     capfd.readouterr()
     dh.releases(machine.host, 'blog')
-    return dict((int(line.split()[0]), re.split(r' s  |-  ', line, 1)[1].strip())
+    return dict((int(line.split()[0]), re.split(r' s  |-  ', line, maxsplit=1)[1].strip())
                 for line in capfd.readouterr().out.splitlines())
 
 @in_each_era
@@ -3853,7 +3853,7 @@ def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init, monk
     def no_room(name, mode='r', *more):
         if 'dockhand-blog' in str(name):
             raise IOError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return io.open(name, mode, *more)
+        return open(name, mode, *more)
     monkeypatch.setattr(dh, 'open', no_room, raising=False)
     said = refusal(machine.push, FILES_2)
     assert said.startswith('docker could start nothing: ') and 'No space left' in said
