@@ -41,7 +41,7 @@ from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
     USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in, switch_steps)
-from moments import RUNS, standing, trials, wrong
+from moments import ACTS, RUNS, about_to, standing, trials, wrong
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
 
@@ -1935,27 +1935,65 @@ def test_what_lies_where_a_commit_is_built_is_removed(machine):
     machine.push(FILES_2)
     assert machine.running() == ['sha256:FROMtwo']
 
-@table('init, broken', '''
-    none    => docker create
-    none    => docker stop
-    none    => docker tag
-    none    => docker start
-    none    => nginx -t
-    none    => nginx -s
-    upstart => stop
-    upstart => docker tag
-    upstart => timeout 60 start
-    upstart => nginx -s''')
-def test_a_switch_that_fails_at_any_command_is_put_back(tmpdir, init, broken):
-    machine = Machine(tmpdir, init)
-    machine.lives(FILES)
-    before = machine.whole()
-    machine.broken[broken] = 1
-    assert 'broken on purpose' in refusal(machine.push, FILES_2)
-    assert machine.changed(before) == []
-    record = machine.read('/var/lib/dockhand/apps/blog/releases/2/release.json')
-    assert 'broken on purpose' in json.loads(record)['failed']
-    assert dh.load_release(machine.host, 'blog', 2).seconds is None
+# What an act does, of which kind of app, and at which of its commands it may fail.
+FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
+    first => none => mkdir, nginx -t, docker build, docker create, docker tag, nginx -s
+    first => none => docker start
+    first => none web => mkdir, docker build, nginx -t, docker network create
+    first => none web => docker create, docker tag, nginx -s, docker start, docker rm
+    first => none data => mkdir, docker build, nginx -t, docker network create
+    first => none data => docker create, docker tag, nginx -s, docker start, docker rm
+    first => upstart => mkdir, nginx -t, docker build, docker tag, nginx -s
+    first => upstart => timeout 60 start
+    deploy => none => mkdir, nginx -t, docker build, docker create, docker stop
+    deploy => none => docker tag, nginx -s, docker start
+    deploy => none web => mkdir, docker build, nginx -t, docker create, docker start
+    deploy => none web => nginx -s, docker tag
+    deploy => none data => mkdir, docker build, nginx -t, docker create, docker stop
+    deploy => none data => docker tag, nginx -s, docker start
+    deploy => upstart => mkdir, nginx -t, docker build, stop, docker tag, nginx -s
+    deploy => upstart => timeout 60 start
+    deploy => upstart turned => mkdir, docker build, nginx -t, docker network create
+    deploy => upstart turned => docker create, stop, docker tag, nginx -s, docker start
+    rollback => none => nginx -t, docker create, docker update, docker stop, docker tag
+    rollback => none => nginx -s, docker start
+    rollback => none web => docker create, docker update, docker start, nginx -t, nginx -s
+    rollback => none web => docker tag
+    rollback => none data => nginx -t, docker create, docker update, docker stop
+    rollback => none data => docker tag, nginx -s, docker start
+    rollback => upstart => nginx -t, stop, docker tag, nginx -s, timeout 60 start
+    rollback => upstart turned => nginx -t, docker stop, docker tag, nginx -s
+    rollback => upstart turned => timeout 60 start
+    config => none => docker tag, docker create, docker stop, docker start
+    config => none web => docker tag, nginx -t, docker create, docker start, nginx -s
+    config => none data => docker tag, nginx -t, docker create, docker stop, nginx -s
+    config => none data => docker start
+    config => upstart => docker tag, stop, timeout 60 start'''.strip().splitlines())
+            for command in commands.split(', ')]
+
+@pytest.mark.parametrize('act, kind, command', FAILURES)
+def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
+        tmpdir, act, kind, command):
+    machine = about_to(act, kind, str(tmpdir))
+    before, live = machine.whole(), dh.live_release(machine.host, 'blog')
+    last = max([0] + dh.list_releases(machine.host, 'blog'))
+    del machine.done[:]
+    for number in (last + 1, last + 2):
+        machine.broken[command] = 1
+        said = refusal(ACTS[act], machine)
+        assert 'broken on purpose' in said or command == 'docker build'
+        # a rollback may leave what it had made of the older release, stopped
+        left = ['blog--1'] if act == 'rollback' else records_of(last + 1, last + 2)
+        assert set(machine.changed(before)) <= set(left)
+        if act != 'rollback':
+            record = dh.load_release(machine.host, 'blog', number)
+            assert (record.failed, record.seconds) == (said, None)
+    if live and kind == 'none web':         # it answers all the time
+        assert 'docker stop -t 10 blog--%d' % live.number not in machine.done
+    ACTS[act](machine)
+    now = dh.live_release(machine.host, 'blog')
+    assert now != live and machine.running() == [now.image]
+    assert act != 'config' or dh.load_config(machine.host, 'blog')['A'] == '2'
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -1967,23 +2005,19 @@ def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, c
     assert '       its last words\n' in err
     assert err.endswith('-----> Release 1 runs as before\n')
 
-@table('broken', '''
-    none
-    docker create
-    docker tag
-    docker start
-    timeout 60 start
-    nginx -s''')
-def test_a_first_deploy_that_fails_leaves_nothing_but_why(machine, broken):
-    machine.nginx()
-    dh.restore_proxy(machine.host, 'blog', None)
-    dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
+@pytest.mark.parametrize('init, files, volumes', [
+    ('none', but('docker', 'FROM dies'), []), ('upstart', but('docker', 'FROM dies'), []),
+    ('none', an_app('dies', 'EXPOSE 80\nVOLUME /x'), ['blog--x'])])
+def test_a_first_release_that_dies_at_once_leaves_nothing_but_why_and_its_data(
+        tmpdir, init, files, volumes):
+    machine = about_to('first', init, str(tmpdir))
     before = machine.whole()
     for number in (1, 2):
-        machine.broken[broken] = 1
-        said = refusal(lambda: machine.push(but('docker', 'FROM dies'), old=ZERO))
+        said = refusal(lambda: machine.push(files, old=ZERO))
+        assert 'it does not run' in said
         assert set(machine.changed(before)) <= records_of(1, 2)
         assert dh.load_release(machine.host, 'blog', number).failed == said
+    assert machine.volumes == volumes
 
 def records_of(*numbers):
     """The paths of what stays of failed releases of an app that was never live."""
@@ -2420,23 +2454,6 @@ def test_a_first_release_has_none_to_go_back_to(machine):
     assert refusal(dh.rollback, machine.host, 'blog') == (
         'no other release to go back to: see dockhand releases blog')
 
-@table('init, broken', '''
-    none    => docker stop
-    none    => docker start
-    none    => nginx -s
-    upstart => stop
-    upstart => timeout 60 start
-    upstart => docker tag''')
-def test_a_rollback_that_fails_is_put_back_and_can_be_tried_again(tmpdir, init, broken):
-    machine = Machine(tmpdir, init)
-    pushed(machine, SHA_2)
-    before = machine.whole()
-    machine.broken[broken] = 1
-    assert 'broken on purpose' in refusal(dh.rollback, machine.host, 'blog')
-    assert machine.changed(before) in ([], ['blog--1'])     # stopped, of either policy
-    dh.rollback(machine.host, 'blog')
-    assert machine.running() == ['sha256:FROMone']
-
 @pytest.mark.parametrize('live', [False, True])
 def test_a_crash_in_a_rollback_leaves_one_whole_release(machine, live):
     pushed(machine, SHA_2)
@@ -2736,24 +2753,6 @@ def test_a_docker_without_an_init_of_its_own_is_not_asked_for_it(plain, path):
     assert ' --init ' in created
     assert (created if path else created.replace(' --init', '')) in plain.done
 
-BROKEN_SWITCH = '''
-    docker create
-    docker start
-    docker tag
-    nginx -s
-    nginx -t'''
-
-@table('broken', BROKEN_SWITCH)
-@pytest.mark.parametrize('old, new', [(ONE_WEB, TWO_WEB), (ONE_DATA, TWO_DATA)])
-def test_a_switch_of_a_plain_app_that_fails_is_put_back(plain, broken, old, new):
-    plain.lives(old)
-    before = plain.whole()
-    plain.broken[broken] = 1
-    assert 'broken on purpose' in refusal(plain.push, new)
-    assert plain.changed(before) == []
-    stopped = [line for line in plain.done if line.endswith('stop -t 10 blog--1')]
-    assert not stopped or 'VOLUME' in new['Dockerfile']
-
 @each('name', 'dies sick mute')
 def test_a_version_that_never_gets_well_is_not_handed_over_to(plain, capfd, name):
     plain.lives(ONE_WEB)
@@ -2793,18 +2792,6 @@ def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
     else:
         plain.push(TWO_WEB)
         assert plain.running() == ['sha256:FROMtwo']
-
-def test_a_first_push_of_a_plain_app_that_fails_leaves_nothing_but_its_data(plain):
-    plain.nginx()
-    dh.restore_proxy(plain.host, 'blog', None)
-    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
-    before = plain.whole()
-    for broken in ('none', 'docker create', 'docker start', 'nginx -s'):
-        plain.broken[broken] = 1
-        assert refusal(lambda: plain.push(
-            an_app('dies', 'EXPOSE 80\nVOLUME /x'), old=ZERO, new=SHA))
-        assert set(plain.changed(before)) <= records_of(1, 2, 3, 4)
-    assert plain.volumes == ['blog--x']
 
 def test_volumes_of_an_earlier_app_of_that_name_are_told(plain, capfd):
     plain.nginx()
@@ -3063,20 +3050,6 @@ def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
     assert said in refusal(lambda: dh.config(plain.host, 'blog', *words, **unset))
     assert plain.changed(before) == [] and str(plain.containers) == containers
 
-@each('broken', 'docker_create docker_start nginx_-s docker_run')
-@pytest.mark.parametrize('files', [ONE_WEB, ONE_DATA, FILES])
-def test_a_config_with_which_the_app_does_not_run_is_rolled_back(plain, broken, files):
-    plain.lives(files, A='0')
-    before = plain.whole()
-    plain.broken[broken.replace('_', ' ')] = 1
-    changes = ['A=1'] + ['release=x'] * (broken == 'docker_run')
-    if files == FILES and broken == 'nginx_-s':
-        return dh.config(plain.host, 'blog', *changes)      # its proxy file stays
-    assert refusal(dh.config, plain.host, 'blog', *changes)
-    assert plain.changed(before) == []
-    dh.config(plain.host, 'blog', *changes)
-    assert dh.load_config(plain.host, 'blog')['A'] == '1'
-
 @pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
 def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     plain.lives(an_app('one', exposed), port='9000')
@@ -3174,6 +3147,17 @@ def test_a_release_command_that_fails_refuses_the_push(plain):
         'the release command failed (1); nothing has changed')
     assert plain.changed(before) == [] and str(plain.containers) == containers
     assert 'docker rm -f -v blog--2--release' in plain.done
+
+@pytest.mark.parametrize('files', [ONE_WEB, ONE_DATA, FILES])
+def test_a_release_command_that_fails_refuses_the_config_it_came_with(plain, files):
+    plain.lives(files, A='0')
+    before = plain.whole()
+    plain.broken['docker run'] = 1
+    assert refusal(dh.config, plain.host, 'blog', 'A=1', 'release=x') == (
+        'the release command failed (1); nothing has changed')
+    assert plain.changed(before) == []
+    dh.config(plain.host, 'blog', 'A=1', 'release=x')
+    assert dh.load_config(plain.host, 'blog')['A'] == '1'
 
 def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
     job = 'env X=1\nchdir /srv\nexec docker run --rm -p 81:80 -v /srv/x:/x -e X blog serve\n'
