@@ -38,9 +38,10 @@ from lab import (
     Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine, drill,
     drilled, everywhere, must, public_key, run, servers, together, until, web_files)
 from machine import (
-    FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF,
+    FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
-    USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in, switch_steps)
+    USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in, release,
+    switch_steps)
 from moments import ACTS, RUNS, about_to, standing, trials, wrong
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
@@ -1138,9 +1139,8 @@ def test_a_configuration_that_does_not_include_conf_d_is_refused():
     {.a.org}              => http://a.org/
     {_}                   => ports 25:25'''.replace('{HOST}', os.uname()[1]))
 def test_the_address_is_what_a_person_would_type(text, address):
-    values = dict.fromkeys(dh.Release._fields, '')
-    values.update(job='#\nexec docker run -p 25:25 a', proxy=blocks(text))
-    assert dh.address_text(dh.Release(**values)) == address
+    job = '#\nexec docker run -p 25:25 a'
+    assert dh.address_text(release(job=job, proxy=blocks(text), **OF_A_JOB)) == address
 
 @table('domains, address', '''
     blog blog.*          => http://blog.ANY.DOMAIN/
@@ -1148,7 +1148,7 @@ def test_the_address_is_what_a_person_would_type(text, address):
     www.blog.org blog.*  => http://www.blog.org/''')
 def test_the_address_is_one_that_may_lead_somewhere(domains, address):
     proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
-    assert dh.address_text(plain_release(proxy=proxy)) == address
+    assert dh.address_text(release(proxy=proxy)) == address
 
 @table('err, said', r'''
     n: [emerg] unknown x in /etc/nginx/.c:3\nn: failed     => /etc/nginx/.c:3: unknown x
@@ -1292,16 +1292,9 @@ def test_an_image_of_any_docker_is_read():
 def test_a_volume_is_named_for_its_path(path, name):
     assert dh.volume_of('shop', path) == name
 
-def plain_release(**changes):
-    release = dh.Release(
-        app='blog', number=3, plan=False, commit=SHA, branch='main', key='anna', time=1,
-        image='sha256:x', config={}, port=8000, web=True, volumes=[],
-        address='10.86.0.2', job='', proxy='')
-    return release._replace(**changes)
-
 def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
-    release = plain_release(volumes=['/data', '/var/lib/x'])
-    assert dh.plain_container(release, '/r/env') == dh.Container(
+    plain_one = release(volumes=['/data', '/var/lib/x'])
+    assert dh.plain_container(plain_one, '/r/env') == dh.Container(
         ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
         'blog', [], {}, '/', True, '10')
@@ -1395,7 +1388,7 @@ def test_a_subnet_that_a_route_leads_to_is_known(route, routed):
     (None, {}, None), ({}, None, None)])
 def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expected, overlap):
     config = {'overlap': overlap} if overlap else {}
-    old, new = [None if each is None else plain_release(config=more, **each)
+    old, new = [None if each is None else release(config=more, **each)
                 for each, more in ((old, {}), (new, config))]
     assert dh.Containers(None).overlaps(old, new) == (
         expected is not None and (overlap == 'yes' if overlap else expected))
@@ -1405,8 +1398,8 @@ def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expect
     inside => a service that other apps reach as blog:8000, and nginx does not
     worker => a worker without a port (a web app has an EXPOSE in its Dockerfile)""")
 def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
-    release = plain_release(web=changes == 'web', port=0 if changes == 'worker' else 8000)
-    assert dh.kind_text(release).startswith(said)
+    port = 0 if changes == 'worker' else 8000
+    assert dh.kind_text(release(web=changes == 'web', port=port)).startswith(said)
 
 
 # ---------------------------------------------------------------------------------------
@@ -2732,13 +2725,13 @@ def test_what_else_a_dockerfile_can_be_is_stopped_then_started(plain):
     (True, 8000, [('10.86.0.2', 8000)]), (False, 5432, [('10.86.0.2', 5432)]),
     (False, None, [])])
 def test_the_port_of_an_app_is_asked(plain, health, web, port, asked):
-    release = plain_release(number=1, web=web, port=port, image='sha256:FROMone')
+    asking = release(number=1, web=web, port=port, image='sha256:FROMone')
     plain.images['blog:1'] = image('FROM one\nHEALTHCHECK x' if health else 'FROM one')
-    dh.save_release(plain.host, release)
+    dh.save_release(plain.host, asking)
     engine = dh.Containers(plain.host)
-    engine.prepare(release)
-    engine.start(release)
-    found = engine.state(release)       # a HEALTHCHECK knows better how a service is
+    engine.prepare(asking)
+    engine.start(asking)
+    found = engine.state(asking)        # a HEALTHCHECK knows better how a service is
     assert found.health == (health or '')
     assert found.ports == ([] if health and not web else asked)
 
@@ -2945,10 +2938,10 @@ def test_a_host_without_a_free_subnet_is_said(plain):
 def test_an_address_is_given_once_kept_releases_included(plain):
     folder = dh.app_folder(plain.host, 'wiki', 'releases')
     for number, address in enumerate(['10.86.0.2', None, '10.86.0.4', '10.86.0.250'], 1):
-        dh.save_release(plain.host, plain_release(app='wiki', number=number, address=address))
+        dh.save_release(plain.host, release(app='wiki', number=number, address=address))
     assert len(os.listdir(folder)) == 4
     assert dh.free_address(plain.host) == '10.86.0.3'
-    dh.save_release(plain.host, plain_release(number=1, address='10.86.0.3'))
+    dh.save_release(plain.host, release(number=1, address='10.86.0.3'))
     assert dh.free_address(plain.host) == '10.86.0.5'
 
 def test_there_are_more_addresses_than_one_byte_holds(plain):
@@ -2956,7 +2949,7 @@ def test_there_are_more_addresses_than_one_byte_holds(plain):
     given = ['10.86.%d.%d' % (at // 250, at % 250 + 2) for at in range(251)]
     load = dh.read_json
     try:
-        dh.save_release(plain.host, plain_release())
+        dh.save_release(plain.host, release())
         taken = iter(given)
         dh.list_releases, kept = (lambda host, app: range(251)), dh.list_releases
         dh.read_json = lambda path: {'address': next(taken)}
@@ -3195,7 +3188,7 @@ def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volu
 
 def test_a_network_that_another_app_uses_stays(plain):
     plain.lives(ONE_WEB)
-    wiki = plain_release(app='wiki')
+    wiki = release(app='wiki')
     dh.save_release(plain.host, wiki)
     dh.set_link(plain.host, 'wiki', 'live', wiki)
     dh.destroy(plain.host, 'blog', force=True)
@@ -3403,12 +3396,11 @@ def test_a_release_of_an_earlier_dockhand_is_read_whole(machine, era):
     store_of(machine, era)
     for number, commit, name in ((1, SHA, 'one'), (2, SHA_2, '222')):
         found = dh.load_release(machine.host, 'blog', number)
-        assert (found.app, found.number, found.commit, found.branch, found.key) == (
-            'blog', number, commit, 'main', 'anna')
-        assert found.time == 1 and not found.plan
-        assert (found.image, found.failed, found.config) == ('sha256:FROM' + name, None, {})
-        assert found.job.startswith(JOB_HEADER) and dh.is_ours(found.proxy, 'blog')
         assert found.seconds is not None, 'it looks as if it were still under way'
+        assert found.job.startswith(JOB_HEADER) and dh.is_ours(found.proxy, 'blog')
+        assert found == release(
+            number=number, commit=commit, seconds=found.seconds, turn=found.turn,
+            image='sha256:FROM' + name, job=found.job, proxy=found.proxy, **OF_A_JOB)
     assert dh.live_release(machine.host, 'blog').number == 2
 
 @in_each_era
@@ -3627,7 +3619,7 @@ def test_a_plan_leaves_no_log_and_no_cache_that_a_test_of_nginx_made(plain):
     blog            => --net-alias=blog
     api.example.com =>''')
 def test_an_app_is_never_a_host_name_with_a_dot_on_the_network(app, alias):
-    options = dh.plain_container(plain_release(app=app), '/env').options
+    options = dh.plain_container(release(app=app), '/env').options
     assert [each for each in options if 'alias' in each] == alias.split()
 
 @table('options, said', '''

@@ -534,16 +534,14 @@ class Machine(object):
         self.images[tag] = image(files['Dockerfile'])
         self.refs['refs/dockhand/%d' % number] = commit
         job, proxy = files.get('upstart.conf'), files.get('nginx-proxy.conf')
-        release = dh.Release(
-            app='blog', number=number, plan=False, commit=commit, branch='main',
-            key='anna', time=1, seconds=seconds, image=self.images[tag]['Id'], config=dict(config),
-            port=0, web=False, volumes=[], address='', job=JOB_HEADER + job if job else '',
-            proxy=PROXY_HEADER + proxy if proxy else '')
+        made = release(
+            number=number, commit=commit, seconds=seconds, image=self.images[tag]['Id'],
+            config=config, job=JOB_HEADER + job if job else '',
+            proxy=PROXY_HEADER + proxy if proxy else '', **OF_A_JOB)
         if not job:
-            settings = self.images[tag]['Config']
-            release = dh.complete_plain(self.host, release, settings)
-        dh.save_release(self.host, release)
-        return release
+            made = dh.complete_plain(self.host, made, self.images[tag]['Config'])
+        dh.save_release(self.host, made)
+        return made
 
     def lives(self, files, **config):
         """Release 1, as a deploy would have left it."""
@@ -618,6 +616,16 @@ def switch_steps(host, old, new, run=True):
     steps += [lambda: dh.tag_image(host, dh.image_tag(new), new.app + ':latest'),
               lambda: engine.place(new), lambda: dh.install_proxy(host, new)]
     return steps + ([lambda: engine.start(new)] if run else [])
+
+# What a release with a job has not, and a plain one only once its image is known.
+OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'address': ''}
+
+def release(**changes):
+    """The dh.Release of a plain web app, changed by keywords."""
+    fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', key='anna', time=1,
+                  seconds=None, failed=None, image='sha256:x', config={}, port=8000,
+                  web=True, volumes=[], address='10.86.0.2', job='', proxy='')
+    return dh.Release(**dict(fields, **changes))
 
 def half_deployed(machine, steps=99, files=None):
     """A crash after so many steps of a switch to release 2."""
