@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -40,8 +41,8 @@ from lab import (
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
-    USER, WEB, ZERO, Machine, an_app, but, half_deployed, image, mode_in, release,
-    switch_steps)
+    USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image, mode_in,
+    release, switch_steps)
 from moments import ACTS, RUNS, about_to, standing, trials, wrong
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
@@ -3937,6 +3938,241 @@ def test_an_app_answers_when_each_port_takes_a_connection():
     dh.check_health(None, Engine(state(ports=[port], health='healthy')), 9, 0)
     closed.close()
     listener.close()
+
+# ---- What a push costs -------------------------------------------------------------------
+
+# What a push costs: every command it runs. In the order of the push, a line is a program
+# with what it is told to do, one after the other. A line `x21` came 21 times: a wait.
+COSTS = '''
+a web app, first push
+    git     cat-file, for-each-ref
+    docker  inspect
+    mkdir
+    git     read-tree, checkout-index
+    docker  build
+    rm
+    docker  inspect, volume ls, network inspect
+    x2      ip route
+    nginx   -v, -t
+    git     update-ref
+    nginx   -t
+    docker  create, tag
+    nginx   -t, -s
+    docker  start, rm, network create, create, start
+    x21     docker inspect
+    docker  update
+
+a web app, handed over
+    git     cat-file, for-each-ref
+    docker  inspect
+    mkdir
+    git     read-tree, checkout-index
+    docker  build
+    rm
+    docker  inspect
+    nginx   -t
+    git     update-ref
+    docker  create, start, inspect
+    nginx   -t, -s
+    docker  tag
+    x21     docker inspect
+    nginx   -t, -s
+    docker  update, inspect
+    ss
+    docker  update, stop
+
+a worker
+    git     cat-file, for-each-ref
+    docker  inspect
+    mkdir
+    git     read-tree, checkout-index
+    docker  build
+    rm
+    docker  inspect
+    git     update-ref
+    docker  create, update, stop, tag, start
+    x21     docker inspect
+    docker  update, inspect
+
+a service with a VOLUME
+    git     cat-file, for-each-ref
+    docker  inspect
+    mkdir
+    git     read-tree, checkout-index
+    docker  build
+    rm
+    docker  inspect
+    git     update-ref
+    docker  create, update, stop, tag, start
+    x21     docker inspect
+    docker  update, inspect
+
+a job, where init is Upstart
+    git     cat-file, for-each-ref
+    docker  inspect
+    mkdir
+    git     read-tree, checkout-index
+    nginx   -t
+    docker  build
+    rm
+    docker  inspect
+    git     update-ref
+    nginx   -t
+    stop
+    docker  ps, tag
+    nginx   -t, -s
+    start
+    x21     status, docker ps, docker inspect
+
+a job, elsewhere
+    git     cat-file, for-each-ref
+    docker  inspect
+    mkdir
+    git     read-tree, checkout-index
+    nginx   -t
+    docker  build
+    rm
+    docker  inspect
+    git     update-ref
+    nginx   -t
+    docker  create, update, stop, tag
+    nginx   -t, -s
+    docker  start
+    x21     docker inspect
+    docker  update
+
+a web app, config changed
+    docker  inspect, tag, inspect
+    nginx   -t
+    git     update-ref
+    docker  create, start, inspect
+    nginx   -t, -s
+    docker  tag
+    x21     docker inspect
+    nginx   -t, -s
+    docker  update, inspect
+    ss
+    docker  update, stop
+    git     cat-file, rev-list, update-ref
+
+a web app, rolled back
+    docker  inspect, create, update, start, inspect
+    nginx   -t, -s
+    docker  tag
+    x21     docker inspect
+    nginx   -t, -s
+    docker  update, inspect
+    ss
+    docker  update, stop
+    git     cat-file, rev-list, update-ref
+    getent
+    hostname
+'''
+
+COMMANDS_WITH_VERBS = ('docker', 'git', 'initctl', 'ip', 'nginx', 'systemctl')
+
+class Recorder(Machine):
+    """A Machine that notes each command it is given, those that only ask too."""
+    def __init__(self, root, init):
+        Machine.__init__(self, root, init)
+        self.commands = []
+        self.host.clock = StillClock()
+
+    def __call__(self, argv, *args, **options):
+        self.commands.append(name_and_verb(argv))
+        return Machine.__call__(self, argv, *args, **options)
+
+class StillClock(Clock):
+    """Goes on only where dockhand waits, so that it asks as often at each run."""
+    def __init__(self):
+        self.now = 1e9
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def time(self):
+        return self.now
+
+    monotonic = time
+
+def name_and_verb(argv):
+    """`docker network create x` as (docker, network create); `rm -rf x` as (rm, '')."""
+    words = argv[2:] if argv[0] == 'timeout' else argv
+    name = words[0]
+    if name not in COMMANDS_WITH_VERBS:
+        return name, ''
+    if name == 'nginx':
+        return name, words[1]
+    plain = [word for word in words[1:] if not word.startswith('-')]
+    length = 2 if plain[0] in ('network', 'volume') else 1
+    return name, ' '.join(plain[:length])
+
+def cost_of(commands):
+    """The lines of COSTS for [(name, verb)]."""
+    cells = []
+    while commands:
+        length = max((1, 2, 3), key=lambda length: times_over(commands, length))
+        count = times_over(commands, length)
+        if count > 1:
+            words = [' '.join(command).strip() for command in commands[:length]]
+            cells.append(('x%d' % count, ', '.join(words)))
+        else:
+            cells.append(commands[0])
+        commands = commands[count * length:]
+
+    lines = []
+    for name, those in itertools.groupby(cells, lambda cell: cell[0]):
+        line = '%-8s%s' % (name, ', '.join(verb for _, verb in those))
+        lines += textwrap.wrap(line.rstrip(), 84, subsequent_indent=' ' * 8)
+    return ''.join('    %s\n' % line for line in lines)
+
+def times_over(commands, length):
+    """How often the first commands, so many, come one time after the other."""
+    first = commands[:length]
+    count = 1
+    while commands[count * length:][:length] == first:
+        count += 1
+    return count
+
+def expected_cost(kind):
+    """What COSTS has under a title."""
+    return re.findall('(?m)^%s\n((?:    .*\n)*)' % re.escape(kind), COSTS)[0]
+
+ONE_WORKER, TWO_WORKER = an_app('one', ''), an_app('two', '')
+ONE_SERVICE, TWO_SERVICE = [
+    an_app(name, 'EXPOSE 5432\nVOLUME /data') for name in ('one', 'two')]
+
+def one_setting(machine):
+    dh.config(machine.host, 'blog', 'A=1')
+
+def way_back(machine):
+    dh.rollback(machine.host, 'blog')
+
+@pytest.mark.parametrize('kind, init, before, act', [
+    ('a web app, first push', 'none', [], ONE_WEB),
+    ('a web app, handed over', 'none', [ONE_WEB], TWO_WEB),
+    ('a worker', 'none', [ONE_WORKER], TWO_WORKER),
+    ('a service with a VOLUME', 'none', [ONE_SERVICE], TWO_SERVICE),
+    ('a job, where init is Upstart', 'upstart', [FILES], FILES_2),
+    ('a job, elsewhere', 'systemd', [FILES], FILES_2),
+    ('a job, elsewhere', 'none', [FILES], FILES_2),
+    ('a web app, config changed', 'none', [ONE_WEB], one_setting),
+    ('a web app, rolled back', 'none', [ONE_WEB, TWO_WEB], way_back)])
+def test_a_push_runs_these_commands_in_this_order(tmpdir, kind, init, before, act):
+    machine = Recorder(tmpdir, init)
+    machine.nginx()
+    for files in before[:1]:
+        machine.lives(files)
+    for files in before[1:]:
+        machine.push(files)
+
+    del machine.commands[:]
+    if callable(act):
+        act(machine)
+    else:
+        machine.push(act, **{} if before else {'old': ZERO, 'new': SHA})
+    cost = cost_of(machine.commands)
+    assert cost == expected_cost(kind), 'now COSTS is:\n\n%s\n%s' % (kind, cost)
 
 
 # ---------------------------------------------------------------------------------------
