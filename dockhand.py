@@ -658,35 +658,37 @@ Stanza = namedtuple('Stanza', 'name value text line commands')
 Command = namedtuple('Command', 'name words ending')
 Word = namedtuple('Word', 'text value line offset')         # value: without its quotes
 Option = namedtuple('Option', 'name value word')            # of docker run; its long name
+Token = namedtuple('Token', 'kind text line offset')        # kind: see SHELL_TOKEN
 
-# One stanza of init(5), as of Upstart 1.13, in two groups: a name and a value, none in an
-# empty line or a comment. (Compiled where it is used: a push starts this file thrice.)
-STANZA = r'''(?x)[ \t]*(?:
-    ((?:(?:pre|post)-(?:start|stop)[ \t]+)?script)[ \t\r]*(?:\#[^\n]*)?\n
-        ((?:[^\n]*\n)*?)[ \t]*end[ \t]+script[ \t]*(?:\#[^\n]*)?
-  | ((?:start|stop)[ \t]+on)\b((?:\((?:[^()]|\([^()]*\))*\)|\\\r?\n|[^\n])*?)
-  | ((?:(?:pre|post)-(?:start|stop)[ \t]+)?exec|kill[ \t]+(?:signal|timeout)
-      |normal[ \t]+exit|reload[ \t]+signal|description|author|version|usage|instance|env
-      |export|emits|manual|expect|task|respawn|console|umask|nice|oom|limit|chroot|chdir
-      |setuid|setgid|debug|apparmor|cgroup)(?![\w-])(?P<value>(?:\\\r?\n|[^\n])*?)
-  | (?:\#[^\n]*)?)[ \t\r]*(?:\n|\Z) | (?P<trouble>[^\n]+)'''
+# The stanzas of init(5), as of Upstart 1.13, by the words that they begin with
+AROUND = ('pre-start', 'post-start', 'pre-stop', 'post-stop')
+EXECS = ('exec',) + tuple(name + ' exec' for name in AROUND)
+SCRIPTS = ('script',) + tuple(name + ' script' for name in AROUND)
+CONDITIONS = ('start on', 'stop on')
+OTHER_STANZAS = ('kill signal', 'kill timeout', 'normal exit', 'reload signal')
+STANZAS = set('''apparmor author cgroup chdir chroot console debug description emits env
+    expect export instance limit manual nice oom respawn setgid setuid task umask usage
+    version'''.split()).union(EXECS, SCRIPTS, CONDITIONS, OTHER_STANZAS)
 
-# What kills a deploy, and notes: a pattern of `STANZA VALUE` or of `--OPTION VALUE`
 UPSTART_ONLY = 'note: under Upstart'
+
+# What kills a deploy, and notes: names of stanzas or options, a pattern of their value
 JOB_CHECKS = [
-    (r'exec \Z', 'a command is wanted'),
-    (r'kill timeout (?!\d+\Z)', 'a number of seconds is wanted'),
-    (r'kill signal \d', 'a number crashes init 1.5; write its name, as in SIGINT'),
-    (r'task ', 'dockhand runs services that go on; use cron for what ends'),
-    (r'instance ', 'one app is one service; push it under several names'),
-    (r'expect (?!none\Z)', 'docker run does not fork, init would wait on; remove it'),
-    (r'(?s)(p\S+ )?script .*\r', 'sh takes Windows line ends for text; use Unix ones'),
-    (r'(?s)start on .*filesystem\s+and\s+started\s+docker', UPSTART_ONLY + ' lost when '
-     'docker restarts; `start on started docker`, `stop on stopping docker` is not'),
-    (r'--detach (?![fF0])', 'a detached container init cannot watch; remove it'),
-    (r'--(interactive|tty) (?![fF0])', 'a service has no terminal; remove it'),
-    (r'--lxc-conf ', 'docker has had no such option since 1.10; remove it'),
-    (r'--name .?\Z', 'docker wants a name of two characters at least')]
+    (['exec'], r'\Z', 'a command is wanted'),
+    (['kill timeout'], r'(?!\d+\Z)', 'a number of seconds is wanted'),
+    (['kill signal'], r'\d', 'a number crashes init 1.5; write its name, as in SIGINT'),
+    (['task'], '', 'dockhand runs services that go on; use cron for what ends'),
+    (['instance'], '', 'one app is one service; push it under several names'),
+    (['expect'], r'(?!none\Z)',
+     'docker run does not fork, init would wait on; remove it'),
+    (SCRIPTS, r'[^\r]*\r', 'sh takes Windows line ends for text; use Unix ones'),
+    (['start on'], r'(?s).*filesystem\s+and\s+started\s+docker',
+     'note: under Upstart lost when docker restarts; `start on started docker`, '
+     '`stop on stopping docker` is not'),
+    (['--detach'], r'(?![fF0])', 'a detached container init cannot watch; remove it'),
+    (['--interactive', '--tty'], r'(?![fF0])', 'a service has no terminal; remove it'),
+    (['--lxc-conf'], '', 'docker has had no such option since 1.10; remove it'),
+    (['--name'], r'.?\Z', 'docker wants a name of two characters at least')]
 
 # Options of `docker run` that take no value, and the letters for those with and without.
 FLAGS = set('''detach disable-content-trust init interactive no-healthcheck quiet rm tty
@@ -695,17 +697,21 @@ LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname i
     label memory publish publish-all quiet tty user volume workdir'''.split()))
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
     volumes-from lxc-conf'''.split())       # with one dash before docker 1.10
-# What stands before docker's verb, each word ended by a NUL; nothing in other commands.
-DOCKER = r'''(?x)(?:(?:(?:exec|sudo|then|do|else|!|\{|\w+=[^\0]*)\0)*(?:[^\0]*/)?docker\0
-    (?:(?:-H|--host|-c|--context|--config|-l|--log-level)\0[^\0]*\0|-[^\0]*\0)*
-    (?:container\0)?(?=[^\0]))?'''
-
 SHELL_TOKEN = r'''(?xs)
-    (?P<blank>[ \t\r]+|\\\r?\n) | (?P<comment>\#[^\n]*)
-  | (?P<operator>\n|[;&|()]+|\Z) | (?P<redirect>\d*[<>]+&?[ \t]*[^\s;&|<>()"'\\]*)
+    (?P<blank>[ \t\r]+|\\\r?\n)
+  | (?P<comment>\#[^\n]*)
+  | (?P<operator>\n|[;&|()]+|\Z)
+  | (?P<redirect>\d*[<>]+&?[ \t]*[^\s;&|<>()"'\\]*)
   | (?P<word>(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|\$\([^()]*\)|`[^`]*`|[^\s;&|<>()"'])+)
   | (?P<stray>.)'''
-QUOTED = r"""(?s)'([^']*)'|\\(.)|"((?:\\.|[^"\\])*)"|([^'"\\]+)"""
+# What matters in a condition: its parentheses, but not those in quotes or a comment
+CONDITION_TOKEN = r'''(?xs)
+    \\. | "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | \#[^\n]* | [()]'''
+QUOTED = r"""(?xs)
+    '(?P<single>[^']*)'
+  | \\(?P<escaped>.)
+  | "(?P<double>(?:\\.|[^"\\])*)"
+  | (?P<bare>[^'"\\]+)"""
 VARIABLE = r'\\(?P<escaped>[$`"\\])|\$(?P<brace>\{)?(?P<name>\w+)(?(brace)\})|[$`]'
 
 def line_at(match):
@@ -713,71 +719,258 @@ def line_at(match):
 
 def parse_job(text):
     """The text of an upstart.conf as [Stanza]; Failure by line where init balks."""
-    return [read_stanza(match) for match in re.finditer(STANZA, text) if match.lastindex]
+    return JobReader(text).read()
 
-def read_stanza(match):
-    said, last = match.group().strip().split('\n')[0].strip(), match.lastindex
-    refuse_if(match.lastgroup == 'trouble', 'upstart.conf:%d: `%s`: an unknown stanza, '
-              'or a script without `end script`', line_at(match), printable(said))
-    tokens = list(re.compile(SHELL_TOKEN).finditer(match.string, *match.span(last)))
-    line, name = line_at(tokens[0]), ' '.join(match.group(last - 1).split())
-    refuse_if(match.group('value') and 'stray' in [each.lastgroup for each in tokens],
-              'upstart.conf:%d: a quote is not closed', line)
-    plain = ''.join(each.group() for each in tokens if each.lastgroup != 'comment')
-    commands = read_commands(tokens) if name.endswith(('exec', 'script')) else []
-    return Stanza(name, unquote(plain.strip(' \t\n')), said, line, commands)
+class JobReader(object):
+    """Reads an upstart.conf in one pass, line by line.
+
+    A stanza is a line. It goes on where the line ends with a backslash, and `start on`
+    and `stop on` also where a parenthesis is open. A script goes on to `end script`.
+    """
+    def __init__(self, text):
+        self.lines = text.split('\n')
+        self.number = 0         # of the line that was taken last; the first has 1
+        self.offset = 0         # where in the text the line after that begins
+
+    def read(self):
+        stanzas = []
+        while not self.is_at_end():
+            line = self.take_line()
+            if not is_blank(line):
+                stanzas.append(self.take_stanza(line))
+        return stanzas
+
+    def is_at_end(self):
+        return self.number == len(self.lines)
+
+    def take_line(self):
+        line = self.lines[self.number]
+        self.number += 1
+        self.offset += len(line) + 1
+        return line
+
+    def take_stanza(self, line):
+        """The Stanza that begins with this line, or Failure."""
+        number = self.number
+        name, rest = split_stanza(line)
+
+        tokens = None
+        if name in SCRIPTS:
+            tokens = self.take_script(rest)
+        elif name is not None:
+            tokens = self.take_value(name, rest)
+
+        if tokens is None:
+            raise Failure('upstart.conf:%d: `%s`: an unknown stanza, or a script without '
+                          '`end script`', number, printable(line.strip()))
+        return stanza_of(name, tokens, line.strip())
+
+    def take_script(self, rest):
+        """[Token] of the lines of a script; None where its end is missing.
+        rest: what stands behind the word `script`"""
+        if not is_blank(rest):
+            return None
+        number = self.number + 1
+        offset = self.offset
+
+        lines = []
+        while not self.is_at_end():
+            line = self.take_line()
+            if is_end_of_script(line):
+                return shell_tokens(''.join(lines), number, offset)
+            lines.append(line + '\n')
+        return None
+
+    def take_value(self, name, rest):
+        """[Token] of what follows the name of a stanza that is no script.
+        rest: what stands behind the name in its line"""
+        number = self.number
+        offset = self.offset - len(rest) - 1
+        if name in CONDITIONS:
+            value = self.take_condition(rest)
+        else:
+            value = self.take_continued(rest)
+
+        tokens = shell_tokens(value.rstrip(' \t\r'), number, offset)
+        if name not in CONDITIONS:
+            kinds = set(token.kind for token in tokens)
+            refuse_if('stray' in kinds, 'upstart.conf:%d: a quote is not closed', number)
+        return tokens
+
+    def take_condition(self, rest):
+        """What is left of a line, and the lines after it while a parenthesis is open."""
+        number = self.number
+        parts = [self.take_continued(rest)]
+        depth = open_parentheses(parts[0], 0)
+        while depth > 0:
+            refuse_if(self.is_at_end(), 'upstart.conf:%d: a parenthesis is not closed',
+                      number)
+            parts.append(self.take_continued(self.take_line()))
+            depth = open_parentheses(parts[-1], depth)
+        return '\n'.join(parts)
+
+    def take_continued(self, rest):
+        """What is left of a line, and the lines after it while a backslash ends one."""
+        parts = [rest]
+        while parts[-1].endswith(('\\', '\\\r')) and not self.is_at_end():
+            parts.append(self.take_line())
+        return '\n'.join(parts)
+
+def is_blank(line):
+    """Whether there is nothing in a line, or a comment alone."""
+    line = line.lstrip(' \t\r')
+    return not line or line.startswith('#')
+
+def is_end_of_script(line):
+    match = re.match(r'[ \t]*end[ \t]+script', line)
+    return match is not None and is_blank(line[match.end():])
+
+def split_stanza(line):
+    """(name, what follows it) of a line; (None, the line) where init knows no such."""
+    match = re.match(r'[ \t]*([\w-]+)([ \t]+[\w-]+)?', line)
+    if match is None:
+        return None, line
+
+    first, second = match.groups('')
+    if first in STANZAS:
+        return first, line[match.end(1):]
+    name = first + ' ' + second.strip(' \t')
+    if name in STANZAS:
+        return name, line[match.end():]
+    return None, line
+
+def open_parentheses(text, depth):
+    """How many parentheses are open behind a text, if so many are before it."""
+    for part in re.findall(CONDITION_TOKEN, text):
+        if part == '(':
+            depth += 1
+        elif part == ')' and depth > 0:
+            depth -= 1
+    return depth
+
+def shell_tokens(text, line, offset):
+    """[Token] of a text that begins in this line, so far behind the file's beginning.
+    They are the whole text; the last one is an operator without letters."""
+    tokens = []
+    for match in re.finditer(SHELL_TOKEN, text):
+        part = match.group()
+        tokens.append(Token(match.lastgroup, part, line, offset + match.start()))
+        line += part.count('\n')
+    return tokens
+
+def stanza_of(name, tokens, first_line):
+    """The Stanza of a name and the [Token] of what follows it."""
+    plain = ''.join(token.text for token in tokens if token.kind != 'comment')
+    value = unquote(plain.strip(' \t\n'))
+    commands = []
+    if name in EXECS or name in SCRIPTS:
+        commands = read_commands(tokens)
+    return Stanza(name, value, first_line, tokens[0].line, commands)
 
 def read_commands(tokens):
-    """[Command] of the matches of SHELL_TOKEN in an exec or a script."""
-    found, words, redirected = [], [], ''
-    for match in tokens:
-        text = match.group()
-        if match.lastgroup in ('word', 'stray'):
-            words.append(Word(text, unquote(text), line_at(match), match.start()))
-        elif match.lastgroup == 'redirect':
-            redirected = text
-        elif match.lastgroup == 'operator' and words:
-            docker = re.match(DOCKER, ''.join(word.value + '\0' for word in words))
-            words = words[docker.group().count('\0'):]
-            name = 'docker ' + words[0].value if docker.group() else words[0].text
-            found.append(Command(name, words, redirected or text))
-            words, redirected = [], ''
-    return found
+    """[Command] of the [Token] of an exec or a script."""
+    commands = []
+    words = []
+    redirect = ''
+    for token in tokens:
+        if token.kind in ('word', 'stray'):
+            value = unquote(token.text)
+            words.append(Word(token.text, value, token.line, token.offset))
+        elif token.kind == 'redirect':
+            redirect = token.text
+        elif token.kind == 'operator' and words:
+            commands.append(read_command(words, redirect or token.text))
+            words = []
+            redirect = ''
+    return commands
 
-def unquote(text, variable=lambda match: match.group('escaped') or match.group()):
-    """A word without its quotes; `variable` gives the value of a match of VARIABLE."""
-    def inside(match):
-        part, kept = match.group(match.lastindex), match.lastindex < 3
-        return part if kept else re.sub(VARIABLE, variable, part)
-    return re.sub(QUOTED, inside, text)
+def read_command(words, ending):
+    """The Command of the words of one; docker's is named for docker's verb."""
+    verb = docker_verb([word.value for word in words])
+    if verb is None:
+        return Command(words[0].text, words, ending)
+    return Command('docker ' + words[verb].value, words[verb:], ending)
+
+# What may stand before a command, and which options before docker's verb have a value
+BEFORE_COMMANDS = ('exec', 'sudo', 'then', 'do', 'else', '!', '{')
+DOCKER_VALUES = ('-H', '--host', '-c', '--context', '--config', '-l', '--log-level')
+
+def docker_verb(values):
+    """Which of the words of a command is docker's verb, as in `docker -D run`, counted
+    from 0; None in other commands."""
+    at = 0
+    last = len(values) - 1
+    while at < last and (values[at] in BEFORE_COMMANDS or re.match(r'\w+=', values[at])):
+        at += 1
+    is_docker = values[at] == 'docker' or values[at].endswith('/docker')
+    if not is_docker or at == last:
+        return None
+
+    at += 1
+    while at < last and values[at].startswith('-'):
+        at += 2 if values[at] in DOCKER_VALUES else 1
+    if at < last and values[at] == 'container':
+        at += 1
+    return min(at, last)
+
+def unescaped(match):
+    """What a match of VARIABLE says where no variable is known."""
+    return match.group('escaped') or match.group()
+
+def unquote(text, variable=unescaped):
+    """A text without its quotes; `variable` gives the value of a match of VARIABLE."""
+    def part(match):
+        kind = match.lastgroup
+        if kind in ('single', 'escaped'):
+            return match.group(kind)
+        return re.sub(VARIABLE, variable, match.group(kind))
+    return re.sub(QUOTED, part, text)
 
 def read_run(words):
     """`run` and what follows it, as ([Option], [Word]): from the image on it is words."""
-    options, words, line = [], words[1:], words[0].line
-    while words and re.match('-.', words[0].value):
-        word = words.pop(0)
+    rest = deque(words)
+    run = rest.popleft()
+
+    options = []
+    while rest and is_option(rest[0].value):
+        word = rest.popleft()
         if word.value == '--':
             break
         for name, value in split_option(word.value):
-            if value is None and name not in FLAGS:
-                value = words.pop(0).value if words else ''
+            if value is None and name not in FLAGS and rest:
+                value = rest.popleft().value
             options.append(Option(name, value or '', word))
-    refuse_if(not words, 'upstart.conf:%d: `docker run` names no image', line)
-    return options, words
+
+    refuse_if(not rest, 'upstart.conf:%d: `docker run` names no image', run.line)
+    return options, list(rest)
+
+def is_option(text):
+    return re.match('-.', text) is not None
 
 def split_option(text):
     """[(long name, value or None)] of one word: --name=x, -rm, -itp80:80."""
     name, equals, value = text.lstrip('-').partition('=')
     if text.startswith('--') or name in SINGLE_DASH:
         return [(name, value if equals else None)]
-    name, rest = LETTERS.get(text[1:2], text[1:2]), text[2:]
-    if name in FLAGS and rest and rest[0] != '=':
-        return [(name, None)] + split_option('-' + rest)
-    return [(name, rest.lstrip('=') or None)]
+    return split_letters(text[1:])
+
+def split_letters(letters):
+    """The same of the letters behind one dash: flags, and then perhaps one that takes
+    the rest for its value, which may have a `=` before it."""
+    options = []
+    for at, letter in enumerate(letters):
+        name = LETTERS.get(letter, letter)
+        following = letters[at + 1:at + 2]
+        if name not in FLAGS or following in ('', '='):
+            value = letters[at + 1:].lstrip('=')
+            return options + [(name, value or None)]
+        options.append((name, None))
+    return options
 
 def main_of(job):
     """The Stanza of the main process in a list; [] where there is none."""
-    return [each for each in job if each.name in ('exec', 'script')][-1:]
+    mains = [stanza for stanza in job if stanza.name in ('exec', 'script')]
+    return mains[-1:]
 
 def runs_of(job):
     """Every `docker run` of the main process, as read_run gives it."""
@@ -789,74 +982,152 @@ def options_of(job):
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
-    old = [word for name, _, word in options_of(parse_job(text))
-           if name in SINGLE_DASH and not word.value.startswith('--')]
-    for word in reversed(old):
-        text = text[:word.offset] + '-' + text[word.offset:]
-    return text, [word.text for word in old]
+    old = [option.word for option in options_of(parse_job(text))
+           if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
+    parts = []
+    end = 0
+    for word in old:
+        parts.append(text[end:word.offset])
+        end = word.offset
+    parts.append(text[end:])
+    return '-'.join(parts), [word.text for word in old]
 
 def published_ports(job):
-    return [value for name, value, _ in options_of(job) if name == 'publish']
+    return [option.value for option in options_of(job) if option.name == 'publish']
 
 def check_job(job, app, proxied=(), volumes=()):
     """What is doubtful, as [(line, text)]; Failure for what is known to kill a deploy.
     proxied: the host's ports in the app's proxy file; volumes: the image's VOLUMEs"""
     refuse_if(not main_of(job), 'upstart.conf:1: no `exec` or `script`: say how to run '
               'the app, as in `exec docker run --rm %s`', app)
-    parts = [('%s %s' % each[:2], each) for each in job]
-    parts += [('--%s %s' % each[:2], each.word) for each in options_of(job)]
-    found = [(place, said) for text, place in parts for pattern, said in JOB_CHECKS
-             if re.match(pattern, text)]
-    for options, words in runs_of(job):
-        found.extend(problems_of_run(job, options, words[0], app, proxied, volumes))
-    for place, said in found:
-        refuse_if(not said.startswith(('note: ', 'warning: ')), 'upstart.conf:%d: `%s`: '
-                  '%s', place.line, printable(place.text), said)
-    return [(place.line, said) for place, said in found]
+    doubts = []
+    for place, said in problems_of_job(job, app, proxied, volumes):
+        if not said.startswith(('note: ', 'warning: ')):
+            raise Failure('upstart.conf:%d: `%s`: %s', place.line, printable(place.text),
+                          said)
+        doubts.append((place.line, said))
+    return doubts
 
-def problems_of_run(job, options, image, app, proxied, volumes):
-    """What is wrong with a `docker run`, as (Word, text); doubts have a prefix."""
-    given = '\n'.join('%s %s' % option[:2] for option in options)
-    removed = [word.value for stanza in job for command in stanza.commands
-               if command.name == 'docker rm' for word in command.words[1:]]
-    free = '$' in ''.join(removed) or re.search('(?m)^rm (?![fF0])', given)
-    for word, value in foreign_names(options, app):
-        yield word, ('on the network %s only the app %s answers to that: leave out `%s`'
-                     % (NETWORK, printable(value), printable(value)))
+def problems_of_job(job, app, proxied, volumes):
+    """What is wrong with a job, as (Stanza or Word, text); doubts have a prefix."""
+    runs = runs_of(job)
+    for stanza in job:
+        for said in value_problems(stanza.name, stanza.value):
+            yield stanza, said
+    for options, _ in runs:
+        for option in options:
+            for said in value_problems('--' + option.name, option.value):
+                yield option.word, said
+
+    removed = removed_containers(job)
+    for options, words in runs:
+        problems = foreign_name_problems(options, app)
+        problems += taken_name_problems(options, removed)
+        problems += port_problems(options, proxied)
+        problems += image_problems(options, words[0], app, volumes)
+        for problem in problems:
+            yield problem
+
+def value_problems(name, value):
+    """The texts of JOB_CHECKS for a stanza, or an option with its dashes."""
+    return [said for names, pattern, said in JOB_CHECKS
+            if name in names and re.match(pattern, value)]
+
+def removed_containers(job):
+    """The set of words after `docker rm`, in whichever process of a job."""
+    return set(word.value for stanza in job for command in stanza.commands
+               if command.name == 'docker rm' for word in command.words[1:])
+
+def taken_name_problems(options, removed):
+    """[(Word, text)] for a name that the last start has left to a container.
+    removed: the containers that the job removes"""
+    removes_itself = any(name == 'rm' and value[:1] not in ('f', 'F', '0')
+                         for name, value, _ in options)
+    may_remove_any = any('$' in name for name in removed)
+    if removes_itself or may_remove_any:
+        return []
+    return [(word, 'without --rm the next start finds this name taken; add --rm')
+            for name, value, word in options if name == 'name' and value not in removed]
+
+def port_problems(options, proxied):
+    """[(Word, text)] for each port of a web server that the whole world reaches."""
+    problems = []
     for name, value, word in options:
-        if name == 'name' and not free and value not in removed:
-            yield word, 'without --rm the next start finds this name taken; add --rm'
-        match = re.match(r'(?:([^:]*):)?([^:/]*)(?:/tcp)?\Z', value)  # without address
-        outside, inside = match.groups('') if match else ('', '')
-        if name == 'publish' and (outside in proxied or inside in HTTP_PORTS):
-            yield word, ('warning: `-p %s` is open to the world, past ufw; behind nginx: '
-                         '`-p 127.0.0.1:%s:%s`' % (value, outside or inside, inside))
-    mounted = re.findall(r'(?m)^(?:volume|tmpfs|mount) (?:.*(?:dst|destination|target)=|'
-                         r'[^:\n]*:(?=/))?(/[^:,\n]*?)/?(?:[:,]|$)', given)
+        if name == 'publish':
+            outside, inside = open_port(value)
+            if outside in proxied or inside in HTTP_PORTS:
+                problems.append((word, 'warning: `-p %s` is open to the world, past ufw; '
+                                 'behind nginx: `-p 127.0.0.1:%s:%s`'
+                                 % (value, outside or inside, inside)))
+    return problems
+
+def open_port(value):
+    """(port of the host, port of the container) of `-p [PORT:]PORT[/tcp]`, '' for what
+    is not given; both are '' for a port of one address, or of another protocol."""
+    outside, _, inside = value.rpartition(':')
+    port, slash, protocol = inside.partition('/')
+    if ':' in outside or (slash and protocol != 'tcp'):
+        return '', ''
+    return outside, port
+
+def image_problems(options, image, app, volumes):
+    """[(Word, text)] for another image than the app's, or data that no stop outlives.
+    image: the Word; volumes: the VOLUMEs of the app's image"""
     if not is_image_of(app, image.value):
-        yield image, ('warning: it runs the image `%s`, not what this repository builds, '
-                      '`%s`' % (printable(image.value), app))
-    elif 'volumes-from ' not in given:
-        for path in sorted(set(path.rstrip('/') for path in volumes) - set(mounted)):
-            yield image, ('warning: VOLUME %s is mounted nowhere, its data goes at every '
-                          'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
+        return [(image, 'warning: it runs the image `%s`, not what this repository '
+                 'builds, `%s`' % (printable(image.value), app))]
+    if any(name == 'volumes-from' for name, _, _ in options):
+        return []
+
+    mounted = set(mounted_path(name, value) for name, value, _ in options)
+    lost = set(path.rstrip('/') for path in volumes) - mounted
+    return [(image, 'warning: VOLUME %s is mounted nowhere, its data goes at every '
+             'stop; to keep it: `-v /srv/%s%s:%s`' % (path, app, path, path))
+            for path in sorted(lost)]
+
+def mounted_path(name, value):
+    """Where in the container an option of `docker run` mounts something, or None.
+    The forms: --volume [FROM:]PATH[:MODE], --tmpfs PATH[:MODE], --mount KEY=VALUE,..."""
+    path = None
+    if name == 'volume':
+        parts = value.split(':')
+        has_source = parts[1:] and parts[1].startswith('/')
+        path = parts[1] if has_source else parts[0]
+    elif name == 'tmpfs':
+        path = value.partition(':')[0]
+    elif name == 'mount':
+        for field in value.split(','):
+            key, _, said = field.partition('=')
+            if key in ('dst', 'destination', 'target'):
+                path = said
+    return path and path.rstrip('/')
 
 NAMING = ('name', 'net-alias', 'network-alias', 'ip')
+
+def foreign_name_problems(options, app):
+    """[(Word, text)] for each name on our network that is not the app's own."""
+    return [(word, 'on the network %s only the app %s answers to that: leave out `%s`'
+             % (NETWORK, printable(value), printable(value)))
+            for word, value in foreign_names(options, app)]
 
 def foreign_names(options, app):
     """[(Word, value)] of what a `docker run` would answer to on our network, where other
     apps ask for apps by name: nothing but the app's own name, and no fixed address."""
-    given, joins = [], False
+    joins_ours = False
+    answers_to = []
     for name, value, word in options:
         if name in ('net', 'network'):
-            fields = dict(field.partition('=')[::2] for field in value.split(','))
-            joins = joins or NETWORK in (value, fields.get('name'))
-            given += [(name, field.partition('=')[2], word) for field in value.split(',')
-                      if field.startswith(('alias=', 'ip='))]
+            fields = [field.partition('=') for field in value.split(',')]
+            network = dict((key, said) for key, _, said in fields).get('name', value)
+            joins_ours = joins_ours or network == NETWORK
+            answers_to.extend((word, said) for key, equals, said in fields
+                              if equals and key in ('alias', 'ip'))
         elif name in NAMING:
-            given.append((name, value, word))
-    return [(word, value) for _, value, word in given
-            if joins and (value != app or '.' in value)]
+            answers_to.append((word, value))
+
+    if not joins_ours:
+        return []
+    return [(word, value) for word, value in answers_to if value != app or '.' in value]
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')

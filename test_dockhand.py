@@ -290,12 +290,8 @@ def test_a_file_copied_from_the_server_gets_no_second_header():
 # ---- Jobs ------------------------------------------------------------------------------
 
 def parsed(text):
-    """[(name, value as it is written)] of the stanzas that are read."""
-    values = [match.group(match.lastindex).strip()
-              for match in re.finditer(dh.STANZA, text) if match.lastindex]
-    names = [stanza.name for stanza in dh.parse_job(text)]
-    assert len(names) == len(values)
-    return list(zip(names, values))
+    """[(name, value)] of the stanzas that are read."""
+    return [(stanza.name, stanza.value.strip()) for stanza in dh.parse_job(text)]
 
 @pytest.mark.parametrize('end', ['\n', '\r\n', ''])
 @table('name, value', r'''
@@ -337,11 +333,11 @@ def parsed(text):
     apparmor => load x
     cgroup => memory x''')
 def test_each_stanza_of_upstart_is_read(name, value, end):
-    assert parsed((name + ' ' + value).strip() + end) == [(name, value)]
+    assert parsed((name + ' ' + value).strip() + end) == [(name, value.replace('"', ''))]
 
 @each('kind', r'pre-start\_ post-start\_ pre-stop\_ post-stop\_', '')
 @table('text, value', r'''
-    {0}script\n  a\n  # end script?\n  b\nend script\n     => a\n  # end script?\n  b
+    {0}script\n  a\n  # end script?\n  b\nend script\n     => a\n  \n  b
     \_{0}script \r\n a\r\n end\tscript                     => a
     # x\n\n{0}script\necho end script\nend script\nexec a  => echo end script
     {0}script\nend script                                  =>
@@ -350,10 +346,16 @@ def test_a_script_goes_to_its_end(text, value, kind):
     assert parsed(text.format(kind))[0] == (kind + 'script', value)
 
 @table('text, values', r'''
-    exec a \\\n  b\nrespawn                 => a \\\n  b|
+    exec a \\\n  b\nrespawn                 => a \n  b|
     start on (a\n  and b)\nexec c           => (a\n  and b)|c
     start on (a and (b\n or c))\n           => (a and (b\n or c))
-    # exec a\n\t \n  exec b # it's\nrespawn => b # it's|
+    start on (a\n and (b or (c\n)))\nexec d => (a\n and (b or (c\n)))|d
+    start on a # (b\nexec c                 => a|c
+    start on a X="(" Y='(' Z=\\(\nexec c   => a X=( Y=( Z=(|c
+    start on (a # )\n or b)\nexec c         => (a \n or b)|c
+    start on a \\\n or (b\n or c)\nexec d   => a \n or (b\n or c)|d
+    stop on a)\nexec c                      => a)|c
+    # exec a\n\t \n  exec b # it's\nrespawn => b|
     exec a\r\n\r\nexec b                    => a|b''')
 def test_continued_lines_and_comments_are_read(text, values):
     assert '|'.join(value for _, value in parsed(text)) == values
@@ -378,9 +380,69 @@ def test_a_stanza_knows_its_line():
     \e[2J\n                  => 1: `?[2J`: an unknown stanza
     a\0b                     => 1: `a?b`: an unknown stanza
     exec docker run b "x\n   => 1: a quote is not closed
-    respawn\nauthor don't    => 2: a quote is not closed''')
+    respawn\nauthor don't    => 2: a quote is not closed
+    task\nstart on (a\nexec b => 2: a parenthesis is not closed
+    start on ((a)\n          => 1: a parenthesis is not closed''')
 def test_a_job_that_init_would_not_read_is_refused_by_line(text, said):
     assert refusal(dh.parse_job, text).startswith('upstart.conf:' + said)
+
+@table('begin, repeated, end', r'''
+    => \_ =>
+    => \_ => x
+    => \_\n =>
+    => x =>
+    => ( =>
+    => a\\\n =>
+    => env A=1\n =>
+    exec a => \_ => b
+    exec\_ => a\_ =>
+    exec\_ => a; =>
+    exec\_ => a\\\n =>
+    exec\_ => A=1\_ =>
+    exec\_ => exec\_ =>
+    exec\_ => 1 =>
+    exec\_ => " =>
+    exec\_ => '" =>
+    exec " => \\" =>
+    exec " => ${a => "
+    exec\_ => ` =>
+    exec\_ => $(a\_ =>
+    exec a => > =>
+    start on\_ => ( =>
+    start on\_ => () =>
+    start on ( => a\n =>
+    => start on (a\n =>
+    => start on (a\n)\n =>
+    => script\n =>
+    => script\nend script\n =>
+    script\n => a\n =>
+    script\n => a\n => \nend script
+    script\nend script => \_ => x
+    exec docker\_ => -H\_ =>
+    exec docker run\_ => a\_ =>
+    exec docker run\_ => -P\_ => b
+    exec docker run - => P => \_b
+    exec docker run\_ => -name a\_ => b
+    script\n => docker run -p1 b\n => \nend script''')
+def test_the_largest_file_is_read_in_one_pass(begin, repeated, end):
+    """What takes the square of its length, or a call in a call for each letter, does
+    not end here."""
+    size = dh.FILE_LIMIT - len(begin + end)
+    text = begin + (repeated * size)[:size] + end
+    try:
+        job = dh.parse_job(text)
+        if dh.main_of(job):
+            dh.check_job(job, 'blog')
+            dh.container_of(job, 'blog')
+    except Failure as failure:
+        assert str(failure).startswith('upstart.conf:')
+    else:
+        dh.modernize_job(text)
+
+def test_letters_without_end_are_options_of_their_own():
+    job = dh.parse_job('exec docker run -%sp80 blog' % ('P' * 1500))
+    assert [option.name for option in dh.options_of(job)] == (
+        ['publish-all'] * 1500 + ['publish'])
 
 def checked(text, proxied=(), volumes=()):
     return dh.check_job(dh.parse_job(text), 'blog', proxied, volumes)
