@@ -279,8 +279,8 @@ class Host(object):
                  connect=open_connection):
         self.root, self.ask, self.user = root, run, user
         self.clock, self.connect = clock, connect
-        # What nginx_version, proxy_files and is_upstart found out
-        self.nginx, self.proxy_files, self.upstart = None, {}, None
+        self.docker, self.nginx = Docker(self), Nginx(self)     # chapters of their own
+        self.upstart = None             # what is_upstart found out
         # The apps that the person behind a command may know of; None: every one
         self.known = None
 
@@ -2039,64 +2039,7 @@ def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
         return answer[1]
     return 'nothing'
 
-# ---- Docker ----------------------------------------------------------------------------
-
-def docker_version(host):
-    """The version of docker's engine, as a tuple; Failure where it does not answer."""
-    _, out, err = host.ask(['docker', 'version'])
-    found = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
-    refuse_if(not found, 'docker does not answer: ' + last_line(err or out))
-    return tuple(map(int, re.findall(r'\d+', found.group(1))))
-
-def await_docker(host, patience=60):
-    """Wait until docker answers: at boot some inits go on before it does."""
-    deadline, told = host.clock.monotonic() + patience, False
-    while host.ask(['docker', 'version']).status:
-        if host.clock.monotonic() > deadline:
-            break
-        if not told:
-            step('Waiting for docker, which does not answer')
-        told = True
-        host.clock.sleep(0.5)
-    docker_version(host)
-
-def inspect(host, *names):
-    """docker's description of containers and images, as [dict]; no unknown names."""
-    import json
-    found = host.tried(('docker', 'inspect') + names, 'no such', {}).out
-    return json.loads(found or '[]')
-
-def running_containers(host, image=None, listed='-q'):
-    """docker's description of the containers that run (an image, by id), newest first."""
-    ids = host.run(['docker', 'ps', listed, '--no-trunc']).split()
-    found = [each for each in (inspect(host, *ids) if ids else [])
-             if each['State']['Running'] and image in (None, each['Image'])]
-    return sorted(found, key=lambda each: each['State']['StartedAt'], reverse=True)
-
-def kept_ports(host):
-    """{(docker-proxy's process id, port)} that docker keeps for no running container.
-    All are inspected: docker tells of one that is being started when that is done."""
-    proxies = children(host, host.text('/run/docker.pid').strip())
-    kept = [(pid, port) for pid, title in proxies.items()
-            for port in re.findall(r'docker-proxy\0.*-host-port\0(\d+)', title)]
-    running = running_containers(host, None, '-aq') if kept else []
-    used = [each['HostPort'] for found in running for places in (
-        found['NetworkSettings'].get('Ports') or {}).values() for each in places or []]
-    return set(each for each in kept if each[1] not in used)
-
-def free_ports(host, patience=10):
-    """Restart docker where it keeps a port, as after a power cut while it started an app:
-    nobody can have that port, or it leads to another app (moby/libnetwork#2448)."""
-    kept, deadline = kept_ports(host), host.clock.monotonic() + patience
-    while kept and host.clock.monotonic() < deadline:      # one may be of a container that stops
-        host.clock.sleep(0.1)
-        kept &= kept_ports(host)
-    for _, port in sorted(kept)[:1]:
-        refuse_if(not is_systemd(host) and not is_upstart(host), 'docker keeps port %s '
-                  'for no container: restart it, then: sudo dockhand recover', port)
-        step('docker keeps port %s for no container; restarting it', port)
-        host.run(['service', 'docker', 'restart'])
-        await_docker(host)
+# ---- Docker ------------------------------------------------------------------------------
 
 # How a failed build ends, and what to say.
 BUILD_TROUBLE = [
@@ -2105,83 +2048,202 @@ BUILD_TROUBLE = [
     ('no space left', 'no space left on device; nothing has changed'),
     ('', 'nothing has changed; mend it and push again')]
 
-def build_image(host, folder, tag, layers, *options):
-    """Build an image from a folder; docker's output goes to the pusher as it comes.
-    `layers`, a list, gets the ids of what the older builder makes on the way."""
-    heard = deque(maxlen=200)
+class Docker(object):
+    """The docker engine of this machine, by its own command."""
+    def __init__(self, host):
+        self.host = host
 
-    def each(line):
-        layers.extend(re.findall(r'^ ---> ([0-9a-f]{12})$', line))
-        if line and not line.startswith(('DEPRECATED', '            Install the buildx')):
-            heard.append(line)
-            detail(line)
-    command = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
-    status = host.ask(command, each=each).status
-    if status:
-        docker_version(host)                    # is that what is wrong?
+    # The engine itself
+
+    def version(self):
+        """The version of the engine, as a tuple; Failure where it does not answer."""
+        _, out, err = self.host.ask(['docker', 'version'])
+        shown = re.search(r'Server(?: version:|:.*?\bVersion:)\s*(\d[\d.]*)', out, re.S)
+        refuse_if(not shown, 'docker does not answer: ' + last_line(err or out))
+        return tuple(map(int, re.findall(r'\d+', shown.group(1))))
+
+    def wait(self, patience=60):
+        """Wait until docker answers: at boot some inits go on before it does."""
+        clock, told = self.host.clock, False
+        deadline = clock.monotonic() + patience
+        while self.host.ask(['docker', 'version']).status:
+            if clock.monotonic() > deadline:
+                break
+            if not told:
+                step('Waiting for docker, which does not answer')
+            told = True
+            clock.sleep(0.5)
+        self.version()
+
+    def kept_ports(self):
+        """{(docker-proxy's process id, port)} that docker keeps for no running container.
+        All are inspected: docker tells of one that is being started when that is done."""
+        proxies = children(self.host, self.host.text('/run/docker.pid').strip())
+        kept = set((pid, port) for pid, title in proxies.items()
+                   for port in re.findall(r'docker-proxy\0.*-host-port\0(\d+)', title))
+        if not kept:
+            return kept
+
+        used = set()
+        for container in self.running(None, '-aq'):
+            published = container['NetworkSettings'].get('Ports') or {}
+            for places in published.values():
+                used.update(place['HostPort'] for place in places or [])
+        return set((pid, port) for pid, port in kept if port not in used)
+
+    def free_ports(self, patience=10):
+        """Restart docker where it keeps a port, as after a power cut while it started an
+        app: nobody can have that port, or it leads to another app
+        (moby/libnetwork#2448)."""
+        clock = self.host.clock
+        kept, deadline = self.kept_ports(), clock.monotonic() + patience
+        while kept and clock.monotonic() < deadline:
+            clock.sleep(0.1)                # one may be of a container that stops
+            kept &= self.kept_ports()
+        if not kept:
+            return
+
+        port = min(kept)[1]
+        refuse_if(not is_systemd(self.host) and not is_upstart(self.host),
+                  'docker keeps port %s for no container: restart it, then: sudo dockhand '
+                  'recover', port)
+        step('docker keeps port %s for no container; restarting it', port)
+        self.host.run(['service', 'docker', 'restart'])
+        self.wait()
+
+    def has_init(self):
+        """Whether it has an init for containers: from 1.13 on, if it is packaged."""
+        return any(os.path.exists(self.host.path(folder, 'docker-init'))
+                   for folder in INIT_FOLDERS)
+
+    # Containers
+
+    def inspect(self, *names):
+        """Its description of containers and images, as [dict]; no unknown names."""
+        import json
+        described = self.host.tried(('docker', 'inspect') + names, 'no such', {}).out
+        return json.loads(described or '[]')
+
+    def running(self, image=None, listed='-q'):
+        """Its description of the containers that run (an image, by id), newest first."""
+        ids = self.host.run(['docker', 'ps', listed, '--no-trunc']).split()
+        if not ids:
+            return []
+        running = [container for container in self.inspect(*ids)
+                   if container['State']['Running']
+                   and image in (None, container['Image'])]
+        return sorted(running, reverse=True,
+                      key=lambda container: container['State']['StartedAt'])
+
+    def on_container(self, release, *words):
+        """Run a command on a release's container; False where that is gone."""
+        command = ('docker',) + words + (container_name(release),)
+        return self.host.run_unless('No such container', command)
+
+    def written_files(self, container):
+        """What a container wrote outside its volumes, as [path], but what is passing."""
+        lines = self.host.ask(['docker', 'diff', container]).out.splitlines()
+        paths = sorted(line[2:] + '/' for line in lines)
+        passing = r'/(dev|proc|run|sys|tmp|var/run|var/tmp|\.dockerenv|sbin/docker-init)/'
+
+        written = []
+        for path, following in zip(paths, paths[1:] + ['']):
+            is_parent = following.startswith(path)      # it only holds what is new
+            if not is_parent and not re.match(passing, path):
+                written.append(path[:-1])
+        return written
+
+    # Images
+
+    def build(self, folder, tag, layers, *options):
+        """Build an image from a folder; the output goes to the pusher as it comes.
+        layers: a list, gets the ids of what the older builder makes on the way"""
+        heard = deque(maxlen=200)
+
+        def hear(line):
+            layers.extend(re.findall(r'^ ---> ([0-9a-f]{12})$', line))
+            is_advice = line.startswith(('DEPRECATED', '            Install the buildx'))
+            if line and not is_advice:
+                heard.append(line)
+                detail(line)
+        command = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
+        status = self.host.ask(command, each=hear).status
+        if status == 0:
+            return
+
+        self.version()                      # is that what is wrong?
         said = 'code %d\n' % status + '\n'.join(heard)
-        why = [why for pattern, why in BUILD_TROUBLE if re.search(pattern, said)][0]
-        raise Failure('the build failed: ' + why)
+        reasons = [why for pattern, why in BUILD_TROUBLE if re.search(pattern, said)]
+        raise Failure('the build failed: ' + reasons[0])
 
-def tag_image(host, source, target):
-    """Move a tag; docker before 1.10 wants to be told that it may."""
-    if not host.run_unless('is already', ['docker', 'tag', source, target]):
-        host.run(['docker', 'tag', '-f', source, target])
+    def tag(self, source, target):
+        """Move a tag; docker before 1.10 wants to be told that it may."""
+        if not self.host.run_unless('is already', ['docker', 'tag', source, target]):
+            self.host.run(['docker', 'tag', '-f', source, target])
 
-def remove_image_tag(host, tag, *options):
-    """Take a tag away, and an unused image with it; False where a container uses it."""
-    command = ('docker', 'rmi') + options + (tag,)
-    return host.run_unless('no such image|container', command) or not inspect(host, tag)
+    def untag(self, tag, *options):
+        """Take a tag away, and an unused image with it; False where a container uses
+        it."""
+        command = ('docker', 'rmi') + options + (tag,)
+        if self.host.run_unless('no such image|container', command):
+            return True
+        return not self.inspect(tag)
 
-def subnet_of(host, given=()):
-    """The first half of our addresses: that of releases, our network's, or a free one."""
-    if given:
-        return given[0].rsplit('.', 2)[0]
-    there = host.ask(['docker', 'network', 'inspect', NETWORK]).out
-    found = re.findall(r'"Subnet": "(\d+\.\d+)\.', there)
-    for subnet in found or (each for each in SUBNETS if not is_routed(host, each)):
-        return subnet
-    raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
+    # The network, and volumes
 
-def ensure_network(host, address):
-    """Our network, for one of its addresses; docker's own choices come from its end."""
-    command = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
-               '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
-    host.run_unless('already exists', command.split())
+    def subnet(self, given=()):
+        """The first half of our addresses: that of releases, our network's, or a free
+        one. given: [address] of releases"""
+        if given:
+            return given[0].rsplit('.', 2)[0]
+        shown = self.host.ask(['docker', 'network', 'inspect', NETWORK]).out
+        ours = re.findall(r'"Subnet": "(\d+\.\d+)\.', shown)
+        if ours:
+            return ours[0]
 
-def volumes_of(host, app):
-    """The names of the docker volumes that an app of this name left."""
-    names = host.run(['docker', 'volume', 'ls', '-q']).split()
-    return [name for name in names if name.startswith(app + '--')]
+        for subnet in SUBNETS:
+            if not is_routed(self.host, subnet):
+                return subnet
+        raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
 
-def written_files(host, container):
-    """What a container wrote outside its volumes, as [path], without what is passing."""
-    lines = host.ask(['docker', 'diff', container]).out.splitlines()
-    paths = sorted(line[2:] + '/' for line in lines)
-    passing = r'/(dev|proc|run|sys|tmp|var/run|var/tmp|\.dockerenv|sbin/docker-init)/'
-    return [path[:-1] for path, following in zip(paths, paths[1:] + [''])
-            if not following.startswith(path) and not re.match(passing, path)]
+    def ensure_network(self, address):
+        """Our network, for one of its addresses; docker's own choices come from its
+        end."""
+        command = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
+                   '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
+        self.host.run_unless('already exists', command.split())
 
-def images_folder(host):
-    settings = host.text('/etc/docker/daemon.json')
-    moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
-    return (moved + ['/var/lib/docker'])[0]
+    def volumes_of(self, name):
+        """The names of the volumes that an app of this name left."""
+        volumes = self.host.run(['docker', 'volume', 'ls', '-q']).split()
+        return [volume for volume in volumes if volume.startswith(name + '--')]
 
-def check_space(host, wanted=SPACE):
-    folders = images_folder(host), '/var/lib/containerd', STATE
-    for path in [path for path in folders if os.path.isdir(host.path(path))]:
-        free = free_bytes(host, path) // 1000000
-        refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: see docker '
-                  'image prune', free, path, wanted)
+    # Its disk
 
-def trial_file(host, app):
-    """What is written to docker's disk before an app is stopped, to see if it can be."""
-    return temporary_of(host.path(images_folder(host), 'dockhand-' + app))
+    def images_folder(self):
+        settings = self.host.text('/etc/docker/daemon.json')
+        moved = re.findall(r'"(?:data-root|graph)"\s*:\s*"([^"]+)"', settings)
+        return moved[0] if moved else '/var/lib/docker'
 
-def check_disk_takes_writes(host, app):
-    """Failure where docker's disk is full: `docker stop` works there, no start does."""
-    path = trial_file(host, app)
-    if os.path.isdir(os.path.dirname(path)):
+    def check_space(self, wanted=SPACE):
+        """Failure where a build would find less room than it wants. wanted: in MB"""
+        for path in (self.images_folder(), '/var/lib/containerd', STATE):
+            if not os.path.isdir(self.host.path(path)):
+                continue
+            free = free_bytes(self.host, path) // 1000000
+            refuse_if(free < wanted, '%d MB are free on %s, a build wants %d: see docker '
+                      'image prune', free, path, wanted)
+
+    def trial_file(self, name):
+        """What is written to its disk before the app of this name is stopped, to see if
+        it can be."""
+        return temporary_of(self.host.path(self.images_folder(), 'dockhand-' + name))
+
+    def check_takes_writes(self, name):
+        """Failure where its disk is full: `docker stop` works there, no start does."""
+        path = self.trial_file(name)
+        if not os.path.isdir(os.path.dirname(path)):
+            return
         try:
             with open(path, 'wb') as target:
                 target.write(b' ' * WRITTEN)
@@ -2192,10 +2254,6 @@ def check_disk_takes_writes(host, app):
                           error.strerror)
         finally:
             remove_file(path)
-
-def has_init(host):
-    """Whether docker has an init of its own: from 1.13 on, if it is packaged."""
-    return any(os.path.exists(host.path(each, 'docker-init')) for each in INIT_FOLDERS)
 
 # ---- nginx -----------------------------------------------------------------------------
 
@@ -2209,72 +2267,9 @@ def read_proxy_file(text, path='nginx-proxy.conf'):
     return ProxyFile(servers_in(reader.directives, path), reader.directives,
                      reader.troubles)
 
-def proxy_files(host):
-    """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all. A push asks
-    three times: a file that has not changed is not parsed again."""
-    folders = ((PROXIES, '.conf'), (NGINX + '/sites-enabled', ''))
-    paths = [folder + '/' + name for folder, ending in folders
-             for name in list_folder(host.path(folder)) if name.endswith(ending)]
-    texts = [(path, host.text(path)) for path in paths
-             if path != CATCH_ALL and os.path.isfile(host.path(path))]
-    for path, text in set(texts) - set(host.proxy_files):
-        host.proxy_files[path, text] = read_proxy_file(text, path)
-    return dict((path, host.proxy_files[path, text]) for path, text in texts)
-
-def main_directives(host):
-    """What nginx.conf itself says in its http block, as [Directive]."""
-    for directive in NginxReader(host.text(NGINX, 'nginx.conf')).directives:
-        if directive.words == ['http']:
-            return directive.inside or []
-    return []
-
 def all_servers(files):
     """The [Server] of some {path: ProxyFile}."""
     return [server for file in files.values() for server in file.servers]
-
-def catch_all_text(host, files):
-    """What 000-dockhand.conf is to hold beside these files, {path: ProxyFile}."""
-    return render_catch_all(all_servers(files), nginx_version(host), has_ipv6(host))
-
-def nginx_version(host):
-    """nginx's version, as a tuple."""
-    host.nginx = host.nginx or tuple(
-        map(int, re.findall(r'\d+', host.ask(['nginx', '-v']).err)[:3]))
-    return host.nginx
-
-def check_proxy_file(host, release, files, older=False):
-    """Failure where a release's proxy file clashes with another, or nginx refuses it.
-    files: {path: ProxyFile}; older: it was live before, so that a rule which is newer
-    only warns"""
-    app, others = release.app, dict(files)
-    others.pop(PROXIES + '/%s.conf' % app, None)
-    pushed = read_proxy_file(pushed_part(release))
-
-    for problem in rules_broken(host, release, pushed, others):
-        if not older:
-            raise Failure(problem)
-        step('Note: %s; the next push will be refused for it', problem)
-    check_proxy(pushed.servers, all_servers(others), host.known)
-    check_named_files(host, pushed.directives)
-
-    problem = try_nginx(host, app, pushed_part(release), files)
-    before = problem and nginx_problem(host)
-    refuse_if(before, "nginx's configuration was broken before this push: %s",
-              unquoted(before, host.known))
-    refuse_if(re.match(r'/\S+\.conf:\d+: ', problem), 'nginx-proxy.conf clashes with '
-              'another file: %s', unquoted(problem, host.known))
-    refuse_if(problem, '%s', problem if problem.startswith('nginx-proxy.conf:') else
-              'nginx-proxy.conf: ' + problem)
-
-def check_named_files(host, directives):
-    """Failure where a certificate is something that nginx might read for ever."""
-    for directive in all_directives(directives):
-        if '_certificate' in directive.words[0] or directive.words[0] == 'ssl_dhparam':
-            for word in directive.words[1:]:
-                path = host.path(word if word.startswith('/') else NGINX + '/' + word)
-                refuse_if(os.path.exists(path) and not os.path.isfile(path),
-                          'nginx-proxy.conf:%d: %s is no file', directive.line,
-                          printable(word))
 
 def proxy_doubts(directives):
     """[(line, text)] of what will do, but only while a name can be looked up: nginx with
@@ -2295,78 +2290,6 @@ def unquoted(problem, known):
     place, _, said = problem.partition(': ')
     return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
 
-def rules_broken(host, release, pushed, others):
-    """What a proxy file says that reaches other apps although nginx takes it, each as
-    `FILE:LINE: what, and what to do`. pushed: its ProxyFile; others: {path: ProxyFile}"""
-    for line, text in pushed.troubles:
-        yield 'nginx-proxy.conf:%d: %s' % (line, text)
-
-    if not is_made(release):            # what we make keeps to its own server
-        trees = [(path, others[path].directives) for path in sorted(others)]
-        trees.append((NGINX + '/nginx.conf', main_directives(host)))
-        for directive, text in rule_problems(release.app, pushed.directives, trees,
-                                             nginx_version(host), host.known):
-            shown = printable(' '.join(directive.words[:2]), 60)
-            yield 'nginx-proxy.conf:%d: `%s`: %s' % (directive.line, shown, text)
-
-    own = PROXIES + '/%s.conf' % release.app
-    theirs = [claim for path in sorted(others)
-              for claim in claims_of(others[path].servers, path)]
-    taken = taken_name(claims_of(pushed.servers, own), theirs, host.known,
-                       names_of_config(release))
-    if taken:
-        yield taken
-
-def tell_taken_names(host, live, release):
-    """Say which full names a change of `domains` takes out of another app's wildcard."""
-    files = proxy_files(host)
-    before = names_of_config(live)
-    claims = [claim for path in sorted(files) if app_of_file(path) != release.app
-              for claim in claims_of(files[path].servers, path)]
-    for name in names_of_config(release):
-        losers = set((owner_text(claim.path, host.known), claim.name) for claim in claims
-                     if takes_from(name, claim.name))
-        for loser, wildcard in sorted(losers):
-            if name not in before:
-                step('Note: %s comes to %s from now on, not to %s, which has %s', name,
-                     release.app, loser, printable(wildcard))
-
-def check_alone(host, release, files):
-    """Failure where a proxy file leans on what the file of another app defines: that app
-    could not be changed or removed any more."""
-    others = [path for path in files if app_of_file(path) not in (None, release.app)
-              and is_ours(host.text(path), app_of_file(path))]
-    if not others:
-        return
-    alone = dict((path, files[path]) for path in files if path not in others)
-    problem = try_nginx(host, release.app, pushed_part(release), alone)
-    refuse_if(problem, "%s (it must not lean on another app's file)", problem)
-
-def try_nginx(host, app, text, files):
-    """What nginx says against a proxy file in the place of the app's own, or ''. It is
-    tested in a staged copy: what lies in conf.d is valid at every moment.
-    files: {path: ProxyFile}"""
-    own, whole = PROXIES + '/%s.conf' % app, NGINX + '/nginx.conf'
-    candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
-    parsed = read_proxy_file(text)
-    files = dict(files, **{own: parsed})
-    paths = [candidate if path == own else path for path in sorted(files)
-             if path.startswith(PROXIES)]
-    conf = stage_nginx_conf(host.text(whole), catch_all_text(host, files), paths)
-    new = [path for path in files_made(parsed.directives)
-           if not os.path.lexists(host.path(path))]
-    try:
-        for path, content in ((candidate, text), (staged, conf)):
-            with open(host.path(path), 'wb') as target:
-                target.write(to_bytes(content))
-        said = nginx_problem(host, '-c', staged).replace(staged, whole)
-        return said.replace(candidate, 'nginx-proxy.conf')
-    finally:
-        remove_file(host.path(candidate))
-        remove_file(host.path(staged))
-        for path in new:
-            remove_if_empty(host.path(path))
-
 def remove_if_empty(path):
     """Remove a log or a folder that a test of nginx made, and nothing was written to."""
     if os.path.isdir(path):
@@ -2375,87 +2298,10 @@ def remove_if_empty(path):
     elif os.path.exists(path) and not os.path.getsize(path):
         os.unlink(path)
 
-def nginx_problem(host, *options):
-    """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
-    status, _, err = host.ask(('nginx', '-t', '-q') + options)
-    lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
-    said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
-    return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said) if status else ''
-
-def install_proxy(host, release, older=False):
-    """Put a release's proxy file in place, or take the app's away where it has none, and
-    make nginx follow. older: as check_proxy_file wants it"""
-    app = release.app
-    with host_lock(host, app):
-        if host.text(PROXIES, app + '.conf') == release.proxy:
-            return
-        files = proxy_files(host)
-        if release.proxy:
-            check_proxy_file(host, release, files, older)
-        neighbour = answering_neighbour(host, app, files)
-        if write_proxy(host, app, release.proxy, files):
-            reload_nginx(host)
-            check_neighbour(host, neighbour)
-
-def restore_proxy(host, app, text):
-    """Put the text back that was live before, or take the file away: it is not checked
-    again, and nginx reloads whatever lies there."""
-    with host_lock(host, app):
-        write_proxy(host, app, text, proxy_files(host))
-        reload_nginx(host)
-
-def remove_proxy(host, app):
-    """Take an app's proxy file away for good."""
-    with host_lock(host, app):
-        if write_proxy(host, app, None, proxy_files(host)):
-            reload_nginx(host)
-
-def write_proxy(host, app, text, files):
-    """Write an app's proxy file, or remove it if it is ours, and the catch-all that goes
-    with it; True where something changed. files: {path: ProxyFile}, brought up to date"""
-    own = PROXIES + '/%s.conf' % app
-    path = host.path(own)
-    if text:
-        changed = replace_file(path, text)
-        files[own] = read_proxy_file(text, own)
-    else:
-        changed = is_ours(read_file(path), app) and remove_file(path)
-        if changed:
-            files.pop(own, None)
-    return replace_file(host.path(CATCH_ALL), catch_all_text(host, files)) or changed
-
 # The one of another app that is asked before and after a reload
 Neighbour = namedtuple('Neighbour', 'app name port status')
 
 NO_ANSWERS = ('400', '401', '403', '404', '444')    # what a file can make of other apps
-
-def answering_neighbour(host, app, files):
-    """The Neighbour of another app that answers through nginx now, or None; of the first
-    three that have a name and a port of nginx's."""
-    asked = 0
-    for path in sorted(files):
-        other = app_of_file(path)
-        place = other and other != app and plain_place(files[path].servers)
-        if not place or not is_ours(host.text(path), other) or asked == 3:
-            continue
-        asked += 1
-        name, port = place
-        status = fetch_status(host, name, port, 1)
-        if status.isdigit() and status not in NO_ANSWERS:
-            return Neighbour(other, name, port, status)
-    return None
-
-def check_neighbour(host, neighbour):
-    """Failure where an app answered before a reload, and three times not since."""
-    if neighbour is None:
-        return
-    for _ in range(3):
-        status = fetch_status(host, neighbour.name, neighbour.port, 2)
-        if status.isdigit() and status not in NO_ANSWERS:
-            return
-        host.clock.sleep(0.1)
-    raise Failure('with this proxy file another app answers %s instead of %s: what in it '
-                  'holds for more than its own server?', status, neighbour.status)
 
 def plain_place(servers):
     """(host name, port) by which nginx on this machine can be asked for the first of some
@@ -2469,92 +2315,363 @@ def plain_place(servers):
             return names[0], int(ports[0])
     return None
 
-def reload_nginx(host):
-    """Make nginx take up its configuration; Failure unless it really has. Where a port is
-    taken, `nginx -t` and the reload both succeed, but the earlier workers go on."""
-    master = nginx_master(host)
-    if master is None:
-        return start_nginx(host)
-    earlier = nginx_workers(host, master)
-    host.run(['nginx', '-s', 'reload'])
-    deadline = host.clock.monotonic() + RELOAD_TIMEOUT
-    while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):
-        if host.clock.monotonic() > deadline:
-            raise Failure('nginx keeps its old configuration: ' + nginx_complaint(host))
-        host.clock.sleep(0.01)
-
-def start_nginx(host, wait=True):
-    """Start nginx by whatever init is there. wait: not in `recover`, for which systemd
-    holds nginx back at boot: neither would ever end."""
-    end_orphans(host)
-    command = ['service', 'nginx', 'start']
-    if is_systemd(host):
-        starting = host.ask(['systemctl', 'is-system-running']).out.strip() == 'starting'
-        if starting:
-            return
-        if not wait:
-            command = ['systemctl', '--no-block', 'start', 'nginx']
-    if not host.ask(command).status:
-        return
-    # Upstart refuses to start a job that it is starting itself, after a crash
-    deadline = host.clock.monotonic() + RELOAD_TIMEOUT
-    while nginx_master(host) is None:
-        if host.clock.monotonic() > deadline:
-            raise Failure('nginx does not start: ' + nginx_complaint(host))
-        host.clock.sleep(0.1)
-
-def end_orphans(host):
-    """End the workers of a master that was killed, where init has not: they hold the
-    ports. They finish what they were asked."""
-    orphans = [pid for pid, title in children(host, '1').items()
-               if title.startswith('nginx: worker')]
-    for pid in orphans:
-        os.kill(int(pid), signal.SIGQUIT)
-    deadline = host.clock.monotonic() + RELOAD_TIMEOUT
-    while host.clock.monotonic() < deadline and any(
-            is_working(host.text('/proc', pid, 'cmdline')) for pid in orphans):
-        host.clock.sleep(0.01)
-
-def nginx_complaint(host):
-    path, pattern = '/var/log/nginx/error.log', r'.*\[(?:emerg|alert)\].*'
-    return plain_line((['see ' + path] + re.findall(pattern, host.text(path)))[-1])
-
-def nginx_master(host):
-    """The process id of nginx's master, None where it does not run."""
-    named = re.findall(r'(?m)^\s*pid\s+([^;]+);', host.text(NGINX, 'nginx.conf'))[:1]
-    for path in named + ['/run/nginx.pid']:
-        pid = host.text(path).strip()
-        if pid.isdigit() and 'nginx' in host.text('/proc', pid, 'cmdline'):
-            return pid
-    return None
-
-def nginx_workers(host, master):
-    """The process ids of the workers that still take requests."""
-    return [pid for pid, title in children(host, master).items() if is_working(title)]
-
 def is_working(title):
     """Whether this is the command line of a worker that still takes requests."""
     return 'nginx' in title and 'shutting down' not in title
 
-def drain(host, address):
-    """Wait, DRAIN seconds at most, until no request can reach an address any more."""
-    deadline = host.clock.monotonic() + DRAIN
-    while not is_drained(host, address) and host.clock.monotonic() < deadline:
-        host.clock.sleep(0.1)
+# A TCP socket as `ss` shows it. port: its own; peer: the address at the other end; pids:
+# [process id] of those that hold it, as str
+Socket = namedtuple('Socket', 'state port peer pids')
 
-def is_drained(host, address):
-    """Whether each worker that is shutting down has no connection to an address, and no
-    more clients than connections to apps: one more may be about to connect there."""
-    sockets = [line.split() for line in host.run(['ss', '-tanp']).splitlines()]
-    ports = [each[3].rpartition(':')[2] for each in sockets if each[0] == 'LISTEN']
-    for pid, title in children(host, nginx_master(host)).items():
-        held = [each for each in sockets if 'shutting' in title
-                and re.search(r',(pid=)?%s,' % pid, each[-1])]
-        clients = [each for each in held if each[3].rpartition(':')[2] in ports]
-        if len(clients) * 2 > len(held) or address in [
-                each[4].rpartition(':')[0] for each in held]:
-            return False
-    return True
+def read_sockets(text):
+    """[Socket] of what `ss -tanp` prints: state, two numbers, both ends, processes."""
+    sockets = []
+    for line in text.splitlines():
+        fields = line.split()
+        if len(fields) < 5:
+            continue
+        pids = re.findall(r',(?:pid=)?(\d+),', fields[-1])
+        sockets.append(Socket(fields[0], fields[3].rpartition(':')[2],
+                              fields[4].rpartition(':')[0], pids))
+    return sockets
+
+class Nginx(object):
+    """nginx: its files, and its processes. What it found out of them it keeps."""
+    def __init__(self, host):
+        self.host = host
+        self.known_version = None
+        self.parsed = {}            # {(path, text): ProxyFile} of what was read before
+
+    # What it has
+
+    def version(self):
+        """Its version, as a tuple."""
+        if self.known_version is None:
+            said = self.host.ask(['nginx', '-v']).err
+            self.known_version = tuple(map(int, re.findall(r'\d+', said)[:3]))
+        return self.known_version
+
+    def files(self):
+        """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all. A push
+        asks three times: a file that has not changed is not parsed again."""
+        host, read = self.host, {}
+        for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', '')):
+            for name in list_folder(host.path(folder)):
+                path = folder + '/' + name
+                is_wanted = name.endswith(ending) and path != CATCH_ALL
+                if not is_wanted or not os.path.isfile(host.path(path)):
+                    continue
+
+                text = host.text(path)
+                if (path, text) not in self.parsed:
+                    self.parsed[path, text] = read_proxy_file(text, path)
+                read[path] = self.parsed[path, text]
+        return read
+
+    def main_directives(self):
+        """What nginx.conf itself says in its http block, as [Directive]."""
+        for directive in NginxReader(self.host.text(NGINX, 'nginx.conf')).directives:
+            if directive.words == ['http']:
+                return directive.inside or []
+        return []
+
+    def catch_all_text(self, files):
+        """What 000-dockhand.conf is to hold beside these files, {path: ProxyFile}."""
+        return render_catch_all(all_servers(files), self.version(), has_ipv6(self.host))
+
+    # What an app's file may say beside them
+
+    def check(self, release, files, older, known):
+        """Failure where a release's proxy file clashes with another, or nginx refuses it.
+        files: {path: ProxyFile}; older: whether it was live before, so that a rule which
+        is newer only warns; known: the apps that the asker may know of, None for all"""
+        others = dict(files)
+        others.pop(PROXIES + '/%s.conf' % release.app, None)
+        pushed = read_proxy_file(pushed_part(release))
+
+        for problem in self.rules_broken(release, pushed, others, known):
+            if not older:
+                raise Failure(problem)
+            step('Note: %s; the next push will be refused for it', problem)
+        check_proxy(pushed.servers, all_servers(others), known)
+        self.check_named_files(pushed.directives)
+
+        problem = self.test(release.app, pushed_part(release), files)
+        if not problem:
+            return
+        before = self.problem()
+        refuse_if(before, "nginx's configuration was broken before this push: %s",
+                  unquoted(before, known))
+        refuse_if(re.match(r'/\S+\.conf:\d+: ', problem), 'nginx-proxy.conf clashes with '
+                  'another file: %s', unquoted(problem, known))
+        if not problem.startswith('nginx-proxy.conf:'):
+            problem = 'nginx-proxy.conf: ' + problem
+        raise Failure('%s', problem)
+
+    def rules_broken(self, release, pushed, others, known):
+        """What a proxy file says that reaches other apps although nginx takes it, each as
+        `FILE:LINE: what, and what to do`. pushed: its ProxyFile; others:
+        {path: ProxyFile}; known: as check wants it"""
+        for line, text in pushed.troubles:
+            yield 'nginx-proxy.conf:%d: %s' % (line, text)
+
+        if not is_made(release):            # what we make keeps to its own server
+            trees = [(path, others[path].directives) for path in sorted(others)]
+            trees.append((NGINX + '/nginx.conf', self.main_directives()))
+            for directive, text in rule_problems(release.app, pushed.directives, trees,
+                                                 self.version(), known):
+                shown = printable(' '.join(directive.words[:2]), 60)
+                yield 'nginx-proxy.conf:%d: `%s`: %s' % (directive.line, shown, text)
+
+        own = PROXIES + '/%s.conf' % release.app
+        theirs = [claim for path in sorted(others)
+                  for claim in claims_of(others[path].servers, path)]
+        taken = taken_name(claims_of(pushed.servers, own), theirs, known,
+                           names_of_config(release))
+        if taken:
+            yield taken
+
+    def check_named_files(self, directives):
+        """Failure where a certificate is something that nginx might read for ever."""
+        for directive in all_directives(directives):
+            name = directive.words[0]
+            if '_certificate' not in name and name != 'ssl_dhparam':
+                continue
+            for word in directive.words[1:]:
+                path = self.host.path(word if word[:1] == '/' else NGINX + '/' + word)
+                refuse_if(os.path.exists(path) and not os.path.isfile(path),
+                          'nginx-proxy.conf:%d: %s is no file', directive.line,
+                          printable(word))
+
+    def check_alone(self, release, files):
+        """Failure where a proxy file leans on what the file of another app defines: that
+        app could not be changed or removed any more."""
+        others = [path for path in files if app_of_file(path) not in (None, release.app)
+                  and is_ours(self.host.text(path), app_of_file(path))]
+        if not others:
+            return
+        alone = dict((path, files[path]) for path in files if path not in others)
+        problem = self.test(release.app, pushed_part(release), alone)
+        refuse_if(problem, "%s (it must not lean on another app's file)", problem)
+
+    def test(self, app, text, files):
+        """What nginx says against a proxy file in the place of the app's own, or ''. It
+        is tested in a staged copy: what lies in conf.d is valid at every moment.
+        files: {path: ProxyFile}"""
+        host = self.host
+        own, whole = PROXIES + '/%s.conf' % app, NGINX + '/nginx.conf'
+        candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
+
+        parsed = read_proxy_file(text)
+        files = dict(files, **{own: parsed})
+        paths = [candidate if path == own else path for path in sorted(files)
+                 if path.startswith(PROXIES)]
+        conf = stage_nginx_conf(host.text(whole), self.catch_all_text(files), paths)
+        new = [path for path in files_made(parsed.directives)
+               if not os.path.lexists(host.path(path))]
+
+        try:
+            for path, content in ((candidate, text), (staged, conf)):
+                with open(host.path(path), 'wb') as target:
+                    target.write(to_bytes(content))
+            said = self.problem('-c', staged).replace(staged, whole)
+            return said.replace(candidate, 'nginx-proxy.conf')
+        finally:
+            remove_file(host.path(candidate))
+            remove_file(host.path(staged))
+            for path in new:
+                remove_if_empty(host.path(path))
+
+    def problem(self, *options):
+        """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
+        status, _, err = self.host.ask(('nginx', '-t', '-q') + options)
+        if status == 0:
+            return ''
+        lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
+        said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
+        return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said)
+
+    # Its files change
+
+    def install(self, release, older, known):
+        """Put a release's proxy file in place, or take the app's away where it has none,
+        and make nginx follow. older, known: as check wants them"""
+        app = release.app
+        with host_lock(self.host, app):
+            if self.host.text(PROXIES, app + '.conf') == release.proxy:
+                return
+            files = self.files()
+            if release.proxy:
+                self.check(release, files, older, known)
+            neighbour = self.answering_neighbour(app, files)
+            if self.write(app, release.proxy, files):
+                self.reload()
+                self.check_neighbour(neighbour)
+
+    def restore(self, app, text):
+        """Put the text back that was live before, or take the file away: it is not
+        checked again, and nginx reloads whatever lies there."""
+        with host_lock(self.host, app):
+            self.write(app, text, self.files())
+            self.reload()
+
+    def remove(self, app):
+        """Take an app's proxy file away for good."""
+        with host_lock(self.host, app):
+            if self.write(app, '', self.files()):
+                self.reload()
+
+    def write(self, app, text, files):
+        """Write an app's proxy file, or remove it if it is ours, and the catch-all that
+        goes with it; True where something changed.
+        files: {path: ProxyFile}, brought up to date"""
+        own = PROXIES + '/%s.conf' % app
+        path = self.host.path(own)
+        if text:
+            changed = replace_file(path, text)
+            files[own] = read_proxy_file(text, own)
+        else:
+            changed = is_ours(read_file(path), app) and remove_file(path)
+            if changed:
+                files.pop(own, None)
+        others = replace_file(self.host.path(CATCH_ALL), self.catch_all_text(files))
+        return others or changed
+
+    # Another app is asked before and after
+
+    def answering_neighbour(self, app, files):
+        """The Neighbour of another app that answers through nginx now, or None; of the
+        first three that have a name and a port of nginx's."""
+        asked = 0
+        for path in sorted(files):
+            other = app_of_file(path)
+            if other in (None, app) or not is_ours(self.host.text(path), other):
+                continue
+            place = plain_place(files[path].servers)
+            if place is None:
+                continue
+            if asked == 3:
+                return None
+
+            asked += 1
+            name, port = place
+            status = fetch_status(self.host, name, port, 1)
+            if status.isdigit() and status not in NO_ANSWERS:
+                return Neighbour(other, name, port, status)
+        return None
+
+    def check_neighbour(self, neighbour):
+        """Failure where an app answered before a reload, and three times not since."""
+        if neighbour is None:
+            return
+        for _ in range(3):
+            status = fetch_status(self.host, neighbour.name, neighbour.port, 2)
+            if status.isdigit() and status not in NO_ANSWERS:
+                return
+            self.host.clock.sleep(0.1)
+        raise Failure('with this proxy file another app answers %s instead of %s: what in '
+                      'it holds for more than its own server?', status, neighbour.status)
+
+    # Its processes
+
+    def reload(self):
+        """Make nginx take up its configuration; Failure unless it really has. Where a
+        port is taken, `nginx -t` and the reload both succeed, but the earlier workers go
+        on."""
+        host, master = self.host, self.master()
+        if master is None:
+            return self.start()
+        earlier = self.workers(master)
+        host.run(['nginx', '-s', 'reload'])
+
+        deadline = host.clock.monotonic() + RELOAD_TIMEOUT
+        while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):
+            if host.clock.monotonic() > deadline:
+                raise Failure('nginx keeps its old configuration: ' + self.complaint())
+            host.clock.sleep(0.01)
+
+    def start(self, wait=True):
+        """Start nginx by whatever init is there. wait: not in `recover`, for which
+        systemd holds nginx back at boot: neither would ever end."""
+        host = self.host
+        self.end_orphans()
+        command = ['service', 'nginx', 'start']
+        if is_systemd(host):
+            state = host.ask(['systemctl', 'is-system-running']).out.strip()
+            if state == 'starting':
+                return
+            if not wait:
+                command = ['systemctl', '--no-block', 'start', 'nginx']
+        if host.ask(command).status == 0:
+            return
+
+        # Upstart refuses to start a job that it is starting itself, after a crash
+        deadline = host.clock.monotonic() + RELOAD_TIMEOUT
+        while self.master() is None:
+            if host.clock.monotonic() > deadline:
+                raise Failure('nginx does not start: ' + self.complaint())
+            host.clock.sleep(0.1)
+
+    def end_orphans(self):
+        """End the workers of a master that was killed, where init has not: they hold the
+        ports. They finish what they were asked."""
+        host = self.host
+        orphans = [pid for pid, title in children(host, '1').items()
+                   if title.startswith('nginx: worker')]
+        for pid in orphans:
+            os.kill(int(pid), signal.SIGQUIT)
+
+        deadline = host.clock.monotonic() + RELOAD_TIMEOUT
+        while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in orphans):
+            if host.clock.monotonic() > deadline:
+                return
+            host.clock.sleep(0.01)
+
+    def complaint(self):
+        """The last thing that it complained of in its own log."""
+        path = '/var/log/nginx/error.log'
+        lines = re.findall(r'.*\[(?:emerg|alert)\].*', self.host.text(path))
+        return plain_line(lines[-1]) if lines else 'see ' + path
+
+    def master(self):
+        """The process id of the master, None where it does not run."""
+        conf = self.host.text(NGINX, 'nginx.conf')
+        named = re.findall(r'(?m)^\s*pid\s+([^;]+);', conf)[:1]
+        for path in named + ['/run/nginx.pid']:
+            pid = self.host.text(path).strip()
+            if pid.isdigit() and 'nginx' in self.host.text('/proc', pid, 'cmdline'):
+                return pid
+        return None
+
+    def workers(self, master):
+        """The process ids of the workers that still take requests."""
+        titles = children(self.host, master)
+        return [pid for pid in titles if is_working(titles[pid])]
+
+    def drain(self, address):
+        """Wait, DRAIN seconds at most, until no request can reach an address any more."""
+        clock = self.host.clock
+        deadline = clock.monotonic() + DRAIN
+        while not self.is_drained(address) and clock.monotonic() < deadline:
+            clock.sleep(0.1)
+
+    def is_drained(self, address):
+        """Whether each worker that is shutting down has no connection to an address, and
+        no more clients than connections to apps: one more may be about to connect
+        there."""
+        sockets = read_sockets(self.host.run(['ss', '-tanp']))
+        ports = [socket.port for socket in sockets if socket.state == 'LISTEN']
+        for pid, title in children(self.host, self.master()).items():
+            if 'shutting' not in title:
+                continue
+            held = [socket for socket in sockets if pid in socket.pids]
+            clients = [socket for socket in held if socket.port in ports]
+            to_apps = len(held) - len(clients)
+            if len(clients) > to_apps:
+                return False
+            if address in [socket.peer for socket in held]:
+                return False
+        return True
 
 # ---- An app: its folder, releases, repository ------------------------------------------
 
@@ -2724,7 +2841,7 @@ def free_address(host):
     records = (read_json(release_folder(host, app, number) + '/release.json')
                for app in list_apps(host) for number in list_releases(host, app))
     taken = set(record.get('address') for record in records)
-    subnet = subnet_of(host, sorted(filter(None, taken)))
+    subnet = host.docker.subnet(sorted(filter(None, taken)))
     every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
     return next(address for address in every if address not in taken)
 
@@ -2830,18 +2947,13 @@ class Engine(object):
 
     def remove(self, release):
         """Remove what is left of it in docker, but for its image and its data."""
-        on_container(self.host, release, 'rm', '-f', '-v')
+        self.host.docker.on_container(release, 'rm', '-f', '-v')
         if 'release' in release.config:
             self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
 
     def logs_command(self, release, lines, *follow):
         """The command that prints its last lines: so many, a str; `-f` goes on."""
         raise NotImplementedError
-
-def on_container(host, release, *words):
-    """Run a docker command on a release's container; False where that is gone."""
-    command = ('docker',) + words + (container_name(release),)
-    return host.run_unless('No such container', command)
 
 def run_in_image(host, release, options, command, each, env, cwd):
     """`docker run` in the image of a release; the exit status."""
@@ -2876,7 +2988,7 @@ class Containers(Engine):
     def check(self, release):
         if release.job:
             self.job(release)
-        refuse_if(is_upstart(self.host) and docker_version(self.host) < (1, 11),
+        refuse_if(is_upstart(self.host) and self.host.docker.version() < (1, 11),
                   'without an upstart.conf an app wants docker 1.11 or later')
 
     def doubts(self, release, ports, volumes):
@@ -2904,7 +3016,7 @@ class Containers(Engine):
         """A job's own container was stopped before the next one was started."""
         plain = dict((container_name(release), release)
                      for release in releases if release.address)
-        found = inspect(self.host, *plain) if plain else []
+        found = self.host.docker.inspect(*plain) if plain else []
         return [plain[container['Name'][1:]] for container in found
                 if container['State']['Running']]
 
@@ -2914,7 +3026,7 @@ class Containers(Engine):
         options = [option for option in job.options
                    if not option.startswith(('--ip', '--net-alias', '--publish'))]
         if release.address:
-            ensure_network(self.host, release.address)
+            self.host.docker.ensure_network(release.address)
         return run_in_image(self.host, release, options, command, each, job.env,
                             job.folder)
 
@@ -2924,7 +3036,7 @@ class Containers(Engine):
         job, host = self.job(release), self.host
         command = ['docker', 'create', '--name', container_name(release)] + job.options
         command.append('--label=dockhand.app=' + release.app)
-        if release.address and has_init(host):
+        if release.address and host.docker.has_init():
             command.append('--init')
         if not any(each.startswith('--log-') for each in job.options):
             command += LOG_CAP
@@ -2932,15 +3044,15 @@ class Containers(Engine):
             command.append(PIDS_CAP)
         command += [self.image_ref(release)] + job.command
         if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
-            on_container(host, release, 'update', '--restart', 'no')
+            host.docker.on_container(release, 'update', '--restart', 'no')
 
     def start(self, release):
         """Start the container; if it was pruned away, or its network, it is new."""
         command = ['docker', 'start', container_name(release)]
         if not self.host.run_unless('No such container|network .* not found', command):
-            on_container(self.host, release, 'rm', '-f')
+            self.host.docker.on_container(release, 'rm', '-f')
             if release.address:
-                ensure_network(self.host, release.address)
+                self.host.docker.ensure_network(release.address)
             self.prepare(release)
             self.host.run(command)
 
@@ -2950,7 +3062,7 @@ class Containers(Engine):
         refuses to update it: then that is done afterwards."""
         forbid = ['docker', 'update', '--restart', 'no', container_name(release)]
         refused = self.host.ask(forbid).status
-        on_container(self.host, release, 'stop', '-t', self.job(release).grace)
+        self.host.docker.on_container(release, 'stop', '-t', self.job(release).grace)
         if refused:
             self.host.run_unless('No such container', forbid)
 
@@ -2962,10 +3074,10 @@ class Containers(Engine):
         """From now on docker starts it again by itself, at boot too. (With the policy
         `unless-stopped` it would not after a kill of dockerd.)"""
         policy = 'always' if self.job(release).at_boot else 'on-failure'
-        on_container(self.host, release, 'update', '--restart', policy)
+        self.host.docker.on_container(release, 'update', '--restart', policy)
 
     def state(self, release):
-        for found in inspect(self.host, container_name(release)):
+        for found in self.host.docker.inspect(container_name(release)):
             state = container_state(found)
             reached = release.web or release.port and not state.health
             ports = [(release.address, release.port)] if reached else []
@@ -3011,7 +3123,7 @@ class Upstart(Engine):
             replace_file(self.path(release, '.conf'), release.job)
         self.host.run_unless('Unknown|already been stopped|Method "Get" with signature',
                              ['stop', release.app])
-        for found in running_containers(self.host, release.image):
+        for found in self.host.docker.running(release.image):
             self.host.run_unless('No such', ['docker', 'stop', '-t', '1', found['Id']])
         self.free_names(release)
 
@@ -3020,7 +3132,7 @@ class Upstart(Engine):
         killed before it could do that."""
         names = [value for name, value, _ in options_of(job_of(release))
                  if name == 'name']
-        held = inspect(self.host, *names) if names else []
+        held = self.host.docker.inspect(*names) if names else []
         numbers = list_releases(self.host, release.app) if held else []
         ours = [load_release(self.host, release.app, number).image for number in numbers]
         for found in held:
@@ -3050,7 +3162,7 @@ class Upstart(Engine):
         if not running:
             alive = None if ' start/' in text else False
             return State(alive, None, [], '', text or 'no such job')
-        for found in running_containers(self.host, release.image):
+        for found in self.host.docker.running(release.image):
             state = container_state(found)
             if not self.is_left_over(found, running.group(1)):
                 return state._replace(identity=running.groups() + state.identity,
@@ -3132,7 +3244,7 @@ def apply(host, old, new):
         check_proxy_change(host, new, was_live(old, new))
     engine.prepare(new)
     if not overlap:                 # nothing is stopped yet, and nothing is to be undone
-        check_disk_takes_writes(host, app)
+        host.docker.check_takes_writes(app)
 
     with undone_by(put_back, host, new, old):
         set_link(host, app, 'pending', new)
@@ -3175,14 +3287,14 @@ def hand_over(host, old, new):
     if on_trial:
         address = engine_of(host, old).address(old)
         shown = new._replace(proxy=with_backup(new.proxy, address, old.port))
-    install_proxy(host, shown, was_live(old, new))
-    tag_image(host, image_tag(new), new.app + ':latest')
+    host.nginx.install(shown, was_live(old, new), host.known)
+    host.docker.tag(image_tag(new), new.app + ':latest')
 
     if on_trial:
         begun = host.clock.monotonic()
         check_or_show_log(host, new, engine)
         checked += host.clock.monotonic() - begun
-        install_proxy(host, new, was_live(old, new))
+        host.nginx.install(new, was_live(old, new), host.known)
     return Switch(None, checked)
 
 def stop_then_start(host, old, new):
@@ -3190,9 +3302,9 @@ def stop_then_start(host, old, new):
     engine, stopped = engine_of(host, new), host.clock.monotonic()
     if old is not None:
         stop_for(host, old, engine)
-    tag_image(host, image_tag(new), new.app + ':latest')
+    host.docker.tag(image_tag(new), new.app + ':latest')
     engine.place(new)
-    install_proxy(host, new, was_live(old, new))
+    host.nginx.install(new, was_live(old, new), host.known)
     engine.start(new)
 
     started = host.clock.monotonic()
@@ -3216,7 +3328,7 @@ def loopback_ports(host, release):
     """The ports on which an app listens for its own container alone."""
     listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
     texts = [host.text('/proc', str(found['State'].get('Pid')), 'net', name)
-             for found in running_containers(host, release.image)
+             for found in host.docker.running(release.image)
              for name in ('tcp', 'tcp6')]
     return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
 
@@ -3232,21 +3344,21 @@ def take_away(host, release):
     engine = engine_of(host, release)
     return [
         (engine.stop, release),
-        (restore_proxy, host, release.app, None),
+        (host.nginx.restore, release.app, None),
         (engine.withdraw, release),
-        (remove_image_tag, host, release.app + ':latest')]
+        (host.docker.untag, release.app + ':latest')]
 
 def ways_back(host, new, old):
     """What puts the old release back, as [(function, argument...)]."""
     engine, served = engine_of(host, old), not is_stopped(host, old.app)
     start = [(engine.start, old)] if served else []
     settle = [(engine.settle, old)] if served else []
-    tag = [(tag_image, host, image_tag(old), old.app + ':latest')]
-    proxy = [(restore_proxy, host, old.app, old.proxy)]
+    tag = [(host.docker.tag, image_tag(old), old.app + ':latest')]
+    proxy = [(host.nginx.restore, old.app, old.proxy)]
 
     failed = engine_of(host, new)
     if served and failed.overlaps(old, new):
-        stop = [(drain, host, failed.address(new)), (failed.stop, new)]
+        stop = [(host.nginx.drain, failed.address(new)), (failed.stop, new)]
         return start + proxy + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
@@ -3303,7 +3415,7 @@ def stop_others(host, live):
         engine = kind(host)
         theirs = [release for release in others if kind.takes(host, release)]
         for release in engine.running(theirs):
-            drain(host, engine.address(release))
+            host.nginx.drain(engine.address(release))
             engine.stop(release)
 
 # ---- Keeping: what is removed, and when ------------------------------------------------
@@ -3329,7 +3441,7 @@ def forget(host, release, reason=None):
 def drop(host, release, *options):
     """Take a release's container, image and commit away; False if the image is used."""
     engine_of(host, release).remove(release)
-    gone = remove_image_tag(host, image_tag(release), *options)
+    gone = host.docker.untag(image_tag(release), *options)
     if gone:
         held = HELD_REF % release.number
         git(host, release.app, 'update-ref', '-d', held, act=host.ask)
@@ -3356,7 +3468,7 @@ def clean_up_failed(host, app):
     numbers = list_releases(host, app)
     for release in [load_release(host, app, number) for number in numbers]:
         if release.failed and release.image and live_release(host, app):
-            if not any(each.get('RepoTags') for each in inspect(host, release.image)):
+            if not any(each.get('RepoTags') for each in host.docker.inspect(release.image)):
                 host.ask(['docker', 'rmi', release.image])
             save_record(host, release._replace(image=None))
         if release.failed and release.number in numbers[:-LISTED]:
@@ -3364,8 +3476,8 @@ def clean_up_failed(host, app):
 
 def remove_release(host, release):
     """Remove an old release, but not the image of somebody's container."""
-    images, number = images_folder(host), release.number
-    free, written = free_bytes(host, images), written_files(host, container_name(release))
+    images, number = host.docker.images_folder(), release.number
+    free, written = free_bytes(host, images), host.docker.written_files(container_name(release))
     if not drop(host, release):
         return step('Release %d stays: a container uses its image', number)
     host.run(['rm', '-rf', '--', release_folder(host, release.app, number)])
@@ -3417,11 +3529,11 @@ def sweep(host, app):
                 for number in list_releases(host, app)]
     for path in written + [host.path(JOBS, app + '.override')]:
         remove_file(temporary_of(path))
-    remove_file(trial_file(host, app))
+    remove_file(host.docker.trial_file(app))
     remove_file(repository(host, app) + '/index.lock')
     if os.path.lexists(build_folder(host, app)):
         empty_build_folder(host, app)
-        remove_image_tag(host, app + ':plan')
+        host.docker.untag(app + ':plan')
 
 def put_right(host, app):
     """For one app: what a crash left, and what is gone of its live release."""
@@ -3446,16 +3558,16 @@ def bring_back(host, live):
     """Bring back what is gone of a live release: tags, files, its container."""
     engine, app, number = engine_of(host, live), live.app, live.number
     tags = image_tag(live), app + ':latest'
-    missing = [each['Id'] for each in inspect(host, *tags)] != [live.image] * 2
+    missing = [each['Id'] for each in host.docker.inspect(*tags)] != [live.image] * 2
     for tag in tags if missing else ():
-        if [each['Id'] for each in inspect(host, tag)] != [live.image]:
-            refuse_if(not inspect(host, live.image), 'the image of release %d is gone: '
+        if [each['Id'] for each in host.docker.inspect(tag)] != [live.image]:
+            refuse_if(not host.docker.inspect(live.image), 'the image of release %d is gone: '
                       'sudo dockhand rebuild %s', number, app)
             step('%s: tagging release %d as %s again', app, number, tag)
-            tag_image(host, live.image, tag)
+            host.docker.tag(live.image, tag)
     if live.proxy and not os.path.exists(host.path(PROXIES, app + '.conf')):
         step('%s: installing its proxy file again', app)
-        restore_proxy(host, app, live.proxy)
+        host.nginx.restore(app, live.proxy)
     if is_stopped(host, app):
         return engine.stop(live)
     if engine.revives(live):
@@ -3542,7 +3654,7 @@ def show_plan(host, live, release):
     gap = 'one stop and one start of the service'
     if live is None or engine_of(host, release).overlaps(live, release):
         gap = 'none'
-    size = inspect(host, image_tag(release))[0]['Size'] / 1e6
+    size = host.docker.inspect(image_tag(release))[0]['Size'] / 1e6
     detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
            free_bytes(host, STATE) / 1e6)
 
@@ -3618,9 +3730,9 @@ def new_release(host, app, key, branch, commit, plan=False):
 
 def make_release(host, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was."""
-    check_space(host)
+    host.docker.check_space()
     check_free(host, live, release)
-    begun, app, free = host.clock.monotonic(), release.app, free_bytes(host, images_folder(host))
+    begun, app, free = host.clock.monotonic(), release.app, free_bytes(host, host.docker.images_folder())
     with undone_by(forget, host, release):
         save_release(host, release)
         release = build_release(host, live, release, options)
@@ -3632,7 +3744,7 @@ def make_release(host, live, release, options=()):
         step('Switching to release %d', number)
         report = apply(host, live, release)
     step('Release %d is live: built in %.1f s, %s', number, built, report)
-    more = free - free_bytes(host, images_folder(host))
+    more = free - free_bytes(host, host.docker.images_folder())
     detail('disk: %.1f MB %s', abs(more) / 1e6, 'more' if more > 0 else 'less')
     log('%s: release %d of %s by %s is live', app, number, release.commit, release.key)
 
@@ -3640,7 +3752,7 @@ def plan_release(host, live, release):
     try:
         show_plan(host, live, build_release(host, live, release))
     finally:
-        remove_image_tag(host, image_tag(release))
+        host.docker.untag(image_tag(release))
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
 
@@ -3648,10 +3760,10 @@ def build_release(host, live, release, options=()):
     """The Release with its image, and all checked that can be before a switch."""
     step('Checking %s', release.commit[:10])
     if release.image:                           # its config is new, no more
-        tag_image(host, release.image, image_tag(release))
+        host.docker.tag(release.image, image_tag(release))
     else:
         release = build_commit(host, live, release, options)
-    images = inspect(host, image_tag(release))
+    images = host.docker.inspect(image_tag(release))
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     settings = native(images[0].get('Config') or {})
     release = release._replace(image=str(images[0]['Id']))
@@ -3684,11 +3796,11 @@ def build_commit(host, live, release, options):
         check_proxy_change(host, release)
         if release.proxy:
             with host_lock(host, app):
-                check_alone(host, release, proxy_files(host))
+                host.nginx.check_alone(release, host.nginx.files())
             for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
                 step('nginx-proxy.conf:%d: warning: %s', line, text)
         step('Building %s', image_tag(release))
-        build_image(host, folder, image_tag(release), layers, *options)
+        host.docker.build(folder, image_tag(release), layers, *options)
         return release
     except (Failure, Stopped):
         if layers and not release.plan:
@@ -3767,15 +3879,15 @@ def check_free(host, live, release):
     names = [image_tag(release)] + engine_of(host, release).names_taken(release)
     if live is None:
         names.append(release.app + ':latest')
-    for name in names if inspect(host, *names) else []:
-        refuse_if(inspect(host, name), 'docker has %s already, and not from dockhand: '
+    for name in names if host.docker.inspect(*names) else []:
+        refuse_if(host.docker.inspect(name), 'docker has %s already, and not from dockhand: '
                   'rename the app, or remove that', name)
 
 def check_proxy_change(host, release, older=False):
     """Failure where the proxy file of a release cannot be had beside the others."""
     if release.proxy:
         with host_lock(host, release.app):
-            check_proxy_file(host, release, proxy_files(host), older)
+            host.nginx.check(release, host.nginx.files(), older, host.known)
 
 def complete_plain(host, release, settings):
     """The Release of a plain app, with what the Config of its image and its own say."""
@@ -3783,7 +3895,7 @@ def complete_plain(host, release, settings):
     if is_made(release):
         release = release._replace(proxy='')
     port, web, volumes = read_image(settings, release.config, release.proxy)
-    for name in volumes_of(host, app) if not live_release(host, app) else []:
+    for name in host.docker.volumes_of(app) if not live_release(host, app) else []:
         step('Found a volume of an earlier %s: %s', app, name)
     with host_lock(host, app):                  # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
@@ -3800,12 +3912,26 @@ def complete_plain(host, release, settings):
     step('%s is %s', app, kind_text(release))
     return release
 
+def tell_taken_names(host, live, release):
+    """Say which full names a change of `domains` takes out of another app's wildcard."""
+    files, before = host.nginx.files(), names_of_config(live)
+    claims = [claim for path in sorted(files) if app_of_file(path) != release.app
+              for claim in claims_of(files[path].servers, path)]
+    for name in names_of_config(release):
+        if name in before:
+            continue
+        losers = set((owner_text(claim.path, host.known), claim.name)
+                     for claim in claims if takes_from(name, claim.name))
+        for loser, wildcard in sorted(losers):
+            step('Note: %s comes to %s from now on, not to %s, which has %s', name,
+                 release.app, loser, printable(wildcard))
+
 def complete_proxy(host, release):
     """The proxy file of a plain app; a web app's leads to it, and may be made here."""
     text = (release.proxy or '').partition(MARK)[0]
     if not release.web:
         return text
-    app, version = release.app, nginx_version(host)
+    app, version = release.app, host.nginx.version()
     if not text:
         domains = release.config.get('domains', '%s %s.*' % (app, app))
         text = MADE % (app, app) + render_proxy(app, domains, version, has_ipv6(host))
@@ -3918,7 +4044,7 @@ def installed_parts(host):
         (RECEIVE, launcher(role='receive'), 0o755),
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
         (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
-        (CATCH_ALL, catch_all_text(host, proxy_files(host)), 0o644)]
+        (CATCH_ALL, host.nginx.catch_all_text(host.nginx.files()), 0o644)]
     if is_systemd(host):
         parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
@@ -3984,7 +4110,7 @@ def docker_problems(host, path):
     """What keeps the docker at a path from running apps: rows for `demand`."""
     status, out, err = host.ask(['docker', 'version'])
     podman, snap = 'podman' in (out + err).lower(), os.path.realpath(path)[:5] == '/snap'
-    old = not (status or podman or is_upstart(host)) and docker_version(host) < (1, 11)
+    old = not (status or podman or is_upstart(host)) and host.docker.version() < (1, 11)
     bring = 'apt-get install docker.io'
     return [(snap and 'a snap cannot read /var/lib', 'snap remove docker; ' + bring),
             (podman and 'docker is podman', bring),
@@ -4010,7 +4136,7 @@ def install_part(host, name, text, mode):
         if name == SUDOERS:
             host.run(['visudo', '-c', '-q', '-f', new])
         if name == CATCH_ALL:
-            wrong = try_nginx(host, 'dockhand', '', proxy_files(host))
+            wrong = host.nginx.test('dockhand', '', host.nginx.files())
             refuse_if(wrong, "nginx's configuration is broken, mend it first: %s", wrong)
     folder = os.path.dirname(host.path(name))
     if not os.path.isdir(folder):
@@ -4062,7 +4188,7 @@ def app_problem(host, app):
     live = live_release(host, app)
     if linked_release(host, app, 'pending'):
         return 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
-    if live and not inspect(host, image_tag(live)):
+    if live and not host.docker.inspect(image_tag(live)):
         return 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
     runs = not live or is_stopped(host, app) or engine_of(host, live).state(live).alive
     if not runs:
@@ -4089,7 +4215,7 @@ def answer_problem(host, live):
 def unread_files(host):
     """[PATH:LINE: what] of nginx's own files that names may stand in unread."""
     return ['%s:%d: %s' % (path, line, text)
-            for path, file in sorted(proxy_files(host).items())
+            for path, file in sorted(host.nginx.files().items())
             for line, text in file.troubles]
 
 def nginx_advice(host):
@@ -4120,8 +4246,8 @@ def install(host, user=None):
     changes += [replace_link(host.path(OLDER_NAME), PROGRAM), enable_at_boot(host)]
     script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
     py_compile.compile(host.path(script), dfile=script, doraise=True)
-    if any(changes) or nginx_master(host) is None:
-        reload_nginx(host)
+    if any(changes) or host.nginx.master() is None:
+        host.nginx.reload()
     if any(changes):
         for app in list_apps(host):
             attempt(app, settle_again, host, app)
@@ -4266,15 +4392,15 @@ def earlier_release(host, live, number):
     refuse_if(not found, 'no %s to go back to: see dockhand releases %s',
               'release ' + printable(number) if number else 'other release', live.app)
     tag = image_tag(found[0])
-    refuse_if([each['Id'] for each in inspect(host, tag)] != [found[0].image],
+    refuse_if([each['Id'] for each in host.docker.inspect(tag)] != [found[0].image],
               'its image %s was removed, so nothing has changed: choose another', tag)
     return found[0]
 
 def recover(host):
     """put right what a crash or a prune left; runs at boot, and when docker starts"""
-    await_docker(host)
-    free_ports(host)
-    runs = nginx_master(host) or attempt('nginx', start_nginx, host, False)
+    host.docker.wait()
+    host.docker.free_ports()
+    runs = host.nginx.master() or attempt('nginx', host.nginx.start, False)
     apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
     wrong = [app for app in apps if not attempt(app, put_right, host, app)]
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
@@ -4337,19 +4463,19 @@ def destroy(host, app, force=False, volumes=False):
     with app_lock(host, app, 'dockhand destroy ' + app) as live:
         if live:
             engine_of(host, live).stop(live)
-            remove_proxy(host, app)
+            host.nginx.remove(app)
             engine_of(host, live).withdraw(live)
-            remove_image_tag(host, app + ':latest')
+            host.docker.untag(app + ':latest')
         for link in ('live', 'pending'):
             remove_file(app_folder(host, app, link))
         for number in list_releases(host, app):
             drop(host, load_release(host, app, number))
-        remove_image_tag(host, app + ':plan')
+        host.docker.untag(app + ':plan')
         host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app),
                   host.path('/var/cache/nginx', app)])
         if not any(live_release(host, other) for other in list_apps(host)):
             host.ask(['docker', 'network', 'rm', NETWORK])
-        kept = volumes_of(host, app)
+        kept = host.docker.volumes_of(app)
         if kept and volumes:
             host.run(['docker', 'volume', 'rm'] + kept)
     tell('%s is removed', app)
@@ -4364,8 +4490,8 @@ def doctor(host):
         (not host.text(host.home(), KEYS) and 'no key may push',
          'dockhand upload-key NAME < id_ed25519.pub'),
         (sudo_problem(host), 'visudo'),
-        (nginx_problem(host), 'edit that file, then nginx -t'),
-        (not nginx_master(host) and 'nginx does not run', nginx_advice(host))]
+        (host.nginx.problem(), 'edit that file, then nginx -t'),
+        (not host.nginx.master() and 'nginx does not run', nginx_advice(host))]
         + list(sshd_problems(host))
         + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
            for path, text, _ in installed_parts(host)]

@@ -1222,7 +1222,7 @@ def test_the_address_is_one_that_may_lead_somewhere(domains, address):
 def test_the_words_of_nginx_begin_with_file_and_line(err, said):
     for status, problem in ((1, said), (0, '')):
         host = Host('/nowhere', run=lambda argv: Result(status, '', err))
-        assert dh.nginx_problem(host) == problem
+        assert host.nginx.problem() == problem
 
 # ---- Plain apps ------------------------------------------------------------------------
 
@@ -1546,17 +1546,17 @@ def test_a_line_of_output_loses_its_control_characters(given, said):
     Client:\n Version: 1.9\n\nServer:\n Version:      1.10.3\n           => 1.10.3
     Client version: 0.7.1\nServer version: 0.7.6\n                       => 0.7.6''')
 def test_the_version_of_the_engine_counts_not_the_clients(out, version):
-    found = dh.docker_version(Host('/', lambda argv: Result(0, out, '')))
+    found = Host('/', lambda argv: Result(0, out, '')).docker.version()
     assert '.'.join(str(part) for part in found) == version
 
 def test_a_docker_that_does_not_answer_is_said_with_its_words():
     result = Result(1, 'Client:\n Version: 28.1\n', 'Cannot connect.\n')
     host = Host('/', lambda argv: result)
-    assert refusal(dh.docker_version, host) == 'docker does not answer: Cannot connect.'
+    assert refusal(host.docker.version) == 'docker does not answer: Cannot connect.'
     result = Result(1, '[]', 'failed to connect to the docker API at unix:///x\n')
-    assert refusal(dh.inspect, Host('/', lambda argv: result), 'a').endswith('unix:///x')
+    assert refusal(Host('/', lambda argv: result).docker.inspect, 'a').endswith('unix:///x')
     result = Result(1, '[]\n', 'error: no such object: a\n')
-    assert dh.inspect(Host('/', lambda argv: result), 'a') == []
+    assert Host('/', lambda argv: result).docker.inspect('a') == []
 
 def test_a_tag_is_moved_by_docker_before_1_10_too():
     done = []
@@ -1564,7 +1564,7 @@ def test_a_tag_is_moved_by_docker_before_1_10_too():
     def run(argv):
         done.append(' '.join(argv))
         return Result('-f' not in argv, '', 'Conflict: Tag latest is already set to x\n')
-    dh.tag_image(Host('/', run), 'a:1', 'a:latest')
+    Host('/', run).docker.tag('a:1', 'a:latest')
     assert done == ['docker tag a:1 a:latest', 'docker tag -f a:1 a:latest']
 
 @table('heard, status, said', '''
@@ -1579,7 +1579,7 @@ def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
         if each:
             each(heard)
         return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
-    why = refusal(dh.build_image, Host('/', run), '/tmp', 'a:1', [])
+    why = refusal(Host('/', run).docker.build, '/tmp', 'a:1', [])
     assert why.startswith('the build failed: ' + said)
 
 RUNNING = {'Running': True, 'StartedAt': '1', 'ExitCode': 0}
@@ -1886,9 +1886,9 @@ def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
     machine.write('/run/docker.pid', '40\n')
     machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
     if said:
-        assert refusal(dh.free_ports, machine.host, 0).startswith(said)
+        assert refusal(machine.host.docker.free_ports, 0).startswith(said)
     else:
-        dh.free_ports(machine.host, 0)
+        machine.host.docker.free_ports(0)
     assert machine.done == ([] if said else ['service docker restart'])
 
 def test_recover_waits_for_a_container_that_docker_is_starting(tmpdir):
@@ -1903,7 +1903,7 @@ def test_recover_waits_for_a_container_that_docker_is_starting(tmpdir):
         starting['State']['Running'] = True
         return inspected(*words)
     machine.docker_inspect = once_started
-    dh.free_ports(machine.host, 0)
+    machine.host.docker.free_ports(0)
     assert machine.done == []
 
 @pytest.mark.parametrize('parent, settings', [(40, PUBLISHED_8000), (41, {})])
@@ -1919,16 +1919,16 @@ def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, par
 def test_at_boot_nginx_is_left_to_start_once_dockhand_has_recovered(tmpdir):
     machine = Machine(tmpdir, 'systemd')
     machine.state = 'starting'
-    dh.reload_nginx(machine.host)
+    machine.host.nginx.reload()
     assert machine.served is None
     machine.state = 'degraded'
-    dh.reload_nginx(machine.host)
+    machine.host.nginx.reload()
     assert machine.served == {}
 
 def test_an_nginx_that_does_not_start_is_told_with_its_last_complaint(plain):
     plain.broken['service nginx'] = 1
     plain.write('/var/log/nginx/error.log', 'x [notice] a\nx [emerg] bind() failed\nb\n')
-    assert refusal(dh.reload_nginx, plain.host) == 'nginx does not start: x [emerg] bind() failed'
+    assert refusal(plain.host.nginx.reload) == 'nginx does not start: x [emerg] bind() failed'
 
 @pytest.fixture(params=['none', 'upstart'])
 def machine(request, tmpdir):
@@ -2171,7 +2171,7 @@ def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
 
 def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     machine.nginx()
-    dh.restore_proxy(machine.host, 'blog', None)
+    machine.host.nginx.restore('blog', None)
     dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     before = machine.whole()
     machine.release(1, SHA, FILES)
@@ -2301,7 +2301,7 @@ def test_a_push_without_the_proxy_file_removes_the_old_one(plain):
 
 def test_a_proxy_file_that_is_not_ours_is_not_removed(plain):
     plain.write('/etc/nginx/conf.d/blog.conf', WEB)
-    dh.restore_proxy(plain.host, 'blog', None)
+    plain.host.nginx.restore('blog', None)
     assert plain.read('/etc/nginx/conf.d/blog.conf') == WEB
 
 def test_a_proxy_file_that_has_changed_is_parsed_again_and_no_other(plain, monkeypatch):
@@ -2310,16 +2310,16 @@ def test_a_proxy_file_that_has_changed_is_parsed_again_and_no_other(plain, monke
     for name in 'abba':
         plain.write('/etc/nginx/conf.d/shop.conf', 'server { server_name %s; }' % name)
         plain.write('/etc/nginx/sites-enabled/else', 'server { server_name else; }')
-        found = sorted(dh.proxy_files(plain.host).items())
+        found = sorted(plain.host.nginx.files().items())
         assert [file.servers[0].names for _, file in found[-2:]] == [[name], ['else']]
     assert len(parsed) == 3
 
 def test_a_reload_counts_when_the_earlier_workers_have_gone(plain):
     plain.nginx()
-    earlier, reload = dh.nginx_workers(plain.host, '50'), plain.nginx_s
+    earlier, reload = plain.host.nginx.workers('50'), plain.nginx_s
     plain.nginx_s = lambda *words: threading.Timer(0.05, reload, words).start()
-    dh.reload_nginx(plain.host)
-    assert earlier and not set(earlier) & set(dh.nginx_workers(plain.host, '50'))
+    plain.host.nginx.reload()
+    assert earlier and not set(earlier) & set(plain.host.nginx.workers('50'))
 
 def test_doubts_are_told_by_the_line_of_the_repository(plain, capfd):
     plain.lives(FILES)
@@ -2616,11 +2616,11 @@ def test_recover_goes_on_with_the_next_app(plain, capfd):
 
 def test_a_push_without_room_for_a_build_is_refused(plain):
     assert re.match(r'\d+ MB are free on /var/lib/docker, a build wants 99999999: ',
-                    refusal(dh.check_space, plain.host, 99999999))
+                    refusal(plain.host.docker.check_space, 99999999))
     plain.write('/etc/docker/daemon.json', '{"data-root": "/mnt/docker"}')
     dh.make_folder(plain.host.path('/mnt/docker'))
-    assert 'on /mnt/docker' in refusal(dh.check_space, plain.host, 99999999)
-    dh.check_space(plain.host, 1)
+    assert 'on /mnt/docker' in refusal(plain.host.docker.check_space, 99999999)
+    plain.host.docker.check_space(1)
 
 @table('name, said', '''
     here.org  => -----> blog: http://here.org:{0}/ answers 418
@@ -2873,7 +2873,7 @@ def test_a_plan_of_a_plain_app_changes_nothing(plain, capfd):
 
 def test_a_plan_of_a_first_push_leaves_no_trace(plain, capfd):
     plain.nginx()
-    dh.restore_proxy(plain.host, 'blog', None)
+    plain.host.nginx.restore('blog', None)
     dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
     before = plain.whole()
     refusal(lambda: plain.push(ONE_WEB, 'refs/heads/plan', ZERO))
@@ -2989,14 +2989,14 @@ def test_a_network_gets_a_subnet_that_nobody_has(plain, there, routes, subnet):
     plain.routes += routes
     if there:
         plain.docker_network('network', 'create', '--subnet=%s.0.0/16' % there, 'dockhand')
-    assert dh.subnet_of(plain.host) == subnet
+    assert plain.host.docker.subnet() == subnet
     live = plain.lives(ONE_WEB)
     assert live.address == subnet + '.0.2'
     assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == subnet + '.0.0/16'
 
 def test_a_host_without_a_free_subnet_is_said(plain):
     plain.routes += '10.0.0.0/8 dev a\n172.16.0.0/12 dev b\n'
-    assert 'no /16 of 10.86 to 172.31 is free' in refusal(dh.subnet_of, plain.host)
+    assert 'no /16 of 10.86 to 172.31 is free' in refusal(plain.host.docker.subnet)
 
 def test_an_address_is_given_once_kept_releases_included(plain):
     folder = dh.app_folder(plain.host, 'wiki', 'releases')
@@ -3318,15 +3318,15 @@ def test_an_old_release_is_drained_when_no_request_can_reach_it(plain, form, tit
     sockets.update((each, [60]) for each in held)
     plain.sockets = ss_lines(sockets, form)
     plain.process(60, 50, 'nginx: ' + title)
-    assert dh.is_drained(plain.host, '10.86.0.2') is drained
-    assert dh.is_drained(plain.host, '10.86.0.9') is (
+    assert plain.host.nginx.is_drained('10.86.0.2') is drained
+    assert plain.host.nginx.is_drained('10.86.0.9') is (
         drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
 
 def test_workers_of_another_nginx_do_not_count(plain):
     plain.nginx()
     plain.sockets = ss_lines({LISTEN: [59], CLIENT: [60], TO_OLD: [60]})
     plain.process(60, 1, 'nginx: ' + GOING)
-    assert dh.is_drained(plain.host, '10.86.0.2')
+    assert plain.host.nginx.is_drained('10.86.0.2')
 
 def test_ss_of_this_machine_tells_who_holds_a_connection():
     server = socket.socket()
@@ -3442,7 +3442,7 @@ def write_down_again(machine, number, era, **changes):
 def store_of(machine, era):
     """Release 1, kept, and 2, live, as a dockhand of that era left them."""
     pushed(machine, SHA_2)
-    dh.restore_proxy(machine.host, 'blog', dh.load_release(machine.host, 'blog', 2).proxy)
+    machine.host.nginx.restore('blog', dh.load_release(machine.host, 'blog', 2).proxy)
     for number in (1, 2):
         write_down_again(machine, number, era)
     del machine.done[:]
@@ -3837,7 +3837,7 @@ def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
     dh.recover(machine.host)
     assert [line for line in machine.done if 'start nginx' in line] == [
         'systemctl --no-block start nginx']
-    assert dh.nginx_master(machine.host)
+    assert machine.host.nginx.master()
 
 def test_the_workers_of_a_killed_master_are_ended_before_nginx_is_started(plain):
     plain.lives(FILES)

@@ -415,7 +415,7 @@ class Machine(object):
         self.process(self.next(), 50, 'nginx: worker process')
         self.process(51, 50, 'nginx: worker process is shutting down')
         self.process(52, 1, 'nginx: worker process')
-        self.served = dict((path, self.read(path)) for path in dh.proxy_files(self.host))
+        self.served = dict((path, self.read(path)) for path in self.host.nginx.files())
 
     # git and files
 
@@ -557,7 +557,7 @@ class Machine(object):
         for act in (engine.prepare, engine.place, engine.start, engine.settle):
             act(live)
         self.nginx()
-        dh.restore_proxy(self.host, 'blog', live.proxy)
+        self.host.nginx.restore('blog', live.proxy)
         del self.done[:]
         return live
 
@@ -613,8 +613,8 @@ def switch_steps(host, old, new, run=True):
         steps.append(lambda: before.stop(old))
         if type(before) != type(engine):
             steps.append(lambda: before.withdraw(old))
-    steps += [lambda: dh.tag_image(host, dh.image_tag(new), new.app + ':latest'),
-              lambda: engine.place(new), lambda: dh.install_proxy(host, new)]
+    steps += [lambda: host.docker.tag(dh.image_tag(new), new.app + ':latest'),
+              lambda: engine.place(new), lambda: host.nginx.install(new, False, None)]
     return steps + ([lambda: engine.start(new)] if run else [])
 
 # What a release with a job has not, and a plain one only once its image is known.

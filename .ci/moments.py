@@ -61,7 +61,7 @@ def about_to(act, init, folder):
     machine = Machine(os.path.join(folder, 'machine'), init.split()[0])
     if act == 'first':
         machine.nginx()
-        dh.restore_proxy(machine.host, 'blog', None)
+        machine.host.nginx.restore('blog', None)
         dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     elif act in ('deploy', 'config'):
         machine.lives(one, A='1')
