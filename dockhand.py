@@ -281,8 +281,6 @@ class Host(object):
         self.clock, self.connect = clock, connect
         self.docker, self.nginx = Docker(self), Nginx(self)     # chapters of their own
         self.upstart = None             # what is_upstart found out
-        # The apps that the person behind a command may know of; None: every one
-        self.known = None
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
@@ -2039,7 +2037,7 @@ def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
         return answer[1]
     return 'nothing'
 
-# ---- Docker ------------------------------------------------------------------------------
+# ---- Docker ----------------------------------------------------------------------------
 
 # How a failed build ends, and what to say.
 BUILD_TROUBLE = [
@@ -2105,8 +2103,8 @@ class Docker(object):
 
         port = min(kept)[1]
         refuse_if(not is_systemd(self.host) and not is_upstart(self.host),
-                  'docker keeps port %s for no container: restart it, then: sudo dockhand '
-                  'recover', port)
+                  'docker keeps port %s for no container: restart it, then: sudo '
+                  'dockhand recover', port)
         step('docker keeps port %s for no container; restarting it', port)
         self.host.run(['service', 'docker', 'restart'])
         self.wait()
@@ -2569,8 +2567,9 @@ class Nginx(object):
             if status.isdigit() and status not in NO_ANSWERS:
                 return
             self.host.clock.sleep(0.1)
-        raise Failure('with this proxy file another app answers %s instead of %s: what in '
-                      'it holds for more than its own server?', status, neighbour.status)
+        raise Failure('with this proxy file another app answers %s instead of %s: what '
+                      'in it holds for more than its own server?', status,
+                      neighbour.status)
 
     # Its processes
 
@@ -2675,34 +2674,205 @@ class Nginx(object):
 
 # ---- An app: its folder, releases, repository ------------------------------------------
 
-def app_folder(host, app, *parts):
-    return host.path(STATE, 'apps', app, *parts)
-
-def release_folder(host, app, number):
-    return app_folder(host, app, 'releases', str(number))
-
 def list_apps(host):
+    """The names of the apps that have anything in the store, in their order."""
     return list_folder(host.path(STATE, 'apps'))
 
-def list_releases(host, app):
-    """The numbers of an app's releases, failed ones included, as [int]."""
-    names = list_folder(app_folder(host, app, 'releases'))
-    return sorted(int(name) for name in names if name.isdigit())
+def all_apps(host):
+    """The names of all apps that have a release, a config or a repository here."""
+    names = set(list_apps(host))
+    for folder in list_folder(host.path(host.home())):
+        name = folder[:-len('.git')]
+        if folder.endswith('.git') and is_app_name(name):
+            names.add(name)
+    return sorted(names)
 
-def load_release(host, app, number):
-    """A Release from the store."""
-    folder = release_folder(host, app, number)
-    found = dict({'config': {}}, **read_json(folder + '/release.json'))
-    if is_finished_older(found) and linked_number(host, app, 'pending') != number:
-        found['seconds'] = 0
-    found.update(app=app, number=number, plan=False,
-                 job=read_file(folder + '/upstart.conf'),
-                 proxy=read_file(folder + '/nginx-proxy.conf'))
-    known = dict((field, found.get(field)) for field in Release._fields)
-    if known['image']:
-        for field, nothing in NOTHING.items():
-            known[field] = known[field] or nothing
-    return Release(**known)
+HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
+
+class App(object):
+    """An app of this server: what lies of it in the store, and its repository.
+    known: the apps that whoever asks may know of, None for all"""
+    def __init__(self, host, name, known=None):
+        self.host, self.name, self.known = host, name, known
+        self.docker, self.nginx = host.docker, host.nginx
+
+    # Where its things are
+
+    def folder(self, *parts):
+        return self.host.path(STATE, 'apps', self.name, *parts)
+
+    def release_folder(self, number):
+        return self.folder('releases', str(number))
+
+    def repository(self):
+        return self.host.path(self.host.home(), self.name + '.git')
+
+    def build_folder(self):
+        return self.host.path(STATE, 'build', self.name)
+
+    def empty_build_folder(self):
+        self.host.run(['rm', '-rf', '--', self.build_folder()],
+                      account=self.host.account())
+
+    # Its config
+
+    def config(self):
+        """{key: value} of what the host knows about it and its repository does not."""
+        return read_json(self.folder('config'))
+
+    def save_config(self, config):
+        make_folder(self.folder(), 0o700)
+        path = self.folder('config')
+        if config:
+            replace_file(path, to_json(config), 0o600)
+        else:
+            remove_file(path)
+
+    # Its releases
+
+    def numbers(self):
+        """The numbers of its releases, failed ones included, as [int] from the first."""
+        names = list_folder(self.folder('releases'))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def load(self, number):
+        """A Release from the store."""
+        folder = self.release_folder(number)
+        record = dict({'config': {}}, **read_json(folder + '/release.json'))
+        if is_finished_older(record) and self.linked_number('pending') != number:
+            record['seconds'] = 0
+        record.update(app=self.name, number=number, plan=False,
+                      job=read_file(folder + '/upstart.conf'),
+                      proxy=read_file(folder + '/nginx-proxy.conf'))
+
+        fields = dict((field, record.get(field)) for field in Release._fields)
+        if fields['image']:                 # it was built: nothing is unknown any more
+            for field, nothing in NOTHING.items():
+                fields[field] = fields[field] or nothing
+        return Release(**fields)
+
+    def save(self, release):
+        """Write a release down whole: its record comes last."""
+        folder = self.release_folder(release.number)
+        make_folder(self.folder(), 0o700)
+        make_folder(folder)
+
+        texts = {'upstart.conf': release.job, 'nginx-proxy.conf': release.proxy}
+        for name in sorted(texts):
+            write_or_remove(os.path.join(folder, name), texts[name] or None)
+        env = environment_text(release.config, release.port if release.web else None)
+        write_or_remove(folder + '/env', None if release.failed else env)
+        self.save_record(release)
+
+    def save_record(self, release):
+        """Write down what is known of a release, but for its files."""
+        record = dict(release._asdict())
+        for field in ('plan', 'job', 'proxy'):
+            del record[field]
+        folder = self.release_folder(release.number)
+        replace_file(folder + '/release.json', to_json(record), 0o600)
+
+    def kept(self):
+        """The releases that one can go back to, the live one first, then the one that was
+        live before. Where a crash came between a turn and its link, the link is right."""
+        live = self.linked_number('live')
+        releases = [self.load(number) for number in self.numbers()]
+        finished = [release for release in releases if release.seconds is not None]
+        return sorted(finished, reverse=True, key=lambda release: (
+            release.number == live, release.turn or 0, release.number))
+
+    def count_turn(self, old, new):
+        """Write down that a release becomes live now, after all others; gives it so."""
+        turn = 1 + max([0] + [release.turn or 0 for release in self.kept()])
+        if old is not None and old.turn is None:    # an older version did not count
+            self.save_record(old._replace(turn=turn))
+            turn += 1
+        new = new._replace(turn=turn)
+        self.save_record(new)
+        return new
+
+    # What is live, and what is being switched to
+
+    def linked_number(self, link):
+        """The number of the release that `live` or `pending` points to, or None."""
+        name = os.path.basename(os.path.realpath(self.folder(link)))
+        return int(name) if name.isdigit() else None
+
+    def linked(self, link):
+        """The Release that `live` or `pending` points to, or None."""
+        number = self.linked_number(link)
+        if number is None:
+            return None
+        release = self.load(number)
+        return release if release.commit else None
+
+    def live(self):
+        """The Release that is live, or None."""
+        return self.linked('live')
+
+    def must_be_live(self):
+        """The Release that is live, or Failure."""
+        check_app_name(self.name)
+        live = self.live()
+        refuse_if(live is None, 'no app %s is live here: see dockhand apps', self.name)
+        return live
+
+    def set_link(self, link, release):
+        replace_link(self.folder(link), 'releases/%d' % release.number)
+
+    def is_stopped(self):
+        """Whether a person said `dockhand stop`; it lasts until a start or a push."""
+        return os.path.exists(self.folder('stopped'))
+
+    def is_waiting(self):
+        """Whether it has something here, but was never live."""
+        if not is_app_name(self.name) or self.name not in all_apps(self.host):
+            return False
+        return self.live() is None
+
+    def waiting_text(self):
+        """What it waits for, which was never live."""
+        numbers = self.numbers()
+        if not numbers:
+            return 'for its first push'
+        why = self.load(numbers[-1]).failed or 'under way'
+        return 'for a push that succeeds; the last one: ' + why
+
+    # Its repository
+
+    def git(self, *args, **options):
+        """Run git in the repository, as the git user only; what it prints. act: host.ask
+        for a Result instead, where git may fail"""
+        command = ['git', '--git-dir=' + self.repository()] + list(args)
+        act = options.get('act', self.host.run)
+        return act(command, account=self.host.account())
+
+    def read_branch(self, ref):
+        """The commit of a branch, '' where there is none."""
+        return self.git('for-each-ref', '--format=%(objectname)', ref).strip()
+
+    def is_ancestor(self, commit, of):
+        """Whether a commit is part of the history of another. (git 1.7 does not know
+        `merge-base --is-ancestor`.)"""
+        base = self.git('merge-base', commit, of, act=self.host.ask).out.strip()
+        return base == commit
+
+    def has_history(self, commit):
+        """Whether git has a commit and its parents: a killed shallow push leaves it
+        without, and older versions of dockhand took what is no commit."""
+        kind = self.git('cat-file', '-t', commit, act=self.host.ask)
+        if kind.out.strip() != 'commit':
+            return False
+        listed = self.git('rev-list', '--quiet', commit, act=self.host.ask)
+        return listed.status == 0
+
+def write_or_remove(path, text):
+    """Replace a file of a release; None removes it."""
+    remove_file(temporary_of(path))
+    if text is None:
+        remove_file(path)
+    else:
+        replace_file(path, text, 0o600)
 
 def is_finished_older(record):
     """Whether a record is of the first versions, which wrote it after the build and never
@@ -2710,140 +2880,21 @@ def is_finished_older(record):
     is_newer = 'seconds' in record or 'failed' in record
     return bool(record.get('image')) and not is_newer
 
-def load_config(host, app):
-    """{key: value} of what the host knows about an app and its repository does not."""
-    return read_json(app_folder(host, app, 'config'))
-
-def save_config(host, app, config):
-    make_folder(app_folder(host, app), 0o700)
-    path = app_folder(host, app, 'config')
-    replace_file(path, to_json(config), 0o600) if config else remove_file(path)
-
-def kept_releases(host, app):
-    """The releases that one can go back to, the live one first, then the one that was
-    live before. Where a crash came between a turn and its link, the link is right."""
-    live = linked_number(host, app, 'live')
-    found = [load_release(host, app, number) for number in list_releases(host, app)]
-    found = [release for release in found if release.seconds is not None]
-    return sorted(found, reverse=True, key=lambda release: (
-        release.number == live, release.turn or 0, release.number))
-
-def count_turn(host, old, new):
-    """Write down that a release becomes live now, after all others; gives it so."""
-    turn = 1 + max([release.turn or 0 for release in kept_releases(host, new.app)] + [0])
-    if old and old.turn is None:            # it is of an older version of dockhand
-        save_record(host, old._replace(turn=turn))
-        turn += 1
-    new = new._replace(turn=turn)
-    save_record(host, new)
-    return new
-
-def save_record(host, release):
-    """Write down what is known of a release, but for its files."""
-    record = dict(release._asdict())
-    for field in ('plan', 'job', 'proxy'):
-        del record[field]
-    folder = release_folder(host, release.app, release.number)
-    replace_file(folder + '/release.json', to_json(record), 0o600)
-
-def save_release(host, release):
-    """Write a release down whole: its record comes last."""
-    folder = release_folder(host, release.app, release.number)
-    make_folder(app_folder(host, release.app), 0o700)
-    make_folder(folder)
-    env = environment_text(release.config, release.port if release.web else None)
-    texts = release.job or None, release.proxy or None, None if release.failed else env
-    for name, text in zip(('/upstart.conf', '/nginx-proxy.conf', '/env'), texts):
-        path = folder + name
-        remove_file(temporary_of(path))
-        remove_file(path) if text is None else replace_file(path, text, 0o600)
-    save_record(host, release)
-
-def linked_number(host, app, link):
-    """The number of the release that `live` or `pending` points to, or None."""
-    name = os.path.basename(os.path.realpath(app_folder(host, app, link)))
-    return int(name) if name.isdigit() else None
-
-def linked_release(host, app, link):
-    """The Release that `live` or `pending` points to, or None."""
-    number = linked_number(host, app, link)
-    release = None if number is None else load_release(host, app, number)
-    return release if release and release.commit else None
-
-def live_release(host, app):
-    return linked_release(host, app, 'live')
-
-def set_link(host, app, link, release):
-    replace_link(app_folder(host, app, link), 'releases/%d' % release.number)
-
-def is_stopped(host, app):
-    """Whether a person said `dockhand stop`; it lasts until a start or a push."""
-    return os.path.exists(app_folder(host, app, 'stopped'))
-
-def must_be_live(host, app):
-    live = live_release(host, check_app_name(app))
-    refuse_if(live is None, 'no app %s is live here: see dockhand apps', app)
-    return live
-
-def all_apps(host):
-    """The names of all apps that have a release, a config or a repository here."""
-    repositories = [name[:-len('.git')] for name in list_folder(host.path(host.home()))
-                    if name.endswith('.git')]
-    found = set(list_apps(host)) | set(name for name in repositories if is_app_name(name))
-    return sorted(found)
-
-def is_waiting(host, app):
-    """Whether an app has something here, but was never live."""
-    return is_app_name(app) and app in all_apps(host) and not live_release(host, app)
-
-def waiting_text(host, app):
-    """What an app that was never live waits for."""
-    if list_releases(host, app):
-        last = load_release(host, app, list_releases(host, app)[-1])
-        return 'for a push that succeeds; the last one: %s' % (last.failed or 'under way')
-    return 'for its first push'
-
-def repository(host, app):
-    return host.path(host.home(), app + '.git')
-
-def git(host, app, *args, **options):
-    """Run git in an app's repository, as the git user only; what it prints."""
-    command = ['git', '--git-dir=' + repository(host, app)] + list(args)
-    return options.get('act', host.run)(command, account=host.account())
-
-def build_folder(host, app):
-    return host.path(STATE, 'build', app)
-
-def empty_build_folder(host, app):
-    host.run(['rm', '-rf', '--', build_folder(host, app)], account=host.account())
-
-def read_branch(host, app, ref):
-    """The commit of a branch, '' where there is none."""
-    return git(host, app, 'for-each-ref', '--format=%(objectname)', ref).strip()
-
-def is_ancestor(host, app, commit, of):
-    """Whether a commit is part of the history of another. (git 1.7 does not know
-    `merge-base --is-ancestor`.)"""
-    return git(host, app, 'merge-base', commit, of, act=host.ask).out.strip() == commit
-
-def has_history(host, app, commit):
-    """Whether git has a commit and its parents: a killed shallow push leaves it without,
-    and older versions of dockhand took what is no commit."""
-    kind = git(host, app, 'cat-file', '-t', commit, act=host.ask)
-    if kind.out.strip() != 'commit':
-        return False
-    return not git(host, app, 'rev-list', '--quiet', commit, act=host.ask).status
-
-HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
-
 def free_address(host):
     """An address on our network that no release of any app has."""
-    records = (read_json(release_folder(host, app, number) + '/release.json')
-               for app in list_apps(host) for number in list_releases(host, app))
-    taken = set(record.get('address') for record in records)
+    taken = set()
+    for name in list_apps(host):
+        app = App(host, name)
+        for number in app.numbers():
+            record = read_json(app.release_folder(number) + '/release.json')
+            taken.add(record.get('address'))
+
     subnet = host.docker.subnet(sorted(filter(None, taken)))
-    every = ('%s.%d.%d' % (subnet, at // 250, at % 250 + 2) for at in range(60000))
-    return next(address for address in every if address not in taken)
+    for at in range(60000):
+        address = '%s.%d.%d' % (subnet, at // 250, at % 250 + 2)
+        if address not in taken:
+            return address
+    raise Failure('no address is free on the network of the apps')
 
 # ---- The engines: what keeps an app running --------------------------------------------
 
@@ -2851,33 +2902,40 @@ def free_address(host):
 # identity changes when the app is started anew; ports: [(address, tcp port)].
 State = namedtuple('State', 'alive identity ports health text')
 
-def container_state(found):
+def container_state(container):
     """The State of a container as docker describes it, ports where they really are."""
-    state, settings = found['State'], found.get('NetworkSettings') or {}
+    state = container['State']
+    settings = container.get('NetworkSettings') or {}
     alive = bool(state['Running'] and not state.get('Restarting'))
     text = 'running' if alive else 'exited with %s' % state.get('ExitCode')
-    identity = (found['Id'], state['StartedAt'], found.get('RestartCount'))
+    identity = (container['Id'], state['StartedAt'], container.get('RestartCount'))
+
     health = str((state.get('Health') or {}).get('Status') or '')
-    places = list((settings.get('Networks') or {}).values()) + [settings]
-    addresses = [each['IPAddress'] for each in places if each.get('IPAddress')][:1]
-    published = (found.get('HostConfig') or {}).get('PortBindings') or {}
-    ports = [(str(address), int(port.split('/')[0])) for address in addresses
-             for port in sorted(published) if port.endswith('/tcp') and not health]
-    return State(alive, identity, ports, health, text)
+    if health:
+        return State(alive, identity, [], health, text)
+
+    networks = list((settings.get('Networks') or {}).values()) + [settings]
+    addresses = [str(network['IPAddress']) for network in networks
+                 if network.get('IPAddress')]
+    published = (container.get('HostConfig') or {}).get('PortBindings') or {}
+    ports = [int(port.split('/')[0]) for port in sorted(published)
+             if port.endswith('/tcp')]
+    places = [(address, port) for address in addresses[:1] for port in ports]
+    return State(alive, identity, places, health, text)
 
 class Engine(object):
-    """What keeps apps running: all that `apply`, and what it calls, knows of it.
+    """What keeps an app running: all that `apply`, and what it calls, knows of it.
 
     A release is whole when it comes here: its image is there, and its files are in the
     store. Every method may be called again after a crash in the middle of it, and then
     finds some of its work done already. What docker or init refuse is a Failure.
     """
-    def __init__(self, host):
-        self.host = host
+    def __init__(self, app):
+        self.app, self.host, self.docker = app, app.host, app.docker
 
     @classmethod
     def takes(cls, host, release):
-        """Whether it is this engine that runs a release."""
+        """Whether it is this engine that runs a release on this server."""
         raise NotImplementedError
 
     def check(self, release):
@@ -2947,13 +3005,16 @@ class Engine(object):
 
     def remove(self, release):
         """Remove what is left of it in docker, but for its image and its data."""
-        self.host.docker.on_container(release, 'rm', '-f', '-v')
+        self.docker.on_container(release, 'rm', '-f', '-v')
         if 'release' in release.config:
             self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
 
     def logs_command(self, release, lines, *follow):
         """The command that prints its last lines: so many, a str; `-f` goes on."""
         raise NotImplementedError
+
+LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
 
 def run_in_image(host, release, options, command, each, env, cwd):
     """`docker run` in the image of a release; the exit status."""
@@ -2966,10 +3027,6 @@ def once_name(release):
     """The name of the container in which a release's command runs once."""
     return container_name(release) + '--release'
 
-LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
-
-PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
-
 class Containers(Engine):
     """Docker itself keeps the app running: one container a release, named APP--N."""
     @classmethod
@@ -2978,23 +3035,25 @@ class Containers(Engine):
 
     def job(self, release):
         """How docker runs a release; Failure where it cannot."""
-        env_file = release_folder(self.host, release.app, release.number) + '/env'
+        env_file = self.app.release_folder(release.number) + '/env'
         if not release.job:
             return plain_container(release, env_file)
         job = container_of(job_of(release), release.app)
-        env = '%s/apps/%s/env' % (STATE, release.app)
-        return job._replace(options=[each.replace(env, env_file) for each in job.options])
+        env_in_force = '%s/apps/%s/env' % (STATE, release.app)
+        return job._replace(options=[option.replace(env_in_force, env_file)
+                                     for option in job.options])
 
     def check(self, release):
         if release.job:
             self.job(release)
-        refuse_if(is_upstart(self.host) and self.host.docker.version() < (1, 11),
+        refuse_if(is_upstart(self.host) and self.docker.version() < (1, 11),
                   'without an upstart.conf an app wants docker 1.11 or later')
 
     def doubts(self, release, ports, volumes):
         """All but what holds for init alone."""
-        found = Engine.doubts(self, release, ports, volumes)
-        return [doubt for doubt in found if not doubt[1].startswith(UPSTART_ONLY)]
+        doubts = Engine.doubts(self, release, ports, volumes)
+        return [(line, text) for line, text in doubts
+                if not text.startswith(UPSTART_ONLY)]
 
     def image_ref(self, release):
         """Its own image by id, or that which its job names."""
@@ -3016,8 +3075,8 @@ class Containers(Engine):
         """A job's own container was stopped before the next one was started."""
         plain = dict((container_name(release), release)
                      for release in releases if release.address)
-        found = self.host.docker.inspect(*plain) if plain else []
-        return [plain[container['Name'][1:]] for container in found
+        containers = self.docker.inspect(*plain) if plain else []
+        return [plain[container['Name'][1:]] for container in containers
                 if container['State']['Running']]
 
     def run_once(self, release, command, each):
@@ -3026,63 +3085,71 @@ class Containers(Engine):
         options = [option for option in job.options
                    if not option.startswith(('--ip', '--net-alias', '--publish'))]
         if release.address:
-            self.host.docker.ensure_network(release.address)
+            self.docker.ensure_network(release.address)
         return run_in_image(self.host, release, options, command, each, job.env,
                             job.folder)
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
-        job, host = self.job(release), self.host
+        job = self.job(release)
         command = ['docker', 'create', '--name', container_name(release)] + job.options
         command.append('--label=dockhand.app=' + release.app)
-        if release.address and host.docker.has_init():
+        if release.address and self.docker.has_init():
             command.append('--init')
-        if not any(each.startswith('--log-') for each in job.options):
+        if not any(option.startswith('--log-') for option in job.options):
             command += LOG_CAP
-        if not any(each.startswith('--pids-limit') for each in job.options):
+        if not any(option.startswith('--pids-limit') for option in job.options):
             command.append(PIDS_CAP)
         command += [self.image_ref(release)] + job.command
-        if not host.run_unless('already in use', command, env=job.env, cwd=job.folder):
-            host.docker.on_container(release, 'update', '--restart', 'no')
+
+        is_new = self.host.run_unless('already in use', command, env=job.env,
+                                      cwd=job.folder)
+        if not is_new:
+            self.docker.on_container(release, 'update', '--restart', 'no')
 
     def start(self, release):
         """Start the container; if it was pruned away, or its network, it is new."""
         command = ['docker', 'start', container_name(release)]
-        if not self.host.run_unless('No such container|network .* not found', command):
-            self.host.docker.on_container(release, 'rm', '-f')
-            if release.address:
-                self.host.docker.ensure_network(release.address)
-            self.prepare(release)
-            self.host.run(command)
+        if self.host.run_unless('No such container|network .* not found', command):
+            return
+        self.docker.on_container(release, 'rm', '-f')
+        if release.address:
+            self.docker.ensure_network(release.address)
+        self.prepare(release)
+        self.host.run(command)
 
     def stop(self, release):
         """Stop it for good: docker's own start must not bring it back beside another, not
         even where docker dies half-way. While a container is coming to its end, docker
         refuses to update it: then that is done afterwards."""
         forbid = ['docker', 'update', '--restart', 'no', container_name(release)]
-        refused = self.host.ask(forbid).status
-        self.host.docker.on_container(release, 'stop', '-t', self.job(release).grace)
+        refused = self.host.ask(forbid).status != 0
+        self.docker.on_container(release, 'stop', '-t', self.job(release).grace)
         if refused:
             self.host.run_unless('No such container', forbid)
 
     def revives(self, release):
-        """Whether one that does not run is to be started, after a boot or a prune."""
+        """As its job says; a plain app is started."""
         return self.job(release).at_boot
 
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too. (With the policy
         `unless-stopped` it would not after a kill of dockerd.)"""
         policy = 'always' if self.job(release).at_boot else 'on-failure'
-        self.host.docker.on_container(release, 'update', '--restart', policy)
+        self.docker.on_container(release, 'update', '--restart', policy)
 
     def state(self, release):
-        for found in self.host.docker.inspect(container_name(release)):
-            state = container_state(found)
-            reached = release.web or release.port and not state.health
-            ports = [(release.address, release.port)] if reached else []
-            return state._replace(ports=ports) if release.address else state
-        return State(False, None, [], '', 'its container is gone')
+        containers = self.docker.inspect(container_name(release))
+        if not containers:
+            return State(False, None, [], '', 'its container is gone')
+        state = container_state(containers[0])
+        if not release.address:
+            return state
+
+        # nginx connects to a web app's port, even if a HEALTHCHECK says that it is well
+        is_asked = release.web or release.port and not state.health
+        return state._replace(ports=[(release.address, release.port)] if is_asked else [])
 
     def logs_command(self, release, lines, *follow):
         return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
@@ -3095,20 +3162,21 @@ class Upstart(Engine):
     def takes(cls, host, release):
         return bool(release.job) and is_upstart(host)
 
+    def path(self, release, ending):
+        """The job's file `.conf` or `.override`."""
+        return self.host.path(JOBS, release.app + ending)
+
     def run_once(self, release, command, each):
         """Of the job only its environment is known here."""
-        env_file = release_folder(self.host, release.app, release.number) + '/env'
+        env_file = self.app.release_folder(release.number) + '/env'
         options = ['--env-file=' + env_file]
         return run_in_image(self.host, release, options, command, each, {}, '/')
 
     def place(self, release):
         env = environment_text(release.config, None)
-        replace_file(app_folder(self.host, release.app, 'env'), env, 0o600)
+        replace_file(self.app.folder('env'), env, 0o600)
         replace_file(self.path(release, '.override'), self.held)
         replace_file(self.path(release, '.conf'), release.job)
-
-    def path(self, release, ending):
-        return self.host.path(JOBS, release.app + ending)
 
     def start(self, release):
         refuse_if(read_file(self.path(release, '.conf')) != release.job,
@@ -3123,28 +3191,34 @@ class Upstart(Engine):
             replace_file(self.path(release, '.conf'), release.job)
         self.host.run_unless('Unknown|already been stopped|Method "Get" with signature',
                              ['stop', release.app])
-        for found in self.host.docker.running(release.image):
-            self.host.run_unless('No such', ['docker', 'stop', '-t', '1', found['Id']])
+
+        for container in self.docker.running(release.image):
+            stop = ['docker', 'stop', '-t', '1', container['Id']]
+            self.host.run_unless('No such', stop)
         self.free_names(release)
 
     def free_names(self, release):
         """Remove a container of ours that holds the `--name` of the job: its client was
         killed before it could do that."""
-        names = [value for name, value, _ in options_of(job_of(release))
-                 if name == 'name']
-        held = self.host.docker.inspect(*names) if names else []
-        numbers = list_releases(self.host, release.app) if held else []
-        ours = [load_release(self.host, release.app, number).image for number in numbers]
-        for found in held:
-            if found.get('Image') in ours:
-                self.host.run_unless('No such', ['docker', 'rm', '-f', found['Id']])
+        names = [option.value for option in options_of(job_of(release))
+                 if option.name == 'name']
+        holders = self.docker.inspect(*names) if names else []
+        if not holders:
+            return
+        ours = [self.app.load(number).image for number in self.app.numbers()]
+        for container in holders:
+            if container.get('Image') in ours:
+                remove = ['docker', 'rm', '-f', container['Id']]
+                self.host.run_unless('No such', remove)
 
     def revives(self, release):
-        """Whether it is to run after a boot. init starts it by its events, but not where
-        a command was killed that held the job, or where docker was away for too long."""
-        held, job = self.path(release, '.override'), self.path(release, '.conf')
-        return os.path.exists(held) or not os.path.exists(job) or (
-            starts_at_boot(job_of(release)))
+        """init starts it by its events, but not where a command was killed that held the
+        job, or where docker was away for too long."""
+        if os.path.exists(self.path(release, '.override')):
+            return True
+        if not os.path.exists(self.path(release, '.conf')):
+            return True
+        return starts_at_boot(job_of(release))
 
     def settle(self, release):
         remove_file(self.path(release, '.override'))
@@ -3153,7 +3227,7 @@ class Upstart(Engine):
         if is_ours(read_file(self.path(release, '.conf')), release.app):
             remove_file(self.path(release, '.conf'))
         remove_file(self.path(release, '.override'))
-        remove_file(app_folder(self.host, release.app, 'env'))
+        remove_file(self.app.folder('env'))
 
     def state(self, release):
         _, out, err = self.host.ask(['status', release.app])
@@ -3162,14 +3236,17 @@ class Upstart(Engine):
         if not running:
             alive = None if ' start/' in text else False
             return State(alive, None, [], '', text or 'no such job')
-        for found in self.host.docker.running(release.image):
-            state = container_state(found)
-            if not self.is_left_over(found, running.group(1)):
-                return state._replace(identity=running.groups() + state.identity,
-                                      text=text)
-        own = [words for _, words in runs_of(job_of(release))
-               if is_image_of(release.app, words[0].value)]
-        return State(None if own else True, running.groups(), [], '', text)
+
+        for container in self.docker.running(release.image):
+            if not self.is_left_over(container, running.group(1)):
+                state = container_state(container)
+                identity = running.groups() + state.identity
+                return state._replace(identity=identity, text=text)
+
+        # Without a container of its image: one is to come, or it runs another image.
+        images = [words[0].value for _, words in runs_of(job_of(release))]
+        is_to_come = any(is_image_of(release.app, image) for image in images)
+        return State(None if is_to_come else True, running.groups(), [], '', text)
 
     def is_left_over(self, container, process):
         """Whether a container began before the process of the job: it is that of an
@@ -3187,9 +3264,11 @@ class Upstart(Engine):
 # Who runs a release: the first of these that takes it.
 ENGINES = [Upstart, Containers]
 
-def engine_of(host, release):
+def engine_of(app, release):
     """The engine that runs a release."""
-    return next(kind for kind in ENGINES if kind.takes(host, release))(host)
+    for kind in ENGINES:
+        if kind.takes(app.host, release):
+            return kind(app)
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer.
@@ -3202,10 +3281,13 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
         state = engine.state(release)
         refuse_if(state.alive is False, 'it does not run: ' + state.text)
         refuse_if(state.health == 'unhealthy', 'its HEALTHCHECK says unhealthy')
+
         if state.identity != identity:
-            deaths += identity is not None
+            if identity is not None:
+                deaths += 1
             identity, since, answered = state.identity, clock.monotonic(), None
         refuse_if(deaths > 3, 'it keeps dying and being started again')
+
         missing = silent_ports(engine.host, state)
         if state.alive and not missing:
             answered = answered or clock.monotonic()
@@ -3228,35 +3310,37 @@ def silent_ports(host, state):
 
 # ---- Switching: one function makes the host match a release ----------------------------
 
-# seconds: how long the app did not answer, None where it always did; spent on checks
+# gap: seconds in which the app did not answer, None where it always did; checked: seconds
+# spent on health checks
 Switch = namedtuple('Switch', 'gap checked')
 
-def apply(host, old, new):
+def apply(app, old, new):
     """Make the host match a release, or put the old one back and raise; a report.
 
     `pending` says what is being switched to; moving `live` is the commit point."""
-    begun, app, engine = host.clock.monotonic(), new.app, engine_of(host, new)
-    served = old is not None and not is_stopped(host, app)
+    clock, engine = app.host.clock, engine_of(app, new)
+    begun = clock.monotonic()
+    served = old is not None and not app.is_stopped()
     overlap = served and engine.overlaps(old, new)
 
     # Another app may have taken one of its names while this one was built.
     if old is None or not overlap and new.proxy != old.proxy:
-        check_proxy_change(host, new, was_live(old, new))
+        check_proxy_change(app, new, was_live(old, new))
     engine.prepare(new)
     if not overlap:                 # nothing is stopped yet, and nothing is to be undone
-        host.docker.check_takes_writes(app)
+        app.docker.check_takes_writes(app.name)
 
-    with undone_by(put_back, host, new, old):
-        set_link(host, app, 'pending', new)
+    with undone_by(put_back, app, new, old):
+        app.set_link('pending', new)
         if overlap:
-            switch = hand_over(host, old, new)
+            switch = hand_over(app, old, new)
         else:
-            switch = stop_then_start(host, old, new)
-        new = count_turn(host, old, new)
-        set_link(host, app, 'live', new)
+            switch = stop_then_start(app, old, new)
+        new = app.count_turn(old, new)
+        app.set_link('live', new)
 
-    switched = host.clock.monotonic() - begun - switch.checked
-    finish(host, new, engine, branch_moves=is_pushed(old, new))
+    switched = clock.monotonic() - begun - switch.checked
+    finish(app, new, branch_moves=is_pushed(old, new))
     report = 'switched in %.1f s, checked in %.1f s' % (switched, switch.checked)
     if overlap:
         return report + ', no gap'
@@ -3274,318 +3358,351 @@ def is_pushed(old, new):
     is_new = new.seconds is None
     return is_new and not (old is not None and old.commit == new.commit)
 
-def hand_over(host, old, new):
+def hand_over(app, old, new):
     """Both run for a time, so that no request is lost; gives a Switch."""
-    engine = engine_of(host, new)
+    engine, clock = engine_of(app, new), app.host.clock
     on_trial = old.web and new.web      # the old one answers where the new one fails
     engine.start(new)
-    begun = host.clock.monotonic()
-    check_or_show_log(host, new, engine, steady=0 if on_trial else STEADY)
-    checked = host.clock.monotonic() - begun
+    begun = clock.monotonic()
+    check_or_show_log(app, new, steady=0 if on_trial else STEADY)
+    checked = clock.monotonic() - begun
 
     shown = new
     if on_trial:
-        address = engine_of(host, old).address(old)
+        address = engine_of(app, old).address(old)
         shown = new._replace(proxy=with_backup(new.proxy, address, old.port))
-    host.nginx.install(shown, was_live(old, new), host.known)
-    host.docker.tag(image_tag(new), new.app + ':latest')
+    app.nginx.install(shown, was_live(old, new), app.known)
+    app.docker.tag(image_tag(new), latest_tag(app))
 
     if on_trial:
-        begun = host.clock.monotonic()
-        check_or_show_log(host, new, engine)
-        checked += host.clock.monotonic() - begun
-        host.nginx.install(new, was_live(old, new), host.known)
+        begun = clock.monotonic()
+        check_or_show_log(app, new)
+        checked += clock.monotonic() - begun
+        app.nginx.install(new, was_live(old, new), app.known)
     return Switch(None, checked)
 
-def stop_then_start(host, old, new):
+def stop_then_start(app, old, new):
     """Never two at once: they would share data, a port, or a job. Gives a Switch."""
-    engine, stopped = engine_of(host, new), host.clock.monotonic()
+    engine, clock = engine_of(app, new), app.host.clock
+    stopped = clock.monotonic()
     if old is not None:
-        stop_for(host, old, engine)
-    host.docker.tag(image_tag(new), new.app + ':latest')
+        stop_for(app, old, engine)
+    app.docker.tag(image_tag(new), latest_tag(app))
     engine.place(new)
-    host.nginx.install(new, was_live(old, new), host.known)
+    app.nginx.install(new, was_live(old, new), app.known)
     engine.start(new)
 
-    started = host.clock.monotonic()
-    answered = check_or_show_log(host, new, engine)
-    return Switch(answered - stopped, host.clock.monotonic() - started)
+    started = clock.monotonic()
+    answered = check_or_show_log(app, new)
+    return Switch(answered - stopped, clock.monotonic() - started)
 
-def check_or_show_log(host, release, engine, steady=STEADY):
-    """The moment of a release's first answer; its log for the pusher if none comes."""
-    timeout, lines = int(release.config.get('timeout', HEALTH_TIMEOUT)), []
-    try:
-        return check_health(release, engine, timeout, steady)
-    except Failure as error:
-        host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
-        step('The last lines of its log:' if any(lines) else 'It printed nothing')
-        detail('\n'.join(lines))
-        for port in loopback_ports(host, release):
-            step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
-        raise Failure('release %d failed its health check: %s', release.number, error)
-
-def loopback_ports(host, release):
-    """The ports on which an app listens for its own container alone."""
-    listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
-    texts = [host.text('/proc', str(found['State'].get('Pid')), 'net', name)
-             for found in host.docker.running(release.image)
-             for name in ('tcp', 'tcp6')]
-    return sorted(set(int(port, 16) for port in re.findall(listens, ''.join(texts))))
-
-def stop_for(host, release, engine):
+def stop_for(app, release, engine):
     """Stop a release, and take its job away where another engine follows."""
-    own = engine_of(host, release)
+    own = engine_of(app, release)
     own.stop(release)
     if type(own) != type(engine):
         own.withdraw(release)
 
-def take_away(host, release):
+def latest_tag(app):
+    """The image that a job, or a person, means by the name of the app alone."""
+    return app.name + ':latest'
+
+def check_or_show_log(app, release, steady=STEADY):
+    """The moment of a release's first answer; its log for the pusher if none comes."""
+    engine, lines = engine_of(app, release), []
+    timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
+    try:
+        return check_health(release, engine, timeout, steady)
+    except Failure as error:
+        app.host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
+        step('The last lines of its log:' if any(lines) else 'It printed nothing')
+        detail('\n'.join(lines))
+        for port in loopback_ports(app, release):
+            step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
+        raise Failure('release %d failed its health check: %s', release.number, error)
+
+def loopback_ports(app, release):
+    """The ports on which an app listens for its own container alone."""
+    # 127.0.0.1, the same as an IPv6 address, and ::1, as /proc has them; 0A: it listens
+    listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
+    ports = set()
+    for container in app.docker.running(release.image):
+        pid = str(container['State'].get('Pid'))
+        for name in ('tcp', 'tcp6'):
+            table = app.host.text('/proc', pid, 'net', name)
+            ports.update(int(port, 16) for port in re.findall(listens, table))
+    return sorted(ports)
+
+def take_away(app, release):
     """What undoes a first deploy, as [(function, argument...)]."""
-    engine = engine_of(host, release)
+    engine = engine_of(app, release)
     return [
         (engine.stop, release),
-        (host.nginx.restore, release.app, None),
+        (app.nginx.restore, app.name, ''),
         (engine.withdraw, release),
-        (host.docker.untag, release.app + ':latest')]
+        (app.docker.untag, latest_tag(app))]
 
-def ways_back(host, new, old):
+def ways_back(app, new, old):
     """What puts the old release back, as [(function, argument...)]."""
-    engine, served = engine_of(host, old), not is_stopped(host, old.app)
+    engine, failed = engine_of(app, old), engine_of(app, new)
+    served = not app.is_stopped()
     start = [(engine.start, old)] if served else []
     settle = [(engine.settle, old)] if served else []
-    tag = [(host.docker.tag, image_tag(old), old.app + ':latest')]
-    proxy = [(host.nginx.restore, old.app, old.proxy)]
+    tag = [(app.docker.tag, image_tag(old), latest_tag(app))]
+    proxy = [(app.nginx.restore, app.name, old.proxy)]
 
-    failed = engine_of(host, new)
     if served and failed.overlaps(old, new):
-        stop = [(host.nginx.drain, failed.address(new)), (failed.stop, new)]
+        stop = [(app.nginx.drain, failed.address(new)), (failed.stop, new)]
         return start + proxy + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
     again = [(engine.stop, old)] if served else []
-    stop = again + [(stop_for, host, new, engine)]
+    stop = again + [(stop_for, app, new, engine)]
     return stop + tag + [(engine.place, old)] + proxy + start + settle
 
-def put_back(host, new, old, branch_moves=False):
-    """Undo a switch, whatever was done of it. Each part that can be put back is."""
-    engine, live = engine_of(host, new), live_release(host, new.app)
+def put_back(app, new, old, branch_moves=False):
+    """Undo a switch, whatever was done of it. Each part that can be put back is.
+    branch_moves: as finish has it"""
+    engine, live = engine_of(app, new), app.live()
     put = partial(attempt, 'could not be put back')
     if live is not None and live.number == new.number:
         # A crash after the commit point; and it may be down since a power cut.
         put(engine.place, new)
         put(engine.start, new)
-        return finish(host, new, engine, branch_moves)
+        return finish(app, new, branch_moves)
 
-    ways = take_away(host, new) if old is None else ways_back(host, new, old)
+    ways = take_away(app, new) if old is None else ways_back(app, new, old)
     done = [put(*way) for way in ways]
     if not all(done):
         return say('dockhand: mend that, then: sudo dockhand recover')
-    remove_file(app_folder(host, new.app, 'pending'))
+    remove_file(app.folder('pending'))
 
-    if old is not None and not is_stopped(host, old.app):
+    if old is not None and not app.is_stopped():
         title = 'release %d was started again, but' % old.number
-        if attempt(title, check_health, old, engine_of(host, old), HEALTH_TIMEOUT, 0):
+        if attempt(title, check_health, old, engine_of(app, old), HEALTH_TIMEOUT, 0):
             step('Release %d runs as before', old.number)
 
-def finish(host, release, engine, branch_moves):
+def finish(app, release, branch_moves):
     """What follows the commit point. branch_moves: by git, when this push is over"""
-    app, branch = release.app, 'refs/heads/' + release.branch
     try:
-        remove_file(app_folder(host, app, 'stopped'))
-        engine.settle(release)
-        stop_others(host, release)
-        if not branch_moves and has_history(host, app, release.commit):
-            git(host, app, 'update-ref', branch, release.commit)
+        remove_file(app.folder('stopped'))
+        engine_of(app, release).settle(release)
+        stop_others(app, release)
+        if not branch_moves and app.has_history(release.commit):
+            branch = 'refs/heads/' + release.branch
+            app.git('update-ref', branch, release.commit)
 
         if release.seconds is None:
-            took = max(0, round(host.clock.time() - release.time, 1))
-            save_record(host, release._replace(seconds=took))
-        save_config(host, app, release.config)
-        pending = linked_release(host, app, 'pending')
-        if pending and pending.number == release.number:
-            remove_file(app_folder(host, app, 'pending'))
+            took = max(0, round(app.host.clock.time() - release.time, 1))
+            app.save_record(release._replace(seconds=took))
+        app.save_config(release.config)
+        pending = app.linked('pending')
+        if pending is not None and pending.number == release.number:
+            remove_file(app.folder('pending'))
     except (Failure, EnvironmentError) as error:
-        say('dockhand: %s is live, but: %s; `dockhand recover` tries again', app, error)
+        say('dockhand: %s is live, but: %s; `dockhand recover` tries again', app.name,
+            error)
 
-def stop_others(host, live):
+def stop_others(app, live):
     """Stop what still runs of the app's earlier releases, once it is drained."""
-    others = [release for release in kept_releases(host, live.app)
-              if release.number != live.number]
+    others = [release for release in app.kept() if release.number != live.number]
     for kind in ENGINES:
-        engine = kind(host)
-        theirs = [release for release in others if kind.takes(host, release)]
+        engine = kind(app)
+        theirs = [release for release in others if kind.takes(app.host, release)]
         for release in engine.running(theirs):
-            host.nginx.drain(engine.address(release))
+            app.nginx.drain(engine.address(release))
             engine.stop(release)
 
 # ---- Keeping: what is removed, and when ------------------------------------------------
 
-def forget(host, release, reason=None):
+def forget(app, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
     why = printable(reason or str(sys.exc_info()[1]), 300)
-    app, live = release.app, live_release(host, release.app)
-    if linked_release(host, app, 'pending') or live and live.number == release.number:
-        return
+    live = app.live()
+    if app.linked('pending') or live is not None and live.number == release.number:
+        return                                  # it is not over yet, or it is live
     try:
-        drop(host, release, '--no-prune')       # the mended push builds on what is there
+        drop(app, release, '--no-prune')        # the mended push builds on what is there
         if release.plan:
             return
-        save_release(host, load_release(host, app, release.number)._replace(
+        app.save(app.load(release.number)._replace(
             failed=why, job='', proxy='', config={}, address=''))
         if live is None:
-            remove_file(app_folder(host, app, 'live'))
-            clean_up_failed(host, app)
+            remove_file(app.folder('live'))
+            clean_up_failed(app)
     except Failure:
         return          # docker has gone, or the disk is full: a later command does
 
-def drop(host, release, *options):
-    """Take a release's container, image and commit away; False if the image is used."""
-    engine_of(host, release).remove(release)
-    gone = host.docker.untag(image_tag(release), *options)
-    if gone:
-        held = HELD_REF % release.number
-        git(host, release.app, 'update-ref', '-d', held, act=host.ask)
-    return gone
+def drop(app, release, *options):
+    """Take a release's container, image and commit away; False if the image is used.
+    options: of `docker rmi`"""
+    engine_of(app, release).remove(release)
+    if not app.docker.untag(image_tag(release), *options):
+        return False
+    app.git('update-ref', '-d', HELD_REF % release.number, act=app.host.ask)
+    return True
 
-def remove_app(host, app):
+def remove_records(app):
     """Remove what the store has of an app without a release, but for its config."""
-    parts = ('releases', 'env', 'live') if load_config(host, app) else ('',)
-    host.run(['rm', '-rf', '--'] + [app_folder(host, app, part) for part in parts])
+    parts = ['']
+    if app.config():
+        parts = ['releases', 'env', 'live']
+    app.host.run(['rm', '-rf', '--'] + [app.folder(part) for part in parts])
 
-def clean_up(host, live):
+def clean_up(app, live):
     """Remove what is older than the last releases; only what the store names is ours."""
-    app, numbers = live.app, list_releases(host, live.app)
-    if linked_release(host, app, 'pending'):
+    if app.linked('pending'):
         return
-    kept = [live.number] + [each.number for each in kept_releases(host, app)[:KEPT]]
-    clean_up_failed(host, app)
-    for release in [load_release(host, app, number) for number in numbers]:
-        if not release.failed and release.number not in kept:
-            remove_release(host, release)
+    kept = [live.number] + [release.number for release in app.kept()[:KEPT]]
+    clean_up_failed(app)
+    for number in app.numbers():
+        release = app.load(number)
+        if not release.failed and number not in kept:
+            remove_release(app, release)
 
-def clean_up_failed(host, app):
+def clean_up_failed(app):
     """Remove what failed releases left as a cache, and the record of those long ago."""
-    numbers = list_releases(host, app)
-    for release in [load_release(host, app, number) for number in numbers]:
-        if release.failed and release.image and live_release(host, app):
-            if not any(each.get('RepoTags') for each in host.docker.inspect(release.image)):
-                host.ask(['docker', 'rmi', release.image])
-            save_record(host, release._replace(image=None))
-        if release.failed and release.number in numbers[:-LISTED]:
-            remove_release(host, release)
+    numbers = app.numbers()
+    for number in numbers:
+        release = app.load(number)
+        if not release.failed:
+            continue
+        if release.image and app.live():
+            layers = app.docker.inspect(release.image)
+            if not any(layer.get('RepoTags') for layer in layers):
+                app.host.ask(['docker', 'rmi', release.image])
+            app.save_record(release._replace(image=None))
+        if number in numbers[:-LISTED]:
+            remove_release(app, release)
 
-def remove_release(host, release):
+def remove_release(app, release):
     """Remove an old release, but not the image of somebody's container."""
-    images, number = host.docker.images_folder(), release.number
-    free, written = free_bytes(host, images), host.docker.written_files(container_name(release))
-    if not drop(host, release):
-        return step('Release %d stays: a container uses its image', number)
-    host.run(['rm', '-rf', '--', release_folder(host, release.app, number)])
-    freed = max(0, free_bytes(host, images) - free) / 1e6
-    step('Release %d is removed, %.1f MB freed', number, freed)
+    images = app.docker.images_folder()
+    free = free_bytes(app.host, images)
+    written = app.docker.written_files(container_name(release))
+    if not drop(app, release):
+        return step('Release %d stays: a container uses its image', release.number)
+
+    app.host.run(['rm', '-rf', '--', app.release_folder(release.number)])
+    freed = max(0, free_bytes(app.host, images) - free) / 1e6
+    step('Release %d is removed, %.1f MB freed', release.number, freed)
     if written:
         detail('with what it wrote outside volumes: ' + ' '.join(written[:5]))
 
 # ---- Recovering: what a crash left -----------------------------------------------------
 
 @contextmanager
-def app_lock(host, app, purpose, branch_moves=False):
+def app_lock(app, purpose, branch_moves=False):
     """Hold an app's lock, what a crash left put right; gives the live Release or None.
     branch_moves: by git, at the end of a push; else it is set to what is live"""
-    with locked(host.path(LOCKS, check_app_name(app)), purpose):
-        recover_app(host, app, branch_moves)
-        yield live_release(host, app)
+    with locked(app.host.path(LOCKS, check_app_name(app.name)), purpose):
+        recover_app(app, branch_moves)
+        yield app.live()
 
 @contextmanager
-def live_app(host, app, command):
+def live_app(app, command):
     """The same for a command that wants an app that is live."""
-    with app_lock(host, app, 'dockhand %s %s' % (command, app)):
-        yield must_be_live(host, app)
+    with app_lock(app, 'dockhand %s %s' % (command, app.name)):
+        yield app.must_be_live()
 
-def recover_app(host, app, branch_moves=False):
+def recover_app(app, branch_moves=False):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
-    sweep(host, app)
-    pending = linked_release(host, app, 'pending')
-    if pending:
-        step('%s: the switch to release %d was interrupted', app, pending.number)
-        live = live_release(host, app)
-        put_back(host, pending, live, branch_moves)
-        if pending.seconds is None and not (live and live.number == pending.number):
-            forget(host, pending, 'interrupted')
-    for number in reversed(list_releases(host, app)):
-        release = load_release(host, app, number)
+    sweep(app)
+    pending = app.linked('pending')
+    if pending is not None:
+        step('%s: the switch to release %d was interrupted', app.name, pending.number)
+        live = app.live()
+        put_back(app, pending, live, branch_moves)
+        is_live = live is not None and live.number == pending.number
+        if pending.seconds is None and not is_live:
+            forget(app, pending, 'interrupted')
+
+    for number in reversed(app.numbers()):      # of builds that did not come so far
+        release = app.load(number)
         if release.seconds is not None or release.failed is not None:
             break
-        forget(host, release, 'interrupted')
-    if app in list_apps(host) and not list_releases(host, app):
-        remove_app(host, app)
+        forget(app, release, 'interrupted')
+    if app.name in list_apps(app.host) and not app.numbers():
+        remove_records(app)
 
-def sweep(host, app):
+def sweep(app):
     """Remove the temporary files and the build folder of a command that was killed."""
-    written = [app_folder(host, app, name)
+    host = app.host
+    written = [app.folder(name)
                for name in ('live', 'pending', 'stopped', 'config', 'env')]
-    written += [host.path(folder, app + '.conf') for folder in (JOBS, PROXIES, NGINX)]
-    written += [release_folder(host, app, number) + '/release.json'
-                for number in list_releases(host, app)]
-    for path in written + [host.path(JOBS, app + '.override')]:
+    written += [host.path(folder, app.name + '.conf')
+                for folder in (JOBS, PROXIES, NGINX)]
+    written += [app.release_folder(number) + '/release.json' for number in app.numbers()]
+    written.append(host.path(JOBS, app.name + '.override'))
+    for path in written:
         remove_file(temporary_of(path))
-    remove_file(host.docker.trial_file(app))
-    remove_file(repository(host, app) + '/index.lock')
-    if os.path.lexists(build_folder(host, app)):
-        empty_build_folder(host, app)
-        host.docker.untag(app + ':plan')
 
-def put_right(host, app):
+    remove_file(app.docker.trial_file(app.name))
+    remove_file(app.repository() + '/index.lock')
+    if os.path.lexists(app.build_folder()):
+        app.empty_build_folder()
+        app.docker.untag(app.name + ':plan')
+
+def put_right(app):
     """For one app: what a crash left, and what is gone of its live release."""
-    with app_lock(host, app, 'dockhand recover') as live:
-        refuse_if(linked_release(host, app, 'pending'), 'it could not be put back')
-        if live:
-            mend_commit(host, live)
-            bring_back(host, live)
+    with app_lock(app, 'dockhand recover') as live:
+        refuse_if(app.linked('pending'), 'it could not be put back')
+        if live is not None:
+            mend_commit(app, live)
+            bring_back(app, live)
 
-def mend_commit(host, live):
+def mend_commit(app, live):
     """Where the live commit is none but an annotated tag, which older versions took: git
     never moves a branch to it. Write down the commit that it names, move the branch."""
-    app = live.app
-    kind = git(host, app, 'cat-file', '-t', live.commit, act=host.ask).out.strip()
+    kind = app.git('cat-file', '-t', live.commit, act=app.host.ask).out.strip()
     if kind == 'tag':
-        named = git(host, app, 'rev-parse', '-q', '--verify', live.commit + '^{}').strip()
-        step('%s: %s is a tag; its commit is %s', app, live.commit[:10], named[:10])
-        save_record(host, live._replace(commit=named))
-        git(host, app, 'update-ref', 'refs/heads/' + live.branch, named)
+        named = app.git('rev-parse', '-q', '--verify', live.commit + '^{}').strip()
+        step('%s: %s is a tag; its commit is %s', app.name, live.commit[:10], named[:10])
+        app.save_record(live._replace(commit=named))
+        app.git('update-ref', 'refs/heads/' + live.branch, named)
 
-def bring_back(host, live):
+def bring_back(app, live):
     """Bring back what is gone of a live release: tags, files, its container."""
-    engine, app, number = engine_of(host, live), live.app, live.number
-    tags = image_tag(live), app + ':latest'
-    missing = [each['Id'] for each in host.docker.inspect(*tags)] != [live.image] * 2
-    for tag in tags if missing else ():
-        if [each['Id'] for each in host.docker.inspect(tag)] != [live.image]:
-            refuse_if(not host.docker.inspect(live.image), 'the image of release %d is gone: '
-                      'sudo dockhand rebuild %s', number, app)
-            step('%s: tagging release %d as %s again', app, number, tag)
-            host.docker.tag(live.image, tag)
-    if live.proxy and not os.path.exists(host.path(PROXIES, app + '.conf')):
-        step('%s: installing its proxy file again', app)
-        host.nginx.restore(app, live.proxy)
-    if is_stopped(host, app):
-        return engine.stop(live)
-    if engine.revives(live):
+    engine = engine_of(app, live)
+    bring_tags_back(app, live)
+    if live.proxy and not os.path.exists(app.host.path(PROXIES, app.name + '.conf')):
+        step('%s: installing its proxy file again', app.name)
+        app.nginx.restore(app.name, live.proxy)
+
+    if app.is_stopped():
+        engine.stop(live)
+    elif engine.revives(live):
         if engine.state(live).alive is False:
-            step('%s: release %d did not run; starting it', app, number)
+            step('%s: release %d did not run; starting it', app.name, live.number)
             engine.stop(live)       # what is left of it holds its port and its name
             engine.place(live)
             engine.start(live)
         engine.settle(live)
 
+def bring_tags_back(app, live):
+    """Give the image of a live release its two tags again; Failure where it is gone."""
+    tags = [image_tag(live), latest_tag(app)]
+    if [image['Id'] for image in app.docker.inspect(*tags)] == [live.image] * 2:
+        return
+    for tag in tags:
+        if [image['Id'] for image in app.docker.inspect(tag)] == [live.image]:
+            continue
+        refuse_if(not app.docker.inspect(live.image), 'the image of release %d is gone: '
+                  'sudo dockhand rebuild %s', live.number, app.name)
+        step('%s: tagging release %d as %s again', app.name, live.number, tag)
+        app.docker.tag(live.image, tag)
+
 # ---- What the pusher is told -----------------------------------------------------------
 
 def diff_text(old, new, old_name, new_name):
+    """What differs between two texts, as `diff -u` shows it; '' where nothing does."""
     import difflib
-    return '\n'.join(line.rstrip('\r\n') for line in difflib.unified_diff(
-        old.splitlines(), new.splitlines(), old_name, new_name, lineterm=''))
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name,
+                                 lineterm='')
+    return '\n'.join(line.rstrip('\r\n') for line in lines)
 
 def ports_text(release):
+    """Where it listens: for a job, what it publishes."""
     if release.job:
         return ', '.join(published_ports(job_of(release))) or 'none'
     return '%s on %s' % (release.port or 'none', release.address)
@@ -3595,89 +3712,110 @@ def kind_text(release):
     if release.web:
         return ('a web app: nginx passes requests to its port %d (another: dockhand '
                 'config %s port=N)' % (release.port, release.app))
-    if release.port:
-        if '.' in release.app:
-            return ('a service on port %d that no other app can reach by its name, for '
-                    'the dot in it' % release.port)
-        return 'a service that other apps reach as %s:%d, and nginx does not' % (
-            release.app, release.port)
-    return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
+    if not release.port:
+        return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
+    if '.' in release.app:
+        return ('a service on port %d that no other app can reach by its name, for the '
+                'dot in it' % release.port)
+    return 'a service that other apps reach as %s:%d, and nginx does not' % (
+        release.app, release.port)
 
 def origin_text(release):
-    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
-    return '%s  %s  %-10s' % (release.commit[:10], since, release.key)
+    """Which commit, since when, by whom: columns of a table."""
+    return '%s  %s  %-10s' % (release.commit[:10], time_text(release), release.key)
 
 def live_text(live):
-    since = time.strftime('%Y-%m-%d %H:%M', time.localtime(live.time))
-    return '%s is live since %s, by %s' % (live.commit[:10], since, live.key)
+    """The same in a sentence."""
+    return '%s is live since %s, by %s' % (live.commit[:10], time_text(live), live.key)
+
+def time_text(release):
+    return time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
 
 def address_text(release):
     """The address that a person would type for a web app; of another app, its ports."""
     for server in servers_of(release.proxy or ''):
-        port, default = server.listens[0].port, server.listens[0].default
+        first = server.listens[0]
         names = [name.replace('*', 'ANY.DOMAIN') for name in server.names
                  if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
-        names += [os.uname()[1]] if default else []
-        if names and port:
-            name = sorted(names, key=lambda name: '.' not in name)[0]
-            shape = {'80': 'http://%s/', '443': 'https://%s/'}
-            return shape.get(port, 'http://%s:' + port + '/') % name
+        if first.default:
+            names.append(os.uname()[1])
+        if names and first.port:
+            names.sort(key=lambda name: '.' not in name)
+            return url_text(names[0], first.port)
     return 'ports ' + ports_text(release) if release.job else kind_text(release)
 
-def show_address(host, release):
+def url_text(name, port):
+    if port == '80':
+        return 'http://%s/' % name
+    if port == '443':
+        return 'https://%s/' % name
+    return 'http://%s:%s/' % (name, port)
+
+def show_address(app, release):
     """Tell where an app answers; a web app's address is fetched through nginx first."""
-    app, address = release.app, address_text(release)
+    host, address = app.host, address_text(release)
     match = re.match(r'http://([^:/]+)((?::\d+)?)/', address)
     if not match:
-        return step('%s: %s', app, address)
+        return step('%s: %s', app.name, address)
+
     name, port = match.groups()
     status = fetch_status(host, name, int(port[1:] or 80))
     there = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()[:1]
     own = host.ask(['hostname', '-I']).out.split() or os.uname()[1:2]
     if there and there[0] in own:
-        return step('%s: %s answers %s', app, address, status)
-    here = ('[%s]' if ':' in own[0] else '%s') % own[0] + port
-    step("%s answers %s: curl -H 'Host: %s' http://%s/", app, status, name, here)
-    detail('%s leads %s: point it here in DNS, or %s', name,
-           'to ' + there[0] if there else 'nowhere yet',
-           'sudo dockhand config %s domains="NAME..." (domains=_ takes every name)' % app
-           if is_made(release) else 'take every name with `listen 80 default_server;`')
+        return step('%s: %s answers %s', app.name, address, status)
 
-def show_plan(host, live, release):
+    here = '[%s]' % own[0] if ':' in own[0] else own[0]
+    step("%s answers %s: curl -H 'Host: %s' http://%s/", app.name, status, name,
+         here + port)
+    leads = 'to ' + there[0] if there else 'nowhere yet'
+    remedy = 'take every name with `listen 80 default_server;`'
+    if is_made(release):
+        remedy = ('sudo dockhand config %s domains="NAME..." (domains=_ takes every name)'
+                  % app.name)
+    detail('%s leads %s: point it here in DNS, or %s', name, leads, remedy)
+
+def show_plan(app, live, release):
+    """What a push of this would change, beside what is live, if anything is."""
     step('What a push of this would change:')
-    was, now = [(each.job, each.proxy, ports_text(each), each.image) if each else
-                ('', '', 'none', '') for each in (live, release)]
-    names = ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image')
-    for name, old, new in zip(names, was, now):
-        diff = diff_text(old or '', new or '', 'live/' + name, 'new/' + name)
+    now = plan_texts(release)
+    was = plan_texts(live) if live is not None else dict.fromkeys(now, '')
+    if live is None:
+        was['ports'] = 'none'
+    for name in ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image'):
+        diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
         detail(diff or name + ': no change')
+
     gap = 'one stop and one start of the service'
-    if live is None or engine_of(host, release).overlaps(live, release):
+    if live is None or engine_of(app, release).overlaps(live, release):
         gap = 'none'
-    size = host.docker.inspect(image_tag(release))[0]['Size'] / 1e6
+    size = app.docker.inspect(image_tag(release))[0]['Size'] / 1e6
     detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
-           free_bytes(host, STATE) / 1e6)
+           free_bytes(app.host, STATE) / 1e6)
+
+def plan_texts(release):
+    """What a plan compares of a release: {name: text}."""
+    return {'upstart.conf': release.job, 'nginx-proxy.conf': release.proxy,
+            'ports': ports_text(release), 'image': release.image}
 
 # ---- Deploying: check, build, plan -----------------------------------------------------
 
-def deploy(host, app, key, ref, old, new):
+def deploy(app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
-    keys = split_authorized_keys(host.text(host.home(), KEYS))[1]
-    host.known = apps_of(keys, key)
-    with app_lock(host, app, 'a push of %s by %s' % (app, key),
-                  branch_moves=True) as live:
-        branch = load_config(host, app).get('branch', live.branch if live else None)
+    purpose = 'a push of %s by %s' % (app.name, key)
+    with app_lock(app, purpose, branch_moves=True) as live:
+        branch = app.config().get('branch', live.branch if live else None)
         verdict = judge_ref(ref, new, branch)
         if verdict == 'store':
             return check_tag(ref, branch)
 
         branch = branch or ref[len('refs/heads/'):]
-        check_is_commit(host, app, new, ref)
+        check_is_commit(app, new, ref)
         if verdict == 'plan':
-            plan_release(host, live, new_release(host, app, key, branch, new, plan=True))
-        elif not (live and live.commit == new):
-            check_race(host, app, live, branch, old, new)
-            make_release(host, live, new_release(host, app, key, branch, new))
+            plan_release(app, live, new_release(app, key, branch, new, plan=True))
+        elif live is None or live.commit != new:
+            check_race(app, live, branch, old, new)
+            make_release(app, live, new_release(app, key, branch, new))
 
 def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
@@ -3688,126 +3826,172 @@ def check_tag(ref, branch):
               'deploys nothing; to deploy what it names: git push REMOTE '
               'TAG^{}:refs/heads/%s', name, name)
 
-def check_is_commit(host, app, new, ref):
+def check_is_commit(app, new, ref):
     """Failure unless a branch would point to a commit: git refuses all else afterwards,
     when it would be live already."""
-    kind = git(host, app, 'cat-file', '-t', new).strip()
+    kind = app.git('cat-file', '-t', new).strip()
     if kind == 'tag':
-        said = git(host, app, 'cat-file', 'tag', new)
+        said = app.git('cat-file', 'tag', new)
         named = re.search(r'(?m)^tag ([\w./-]+)$', said)
         raise Failure('an annotated tag is no commit, which a branch wants: git push '
                       'REMOTE %s^{}:%s', named.group(1) if named else 'TAG', ref)
     refuse_if(kind != 'commit', 'a %s is no commit, which a branch wants: git push REMOTE'
               ' HEAD:%s', printable(kind), ref)
 
-def check_race(host, app, live, branch, old, new):
+def check_race(app, live, branch, old, new):
     """Failure where the branch is no longer what the pusher saw, or what is live is no
     part of what is pushed. git moves the branch soon after a push went live; if not, a
     crash came between. Then the branch stays where the pusher saw it, or git could not
     move it after this push; only a refusal sets it to what is live."""
-    ref = 'refs/heads/' + branch
-    found = read_branch(host, app, ref)
-    if live and live.commit != found and has_history(host, app, live.commit):
-        deadline = host.clock.monotonic() + 3
-        while found != live.commit and host.clock.monotonic() < deadline:
-            host.clock.sleep(0.05)
-            found = read_branch(host, app, ref)
-        if found != live.commit:
-            remove_file(os.path.join(repository(host, app), ref + '.lock'))
-            if not is_ancestor(host, app, live.commit, new):
-                git(host, app, 'update-ref', ref, live.commit)
-                found = live.commit
+    ref, clock = 'refs/heads/' + branch, app.host.clock
+    tip = app.read_branch(ref)
+    if live is not None and live.commit != tip and app.has_history(live.commit):
+        deadline = clock.monotonic() + 3
+        while tip != live.commit and clock.monotonic() < deadline:
+            clock.sleep(0.05)
+            tip = app.read_branch(ref)
 
-    if found != (old if old.strip('0') else ''):
+        if tip != live.commit:
+            remove_file(os.path.join(app.repository(), ref + '.lock'))
+            if not app.is_ancestor(live.commit, new):
+                app.git('update-ref', ref, live.commit)
+                tip = live.commit
+
+    seen = old if old.strip('0') else ''
+    if tip != seen:
         raise Failure('another push went live: pull, then push again (%s)',
-                      live_text(live) if live else 'the branch is at %s' % found[:10])
+                      live_text(live) if live else 'the branch is at %s' % tip[:10])
 
-def new_release(host, app, key, branch, commit, plan=False):
+def new_release(app, key, branch, commit, plan=False):
     """The next Release of an app, as far as it is known before the build."""
-    last = max([0] + list_releases(host, app))
-    return Release(app=app, number=last + 1, plan=plan, commit=commit, branch=branch,
-                   key=key, time=round(host.clock.time(), 2), config=load_config(host, app))
+    last = max([0] + app.numbers())
+    return Release(app=app.name, number=last + 1, plan=plan, commit=commit, branch=branch,
+                   key=key, time=round(app.host.clock.time(), 2), config=app.config())
 
-def make_release(host, live, release, options=()):
-    """Check, build and apply a new release; Failure leaves everything as it was."""
-    host.docker.check_space()
-    check_free(host, live, release)
-    begun, app, free = host.clock.monotonic(), release.app, free_bytes(host, host.docker.images_folder())
-    with undone_by(forget, host, release):
-        save_release(host, release)
-        release = build_release(host, live, release, options)
-        git(host, app, 'update-ref', HELD_REF % release.number, release.commit)
-        save_release(host, release)
+def make_release(app, live, release, options=()):
+    """Check, build and apply a new release; Failure leaves everything as it was.
+    options: of `docker build`"""
+    clock, images = app.host.clock, app.docker.images_folder()
+    app.docker.check_space()
+    check_free(app, live, release)
+    begun, free = clock.monotonic(), free_bytes(app.host, images)
+
+    with undone_by(forget, app, release):
+        app.save(release)
+        release = build_release(app, live, release, options)
+        app.git('update-ref', HELD_REF % release.number, release.commit)
+        app.save(release)
         if 'release' in release.config:
-            run_release_command(host, release)
-        built, number = host.clock.monotonic() - begun, release.number
-        step('Switching to release %d', number)
-        report = apply(host, live, release)
-    step('Release %d is live: built in %.1f s, %s', number, built, report)
-    more = free - free_bytes(host, host.docker.images_folder())
-    detail('disk: %.1f MB %s', abs(more) / 1e6, 'more' if more > 0 else 'less')
-    log('%s: release %d of %s by %s is live', app, number, release.commit, release.key)
+            run_release_command(app, release)
+        built = clock.monotonic() - begun
+        step('Switching to release %d', release.number)
+        report = apply(app, live, release)
 
-def plan_release(host, live, release):
+    step('Release %d is live: built in %.1f s, %s', release.number, built, report)
+    used = free - free_bytes(app.host, images)
+    detail('disk: %.1f MB %s', abs(used) / 1e6, 'more' if used > 0 else 'less')
+    log('%s: release %d of %s by %s is live', app.name, release.number, release.commit,
+        release.key)
+
+def plan_release(app, live, release):
+    """Build a release, say what it would change, and refuse the push."""
     try:
-        show_plan(host, live, build_release(host, live, release))
+        show_plan(app, live, build_release(app, live, release))
     finally:
-        host.docker.untag(image_tag(release))
+        app.docker.untag(image_tag(release))
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
 
-def build_release(host, live, release, options=()):
+def check_host_names(app):
+    """Failure where the server has something of that name that dockhand did not write."""
+    if app.live():
+        return
+    paths = ['/etc/init.d/' + app.name]
+    paths += [folder + '/%s.service' % app.name for folder in UNITS]
+    paths += [folder + '/%s.conf' % app.name for folder in (JOBS, PROXIES)]
+    for path in paths:
+        text = read_file(app.host.path(path))
+        refuse_if(text is not None and not is_ours(text, app.name), '%s is on this '
+                  'server already, and not from dockhand: rename the app, or that', path)
+
+def check_free(app, live, release):
+    """Failure where docker has something of a name that this release needs."""
+    check_host_names(app)
+    names = [image_tag(release)] + engine_of(app, release).names_taken(release)
+    if live is None:
+        names.append(latest_tag(app))
+    if not app.docker.inspect(*names):
+        return
+    for name in names:
+        refuse_if(app.docker.inspect(name), 'docker has %s already, and not from '
+                  'dockhand: rename the app, or remove that', name)
+
+def build_release(app, live, release, options=()):
     """The Release with its image, and all checked that can be before a switch."""
     step('Checking %s', release.commit[:10])
     if release.image:                           # its config is new, no more
-        host.docker.tag(release.image, image_tag(release))
+        app.docker.tag(release.image, image_tag(release))
     else:
-        release = build_commit(host, live, release, options)
-    images = host.docker.inspect(image_tag(release))
+        release = build_commit(app, live, release, options)
+
+    images = app.docker.inspect(image_tag(release))
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     settings = native(images[0].get('Config') or {})
     release = release._replace(image=str(images[0]['Id']))
-    if not release.job:
-        return complete_plain(host, release, settings)
-    release = release._replace(port=0, web=False, volumes=[], address='')
-    ports, volumes = proxied_ports(release.proxy), settings.get('Volumes') or {}
-    try:
-        doubts = engine_of(host, release).doubts(release, ports, volumes)
-    except Failure as error:        # a rule that is newer than the release binds pushes
-        if not (live and live.image == release.image):
-            raise
-        step('Note: %s; the next push will be refused for it', error)
-        return release
-    for line, text in doubts:
-        step('upstart.conf:%d: %s', line, text)
-    return release
+    if release.job:
+        return complete_job(app, live, release, settings)
+    return complete_plain(app, live, release, settings)
 
-def build_commit(host, live, release, options):
+def build_commit(app, live, release, options):
     """The Release with the files of its commit, its image built from them."""
-    app, folder, layers = release.app, build_folder(host, release.app), []
+    folder, layers = app.build_folder(), []
     try:
-        host.run(['mkdir', folder], account=host.account())
-        git(host, app, 'read-tree', release.commit)
-        git(host, app, '--work-tree=' + folder, 'checkout-index', '-a')
+        app.host.run(['mkdir', folder], account=app.host.account())
+        app.git('read-tree', release.commit)
+        app.git('--work-tree=' + folder, 'checkout-index', '-a')
         release = check_files(release, folder)
-        engine_of(host, release).check(release)
-        if live:
-            check_edited(host, live, release)
-        check_proxy_change(host, release)
+        engine_of(app, release).check(release)
+        if live is not None:
+            check_edited(app, live, release)
+        check_proxy_change(app, release)
         if release.proxy:
-            with host_lock(host, app):
-                host.nginx.check_alone(release, host.nginx.files())
-            for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
-                step('nginx-proxy.conf:%d: warning: %s', line, text)
+            check_pushed_proxy(app, release)
+
         step('Building %s', image_tag(release))
-        host.docker.build(folder, image_tag(release), layers, *options)
+        app.docker.build(folder, image_tag(release), layers, *options)
         return release
     except (Failure, Stopped):
-        if layers and not release.plan:
-            save_release(host, release._replace(image=layers[-1]))
+        if layers and not release.plan:         # the mended push goes on from there
+            app.save(release._replace(image=layers[-1]))
         raise
     finally:
-        empty_build_folder(host, app)
+        app.empty_build_folder()
+
+def check_files(release, folder):
+    """The Release with its job and proxy file, as they are installed; Failure by line."""
+    refuse_if(read_pushed(folder, 'Dockerfile') is None, 'no Dockerfile in this commit: '
+              'it says how to build the app; a compose file is not read, push each '
+              'service by itself')
+    read_pushed(folder, '.dockerignore')
+    job = read_pushed(folder, 'upstart.conf')
+    proxy = read_pushed(folder, 'nginx-proxy.conf')
+    if os.path.lexists(os.path.join(folder, '.gitmodules')):
+        step('Note: submodules are not part of a push; their folders are empty')
+    if 'filter=lfs' in (read_pushed(folder, '.gitattributes') or ''):
+        step('Note: files kept by git LFS are not part of a push; their pointers are')
+
+    proxy = headed(release.app, 'proxy file', proxy) if proxy else ''
+    if job is None:
+        if proxy:               # until the image is built, its port is not known
+            proxy = proxy.partition(MARK)[0]
+            proxy += upstream(release.app, '127.0.0.1', 80, ())
+        return release._replace(job='', proxy=proxy)
+
+    job, old_words = modernize_job(job)
+    if old_words:
+        step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
+    check_job(parse_job(job), release.app)
+    return release._replace(job=headed(release.app, 'job', job), proxy=proxy)
 
 def read_pushed(folder, name):
     """The text of a pushed file, None where there is none; Failure unless it is plain."""
@@ -3818,6 +4002,7 @@ def read_pushed(folder, name):
     refuse_if(not os.path.isfile(path), '%s is a folder: commit a plain file', name)
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), 'rb') as source:
         data = source.read(FILE_LIMIT + 1)
+
     refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
     refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
     refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith('.conf'),
@@ -3825,124 +4010,111 @@ def read_pushed(folder, name):
     refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
 
-def check_files(release, folder):
-    """The Release with its job and proxy file, as they are installed; Failure by line."""
-    app, read = release.app, partial(read_pushed, folder)
-    refuse_if(read('Dockerfile') is None, 'no Dockerfile in this commit: it says how to '
-              'build the app; a compose file is not read, push each service by itself')
-    read('.dockerignore')
-    job, proxy = read('upstart.conf'), read('nginx-proxy.conf')
-    if os.path.lexists(os.path.join(folder, '.gitmodules')):
-        step('Note: submodules are not part of a push; their folders are empty')
-    if 'filter=lfs' in (read('.gitattributes') or ''):
-        step('Note: files kept by git LFS are not part of a push; their pointers are')
-    proxy = headed(app, 'proxy file', proxy) if proxy else ''
-    if job is None:
-        if proxy:               # until the image is built, its port is not known
-            proxy = proxy.partition(MARK)[0] + upstream(app, '127.0.0.1', 80, ())
-        return release._replace(job='', proxy=proxy)
-    job, old_words = modernize_job(job)
-    if old_words:
-        step('Written with two dashes, for docker of today: ' + ' '.join(old_words))
-    check_job(parse_job(job), app)
-    return release._replace(job=headed(app, 'job', job), proxy=proxy)
-
-def check_host_names(host, app):
-    """Failure where the server has something of that name that dockhand did not write."""
-    if live_release(host, app):
-        return
-    services = ['/etc/init.d/' + app] + [unit + '/%s.service' % app for unit in UNITS]
-    for path in services + [folder + '/%s.conf' % app for folder in (JOBS, PROXIES)]:
-        text = read_file(host.path(path))
-        refuse_if(text is not None and not is_ours(text, app), '%s is on this server '
-                  'already, and not from dockhand: rename the app, or that', path)
-
-def check_edited(host, live, release):
+def check_edited(app, live, release):
     """Failure where a file of the live release was changed by hand on the server, unless
     it is as the new one says; where a proxy file leads is not compared."""
-    job = live.job if is_upstart(host) else None
-    for name, folder, ours, new in (
-            ('nginx-proxy.conf', PROXIES, live.proxy or '', release.proxy),
-            ('upstart.conf', JOBS, job or '', release.job)):
-        path = '%s/%s.conf' % (folder, live.app)
-        text = read_file(host.path(path))
+    installed = [('nginx-proxy.conf', PROXIES, live.proxy, release.proxy)]
+    if is_upstart(app.host):
+        installed.append(('upstart.conf', JOBS, live.job, release.job))
+    for name, folder, ours, new in installed:
+        path = '%s/%s.conf' % (folder, app.name)
+        text = read_file(app.host.path(path))
+        if not ours or text is None or text == ours:
+            continue
         wanted = (new or ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
-        if ours and text not in (None, ours, wanted):
-            step('%s was changed on the server:', path)
-            detail(diff_text(ours, text, 'as pushed', 'on the server'))
-            raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm '
-                          '%s, and try again', name, path)
+        if text == wanted:
+            continue
 
-def check_free(host, live, release):
-    """Failure where docker has something of a name that this release needs."""
-    check_host_names(host, release.app)
-    names = [image_tag(release)] + engine_of(host, release).names_taken(release)
-    if live is None:
-        names.append(release.app + ':latest')
-    for name in names if host.docker.inspect(*names) else []:
-        refuse_if(host.docker.inspect(name), 'docker has %s already, and not from dockhand: '
-                  'rename the app, or remove that', name)
+        step('%s was changed on the server:', path)
+        detail(diff_text(ours, text, 'as pushed', 'on the server'))
+        raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
+                      'and try again', name, path)
 
-def check_proxy_change(host, release, older=False):
-    """Failure where the proxy file of a release cannot be had beside the others."""
+def check_proxy_change(app, release, older=False):
+    """Failure where the proxy file of a release cannot be had beside the others.
+    older: as Nginx.check wants it"""
     if release.proxy:
-        with host_lock(host, release.app):
-            host.nginx.check(release, host.nginx.files(), older, host.known)
+        with host_lock(app.host, app.name):
+            app.nginx.check(release, app.nginx.files(), older, app.known)
 
-def complete_plain(host, release, settings):
+def check_pushed_proxy(app, release):
+    """What else is asked of a proxy file that was pushed: that it stands by itself."""
+    with host_lock(app.host, app.name):
+        app.nginx.check_alone(release, app.nginx.files())
+    for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
+        step('nginx-proxy.conf:%d: warning: %s', line, text)
+
+def complete_job(app, live, release, settings):
+    """The Release of a job app, its job held against the Config of its image."""
+    release = release._replace(port=0, web=False, volumes=[], address='')
+    ports = proxied_ports(release.proxy)
+    volumes = settings.get('Volumes') or {}
+    try:
+        doubts = engine_of(app, release).doubts(release, ports, volumes)
+    except Failure as error:        # a rule that is newer than the release binds pushes
+        if live is None or live.image != release.image:
+            raise
+        step('Note: %s; the next push will be refused for it', error)
+        return release
+    for line, text in doubts:
+        step('upstart.conf:%d: %s', line, text)
+    return release
+
+def complete_plain(app, live, release, settings):
     """The Release of a plain app, with what the Config of its image and its own say."""
-    app = release.app
     if is_made(release):
         release = release._replace(proxy='')
     port, web, volumes = read_image(settings, release.config, release.proxy)
-    for name in host.docker.volumes_of(app) if not live_release(host, app) else []:
-        step('Found a volume of an earlier %s: %s', app, name)
-    with host_lock(host, app):                  # other apps choose addresses too
+    if live is None:
+        for name in app.docker.volumes_of(app.name):
+            step('Found a volume of an earlier %s: %s', app.name, name)
+
+    with host_lock(app.host, app.name):         # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
-                                   address=free_address(host))
-        release = release._replace(proxy=complete_proxy(host, release))
+                                   address=free_address(app.host))
+        release = release._replace(proxy=complete_proxy(app, release))
         if not release.plan:
-            save_release(host, release)
-    live = live_release(host, app)
-    if live and live.image == release.image:
-        check_proxy_change(host, release, older=True)
-        tell_taken_names(host, live, release)
-    else:
-        check_proxy_change(host, release)
-    step('%s is %s', app, kind_text(release))
+            app.save(release)
+
+    is_older = live is not None and live.image == release.image
+    check_proxy_change(app, release, is_older)
+    if is_older:
+        tell_taken_names(app, live, release)
+    step('%s is %s', app.name, kind_text(release))
     return release
 
-def tell_taken_names(host, live, release):
+def tell_taken_names(app, live, release):
     """Say which full names a change of `domains` takes out of another app's wildcard."""
-    files, before = host.nginx.files(), names_of_config(live)
-    claims = [claim for path in sorted(files) if app_of_file(path) != release.app
+    files, before = app.nginx.files(), names_of_config(live)
+    claims = [claim for path in sorted(files) if app_of_file(path) != app.name
               for claim in claims_of(files[path].servers, path)]
     for name in names_of_config(release):
         if name in before:
             continue
-        losers = set((owner_text(claim.path, host.known), claim.name)
+        losers = set((owner_text(claim.path, app.known), claim.name)
                      for claim in claims if takes_from(name, claim.name))
         for loser, wildcard in sorted(losers):
             step('Note: %s comes to %s from now on, not to %s, which has %s', name,
-                 release.app, loser, printable(wildcard))
+                 app.name, loser, printable(wildcard))
 
-def complete_proxy(host, release):
+def complete_proxy(app, release):
     """The proxy file of a plain app; a web app's leads to it, and may be made here."""
     text = (release.proxy or '').partition(MARK)[0]
     if not release.web:
         return text
-    app, version = release.app, host.nginx.version()
+    name, version = app.name, app.nginx.version()
     if not text:
-        domains = release.config.get('domains', '%s %s.*' % (app, app))
-        text = MADE % (app, app) + render_proxy(app, domains, version, has_ipv6(host))
-    return text + upstream(app, release.address, release.port, version)
+        domains = release.config.get('domains', '%s %s.*' % (name, name))
+        text = MADE % (name, name)
+        text += render_proxy(name, domains, version, has_ipv6(app.host))
+    return text + upstream(name, release.address, release.port, version)
 
-def run_release_command(host, release):
+def run_release_command(app, release):
     """Run what config's `release` says in the new image, with its volumes and network."""
     import shlex
     said = release.config['release']
     step('Running the release command: %s', said)
-    status = engine_of(host, release).run_once(release, shlex.split(said), detail)
+    status = engine_of(app, release).run_once(release, shlex.split(said), detail)
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
@@ -3953,12 +4125,12 @@ def serve(host, name, *apps):
     verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     refuse_if(apps and app not in apps, 'the key "%s" has no right to %s: it may reach '
               '%s', name, app, ', '.join(apps))
-    folder = repository(host, app)
+    folder = App(host, app).repository()
     env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app, DOCKHAND_KEY=name,
                GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
     if not os.path.isdir(folder):
         refuse_if(verb == 'upload-pack', 'no app %s here; a first push makes it', app)
-        check_host_names(host, app)
+        check_host_names(App(host, app))
         make_repository(host, folder)
         return receive_first(host, folder, env)
     os.execvpe('git', ['git', verb, folder], env)
@@ -4001,21 +4173,22 @@ def receive(host, hook, app='', key='', *ref):
     check_app_name(app)
     check_key_name(key)
     if hook == 'update' and len(ref) == 3 and all(map(OBJECT_ID.match, ref[1:])):
-        deploy(host, app, key, *ref)
+        known = apps_of(split_authorized_keys(host.text(host.home(), KEYS))[1], key)
+        deploy(App(host, app, known), key, *ref)
     elif hook == 'post-receive' and not ref:
-        after_push(host, app)
+        after_push(App(host, app))
     else:
         raise Failure('this is for the hooks of a repository')
 
-def after_push(host, app):
+def after_push(app):
     """Remove what is too old, say where the app answers. Nothing depends on it: git does
     not run it when the pusher is gone."""
-    with app_lock(host, app, 'the clean-up of ' + app) as live:
+    with app_lock(app, 'the clean-up of ' + app.name) as live:
         if live:
-            git(host, app, 'symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
-            clean_up(host, live)
+            app.git('symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
+            clean_up(app, live)
     if live:
-        show_address(host, live)
+        show_address(app, live)
 
 def hang_up(host):
     """End git's process for a pusher who takes nothing any more, or it waits for ever.
@@ -4052,7 +4225,7 @@ def installed_parts(host):
     elif has_init_scripts(host):
         parts.append((BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
     folders = [TEMPLATE] + ['%s/%s.git' % (host.home(), app) for app in list_apps(host)
-                            if os.path.isdir(repository(host, app))]
+                            if os.path.isdir(App(host, app).repository())]
     return parts + [(folder + '/hooks/' + name, text, 0o755)
                     for folder in folders for name, text in HOOKS]
 
@@ -4159,12 +4332,12 @@ def disable_default_site(host):
             tell("disabled nginx's default site: it is %s.disabled now", packaged)
             return True
 
-def settle_again(host, app):
+def settle_again(app):
     """Have an app kept running as this version does it: an older one may have set docker
     another policy."""
-    with app_lock(host, app, 'dockhand install') as live:
-        if live and not is_stopped(host, app) and engine_of(host, live).state(live).alive:
-            engine_of(host, live).settle(live)
+    with app_lock(app, 'dockhand install') as live:
+        if live and not app.is_stopped() and engine_of(app, live).state(live).alive:
+            engine_of(app, live).settle(live)
 
 def sudo_problem(host):
     """What keeps the git user from running its one command, as a hook will, or None."""
@@ -4183,28 +4356,28 @@ def sshd_problems(host):
             yield ('%s of sshd is %s, without %s' % (option, found, wanted),
                    'edit /etc/ssh/sshd_config, then reload ssh')
 
-def app_problem(host, app):
+def app_problem(app):
     """What is wrong with an app, or nothing, and what to type: a row for `demand`."""
-    live = live_release(host, app)
-    if linked_release(host, app, 'pending'):
-        return 'a deploy of %s was interrupted' % app, 'sudo dockhand recover'
-    if live and not host.docker.inspect(image_tag(live)):
-        return 'the image of %s is gone' % app, 'sudo dockhand rebuild ' + app
-    runs = not live or is_stopped(host, app) or engine_of(host, live).state(live).alive
+    live = app.live()
+    if app.linked('pending'):
+        return 'a deploy of %s was interrupted' % app.name, 'sudo dockhand recover'
+    if live and not app.docker.inspect(image_tag(live)):
+        return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
+    runs = not live or app.is_stopped() or engine_of(app, live).state(live).alive
     if not runs:
-        return app + ' does not run', 'sudo dockhand start ' + app
-    return answer_problem(host, live), 'less /var/log/nginx/error.log'
+        return app.name + ' does not run', 'sudo dockhand start ' + app.name
+    return answer_problem(app, live), 'less /var/log/nginx/error.log'
 
-def answer_problem(host, live):
+def answer_problem(app, live):
     """What is wrong with what nginx answers for a live app, or None."""
     place = live and live.proxy and plain_place(read_proxy_file(live.proxy).servers)
-    if not place or is_stopped(host, live.app):
+    if not place or app.is_stopped():
         return None
     name, port = place
-    status = fetch_status(host, name, port)
+    status = fetch_status(app.host, name, port)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
-        direct = fetch_status(host, name, live.port, address=live.address)
+        direct = fetch_status(app.host, name, live.port, address=live.address)
         if direct != status:
             return '%s answers %s through nginx, and %s by itself' % (
                 live.app, status, direct)
@@ -4250,7 +4423,7 @@ def install(host, user=None):
         host.nginx.reload()
     if any(changes):
         for app in list_apps(host):
-            attempt(app, settle_again, host, app)
+            attempt(app, settle_again, App(host, app))
     demand([(sudo_problem(host), 'visudo')])
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
          '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
@@ -4312,61 +4485,61 @@ def remove_key(host, name):
 def apps(host):
     """list the apps: state, commit, since when, by whom, address"""
     for app in all_apps(host):
-        live = live_release(host, app)
+        live = App(host, app).live()
         if live is None:
-            tell('%-16s %-8s %s', app, 'waiting', waiting_text(host, app))
+            tell('%-16s %-8s %s', app, 'waiting', App(host, app).waiting_text())
             continue
-        state = 'running' if engine_of(host, live).state(live).alive else (
-            'stopped' if is_stopped(host, app) else 'DOWN')
+        state = 'running' if engine_of(App(host, app), live).state(live).alive else (
+            'stopped' if App(host, app).is_stopped() else 'DOWN')
         tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
 
-def logs(host, app, n='100', f=False):
+def logs(app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
-    refuse_if(is_waiting(host, app), '%s was never live; it waits %s', app,
-              is_app_name(app) and waiting_text(host, app))
-    live = must_be_live(host, app)
-    command = engine_of(host, live).logs_command(live, n, *['-f'] if f else [])
+    refuse_if(app.is_waiting(), '%s was never live; it waits %s', app.name,
+              is_app_name(app.name) and app.waiting_text())
+    live = app.must_be_live()
+    command = engine_of(app, live).logs_command(live, n, *['-f'] if f else [])
     os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
 
-def restart(host, app):
+def restart(app):
     """stop an app and start it again"""
-    with live_app(host, app, 'restart') as live:
-        engine_of(host, live).stop(live)
-    start(host, app)
+    with live_app(app, 'restart') as live:
+        engine_of(app, live).stop(live)
+    start(app)
 
-def start(host, app):
+def start(app):
     """start an app that was stopped"""
-    with live_app(host, app, 'start') as live:
-        engine = engine_of(host, live)
+    with live_app(app, 'start') as live:
+        engine = engine_of(app, live)
         if not engine.state(live).alive:
             engine.stop(live)       # what is left of it holds its port and its name
         engine.place(live)
         engine.start(live)
-        check_or_show_log(host, live, engine)
-        finish(host, live, engine, branch_moves=False)
-    tell('%s runs', app)
+        check_or_show_log(app, live)
+        finish(app, live, branch_moves=False)
+    tell('%s runs', app.name)
 
-def stop(host, app):
+def stop(app):
     """stop an app; it stays so over a reboot, until a start or a push"""
-    with live_app(host, app, 'stop') as live:
-        replace_file(app_folder(host, app, 'stopped'), '')
-        engine_of(host, live).stop(live)
-    tell('%s is stopped', app)
+    with live_app(app, 'stop') as live:
+        replace_file(app.folder('stopped'), '')
+        engine_of(app, live).stop(live)
+    tell('%s is stopped', app.name)
 
-def rebuild(host, app, pull=False):
+def rebuild(app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
-    with live_app(host, app, 'rebuild') as live:
-        release = new_release(host, app, live.key, live.branch, live.commit)
-        make_release(host, live, release, ['--pull'] if pull else [])
-    after_push(host, app)
+    with live_app(app, 'rebuild') as live:
+        release = new_release(app, live.key, live.branch, live.commit)
+        make_release(app, live, release, ['--pull'] if pull else [])
+    after_push(app)
 
-def releases(host, app):
+def releases(app):
     """list an app's releases: commit, when, by whom, how long it took, live or not"""
-    live = None if is_waiting(host, app) else must_be_live(host, app)
-    found = [load_release(host, app, number) for number in list_releases(host, app)]
+    live = None if app.is_waiting() else app.must_be_live()
+    found = [app.load(number) for number in app.numbers()]
     if not found:
-        tell('%s waits for its first push', app)
+        tell('%s waits for its first push', app.name)
     for release in [each for each in reversed(found) if each.commit]:
         state = 'live' if live and release.number == live.number else (
             'failed: ' + release.failed if release.failed else
@@ -4374,25 +4547,26 @@ def releases(host, app):
         took = '%.1f s' % release.seconds if release.seconds else '-'
         tell('%4d  %s %8s  %s', release.number, origin_text(release), took, state)
 
-def rollback(host, app, number=None):
+def rollback(app, number=None):
     """go back to the release that was live before, or to another that is kept"""
-    with live_app(host, app, 'rollback') as live:
-        release = earlier_release(host, live, number)
-        check_edited(host, live, release)
+    with live_app(app, 'rollback') as live:
+        release = earlier_release(app, live, number)
+        check_edited(app, live, release)
         was, now = live.number, release.number
         step('Switching from release %d to %d', was, now)
-        step('Release %d is live again: %s', now, apply(host, live, release))
-        log('%s: rolled back from release %d to %d of %s', app, was, now, release.commit)
-    show_address(host, release)
+        step('Release %d is live again: %s', now, apply(app, live, release))
+        log('%s: rolled back from release %d to %d of %s', app.name, was, now,
+            release.commit)
+    show_address(app, release)
 
-def earlier_release(host, live, number):
+def earlier_release(app, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more."""
-    found = [each for each in kept_releases(host, live.app)
+    found = [each for each in app.kept()
              if each.number != live.number and number in (None, str(each.number))]
     refuse_if(not found, 'no %s to go back to: see dockhand releases %s',
               'release ' + printable(number) if number else 'other release', live.app)
     tag = image_tag(found[0])
-    refuse_if([each['Id'] for each in host.docker.inspect(tag)] != [found[0].image],
+    refuse_if([each['Id'] for each in app.docker.inspect(tag)] != [found[0].image],
               'its image %s was removed, so nothing has changed: choose another', tag)
     return found[0]
 
@@ -4402,14 +4576,14 @@ def recover(host):
     host.docker.free_ports()
     runs = host.nginx.master() or attempt('nginx', host.nginx.start, False)
     apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
-    wrong = [app for app in apps if not attempt(app, put_right, host, app)]
+    wrong = [app for app in apps if not attempt(app, put_right, App(host, app))]
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 
-def config(host, app, *changes, **options):
+def config(app, *changes, **options):
     """print what only this server knows of an app, or change it; KEY=- reads a secret"""
-    with app_lock(host, app, 'dockhand config ' + app) as live:
-        found = load_config(host, app)
+    with app_lock(app, 'dockhand config ' + app.name) as live:
+        found = app.config()
         wanted = change_config(found, changes, 'unset' in options)
         changed = dict(set(found.items()) ^ set(wanted.items()))
         if not changed:
@@ -4417,20 +4591,20 @@ def config(host, app, *changes, **options):
                 shown = 'values' in options or key in SETTINGS
                 tell('%s=%s', key, found[key] if shown else '(see it with --values)')
         elif live is None:
-            save_config(host, app, wanted)
-            tell('%s: noted for its first push', app)
+            app.save_config(wanted)
+            tell('%s: noted for its first push', app.name)
         else:
             own = live.job or live.proxy and not is_made(live)
             refuse_if(own and 'domains' in changed and 'domains' in wanted, 'the domains '
-                      'of %s are the server_name of its own nginx-proxy.conf', app)
-            check_edited(host, live, live)
+                      'of %s are the server_name of its own nginx-proxy.conf', app.name)
+            check_edited(app, live, live)
             unset = DEFAULT_BRANCHES[0] if 'branch' in found else live.branch
             branch = wanted.get('branch', unset)
-            release = new_release(host, app, live.key, branch, live.commit)
-            make_release(host, live, release._replace(
+            release = new_release(app, live.key, branch, live.commit)
+            make_release(app, live, release._replace(
                 config=wanted, image=live.image, job=live.job, proxy=live.proxy))
-            clean_up(host, live_release(host, app))
-            log('%s: config changed: %s', app, ' '.join(sorted(changed)))
+            clean_up(app, app.live())
+            log('%s: config changed: %s', app.name, ' '.join(sorted(changed)))
 
 def change_config(found, changes, unset):
     """What words, KEY=VALUE or, to unset one, KEY, make of a config."""
@@ -4445,40 +4619,43 @@ def change_config(found, changes, unset):
             refuse_if(wanted.pop(word, None) is None, 'no %s is set', printable(word))
     return wanted
 
-def proxy(host, app):
+def proxy(app):
     """print the proxy file that is made for an app, to start one of its own from"""
-    live = must_be_live(host, app)
-    refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app)
-    text = complete_proxy(host, live._replace(proxy=''))
+    live = app.must_be_live()
+    refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app.name)
+    text = complete_proxy(app, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
-def destroy(host, app, force=False, volumes=False):
+def destroy(app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
-    there = check_app_name(app) in list_apps(host) or os.path.isdir(repository(host, app))
-    refuse_if(not there, 'no app %s here: see dockhand apps', app)
+    check_app_name(app.name)
+    there = app.name in list_apps(app.host) or os.path.isdir(app.repository())
+    refuse_if(not there, 'no app %s here: see dockhand apps', app.name)
     if not force and sys.stdin.isatty():
-        tell('This removes %s and its repository for good. Type its name again:', app)
-        force = sys.stdin.readline().strip() == app
-    refuse_if(not force, 'not removed; if you are sure: dockhand destroy %s --force', app)
-    with app_lock(host, app, 'dockhand destroy ' + app) as live:
+        tell('This removes %s and its repository for good. Type its name again:',
+             app.name)
+        force = sys.stdin.readline().strip() == app.name
+    refuse_if(not force, 'not removed; if you are sure: dockhand destroy %s --force',
+              app.name)
+    with app_lock(app, 'dockhand destroy ' + app.name) as live:
         if live:
-            engine_of(host, live).stop(live)
-            host.nginx.remove(app)
-            engine_of(host, live).withdraw(live)
-            host.docker.untag(app + ':latest')
+            engine_of(app, live).stop(live)
+            app.nginx.remove(app.name)
+            engine_of(app, live).withdraw(live)
+            app.docker.untag(app.name + ':latest')
         for link in ('live', 'pending'):
-            remove_file(app_folder(host, app, link))
-        for number in list_releases(host, app):
-            drop(host, load_release(host, app, number))
-        host.docker.untag(app + ':plan')
-        host.run(['rm', '-rf', '--', app_folder(host, app), repository(host, app),
-                  host.path('/var/cache/nginx', app)])
-        if not any(live_release(host, other) for other in list_apps(host)):
-            host.ask(['docker', 'network', 'rm', NETWORK])
-        kept = host.docker.volumes_of(app)
+            remove_file(app.folder(link))
+        for number in app.numbers():
+            drop(app, app.load(number))
+        app.docker.untag(app.name + ':plan')
+        app.host.run(['rm', '-rf', '--', app.folder(), app.repository(),
+                  app.host.path('/var/cache/nginx', app.name)])
+        if not any(App(app.host, name).live() for name in list_apps(app.host)):
+            app.host.ask(['docker', 'network', 'rm', NETWORK])
+        kept = app.docker.volumes_of(app.name)
         if kept and volumes:
-            host.run(['docker', 'volume', 'rm'] + kept)
-    tell('%s is removed', app)
+            app.host.run(['docker', 'volume', 'rm'] + kept)
+    tell('%s is removed', app.name)
     for name in kept:
         tell('removed volume %s' if volumes else 'kept: docker volume rm %s', name)
 
@@ -4495,7 +4672,7 @@ def doctor(host):
         + list(sshd_problems(host))
         + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
            for path, text, _ in installed_parts(host)]
-        + [app_problem(host, app) for app in list_apps(host)])
+        + [app_problem(App(host, app)) for app in list_apps(host)])
     for place in unread_files(host):
         tell('note: %s: what it names may clash with an app unnoticed', place)
     tell('all is well')
@@ -4538,6 +4715,8 @@ def run_command(host, words):
         if name == words[0]:
             given, options = parse_arguments(pattern, words[1:])
             refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + name)
+            if pattern.startswith('APP'):
+                return function(App(host, given[0]), *given[1:], **options)
             return function(host, *given, **options)
     raise Usage('no command "%s"; `dockhand` alone lists them', printable(words[0]))
 

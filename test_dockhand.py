@@ -1453,7 +1453,7 @@ def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expect
     config = {'overlap': overlap} if overlap else {}
     old, new = [None if each is None else release(config=more, **each)
                 for each, more in ((old, {}), (new, config))]
-    assert dh.Containers(None).overlaps(old, new) == (
+    assert dh.Containers(dh.App(Host(), 'blog')).overlaps(old, new) == (
         expected is not None and (overlap == 'yes' if overlap else expected))
 
 @table('changes, said', """
@@ -1514,6 +1514,7 @@ def test_each_command_takes_what_its_pattern_promises():
         options = re.findall(r'\[--?([a-z]+)', pattern)
         words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
         words = words.replace('[N]', 'number').strip('[]').lower().split()
+        words = [word for word in words if word != 'app']       # it is an App by then
         taken = [] if code.co_flags & 8 else options            # **options takes any
         assert sorted(code.co_varnames[1:code.co_argcount]) == sorted(words + taken)
         assert function.__doc__ and bool(code.co_flags & 4) == ('...' in pattern)
@@ -1974,7 +1975,7 @@ def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
     assert machine.served == {'/etc/nginx/conf.d/blog.conf': proxy}
     if machine.init == 'upstart':
         assert machine.read('/etc/init/blog.conf') == JOB_HEADER + FILES_2['upstart.conf']
-    live = dh.live_release(machine.host, 'blog')
+    live = machine.app.live()
     assert (live.number, live.commit, live.branch, live.key, live.image, live.proxy) == (
         2, SHA_2, 'main', 'anna', 'sha256:FROMtwo', proxy)
     assert not re.search(r'pending|override|build/blog|\.new', str(machine.files()))
@@ -2031,8 +2032,8 @@ FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
 def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
         tmpdir, act, kind, command):
     machine = about_to(act, kind, str(tmpdir))
-    before, live = machine.whole(), dh.live_release(machine.host, 'blog')
-    last = max([0] + dh.list_releases(machine.host, 'blog'))
+    before, live = machine.whole(), machine.app.live()
+    last = max([0] + machine.app.numbers())
     del machine.done[:]
     for number in (last + 1, last + 2):
         machine.broken[command] = 1
@@ -2042,14 +2043,14 @@ def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
         left = ['blog--1'] if act == 'rollback' else records_of(last + 1, last + 2)
         assert set(machine.changed(before)) <= set(left)
         if act != 'rollback':
-            record = dh.load_release(machine.host, 'blog', number)
+            record = machine.app.load(number)
             assert (record.failed, record.seconds) == (said, None)
     if live and kind == 'none web':         # it answers all the time
         assert 'docker stop -t 10 blog--%d' % live.number not in machine.done
     ACTS[act](machine)
-    now = dh.live_release(machine.host, 'blog')
+    now = machine.app.live()
     assert now != live and machine.running() == [now.image]
-    assert act != 'config' or dh.load_config(machine.host, 'blog')['A'] == '2'
+    assert act != 'config' or machine.app.config()['A'] == '2'
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -2072,7 +2073,7 @@ def test_a_first_release_that_dies_at_once_leaves_nothing_but_why_and_its_data(
         said = refusal(lambda: machine.push(files, old=ZERO))
         assert 'it does not run' in said
         assert set(machine.changed(before)) <= records_of(1, 2)
-        assert dh.load_release(machine.host, 'blog', number).failed == said
+        assert machine.app.load(number).failed == said
     assert machine.volumes == volumes
 
 def records_of(*numbers):
@@ -2090,7 +2091,7 @@ def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, cap
     err = capfd.readouterr().err
     assert 'dockhand: could not be put back: ' in err
     assert err.endswith('dockhand: mend that, then: sudo dockhand recover\n')
-    assert dh.linked_release(machine.host, 'blog', 'pending').number == 2
+    assert machine.app.linked('pending').number == 2
     assert machine.running() == []
     machine.broken.clear()
     dh.recover(machine.host)
@@ -2110,10 +2111,10 @@ def test_a_crash_at_any_step_is_put_right_by_recover(machine, tmpdir, steps):
 
 def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
     new = half_deployed(machine)
-    dh.set_link(machine.host, 'blog', 'live', new)
+    machine.app.set_link('live', new)
     dh.recover(machine.host)
     assert machine.running() == ['sha256:FROMtwo']
-    live = dh.live_release(machine.host, 'blog')
+    live = machine.app.live()
     assert live == new._replace(seconds=live.seconds) and live.seconds > 1
     assert machine.refs['refs/heads/main'] == SHA_2
     assert not re.search('pending|override', str(machine.files()))
@@ -2121,7 +2122,7 @@ def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
         machine.containers['blog--2']['policy'] == 'always')
 
 def test_a_power_cut_after_the_commit_point_is_followed_by_a_start(machine):
-    dh.set_link(machine.host, 'blog', 'live', half_deployed(machine))
+    machine.app.set_link('live', half_deployed(machine))
     machine.jobs.clear()
     for container in machine.containers.values():
         container['State']['Running'] = False
@@ -2137,23 +2138,23 @@ def test_what_was_put_back_but_is_not_well_is_told_and_leaves_nothing_to_do(plai
     assert 'does not run' in refusal(plain.push, but('docker', 'FROM dies'))
     assert ('dockhand: release 1 was started again, but: its HEALTHCHECK says unhealthy'
             in capfd.readouterr().err)
-    assert dh.linked_release(plain.host, 'blog', 'pending') is None
+    assert plain.app.linked('pending') is None
 
 def test_what_is_still_to_be_put_back_is_neither_cleaned_up_nor_forgotten(plain):
     plain.lives(FILES)
     plain.broken['docker start'] = 9
     assert refusal(plain.push, FILES_2)
-    dh.after_push(plain.host, 'blog')
+    dh.after_push(plain.app)
     plain.broken['docker start'] = 1
-    dh.start(plain.host, 'blog')
-    assert dh.linked_release(plain.host, 'blog', 'pending').number == 2
+    dh.start(plain.app)
+    assert plain.app.linked('pending').number == 2
     dh.recover(plain.host)
-    assert dh.linked_release(plain.host, 'blog', 'pending') is None
+    assert plain.app.linked('pending') is None
     assert plain.running() == ['sha256:FROMone']
 
 def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain, capfd):
     plain.lives(FILES)
-    shutil.rmtree(dh.release_folder(plain.host, 'blog', 1))
+    shutil.rmtree(plain.app.release_folder(1))
     dh.recover(plain.host)
     dh.apps(plain.host)
     assert not re.search('live|releases', str(plain.files('/home')))
@@ -2166,7 +2167,7 @@ def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
     plain.write('/etc/shadow', 'kept')
     os.symlink(plain.host.path('/etc/shadow'), folder + '/blog')
     os.chown(folder, USER, GROUP)
-    assert 'somebody else made' in refusal(dh.stop, plain.host, 'blog')
+    assert 'somebody else made' in refusal(dh.stop, plain.app)
     assert plain.read('/etc/shadow') == 'kept'
 
 def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
@@ -2177,7 +2178,7 @@ def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     machine.release(1, SHA, FILES)
     dh.recover(machine.host)
     assert set(machine.changed(before)) == records_of(1)
-    assert dh.load_release(machine.host, 'blog', 1).failed == 'interrupted'
+    assert machine.app.load(1).failed == 'interrupted'
 
 @pytest.mark.parametrize('name, text, said', [
     ('docker', None, 'no Dockerfile in this commit'), ('docker', '\n', 'file is empty'),
@@ -2350,7 +2351,7 @@ def test_a_job_that_runs_another_image_can_be_deployed(plain, name):
     plain.images[name] = image('FROM other')
     live, new = plain.lives(FILES), plain.release(2, SHA_2, but('job', JOB.replace(
         'blog', name)))
-    for act in [lambda: dh.Containers(plain.host).prepare(new)] + \
+    for act in [lambda: dh.Containers(plain.app).prepare(new)] + \
             switch_steps(plain.host, live, new):
         act()
     assert plain.running() == ['sha256:FROMother']
@@ -2358,16 +2359,16 @@ def test_a_job_that_runs_another_image_can_be_deployed(plain, name):
 def test_a_container_that_ignores_its_signal_is_stopped_too(tmpdir):
     machine = Machine(tmpdir, 'upstart')
     live = machine.lives(but('docker', 'FROM deaf'))
-    dh.Upstart(machine.host).stop(live)
+    dh.Upstart(machine.app).stop(live)
     assert machine.running() == []
 
 def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     machine.lives(FILES)
-    dh.stop(machine.host, 'blog')
+    dh.stop(machine.app)
     assert machine.running() == []
     dh.recover(machine.host)
     assert machine.running() == []
-    os.unlink(dh.app_folder(machine.host, 'blog', 'stopped'))
+    os.unlink(machine.app.folder('stopped'))
     dh.recover(machine.host)
     assert machine.running() == ['sha256:FROMone']
 
@@ -2390,7 +2391,7 @@ def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanza
         dh.recover(machine.host)
         assert machine.running() == ['sha256:FROMone'] * (runs == 'yes' and not stopped)
         assert stopped or machine.files() == files
-        dh.stop(machine.host, 'blog')
+        dh.stop(machine.app)
 
 NAMED = 'start on started docker\nexec docker run --rm --name blog-1 blog\n'
 PUBLISHED = NAMED.replace('--name blog-1', '-p 127.0.0.1:8000:80')
@@ -2404,7 +2405,7 @@ def end_client_early(machine):
     for each in machine.containers.values():
         each['State']['Running'] = False
 
-@pytest.mark.parametrize('act', [dh.start, dh.restart, lambda host, app: dh.recover(host)],
+@pytest.mark.parametrize('act', [dh.start, dh.restart, lambda app: dh.recover(app.host)],
                          ids=['start', 'restart', 'recover'])
 @pytest.mark.parametrize('job, harm', [
     (NAMED, end_client), (PUBLISHED, end_client), (NAMED, end_client_early)])
@@ -2413,15 +2414,15 @@ def test_a_container_that_a_killed_client_left_is_no_obstacle(tmpdir, act, job, 
     machine.lives(dict(FILES, **{'upstart.conf': job}))
     left = list(machine.containers)
     harm(machine)
-    act(machine.host, 'blog')
+    act(machine.app)
     assert list(machine.jobs) == ['blog'] and machine.running() == ['sha256:FROMone']
     assert len(machine.containers) == 1 and list(machine.containers) != left
 
 @pytest.mark.parametrize('act', [
     lambda machine: machine.push(FILES_2, MAIN, SHA_2, SHA_3),
-    lambda machine: dh.restart(machine.host, 'blog'),
-    lambda machine: dh.rollback(machine.host, 'blog'),
-    lambda machine: dh.config(machine.host, 'blog', 'A=2')],
+    lambda machine: dh.restart(machine.app),
+    lambda machine: dh.rollback(machine.app),
+    lambda machine: dh.config(machine.app, 'A=2')],
     ids=['push', 'restart', 'rollback', 'config'])
 def test_a_running_job_whose_file_was_removed_is_changed_as_any_other(tmpdir, act):
     machine, twin = Machine(tmpdir.join('1'), 'upstart'), Machine(tmpdir.join('2'), 'upstart')
@@ -2438,13 +2439,13 @@ def test_a_running_job_whose_file_was_removed_is_stopped_and_destroyed(tmpdir, n
         machine = Machine(tmpdir.join(act.__name__), 'upstart')
         machine.lives(but('docker', 'FROM ' + name))
         os.unlink(machine.host.path('/etc/init/blog.conf'))
-        act(machine.host, 'blog', *[True] * (act is dh.destroy))
+        act(machine.app, *[True] * (act is dh.destroy))
         assert machine.running() == [] and machine.jobs == {}
     assert not [path for path in machine.files() if 'blog' in path]
 
 def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     machine.lives(FILES)
-    dh.stop(machine.host, 'blog')
+    dh.stop(machine.app)
     before = machine.whole()
     assert refusal(machine.push, but('docker', 'FROM dies'))
     assert machine.changed(before) == [] and machine.running() == []
@@ -2452,19 +2453,19 @@ def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
 def test_removing_an_app_leaves_nothing_of_it(machine):
     machine.lives(FILES)
     machine.write('/home/git/blog.git/config', '')
-    assert 'dockhand destroy blog --force' in refusal(dh.destroy, machine.host, 'blog')
+    assert 'dockhand destroy blog --force' in refusal(dh.destroy, machine.app)
     assert machine.running() == ['sha256:FROMone']
-    dh.destroy(machine.host, 'blog', force=True)
+    dh.destroy(machine.app, force=True)
     assert machine.images == machine.containers == machine.jobs == machine.served == {}
     assert not [path for path in machine.files() if 'blog' in path]
-    assert 'no app blog here' in refusal(dh.destroy, machine.host, 'blog', True)
+    assert 'no app blog here' in refusal(dh.destroy, machine.app, True)
 
 # ---- Releases: put back, rolled back, cleaned up ------------------------------------
 
 def pushed(machine, *commits):
     """Releases of these commits after the first, the last one live; what was before."""
     old = machine.lives(FILES)
-    engine = dh.engine_of(machine.host, old)
+    engine = dh.engine_of(machine.app, old)
     before = machine.whole()
     for number, commit in enumerate(commits, 2):
         files = but('docker', 'FROM ' + commit[:3])
@@ -2474,14 +2475,14 @@ def pushed(machine, *commits):
             act()
         engine.settle(new)
         old = new
-    dh.set_link(machine.host, 'blog', 'live', old)
+    machine.app.set_link('live', old)
     machine.refs[MAIN] = commits[-1]
     del machine.done[:]
     return before
 
 def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
     before = pushed(machine, SHA_2)
-    dh.rollback(machine.host, 'blog')
+    dh.rollback(machine.app)
     found = machine.whole()
     for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
         before.pop(key, None), found.pop(key, None)
@@ -2489,7 +2490,7 @@ def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machi
     assert '"turn": 2' in dh.to_text(found.pop(record)[0]) and before.pop(record)
     assert found == before and machine.refs[MAIN] == SHA
     assert not [line for line in machine.done if line.startswith('docker build')]
-    dh.rollback(machine.host, 'blog', '2')
+    dh.rollback(machine.app, '2')
     assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
 
 @table('number, said', '''
@@ -2502,24 +2503,24 @@ def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
     del machine.images['blog:1']
     before = machine.whole()
-    assert refusal(dh.rollback, machine.host, 'blog', number) == said
+    assert refusal(dh.rollback, machine.app, number) == said
     assert machine.changed(before) == []
 
 def test_a_first_release_has_none_to_go_back_to(machine):
     machine.lives(FILES)
-    assert refusal(dh.rollback, machine.host, 'blog') == (
+    assert refusal(dh.rollback, machine.app) == (
         'no other release to go back to: see dockhand releases blog')
 
 @pytest.mark.parametrize('live', [False, True])
 def test_a_crash_in_a_rollback_leaves_one_whole_release(machine, live):
     pushed(machine, SHA_2)
-    older = dh.load_release(machine.host, 'blog', 1)
-    dh.set_link(machine.host, 'blog', 'pending', older)
+    older = machine.app.load(1)
+    machine.app.set_link('pending', older)
     if live:
-        dh.set_link(machine.host, 'blog', 'live', older)
+        machine.app.set_link('live', older)
         machine.containers['blog--1'] = machine.container('c1', older.image)
     dh.recover(machine.host)
-    kept = [each.number for each in dh.kept_releases(machine.host, 'blog')]
+    kept = [each.number for each in machine.app.kept()]
     assert kept == ([1, 2] if live else [2, 1])
     assert machine.refs['refs/heads/main'] == (SHA if live else SHA_2)
 
@@ -2527,20 +2528,20 @@ def test_releases_are_listed_with_what_became_of_them(plain, capfd):
     pushed(plain, SHA_2)
     assert refusal(plain.push, but('job', 'x\n'), MAIN, SHA_2, SHA_3)
     capfd.readouterr()
-    dh.releases(plain.host, 'blog')
+    dh.releases(plain.app)
     lines = capfd.readouterr().out.splitlines()
     assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
                     'upstart.conf:1: `x`: an unknown stanza', lines[0])
     assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
     assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
-    assert 'no app wiki is live here' in refusal(dh.releases, plain.host, 'wiki')
+    assert 'no app wiki is live here' in refusal(dh.releases, dh.App(plain.host, 'wiki'))
 
 def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
     pushed(machine, *[number * 40 for number in '234567'])
-    dh.set_link(machine.host, 'blog', 'live', dh.load_release(machine.host, 'blog', 3))
+    machine.app.set_link('live', machine.app.load(3))
     capfd.readouterr()
-    dh.after_push(machine.host, 'blog')
-    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [
+    dh.after_push(machine.app)
+    assert [each.number for each in machine.app.kept()] == [
         3, 7, 6, 5, 4]
     assert sorted(machine.images) == ['blog:%d' % number for number in range(3, 8)] + [
         'blog:latest']
@@ -2558,11 +2559,11 @@ def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
     plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
     for text, left in (('RUN fail', '0123456789ab'), ('FROM dies', 'sha256:FROMdies')):
         assert refusal(plain.push, but('docker', text), MAIN, SHA_2, SHA_3)
-        dh.after_push(plain.host, 'blog')
+        dh.after_push(plain.app)
         assert [line for line in plain.done if 'rmi' in line][-1] == 'docker rmi ' + left
-        dh.after_push(plain.host, 'blog')
+        dh.after_push(plain.app)
     assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
-    assert [each.number for each in dh.kept_releases(plain.host, 'blog')] == [2, 1]
+    assert [each.number for each in plain.app.kept()] == [2, 1]
 
 def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
     pushed(plain, SHA_2)
@@ -2570,25 +2571,25 @@ def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
     plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
     plain.images['base:1'] = {'Id': '0123456789ab', 'RepoTags': ['base:1']}
     assert refusal(plain.push, but('docker', 'RUN fail'), MAIN, SHA_2, SHA_3)
-    dh.after_push(plain.host, 'blog')
+    dh.after_push(plain.app)
     assert 'docker rmi 0123456789ab' not in plain.done
 
 def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
     pushed(plain, *[number * 40 for number in '23456'])
-    dh.rollback(plain.host, 'blog', '2')
+    dh.rollback(plain.app, '2')
     plain.push(but('docker', 'FROM 7'), MAIN, '2' * 40, '7' * 40)
-    dh.after_push(plain.host, 'blog')
-    assert [each.number for each in dh.kept_releases(plain.host, 'blog')] == [
+    dh.after_push(plain.app)
+    assert [each.number for each in plain.app.kept()] == [
         7, 2, 6, 5, 4]
-    assert dh.earlier_release(plain.host, dh.live_release(plain.host, 'blog'), None
+    assert dh.earlier_release(plain.app, plain.app.live(), None
                               ).number == 2
 
 def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
     pushed(plain, *[number * 40 for number in '23456'])
     plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
-    dh.after_push(plain.host, 'blog')
+    dh.after_push(plain.app)
     assert 'Release 1 stays: a container uses its image\n' in capfd.readouterr().err
-    assert dh.list_releases(plain.host, 'blog') == [1, 2, 3, 4, 5, 6]
+    assert plain.app.numbers() == [1, 2, 3, 4, 5, 6]
     assert plain.refs['refs/dockhand/1'] == SHA
 
 def test_what_is_gone_of_a_live_release_is_brought_back(machine):
@@ -2605,9 +2606,9 @@ def test_what_is_gone_of_a_live_release_is_brought_back(machine):
 
 def test_recover_goes_on_with_the_next_app(plain, capfd):
     plain.lives(FILES)
-    live = dh.live_release(plain.host, 'blog')._replace(app='alone')
-    dh.save_release(plain.host, live)
-    dh.set_link(plain.host, 'alone', 'live', live)
+    live, alone = plain.app.live()._replace(app='alone'), dh.App(plain.host, 'alone')
+    alone.save(live)
+    alone.set_link('live', live)
     plain.images.clear()
     assert refusal(dh.recover, plain.host) == '2 app(s) could not be put right'
     assert re.findall('dockhand: (.*)', capfd.readouterr().err) == [
@@ -2639,7 +2640,7 @@ def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
     thread = threading.Thread(target=answer)
     thread.start()
     plain.lives(but('proxy', 'server { listen %d; server_name %s; }' % (port, name)))
-    dh.after_push(plain.host, 'blog')
+    dh.after_push(plain.app)
     thread.join()
     listener.close()
     assert said.format(port) in capfd.readouterr().err
@@ -2728,7 +2729,7 @@ def test_a_plain_web_app_is_switched_in_this_order(plain, capfd, more, config, e
     policies = dict((name, each['policy']) for name, each in plain.containers.items())
     assert policies == {'blog--1': 'no', 'blog--2': 'always'}
     assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
-    live = dh.live_release(plain.host, 'blog')
+    live = plain.app.live()
     assert (live.number, live.port, live.web, live.address, live.config, live.job) == (
         2, 8000, True, '10.86.0.3', config, '')
     assert live.volumes == (['/data'] if more else []) and live.seconds > 0
@@ -2743,7 +2744,7 @@ def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
     plain.lives(an_app('one', 'EXPOSE 8000\n' + more))
     plain.push(an_app('two', 'EXPOSE 8000\n' + more))
     del plain.done[:]
-    dh.rollback(plain.host, 'blog')
+    dh.rollback(plain.app)
     def turned(text):
         swapped = {'1': '2', '2': '1'}
         return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()], text)
@@ -2764,7 +2765,7 @@ def test_a_first_push_says_what_the_app_is(plain, capfd, more, said, port, addre
     plain.nginx()
     plain.push(an_app('one', more), old=ZERO, new=SHA)
     assert '-----> blog is ' + said in capfd.readouterr().err
-    live = dh.live_release(plain.host, 'blog')
+    live = plain.app.live()
     assert (str(live.port), live.web, live.address) == (
         port, said.startswith('a web'), address)
     served = {'/etc/nginx/conf.d/blog.conf': plain_proxy(1, port=3000)}
@@ -2790,8 +2791,8 @@ def test_what_else_a_dockerfile_can_be_is_stopped_then_started(plain):
 def test_the_port_of_an_app_is_asked(plain, health, web, port, asked):
     asking = release(number=1, web=web, port=port, image='sha256:FROMone')
     plain.images['blog:1'] = image('FROM one\nHEALTHCHECK x' if health else 'FROM one')
-    dh.save_release(plain.host, asking)
-    engine = dh.Containers(plain.host)
+    plain.app.save(asking)
+    engine = dh.Containers(plain.app)
     engine.prepare(asking)
     engine.start(asking)
     found = engine.state(asking)        # a HEALTHCHECK knows better how a service is
@@ -2840,7 +2841,7 @@ def test_a_version_that_dies_after_its_first_answer_gives_way_to_the_old_one(pla
 @each('name', 'one dies')
 def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
     plain.lives(ONE_WEB)
-    dh.stop(plain.host, 'blog')
+    dh.stop(plain.app)
     before = plain.whole()
     if name == 'dies':
         assert refusal(plain.push, an_app('dies'))
@@ -2889,7 +2890,7 @@ def test_a_pushed_proxy_file_may_name_the_app_as_its_upstream(plain):
     wanted = PROXY_HEADER + PUSHED + where
     assert wanted == plain.read('/etc/nginx/conf.d/blog.conf')
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted}
-    assert dh.live_release(plain.host, 'blog').web
+    assert plain.app.live().web
     plain.push(an_app('two', 'EXPOSE 9000', wanted))     # copied from the server
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted.replace('.0.2', '.0.3')}
     assert 'docker stop -t 10 blog--1' == plain.done[-1]
@@ -2915,7 +2916,7 @@ def test_what_was_changed_by_hand_may_be_committed_and_pushed(plain):
     path, edited = '/etc/nginx/conf.d/blog.conf', PUSHED.replace('www', 'w3')
     plain.write(path, plain.read(path).replace('www', 'w3'))
     assert 'commit it in nginx-proxy.conf' in refusal(plain.push, TWO_WEB)
-    assert 'commit it in nginx-proxy.conf' in refusal(dh.config, plain.host, 'blog', 'A=1')
+    assert 'commit it in nginx-proxy.conf' in refusal(dh.config, plain.app, 'A=1')
     assert 'w3' in plain.read(path)
     plain.push(an_app('two', 'EXPOSE 9000', edited))
     assert plain.read(path).startswith(PROXY_HEADER + edited)
@@ -2932,7 +2933,7 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     plain.lives(an_app('one', 'EXPOSE 8000', PUSHED))
     plain.write('/proc/net/if_inet6', '')
     capfd.readouterr()
-    dh.proxy(plain.host, 'blog')
+    dh.proxy(plain.app)
     printed = capfd.readouterr().out
     assert printed == GENERATED.format('blog', 'blog blog.*', '', '\n    listen [::]:80;', '',
                                        'blog')
@@ -2940,9 +2941,9 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
 
 def test_an_app_without_a_made_proxy_file_has_none_to_print(plain):
-    assert 'no app blog is live' in refusal(dh.proxy, plain.host, 'blog')
+    assert 'no app blog is live' in refusal(dh.proxy, plain.app)
     plain.lives(an_app('one', ''))
-    assert 'blog is no web app' in refusal(dh.proxy, plain.host, 'blog')
+    assert 'blog is no web app' in refusal(dh.proxy, plain.app)
 
 @pytest.mark.parametrize('init', ['none', 'upstart'])
 def test_a_job_app_becomes_a_plain_one_and_a_job_app_again(tmpdir, init):
@@ -2956,7 +2957,7 @@ def test_a_job_app_becomes_a_plain_one_and_a_job_app_again(tmpdir, init):
     assert machine.running() == ['sha256:FROMthree']
     assert list(machine.jobs) == (['blog'] if init == 'upstart' else [])
     for wanted in ('two', 'three', 'two'):
-        dh.rollback(machine.host, 'blog')
+        dh.rollback(machine.app)
         assert machine.running() == ['sha256:FROM' + wanted]
         assert len(machine.jobs) == (init == 'upstart' and wanted == 'three')
         dh.recover(machine.host)
@@ -2999,26 +3000,21 @@ def test_a_host_without_a_free_subnet_is_said(plain):
     assert 'no /16 of 10.86 to 172.31 is free' in refusal(plain.host.docker.subnet)
 
 def test_an_address_is_given_once_kept_releases_included(plain):
-    folder = dh.app_folder(plain.host, 'wiki', 'releases')
+    wiki = dh.App(plain.host, 'wiki')
     for number, address in enumerate(['10.86.0.2', None, '10.86.0.4', '10.86.0.250'], 1):
-        dh.save_release(plain.host, release(app='wiki', number=number, address=address))
-    assert len(os.listdir(folder)) == 4
+        wiki.save(release(app='wiki', number=number, address=address))
+    assert len(os.listdir(wiki.folder('releases'))) == 4
     assert dh.free_address(plain.host) == '10.86.0.3'
-    dh.save_release(plain.host, release(number=1, address='10.86.0.3'))
+    plain.app.save(release(number=1, address='10.86.0.3'))
     assert dh.free_address(plain.host) == '10.86.0.5'
 
 def test_there_are_more_addresses_than_one_byte_holds(plain):
-    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
-    given = ['10.86.%d.%d' % (at // 250, at % 250 + 2) for at in range(251)]
-    load = dh.read_json
-    try:
-        dh.save_release(plain.host, release())
-        taken = iter(given)
-        dh.list_releases, kept = (lambda host, app: range(251)), dh.list_releases
-        dh.read_json = lambda path: {'address': next(taken)}
-        assert dh.free_address(plain.host) == '10.86.1.3'
-    finally:
-        dh.read_json, dh.list_releases = load, kept
+    for at in range(251):
+        path = plain.app.release_folder(at + 1) + '/release.json'
+        dh.make_folder(os.path.dirname(path))
+        with open(path, 'w') as target:
+            json.dump({'address': '10.86.%d.%d' % (at // 250, at % 250 + 2)}, target)
+    assert dh.free_address(plain.host) == '10.86.1.3'
 
 def test_a_network_that_was_pruned_is_made_again_as_it_was(plain):
     plain.docker_network('network', 'create', '--subnet=10.99.0.0/16', 'dockhand')
@@ -3041,7 +3037,7 @@ CONFIG = '/var/lib/dockhand/apps/blog/config'
 
 def test_config_may_be_set_before_the_first_push(plain, capfd):
     plain.nginx()
-    dh.config(plain.host, 'blog', 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
+    dh.config(plain.app, 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
     assert capfd.readouterr().out == 'blog: noted for its first push\n'
     assert plain.files()[CONFIG][1] == '600' and plain.done == [
         'rm -rf -- ' + ' '.join('/var/lib/dockhand/apps/blog/' + part for part in (
@@ -3050,7 +3046,7 @@ def test_config_may_be_set_before_the_first_push(plain, capfd):
     assert refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
     assert json.loads(plain.read(CONFIG))['port'] == '9000'
     plain.push(ONE_WEB, old=ZERO, new=SHA)
-    live = dh.live_release(plain.host, 'blog')
+    live = plain.app.live()
     assert (live.port, live.config['port']) == (9000, '9000')
     assert plain.containers['blog--2']['env'] == 'A=it\'s "x" #1\nPORT=9000\n'
 
@@ -3058,7 +3054,7 @@ def test_config_may_be_set_before_the_first_push(plain, capfd):
 def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
     plain.write(path, 'not ours')
     try:
-        dh.config(plain.host, 'blog', 'A=1')
+        dh.config(plain.app, 'A=1')
     except Failure:
         pass
     assert path in refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
@@ -3069,30 +3065,30 @@ CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T
 def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     plain.lives(ONE_WEB, A='1', B='2')
     capfd.readouterr()
-    dh.config(plain.host, 'blog', 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
+    dh.config(plain.app, 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
     assert '\n'.join(plain.done) + '\n' == (
         CHANGED + CREATED.replace('two', 'one') % '' + HANDED_OVER)
     assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
     assert plain.served == {
         '/etc/nginx/conf.d/blog.conf': plain_proxy(2, 'blog.org www.blog.org')}
-    live, wanted = dh.live_release(plain.host, 'blog'), {
+    live, wanted = plain.app.live(), {
         'A': 'new', 'domains': 'blog.org www.blog.org'}
-    assert live.config == dh.load_config(plain.host, 'blog') == wanted
+    assert live.config == plain.app.config() == wanted
     assert (live.number, live.commit, live.image) == (2, SHA, 'sha256:FROMone')
     assert 'Release 2 is live' in capfd.readouterr().err
-    dh.rollback(plain.host, 'blog')
-    assert dh.load_config(plain.host, 'blog') == {'A': '1', 'B': '2'}
+    dh.rollback(plain.app)
+    assert plain.app.config() == {'A': '1', 'B': '2'}
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
     assert plain.running() == ['sha256:FROMone']
 
 def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
     plain.lives(ONE_WEB, SECRET='a b=#"', port='8000')
     capfd.readouterr()
-    dh.config(plain.host, 'blog')
+    dh.config(plain.app)
     assert capfd.readouterr().out == 'SECRET=(see it with --values)\nport=8000\n'
-    dh.config(plain.host, 'blog', values=True)
+    dh.config(plain.app, values=True)
     assert capfd.readouterr().out == 'SECRET=a b=#"\nport=8000\n'
-    dh.config(plain.host, 'blog', 'port=8000')
+    dh.config(plain.app, 'port=8000')
     assert plain.done == []
 
 @pytest.mark.parametrize('words, unset, said', [
@@ -3103,15 +3099,15 @@ def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
     plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
     plain.lives(ONE_WEB, A='0')
     before, containers = plain.whole(), str(plain.containers)
-    assert said in refusal(lambda: dh.config(plain.host, 'blog', *words, **unset))
+    assert said in refusal(lambda: dh.config(plain.app, *words, **unset))
     assert plain.changed(before) == [] and str(plain.containers) == containers
 
 @pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
 def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     plain.lives(an_app('one', exposed), port='9000')
-    assert dh.live_release(plain.host, 'blog').web
-    dh.config(plain.host, 'blog', 'port', unset=True)
-    live = dh.live_release(plain.host, 'blog')
+    assert plain.app.live().web
+    dh.config(plain.app, 'port', unset=True)
+    live = plain.app.live()
     assert not live.web and live.proxy == '' and plain.served == {}
     assert plain.containers['blog--2']['env'] == ''
 
@@ -3120,13 +3116,13 @@ def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, ow
     plain.lives(FILES if own == 'job' else an_app('one', 'EXPOSE 8000', PUSHED))
     before = plain.whole()
     assert 'the server_name of its own nginx-proxy.conf' in refusal(
-        dh.config, plain.host, 'blog', 'domains=a.org')
+        dh.config, plain.app, 'domains=a.org')
     assert plain.changed(before) == []
-    dh.config(plain.host, 'blog', 'timeout=9')
+    dh.config(plain.app, 'timeout=9')
 
 def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
     plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
-    dh.config(plain.host, 'blog', 'A=1')
+    dh.config(plain.app, 'A=1')
     text = plain.read('/etc/nginx/conf.d/blog.conf')
     assert text.startswith(PROXY_HEADER + PUSHED) and 'server 10.86.0.3:9000;' in text
 
@@ -3134,9 +3130,9 @@ def test_changes_of_config_do_not_pile_up_releases(plain):
     plain.lives(ONE_WEB)
     for number in range(2, 7):
         release = plain.release(number, SHA, ONE_WEB, 1.5)
-        dh.Containers(plain.host).prepare(release)
-    dh.config(plain.host, 'blog', 'A=1')
-    kept = [each.number for each in dh.kept_releases(plain.host, 'blog')]
+        dh.Containers(plain.app).prepare(release)
+    dh.config(plain.app, 'A=1')
+    kept = [each.number for each in plain.app.kept()]
     assert len(kept) == 5 and kept[0] == 7
     assert len(plain.containers) == 5
 
@@ -3144,23 +3140,23 @@ def test_a_job_app_finds_its_config_as_a_file(machine):
     path = '/var/lib/dockhand/apps/blog/env'
     job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % path
     machine.lives(but('job', job), A='1')
-    dh.config(machine.host, 'blog', 'A=2', 'B=a "b" #c')
+    dh.config(machine.app, 'A=2', 'B=a "b" #c')
     if machine.init == 'upstart':
         assert machine.files()[path][:2] == (b'A=2\nB=a "b" #c\n', '600')
         assert machine.done[-1] == 'timeout 60 start blog'
     else:
         assert machine.containers['blog--2']['env'] == 'A=2\nB=a "b" #c\n'
-    dh.rollback(machine.host, 'blog')
+    dh.rollback(machine.app)
     if machine.init == 'upstart':
         assert machine.read(path) == 'A=1\n'
     else:
         assert machine.containers['blog--1']['env'] == 'A=1\n'
-    assert dh.load_config(machine.host, 'blog') == {'A': '1'}
+    assert machine.app.config() == {'A': '1'}
 
 def test_config_says_which_branch_is_deployed(plain):
     plain.lives(ONE_WEB)
-    dh.config(plain.host, 'blog', 'branch=live/x')
-    assert dh.live_release(plain.host, 'blog').branch == 'live/x'
+    dh.config(plain.app, 'branch=live/x')
+    assert plain.app.live().branch == 'live/x'
     assert plain.refs['refs/heads/live/x'] == SHA
     assert 'only live/x is deployed' in refusal(plain.push, TWO_WEB)
     plain.push(TWO_WEB, 'refs/heads/live/x')
@@ -3173,9 +3169,9 @@ def test_a_record_of_an_earlier_dockhand_is_read(plain):
     for name in 'config port web volumes address'.split():
         del record[name]
     plain.write(path, json.dumps(record))
-    assert dh.live_release(plain.host, 'blog').config == {}
+    assert plain.app.live().config == {}
     plain.push(TWO_WEB)
-    dh.rollback(plain.host, 'blog')
+    dh.rollback(plain.app)
     assert plain.running() == ['sha256:FROMone']
 
 # ---- The release command -------------------------------------------------------------------
@@ -3209,11 +3205,11 @@ def test_a_release_command_that_fails_refuses_the_config_it_came_with(plain, fil
     plain.lives(files, A='0')
     before = plain.whole()
     plain.broken['docker run'] = 1
-    assert refusal(dh.config, plain.host, 'blog', 'A=1', 'release=x') == (
+    assert refusal(dh.config, plain.app, 'A=1', 'release=x') == (
         'the release command failed (1); nothing has changed')
     assert plain.changed(before) == []
-    dh.config(plain.host, 'blog', 'A=1', 'release=x')
-    assert dh.load_config(plain.host, 'blog')['A'] == '1'
+    dh.config(plain.app, 'A=1', 'release=x')
+    assert plain.app.config()['A'] == '1'
 
 def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
     job = 'env X=1\nchdir /srv\nexec docker run --rm -p 81:80 -v /srv/x:/x -e X blog serve\n'
@@ -3242,7 +3238,7 @@ def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volu
     plain.volumes += ['wiki--data', 'blogs--x']
     plain.push(TWO_DATA)
     capfd.readouterr()
-    dh.destroy(plain.host, 'blog', force=True, volumes=volumes)
+    dh.destroy(plain.app, force=True, volumes=volumes)
     assert plain.images == plain.containers == plain.served == plain.networks == {}
     assert not [path for path in plain.files() if 'blog' in path]
     assert plain.volumes == ['blog--data'] * (not volumes) + ['wiki--data', 'blogs--x']
@@ -3251,10 +3247,10 @@ def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volu
 
 def test_a_network_that_another_app_uses_stays(plain):
     plain.lives(ONE_WEB)
-    wiki = release(app='wiki')
-    dh.save_release(plain.host, wiki)
-    dh.set_link(plain.host, 'wiki', 'live', wiki)
-    dh.destroy(plain.host, 'blog', force=True)
+    wiki, live = dh.App(plain.host, 'wiki'), release(app='wiki')
+    wiki.save(live)
+    wiki.set_link('live', live)
+    dh.destroy(plain.app, force=True)
     assert list(plain.networks) == ['dockhand']
 
 class Terminal(io.StringIO):
@@ -3268,18 +3264,18 @@ def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(plain, capfd, ty
     kept, sys.stdin = sys.stdin, Terminal(typed)
     try:
         if removed:
-            dh.destroy(plain.host, 'blog')
+            dh.destroy(plain.app)
         else:
             assert 'if you are sure: dockhand destroy blog --force' in refusal(
-                dh.destroy, plain.host, 'blog')
+                dh.destroy, plain.app)
     finally:
         sys.stdin = kept
     assert 'Type its name again' in capfd.readouterr().out
     assert plain.running() == ([] if removed else ['sha256:FROMone'])
 
 def test_config_of_an_app_that_never_came_can_be_removed(plain):
-    dh.config(plain.host, 'blog', 'A=1')
-    dh.destroy(plain.host, 'blog', force=True)
+    dh.config(plain.app, 'A=1')
+    dh.destroy(plain.app, force=True)
     assert not [path for path in plain.files() if 'blog' in path]
 
 # ---- Drained ---------------------------------------------------------------------------------
@@ -3373,7 +3369,7 @@ def test_an_app_that_listens_for_itself_alone_is_told(plain, address, state, por
     plain.containers['blog--1']['State']['Pid'] = 77
     tcp(plain, 77, 'tcp6' if len(address) > 8 else 'tcp',
         (address + ':1F40', '0' * len(address) + ':0000', state))
-    assert dh.loopback_ports(plain.host, live) == ports
+    assert dh.loopback_ports(plain.app, live) == ports
 
 def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, capfd):
     plain.docker_network('network', 'create', '--subnet=127.86.0.0/16', 'dockhand')
@@ -3381,10 +3377,10 @@ def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, ca
     start = plain.docker_start
     plain.docker_start = lambda *words: start(*words) or plain.containers['blog--1'][
         'State'].update(Pid=77)
-    dh.config(plain.host, 'blog', 'timeout=3')
+    dh.config(plain.app, 'timeout=3')
     files = {'Dockerfile': 'FROM one\nEXPOSE 8000\n'}
     with a_listener('127.86.0.2') as port:
-        dh.config(plain.host, 'blog', 'port=%d' % port)
+        dh.config(plain.app, 'port=%d' % port)
         plain.push(files, old=ZERO, new=SHA)
     assert plain.running() == ['sha256:FROMone']
     said = refusal(lambda: plain.push({'Dockerfile': 'FROM two\nEXPOSE 8000\n'}))
@@ -3392,8 +3388,8 @@ def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, ca
     assert plain.running() == ['sha256:FROMone']
     capfd.readouterr()
     tcp(plain, 77, 'tcp', ('0100007F:1F40', '00000000:0000', '0A'))
-    live = dh.live_release(plain.host, 'blog')
-    refusal(dh.check_or_show_log, plain.host, live, dh.Containers(plain.host))
+    live = plain.app.live()
+    refusal(dh.check_or_show_log, plain.app, live)
     assert ('-----> It listens on 127.0.0.1:8000 alone: make it listen on 0.0.0.0\n'
             ) in capfd.readouterr().err
 
@@ -3430,7 +3426,7 @@ def write_down_again(machine, number, era, **changes):
     machine.write(path, json.dumps(dict((key, record[key]) for key in keys.split())))
     folder = os.path.dirname(path)
     proxies = [folder + '/nginx-proxy.conf']
-    if number == dh.live_release(machine.host, 'blog').number:
+    if number == machine.app.live().number:
         proxies.append('/etc/nginx/conf.d/blog.conf')
     for path in proxies:
         machine.write(path, machine.read(path).replace(PROXY_HEADER, header))
@@ -3442,7 +3438,7 @@ def write_down_again(machine, number, era, **changes):
 def store_of(machine, era):
     """Release 1, kept, and 2, live, as a dockhand of that era left them."""
     pushed(machine, SHA_2)
-    machine.host.nginx.restore('blog', dh.load_release(machine.host, 'blog', 2).proxy)
+    machine.host.nginx.restore('blog', machine.app.load(2).proxy)
     for number in (1, 2):
         write_down_again(machine, number, era)
     del machine.done[:]
@@ -3450,7 +3446,7 @@ def store_of(machine, era):
 def listed(machine, capfd):
     """{number: what `releases` says became of it}."""
     capfd.readouterr()
-    dh.releases(machine.host, 'blog')
+    dh.releases(machine.app)
     return dict((int(line.split()[0]), re.split(r' s  |-  ', line, maxsplit=1)[1].strip())
                 for line in capfd.readouterr().out.splitlines())
 
@@ -3458,18 +3454,18 @@ def listed(machine, capfd):
 def test_a_release_of_an_earlier_dockhand_is_read_whole(machine, era):
     store_of(machine, era)
     for number, commit, name in ((1, SHA, 'one'), (2, SHA_2, '222')):
-        found = dh.load_release(machine.host, 'blog', number)
+        found = machine.app.load(number)
         assert found.seconds is not None, 'it looks as if it were still under way'
         assert found.job.startswith(JOB_HEADER) and dh.is_ours(found.proxy, 'blog')
         assert found == release(
             number=number, commit=commit, seconds=found.seconds, turn=found.turn,
             image='sha256:FROM' + name, job=found.job, proxy=found.proxy, **OF_A_JOB)
-    assert dh.live_release(machine.host, 'blog').number == 2
+    assert machine.app.live().number == 2
 
 @in_each_era
 def test_what_an_earlier_dockhand_kept_is_listed_as_kept(machine, era, capfd):
     store_of(machine, era)
-    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [2, 1]
+    assert [each.number for each in machine.app.kept()] == [2, 1]
     assert listed(machine, capfd) == {2: 'live', 1: 'kept'}
 
 @in_each_era
@@ -3484,19 +3480,19 @@ def test_recover_leaves_what_an_earlier_dockhand_kept(machine, era):
 @in_each_era
 def test_a_rollback_goes_to_what_an_earlier_dockhand_kept_and_back(machine, era, capfd):
     store_of(machine, era)
-    dh.rollback(machine.host, 'blog')
+    dh.rollback(machine.app)
     assert machine.running() == ['sha256:FROMone'] and machine.refs[MAIN] == SHA
     assert listed(machine, capfd) == {2: 'kept', 1: 'live'}
-    dh.rollback(machine.host, 'blog')
+    dh.rollback(machine.app)
     assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
     for number in (1, 2):       # not the years since it was pushed
-        assert dh.load_release(machine.host, 'blog', number).seconds < 60
+        assert machine.app.load(number).seconds < 60
 
 @in_each_era
 def test_a_push_after_an_earlier_dockhand_keeps_what_that_kept(machine, era, capfd):
     store_of(machine, era)
     machine.push(but('docker', 'FROM 333'), MAIN, SHA_2, SHA_3)
-    dh.after_push(machine.host, 'blog')
+    dh.after_push(machine.app)
     assert listed(machine, capfd) == {3: 'live', 2: 'kept', 1: 'kept'}
     assert sorted(machine.images) == ['blog:1', 'blog:2', 'blog:3', 'blog:latest']
 
@@ -3517,19 +3513,19 @@ def test_what_failed_with_an_earlier_dockhand_stays_failed(machine, capfd, era, 
         dict((key, record[key]) for key in FAILED[era].split())))
     dh.recover(machine.host)
     assert listed(machine, capfd) == {3: 'failed: interrupted', 2: 'live', 1: 'kept'}
-    assert 'no release 3 to go back to' in refusal(dh.rollback, machine.host, 'blog', '3')
+    assert 'no release 3 to go back to' in refusal(dh.rollback, machine.app, '3')
     machine.push(but('docker', 'FROM 444'), MAIN, SHA_2, SHA_3)
-    assert dh.live_release(machine.host, 'blog').number == 4
+    assert machine.app.live().number == 4
 
 @in_each_era
 def test_what_an_earlier_dockhand_was_switching_to_is_put_back_and_forgotten(machine, era, capfd):
     """The new dockhand is installed over a crash: `pending` says what never was live."""
     store_of(machine, era)
     new = machine.release(3, SHA_3, but('docker', 'FROM 333'))
-    engine = dh.engine_of(machine.host, new)
-    live = dh.live_release(machine.host, 'blog')
+    engine = dh.engine_of(machine.app, new)
+    live = machine.app.live()
     engine.prepare(new)
-    dh.set_link(machine.host, 'blog', 'pending', new)
+    machine.app.set_link('pending', new)
     for act in switch_steps(machine.host, live, new):
         act()
     write_down_again(machine, 3, era)
@@ -3541,8 +3537,8 @@ def test_what_an_earlier_dockhand_was_switching_to_is_put_back_and_forgotten(mac
 @in_each_era
 def test_a_crash_after_an_earlier_dockhand_committed_keeps_its_release(machine, era, capfd):
     store_of(machine, era)
-    live = dh.live_release(machine.host, 'blog')
-    dh.set_link(machine.host, 'blog', 'pending', live)
+    live = machine.app.live()
+    machine.app.set_link('pending', live)
     if 'seconds' in ERAS[era][0]:
         write_down_again(machine, 2, era, seconds=None)
     dh.recover(machine.host)
@@ -3649,15 +3645,15 @@ def test_what_nginx_says_of_another_file_is_told_without_what_it_quotes(plain):
 def test_a_rule_that_is_newer_than_a_release_binds_pushes_and_warns_else(plain, capfd):
     """The files of release 1 and 2 were taken by an earlier dockhand."""
     plain.lives(but('proxy', 'deny all;\n' + WEB))
-    live = dh.live_release(plain.host, 'blog')
+    live = plain.app.live()
     plain.push(but('docker', 'FROM three'))
     capfd.readouterr()
-    dh.rollback(plain.host, 'blog')
-    assert dh.live_release(plain.host, 'blog').number == live.number
+    dh.rollback(plain.app)
+    assert plain.app.live().number == live.number
     note = 'Note: nginx-proxy.conf:1: `deny all`: outside of `server { }`'
     assert note in capfd.readouterr().err
-    dh.config(plain.host, 'blog', 'A=1')
-    assert dh.live_release(plain.host, 'blog').config == {'A': '1'}
+    dh.config(plain.app, 'A=1')
+    assert plain.app.live().config == {'A': '1'}
     files = but('proxy', 'deny all;\n' + WEB)
     assert 'nginx-proxy.conf:1: `deny all`: outside' in refusal(
         lambda: plain.push(dict(files, Dockerfile='FROM four'), new=SHA_3))
@@ -3727,21 +3723,21 @@ def test_what_is_no_commit_is_refused_before_anything(plain, kind, said):
 
 def test_recover_mends_an_app_whose_live_commit_is_a_tag(plain):
     live = plain.lives(FILES)
-    dh.save_record(plain.host, live._replace(commit=SHA_2))
+    plain.app.save_record(live._replace(commit=SHA_2))
     plain.commits[SHA_2], plain.kinds[SHA_2], plain.named = FILES, 'tag', SHA_3
     plain.commits[SHA_3] = FILES_2
     dh.recover(plain.host)
-    assert dh.live_release(plain.host, 'blog').commit == SHA_3 == plain.refs[MAIN]
+    assert plain.app.live().commit == SHA_3 == plain.refs[MAIN]
     plain.history.add((SHA_3, SHA))
     plain.push(FILES_2, old=SHA_3, new=SHA)
-    assert dh.live_release(plain.host, 'blog').number == 2
+    assert plain.app.live().number == 2
 
 def test_an_app_whose_live_commit_is_a_tag_takes_the_next_push(plain):
     live = plain.lives(FILES)
-    dh.save_record(plain.host, live._replace(commit=SHA_3))
+    plain.app.save_record(live._replace(commit=SHA_3))
     plain.commits[SHA_3], plain.kinds[SHA_3] = FILES, 'tag'
     plain.push(FILES_2)
-    assert dh.live_release(plain.host, 'blog').commit == SHA_2
+    assert plain.app.live().commit == SHA_2
 
 @table('ref, branch', '''
     refs/tags/main   =>
@@ -3765,8 +3761,8 @@ def test_the_next_push_after_a_killed_one_that_went_live_is_deployed(plain):
     plain.lives(FILES)
     plain.refs[MAIN] = SHA_3            # live is SHA
     plain.history.add((SHA, SHA_2))
-    dh.deploy(plain.host, 'blog', 'anna', MAIN, SHA_3, plain.commits.setdefault(SHA_2, FILES_2) and SHA_2)
-    assert dh.live_release(plain.host, 'blog').commit == SHA_2
+    dh.deploy(plain.app, 'anna', MAIN, SHA_3, plain.commits.setdefault(SHA_2, FILES_2) and SHA_2)
+    assert plain.app.live().commit == SHA_2
     assert plain.refs[MAIN] == SHA_3
 
 def test_a_push_that_lacks_what_is_live_is_told_which_commit_since_when(plain):
@@ -3781,17 +3777,17 @@ def test_a_push_does_not_move_the_branch_when_it_finishes_what_was_killed(plain)
     """Or it would be refused for its own earlier push."""
     plain.lives(FILES)
     new = half_deployed(plain)
-    dh.set_link(plain.host, 'blog', 'live', new)
+    plain.app.set_link('live', new)
     plain.history.add((SHA_2, SHA_3))
     plain.commits[SHA_3] = but('docker', 'FROM three')
-    dh.deploy(plain.host, 'blog', 'anna', MAIN, SHA, SHA_3)
-    assert dh.live_release(plain.host, 'blog').commit == SHA_3 and plain.refs[MAIN] == SHA
+    dh.deploy(plain.app, 'anna', MAIN, SHA, SHA_3)
+    assert plain.app.live().commit == SHA_3 and plain.refs[MAIN] == SHA
 
 def test_apps_lists_whatever_has_anything_here_and_what_it_waits_for(plain, capfd):
     plain.nginx()
     dh.make_folder(plain.host.path('/home/git/empty.git'))
     dh.make_folder(plain.host.path('/home/git/No_app.git'))
-    dh.config(plain.host, 'noted', 'A=1')
+    dh.config(dh.App(plain.host, 'noted'), 'A=1')
     assert refusal(lambda: plain.push(but('docker', 'FROM dies'), old=ZERO))
     capfd.readouterr()
     dh.apps(plain.host)
@@ -3805,12 +3801,12 @@ def test_releases_and_logs_of_an_app_that_never_went_live_say_why(plain, capfd):
     plain.nginx()
     assert refusal(lambda: plain.push(but('docker', 'FROM dies'), old=ZERO))
     capfd.readouterr()
-    dh.releases(plain.host, 'blog')
+    dh.releases(plain.app)
     assert 'failed: release 1 failed its health check' in capfd.readouterr().out
     assert 'it waits for a push that succeeds; the last one: release 1 failed' in refusal(
-        dh.logs, plain.host, 'blog')
-    assert 'no app nobody is live here' in refusal(dh.logs, plain.host, 'nobody')
-    dh.destroy(plain.host, 'blog', force=True)
+        dh.logs, plain.app)
+    assert 'no app nobody is live here' in refusal(dh.logs, dh.App(plain.host, 'nobody'))
+    dh.destroy(plain.app, force=True)
     dh.apps(plain.host)
     assert 'blog' not in capfd.readouterr().out.replace('blog is removed', '')
 
@@ -3820,7 +3816,7 @@ def test_docker_is_told_not_to_restart_a_container_before_it_is_stopped(plain):
     """And again afterwards where it refused: dockerd that dies between the two must not
     bring the old worker back beside the new one."""
     live = plain.lives(FILES)
-    engine, update = dh.Containers(plain.host), plain.docker_update
+    engine, update = dh.Containers(plain.app), plain.docker_update
     plain.broken['docker update'] = 1
     engine.stop(live)
     assert plain.done == ['docker update --restart no blog--1', 'docker stop -t 5 blog--1',
@@ -3905,22 +3901,22 @@ def test_order_is_a_counter_whatever_the_times_of_folders_say(machine):
     for number, commit in ((3, SHA_3), (4, '4' * 40)):
         machine.push(but('docker', 'FROM ' + commit[:3]), old=machine.refs[MAIN], new=commit)
     for number, when in ((1, 4e9), (2, 3e9), (3, 1), (4, 2)):
-        os.utime(dh.release_folder(machine.host, 'blog', number), (when, when))
-    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [4, 3, 2, 1]
-    dh.rollback(machine.host, 'blog')
-    assert dh.live_release(machine.host, 'blog').number == 3
-    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [3, 4, 2, 1]
-    dh.rollback(machine.host, 'blog')
-    assert dh.live_release(machine.host, 'blog').number == 4
+        os.utime(machine.app.release_folder(number), (when, when))
+    assert [each.number for each in machine.app.kept()] == [4, 3, 2, 1]
+    dh.rollback(machine.app)
+    assert machine.app.live().number == 3
+    assert [each.number for each in machine.app.kept()] == [3, 4, 2, 1]
+    dh.rollback(machine.app)
+    assert machine.app.live().number == 4
 
 def test_live_is_what_the_link_says_where_a_crash_came_before_it(machine):
     pushed(machine, SHA_2)
-    live = dh.live_release(machine.host, 'blog')
-    dh.count_turn(machine.host, live, dh.load_release(machine.host, 'blog', 1))
-    assert [each.number for each in dh.kept_releases(machine.host, 'blog')] == [2, 1]
+    live = machine.app.live()
+    machine.app.count_turn(live, machine.app.load(1))
+    assert [each.number for each in machine.app.kept()] == [2, 1]
 
 @pytest.mark.parametrize('harm, policy', [
-    (lambda machine: None, 'always'), (lambda machine: dh.stop(machine.host, 'blog'), 'no')])
+    (lambda machine: None, 'always'), (lambda machine: dh.stop(machine.app), 'no')])
 def test_an_app_of_an_older_dockhand_gets_todays_policy_by_install(plain, harm, policy):
     plain.lives(ONE_WEB)
     plain.containers['blog--1']['policy'] = 'unless-stopped'
@@ -4205,10 +4201,10 @@ ONE_SERVICE, TWO_SERVICE = [
     an_app(name, 'EXPOSE 5432\nVOLUME /data') for name in ('one', 'two')]
 
 def one_setting(machine):
-    dh.config(machine.host, 'blog', 'A=1')
+    dh.config(machine.app, 'A=1')
 
 def way_back(machine):
-    dh.rollback(machine.host, 'blog')
+    dh.rollback(machine.app)
 
 @pytest.mark.parametrize('kind, init, before, act', [
     ('a web app, first push', 'none', [], ONE_WEB),
@@ -4452,7 +4448,7 @@ def gone(path):
     return lambda machine: os.unlink(machine.host.path(path))
 
 def pending(machine):
-    os.symlink('releases/1', dh.app_folder(machine.host, 'blog', 'pending'))
+    os.symlink('releases/1', machine.app.folder('pending'))
 
 def dead(machine):
     for each in (machine.containers, machine.jobs):
@@ -4492,7 +4488,7 @@ def test_doctor_finds_nothing_where_sshd_lets_git_in(healthy, capfd, said):
     assert capfd.readouterr().out == 'all is well\n'
 
 def test_doctor_leaves_an_app_that_is_stopped_alone(healthy, capfd):
-    dh.stop(healthy.host, 'blog')
+    dh.stop(healthy.app)
     dh.doctor(healthy.host)
     assert capfd.readouterr().out.endswith('all is well\n')
 
@@ -4502,7 +4498,7 @@ def test_apps_are_listed_with_state_commit_key_and_address(healthy, capfd):
         row = capfd.readouterr().out.split()
         assert row[:3] == ['blog', state, '1' * 10]
         assert row[-2:] == ['anna', 'http://blog.example.org/']
-        dh.stop(healthy.host, 'blog')
+        dh.stop(healthy.app)
         capfd.readouterr()
 
 

@@ -100,6 +100,7 @@ class Machine(object):
     def __init__(self, root, init='none'):
         self.root, self.init = str(root), init
         self.host = Host(self.root, self, clock=Clock(), connect=self.connect)
+        self.app = dh.App(self.host, 'blog')
         self.sockets = SS_HEAD
         self.done, self.broken, self.count, self.shares = [], {}, 100, False
         self.images, self.containers, self.jobs = {}, {}, {}
@@ -539,8 +540,9 @@ class Machine(object):
             config=config, job=JOB_HEADER + job if job else '',
             proxy=PROXY_HEADER + proxy if proxy else '', **OF_A_JOB)
         if not job:
-            made = dh.complete_plain(self.host, made, self.images[tag]['Config'])
-        dh.save_release(self.host, made)
+            settings = self.images[tag]['Config']
+            made = dh.complete_plain(self.app, self.app.live(), made, settings)
+        self.app.save(made)
         return made
 
     def lives(self, files, **config):
@@ -549,11 +551,11 @@ class Machine(object):
             self.write('/home/git/' + dh.KEYS, dh.render_authorized_keys(
                 '', [Key('ssh-ed25519', 'AAAA', 'anna', ())], ''))
         live = self.release(1, SHA, files, 2.5, **config)
-        dh.save_config(self.host, 'blog', config)
-        engine = dh.engine_of(self.host, live)
+        self.app.save_config(config)
+        engine = dh.engine_of(self.app, live)
         self.images['blog:latest'] = self.images['blog:1']
         self.refs['refs/heads/main'] = SHA
-        dh.set_link(self.host, 'blog', 'live', live)
+        self.app.set_link('live', live)
         for act in (engine.prepare, engine.place, engine.start, engine.settle):
             act(live)
         self.nginx()
@@ -563,7 +565,7 @@ class Machine(object):
 
     def push(self, files, ref=MAIN, old=SHA, new=SHA_2):
         self.commits[new] = files
-        dh.deploy(self.host, 'blog', 'anna', ref, old, new)
+        dh.receive(self.host, 'update', 'blog', 'anna', ref, old, new)
         self.refs[ref] = new
 
 def named(job, otherwise):
@@ -607,9 +609,10 @@ def but(name, text):
 
 def switch_steps(host, old, new, run=True):
     """The stop-then-start of a switch, step by step, as dockhand's own does it."""
-    engine, steps = dh.engine_of(host, new), []
+    app = dh.App(host, 'blog')
+    engine, steps = dh.engine_of(app, new), []
     if old:
-        before = dh.engine_of(host, old)
+        before = dh.engine_of(app, old)
         steps.append(lambda: before.stop(old))
         if type(before) != type(engine):
             steps.append(lambda: before.withdraw(old))
@@ -631,8 +634,8 @@ def half_deployed(machine, steps=99, files=None):
     """A crash after so many steps of a switch to release 2."""
     one, two = files or (FILES, FILES_2)
     live, new = machine.lives(one), machine.release(2, SHA_2, two)
-    dh.set_link(machine.host, 'blog', 'pending', new)
-    acts = [lambda: dh.engine_of(machine.host, new).prepare(new)]
+    machine.app.set_link('pending', new)
+    acts = [lambda: dh.engine_of(machine.app, new).prepare(new)]
     for act in (acts + switch_steps(machine.host, live, new))[:steps]:
         act()
     return new

@@ -42,11 +42,11 @@ KINDS_OF_APP = {'job': (FILES, FILES_2), 'web': (ONE_WEB, TWO_WEB),
                 'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB)}
 
 def deploy_two(machine):
-    dh.deploy(machine.host, 'blog', 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
+    dh.deploy(machine.app, 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
 
 ACTS = {'first': deploy_two, 'deploy': deploy_two,
-        'rollback': lambda machine: dh.rollback(machine.host, 'blog'),
-        'config': lambda machine: dh.config(machine.host, 'blog', 'A=2', 'B=3'),
+        'rollback': lambda machine: dh.rollback(machine.app),
+        'config': lambda machine: dh.config(machine.app, 'A=2', 'B=3'),
         'recover': lambda machine: dh.recover(machine.host)}
 RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
         ('deploy', 'upstart'), ('rollback', 'none'), ('rollback', 'upstart')] + [
@@ -66,7 +66,7 @@ def about_to(act, init, folder):
     elif act in ('deploy', 'config'):
         machine.lives(one, A='1')
     else:
-        dh.set_link(machine.host, 'blog', 'live', half_deployed(machine, files=(one, two)))
+        machine.app.set_link('live', half_deployed(machine, files=(one, two)))
         dh.recover(machine.host)
     machine.commits[SHA_2] = two
     return machine
@@ -172,7 +172,7 @@ def standing(machine):
     found.update((name, each['Image'] + each['policy'] * each['State']['Running'])
                  for name, each in machine.containers.items() if name[:3] != 'job')
     kept = [(release.commit, sorted(release.config.items()))
-            for release in dh.kept_releases(machine.host, 'blog')]
+            for release in machine.app.kept()]
     found.update(refs=sorted(machine.refs.items()), running=machine.running(), kept=kept,
                  jobs=sorted(machine.jobs), served=sorted(machine.served.items()))
     return dict((name, str(value)) for name, value in found.items())
@@ -196,7 +196,7 @@ def explore(act, init, folder):
     states = [standing(machine)]
     changes, moments = moments_of(act, machine)
     states.append(standing(machine))
-    machine.refs[MAIN] = dh.live_release(machine.host, 'blog').commit
+    machine.refs[MAIN] = machine.app.live().commit
     return changes, moments, states + [standing(machine)]
 
 def after_a_kill(act, init, states, at, folder):
@@ -217,7 +217,7 @@ def after_a_kill(act, init, states, at, folder):
 
 def is_new(machine, act, folder):
     """Whether no other run has come to this state: from here all goes the same way."""
-    state = [standing(machine), dh.list_releases(machine.host, 'blog'), act, machine.init]
+    state = [standing(machine), machine.app.numbers(), act, machine.init]
     name = hashlib.sha1(dh.to_bytes(json.dumps(state, sort_keys=True))).hexdigest()
     try:
         os.mkdir(os.path.join(os.path.dirname(folder), name))
