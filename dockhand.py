@@ -1141,19 +1141,30 @@ HARMLESS = ('docker rm', 'docker stop', 'docker kill', 'docker pull', 'true', ':
 def container_of(job, app):
     """The Container that does what the job says; Failure by line where none does."""
     last = dict((stanza.name, stanza.value) for stanza in job)
-    env = dict(each.value.partition('=')[::2] for each in job if each.name == 'env')
-    options, words = read_run([each for word in only_run(job, app).words
-                               for each in expand_word(word, env)])
-    given = ['--' + name + ('=' + value if value or name not in FLAGS else '')
-             for name, value, _ in options if name not in DROPPED]
-    given += ['--stop-signal=' + last['kill signal']] if 'kill signal' in last else []
-    return Container(given, words[0].value, [word.value for word in words[1:]], env,
-                     last.get('chdir', '/'), starts_at_boot(job),
-                     last.get('kill timeout', '5'))
+    env = dict(stanza.value.partition('=')[::2] for stanza in job
+               if stanza.name == 'env')
+    expanded = []
+    for word in only_run(job, app).words:
+        expanded.extend(expand_word(word, env))
+    options, words = read_run(expanded)
+
+    given = [long_option(option) for option in options if option.name not in DROPPED]
+    if 'kill signal' in last:
+        given.append('--stop-signal=' + last['kill signal'])
+
+    command = [word.value for word in words[1:]]
+    return Container(given, words[0].value, command, env, last.get('chdir', '/'),
+                     starts_at_boot(job), last.get('kill timeout', '5'))
+
+def long_option(option):
+    """An Option in one word, as `docker create` takes it."""
+    if option.name in FLAGS and not option.value:
+        return '--' + option.name
+    return '--%s=%s' % (option.name, option.value)
 
 def starts_at_boot(job):
     """Whether a job says when it starts: a later `manual` takes that back."""
-    starts = [each.name for each in job if each.name in ('start on', 'manual')]
+    starts = [stanza.name for stanza in job if stanza.name in ('start on', 'manual')]
     return starts[-1:] == ['start on']
 
 def volume_of(app, path):
@@ -1164,20 +1175,35 @@ def volume_of(app, path):
 
 def plain_container(release, env_file):
     """The Container of a release that brings no job: it runs as its Dockerfile says."""
-    app, address = release.app, release.address
-    given = ['--volume=%s:%s' % (volume_of(app, path), path) for path in release.volumes]
-    options = ['--net=' + NETWORK, '--ip=' + address, '--env-file=' + env_file]
+    app = release.app
+    options = ['--net=' + NETWORK, '--ip=' + release.address]
     if '.' not in app:          # or it would stand in the way of a real site of that name
-        options.insert(2, '--net-alias=' + app)
-    return Container(options + given, app, [], {}, '/', True, '10')
+        options.append('--net-alias=' + app)
+    options.append('--env-file=' + env_file)
+    options += ['--volume=%s:%s' % (volume_of(app, path), path)
+                for path in release.volumes]
+    return Container(options, app, command=[], env={}, folder='/', at_boot=True,
+                     grace='10')
 
 def read_image(settings, config, proxied):
-    """(port or 0, whether it is for nginx, [volume path]) by the Config of an image."""
-    exposed = settings.get('ExposedPorts') or {}
-    ports = sorted((int(port.split('/')[0]) for port in exposed if port.endswith('/tcp')))
-    web = [int(port) for port in HTTP_PORTS[:-1] if int(port) in ports]
-    port = ([int(config['port'])] if 'port' in config else web + ports + [0])[0]
-    is_web = port != 0 and bool(web or 'port' in config or proxied)
+    """(port or 0, whether it is for nginx, [volume path]) by the Config of an image.
+    proxied: the app's own proxy file, if it has one"""
+    exposed = [port.split('/')[0] for port in settings.get('ExposedPorts') or {}
+               if port.endswith('/tcp')]
+    web_ports = [port for port in HTTP_PORTS if port in exposed and port != '443']
+    exposed = sorted(int(port) for port in exposed)
+
+    if 'port' in config:
+        port = int(config['port'])
+    elif web_ports:
+        port = int(web_ports[0])
+    elif exposed:
+        port = exposed[0]
+    else:
+        port = 0
+
+    wanted = bool(web_ports or 'port' in config or proxied)
+    is_web = port != 0 and wanted
     return port, is_web, sorted(settings.get('Volumes') or {})
 
 def refuse_here_if(wrong, place, what, remedy):
@@ -1188,31 +1214,44 @@ def refuse_here_if(wrong, place, what, remedy):
 def only_run(job, app):
     """The one `docker run` of a job, whose other commands can be left out."""
     main = main_of(job)[0]
-    runs = [each for each in main.commands if each.name == 'docker run']
+    runs = [command for command in main.commands if command.name == 'docker run']
     refuse_here_if(len(runs) != 1, main, main.name, 'it must hold one `docker run`')
-    ending = runs[0].ending.strip('\n;')
-    refuse_here_if(ending not in ('', '||', '&&'), runs[0].words[0], ending,
+    run = runs[0]
+
+    ending = run.ending.strip('\n;')
+    refuse_here_if(ending not in ('', '||', '&&'), run.words[0], ending,
                    'docker keeps what it prints: dockhand logs ' + app)
     for stanza in job:
         refuse_here_if(stanza.name in ('chroot', 'normal exit'), stanza, stanza.name,
                        'remove it')
-        around = stanza is main or stanza.name.startswith(('pre-', 'post-'))
-        for command in stanza.commands if around else []:
-            known = command is runs[0] or command.name in HARMLESS
-            refuse_here_if(not known or command.ending == '|', command.words[0],
-                           command.name, 'do it in the Dockerfile or in what it starts')
-    return runs[0]
+        if stanza is main or stanza.name.startswith(AROUND):
+            check_commands(stanza.commands, run)
+    return run
+
+def check_commands(commands, run):
+    """Failure for one that cannot be left out beside the `docker run`."""
+    for command in commands:
+        is_known = command is run or command.name in HARMLESS
+        refuse_here_if(not is_known or command.ending == '|', command.words[0],
+                       command.name, 'do it in the Dockerfile or in what it starts')
 
 def expand_word(word, env):
     """[Word] for a Word, `$NAME` of the job's own env put in as the shell would."""
-    def value(match):
-        name, escaped = match.group('name', 'escaped')
-        refuse_here_if(not escaped and name not in env, word, word.text,
-                       'only the `env` of the job is known')
-        return escaped or env[name]
     refuse_here_if(word.text in ('"', "'"), word, word.text, 'the quote is not closed')
-    whole, alone = unquote(word.text, value), re.match(r'\$\{?\w+\}?\Z', word.text)
-    return [word._replace(value=value) for value in (whole.split() if alone else [whole])]
+
+    def variable(match):
+        if match.group('escaped'):
+            return match.group('escaped')
+        name = match.group('name')
+        refuse_here_if(name not in env, word, word.text,
+                       'only the `env` of the job is known')
+        return env[name]
+    value = unquote(word.text, variable)
+
+    # A variable that stands alone and without quotes may be several words, or none.
+    if re.match(r'\$\{?\w+\}?\Z', word.text):
+        return [word._replace(value=part) for part in value.split()]
+    return [word._replace(value=value)]
 
 # ---- Proxy files read as nginx reads them (pure functions) -----------------------------
 
