@@ -146,7 +146,7 @@ KEYS, KEYS_END = '.ssh/authorized_keys', '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
-KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"\n]*)",\S+ (\S+) (\S+).*\n'
+KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"]*)",\S+ (\S+) (\S+)'
 
 # ---- The little OS layer ---------------------------------------------------------------
 
@@ -482,82 +482,124 @@ def on_signals(action):
 
 # ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
 
-APP_NAME = re.compile(r'(?!.{41}|.*\.git\Z)[a-z](?:[._-]?[a-z0-9])+\Z')
+APP_NAME = r'[a-z]([._-]?[a-z0-9])+\Z'
 OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
 
 def check_app_name(name):
     """An app's name as it is, or Failure. It is never repaired."""
-    refuse_if(not APP_NAME.match(name), '"%s" is no name for an app: 2 to 40 of a-z, 0-9 '
-              'and single "-", "_", ".", a letter first', printable(name))
-    refuse_if(name in TAKEN_NAMES or name.startswith('dockhand'), '"%s" is a name that '
-              'Dockerfiles start from or the server itself uses: choose another', name)
+    is_spelled_so = re.match(APP_NAME, name) is not None
+    if not is_spelled_so or len(name) > 40 or name.endswith('.git'):
+        raise Failure('"%s" is no name for an app: 2 to 40 of a-z, 0-9 and single "-", '
+                      '"_", ".", a letter first', printable(name))
+    if name in TAKEN_NAMES or name.startswith('dockhand'):
+        raise Failure('"%s" is a name that Dockerfiles start from or the server itself '
+                      'uses: choose another', name)
     return name
 
 def is_app_name(name):
     """Whether an app may be called so."""
     try:
-        return bool(check_app_name(name))
+        check_app_name(name)
     except Failure:
         return False
+    return True
 
 def check_key_name(name):
-    refuse_if(not re.match(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z', name), '"%s" is no '
-              'name for a key: 1 to 64 of a-z A-Z 0-9, later "._@-" too', printable(name))
+    """The name of a key as it is, or Failure."""
+    if not re.match(r'[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z', name):
+        raise Failure('"%s" is no name for a key: 1 to 64 of a-z A-Z 0-9, later "._@-" '
+                      'too', printable(name))
     return name
 
 def parse_ssh_command(text):
     """What an ssh client asks for, as (verb, app), or Failure: `git-receive-pack
     'app.git'` for a push, `git-upload-pack` for a fetch; ssh://HOST has a "/" first."""
-    match = re.match(r"git[ -](receive-pack|upload-pack) '/?([^']*?)(?:\.git)?'\Z", text)
-    refuse_if(not text, 'no shell here: git push git@HOST:APP.git main')
-    refuse_if(not match, '"%s" is not for this key: it can git push, fetch and clone',
-              printable(text))
-    return match.group(1), check_app_name(match.group(2))
+    if not text:
+        raise Failure('no shell here: git push git@HOST:APP.git main')
+    match = re.match(r"git[ -](receive-pack|upload-pack) '([^']*)'\Z", text)
+    if match is None:
+        raise Failure('"%s" is not for this key: it can git push, fetch and clone',
+                      printable(text))
+
+    verb, path = match.groups()
+    if path.startswith('/'):
+        path = path[1:]
+    if path.endswith('.git'):
+        path = path[:-len('.git')]
+    return verb, check_app_name(path)
 
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
-    wanted = (branch,) if branch else DEFAULT_BRANCHES
     if ref.startswith('refs/tags/'):
         return 'store'
+    if not ref.startswith('refs/heads/'):
+        raise Failure('%s is refused: push a branch or a tag', printable(ref))
+    if not new.strip('0'):
+        raise Failure('branches are not deleted here; to remove the app, on the server: '
+                      'sudo dockhand destroy APP')
+
     name = ref[len('refs/heads/'):]
-    refuse_if(not ref.startswith('refs/heads/'), '%s is refused: push a branch or a tag',
-              printable(ref))
-    refuse_if(not new.strip('0'), 'branches are not deleted here; to remove the app, on '
-              'the server: sudo dockhand destroy APP')
-    refuse_if(name not in ('plan',) + wanted, 'only %s is deployed; to deploy this: git '
-              'push REMOTE HEAD:%s', ' or '.join(wanted), wanted[0])
-    return 'plan' if name == 'plan' else 'deploy'
+    if name == 'plan':
+        return 'plan'
+    deployed = (branch,) if branch else DEFAULT_BRANCHES
+    if name not in deployed:
+        raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s',
+                      ' or '.join(deployed), deployed[0])
+    return 'deploy'
 
 Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
 
 def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
-    refuse_if('PRIVATE KEY' in text, 'this is a private key: keep it, send the .pub file')
+    if 'PRIVATE KEY' in text:
+        raise Failure('this is a private key: keep it, send the .pub file')
     lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
-    lines = [line for line in lines if line and line[0] != '#']
+    lines = [line for line in lines if line and not line.startswith('#')]
+    if not lines:
+        raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
+                      'ssh HOST "sudo dockhand upload-key NAME"')
+
+    keys = []
     for line in lines:
-        refuse_if(not re.match(PUBLIC_KEY, line), '"%s" is no public key: a line of TYPE '
-                  'BASE64 COMMENT is, as in id_ed25519.pub', printable(line, 40))
-    refuse_if(not lines, 'no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
-              'ssh HOST "sudo dockhand upload-key NAME"')
-    return [re.match(PUBLIC_KEY, line).groups() for line in lines]
+        match = re.match(PUBLIC_KEY, line)
+        if match is None:
+            raise Failure('"%s" is no public key: a line of TYPE BASE64 COMMENT is, as '
+                          'in id_ed25519.pub', printable(line, 40))
+        keys.append(match.groups())
+    return keys
 
 def split_authorized_keys(text):
-    """(text before our marks, our keys, text after) of an authorized_keys file."""
-    text += '' if text.endswith('\n') or not text else '\n'
+    """(text before our marks, our keys, text after) of an authorized_keys file. Ours end
+    at the first line that we did not write, where somebody removed the second mark."""
+    if text and not text.endswith('\n'):
+        text += '\n'
     before, _, rest = text.partition(KEYS_BEGIN + '\n')
-    ours = re.match('(?:%s)*' % KEY_LINE, rest).group()
-    keys = [Key(kind, blob, name, tuple(apps.split()))
-            for name, apps, kind, blob in re.findall(KEY_LINE, ours)]
-    return before, keys, rest[len(ours):].replace(KEYS_END + '\n', '')
+
+    keys = []
+    lines = rest.split('\n')
+    for line in lines:
+        match = re.match(KEY_LINE, line)
+        if match is None:
+            break
+        name, apps, kind, blob = match.groups()
+        keys.append(Key(kind, blob, name, tuple(apps.split())))
+
+    after = '\n'.join(lines[len(keys):])
+    return before, keys, after.replace(KEYS_END + '\n', '')
 
 def render_authorized_keys(before, keys, after):
     """The file anew: who has a key of ours reaches `dockhand serve`, no shell."""
-    ours = ['command="%s",%s %s' % (' '.join((PROGRAM, 'serve', key.name) + key.apps),
-                                    KEY_OPTIONS, ' '.join(key[:3])) for key in keys]
-    refuse_if(any(len(line) > 8000 for line in ours), 'too many apps for one key: sshd '
-              'reads lines of up to 8192 bytes')
-    return before + '\n'.join([KEYS_BEGIN] + ours + [KEYS_END, after])
+    lines = [KEYS_BEGIN]
+    for key in keys:
+        command = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
+        line = 'command="%s",%s %s %s %s' % (
+            command, KEY_OPTIONS, key.type, key.blob, key.name)
+        if len(line) > 8000:
+            raise Failure('too many apps for one key: sshd reads lines of up to 8192 '
+                          'bytes')
+        lines.append(line)
+    lines.append(KEYS_END)
+    return before + '\n'.join(lines) + '\n' + after
 
 def apps_of(keys, name):
     """The apps that the keys of a name may reach, as [app]; None where that is all."""
@@ -567,37 +609,57 @@ def apps_of(keys, name):
     return [app for key in named for app in key.apps]
 
 def add_keys(keys, uploaded, name, apps):
-    """The keys with those uploaded under a name; Failure if one has another name."""
+    """The keys with those uploaded under a name, whose rights all keys of that name get;
+    Failure if one of them has another name. uploaded: as parse_public_keys gives it"""
     for key in keys:
-        refuse_if(key.name != name and key[:2] in uploaded, 'this key is known as "%s": '
-                  'dockhand remove-key %s first, or go on using it', key.name, key.name)
-    kept = [key._replace(apps=apps) if key.name == name else key for key in keys]
-    new = [Key(kind, blob, name, apps) for kind, blob in uploaded]
-    return kept + [key for at, key in enumerate(new) if key not in kept + new[:at]]
+        if key.name != name and (key.type, key.blob) in uploaded:
+            raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
+                          'go on using it', key.name, key.name)
+
+    result = []
+    for key in keys:
+        if key.name == name:
+            key = key._replace(apps=apps)
+        result.append(key)
+    for kind, blob in uploaded:
+        key = Key(kind, blob, name, apps)
+        if key not in result:
+            result.append(key)
+    return result
 
 # What config says of the app itself; every other key is a variable of its environment.
-SETTINGS = {'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*', 'port': r'[1-9]\d{0,4}',
-            'branch': r'\w[\w./-]*', 'overlap': 'yes|no',
-            'timeout': r'[3-9]|[1-9]\d{1,3}',
-            'release': r'''([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+'''}
+SETTINGS = {
+    'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*',
+    'port': r'[1-9]\d{0,4}',
+    'branch': r'\w[\w./-]*',
+    'overlap': 'yes|no',
+    'timeout': r'[3-9]|[1-9]\d{1,3}',
+    'release': r"""([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+"""}
 
 def check_setting(key, value):
     """Failure unless docker's env files or dockhand can hold it."""
-    refuse_if(not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', key), '"%s" is no name for a '
-              'variable: letters, digits and "_"', printable(key))
+    if not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', key):
+        raise Failure('"%s" is no name for a variable: letters, digits and "_"',
+                      printable(key))
+
     data = to_bytes(value)
     text = data.decode('utf-8', 'replace')
-    refuse_if(re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768, "%s: docker's env "
-              'files hold one line of UTF-8, up to 32 KB: write it as base64', key)
+    if re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768:
+        raise Failure("%s: docker's env files hold one line of UTF-8, up to 32 KB: write "
+                      'it as base64', key)
+
     wanted = SETTINGS.get(key, '.*')
-    refuse_if(not re.match('(?:%s)\\Z' % wanted, value), '%s=%s does not match %s',
-              key, printable(value), wanted)
+    if not re.match('(?:%s)\\Z' % wanted, value):
+        raise Failure('%s=%s does not match %s', key, printable(value), wanted)
 
 def environment_text(config, port):
     """The variables of a config as docker's --env-file has them; PORT for a web app."""
-    variables = dict({'PORT': port} if port else {}, **config)
-    return ''.join('%s=%s\n' % (key, variables[key]) for key in sorted(variables)
-                   if key not in SETTINGS)
+    variables = {}
+    if port:
+        variables['PORT'] = port
+    variables.update(config)
+    names = sorted(name for name in variables if name not in SETTINGS)
+    return ''.join('%s=%s\n' % (name, variables[name]) for name in names)
 
 # ---- The record of a release (pure functions) ------------------------------------------
 
@@ -2361,13 +2423,14 @@ def is_working(title):
 Socket = namedtuple('Socket', 'state port peer pids')
 
 def read_sockets(text):
-    """[Socket] of what `ss -tanp` prints: state, two numbers, both ends, processes."""
+    """[Socket] of what `ss -tanp` prints: a head, and lines of a state, two counts, two
+    times ADDRESS:PORT, and users:(("nginx",pid=6,fd=3)), once users:(("nginx",6,3))."""
     sockets = []
-    for line in text.splitlines():
+    for line in text.split('\n')[1:]:
         fields = line.split()
         if len(fields) < 5:
             continue
-        pids = re.findall(r',(?:pid=)?(\d+),', fields[-1])
+        pids = re.findall(r',(?:pid=)?(\d+),', ' '.join(fields[5:]))
         sockets.append(Socket(fields[0], fields[3].rpartition(':')[2],
                               fields[4].rpartition(':')[0], pids))
     return sockets
@@ -4204,20 +4267,26 @@ def make_repository(host, folder):
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
 
-def receive(host, hook, app='', key='', *ref):
-    """Run as root by a repository's hooks: sudo receive update|post-receive|check."""
+def receive(host, hook, app='', key='', *arguments):
+    """Run as root by a repository's hooks: sudo receive update|post-receive|check.
+    arguments: of the update hook, a ref and its old and new commit"""
     if hook == 'check':
         return
-    refuse_if('' in (app, key), 'push over ssh, with a key of your own: git@HOST:APP.git')
+    if not app or not key:
+        raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(app)
     check_key_name(key)
-    if hook == 'update' and len(ref) == 3 and all(map(OBJECT_ID.match, ref[1:])):
-        known = apps_of(split_authorized_keys(host.text(host.home(), KEYS))[1], key)
-        deploy(App(host, app, known), key, *ref)
-    elif hook == 'post-receive' and not ref:
+
+    if hook == 'post-receive' and not arguments:
         after_push(App(host, app))
-    else:
+        return
+    if hook != 'update' or len(arguments) != 3:
         raise Failure('this is for the hooks of a repository')
+    ref, old, new = arguments
+    if not OBJECT_ID.match(old) or not OBJECT_ID.match(new):
+        raise Failure('this is for the hooks of a repository')
+    known = apps_of(split_authorized_keys(host.text(host.home(), KEYS))[1], key)
+    deploy(App(host, app, known), key, ref, old, new)
 
 def after_push(app):
     """Remove what is too old, say where the app answers. Nothing depends on it: git does
