@@ -1478,8 +1478,8 @@ def servers_of(text, path='nginx-proxy.conf'):
 
 def servers_in(directives, path):
     """The [Server] among the directives of a file."""
-    return [read_server(each, path) for each in directives
-            if each.words == ['server'] and each.inside is not None]
+    return [read_server(directive, path) for directive in directives
+            if directive.words == ['server'] and directive.inside is not None]
 
 def read_server(block, path):
     """The Server of a `server` block."""
@@ -1499,20 +1499,28 @@ def read_server(block, path):
 
 def read_listen(arguments, place):
     """The Listen of `listen [ADDRESS:]PORT|ADDRESS|unix:PATH WORD...`."""
-    where, words = arguments[0], arguments[1:]
+    address, port = split_address(arguments[0])
+    words = arguments[1:]
+    default = any(word in DEFAULT for word in words)
+    socket_words = sorted(word for word in words if word not in NO_SOCKET_WORDS)
+    return Listen(address, port, default, tuple(socket_words), place)
+
+def split_address(where):
+    """(address, port) of what a `listen` names: `*` stands for every IPv4 address, and a
+    file has no port. An IPv6 address is in brackets; ports may begin with zeros."""
+    if where.startswith('unix:'):
+        return where, ''
     match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', where)
     if match:
-        address, port = match.group(1), str(int(match.group(2)))
-    elif where.startswith('unix:'):
-        address, port = where, ''
+        address = match.group(1) or '*'
+        port = str(int(match.group(2)))
     else:
-        address, port = where, '80'
-    if address in (None, '0.0.0.0'):
-        address = '*'
+        address = where
+        port = '80'
 
-    default = bool(set(words) & set(DEFAULT))
-    socket_words = [word for word in words if word not in NO_SOCKET_WORDS]
-    return Listen(address, port, default, tuple(sorted(socket_words)), place)
+    if address == '0.0.0.0':
+        address = '*'
+    return address, port
 
 NO_SOCKET_WORDS = ('default_server', 'default', 'ipv6only=on')   # the last is the rule
 
@@ -1520,8 +1528,13 @@ def read_server_names(arguments):
     """The names of a `server_name`; `.x` means x and *.x. Expressions keep their case."""
     names = []
     for word in arguments:
-        name = word if word[:1] == '~' else word.lower()
-        names.extend([name[1:], '*' + name] if name[:1] == '.' else [name])
+        if word.startswith('~'):
+            names.append(word)
+        elif word.startswith('.'):
+            names.append(word[1:].lower())
+            names.append('*' + word.lower())
+        else:
+            names.append(word.lower())
     return names
 
 def proxied_ports(text):
@@ -1549,13 +1562,15 @@ def shared_names(directives, path):
             continue
 
         if keyword in TABLES:
-            kind, names = 'variable', [word.lower() for word in words[where:][:1]]
+            kind = 'variable'
+            names = [word.lower() for word in words[where:][:1]]
         elif isinstance(where, str):
             kind = 'zone'
             names = [word[len(where):].partition(':')[0] for word in words
                      if word.startswith(where)]
         else:
-            kind, names = keyword, words[where:][:1]
+            kind = keyword
+            names = words[where:][:1]
         found.extend(SharedName(kind, name, directive, path) for name in names)
     return found
 
@@ -1637,19 +1652,23 @@ def path_problem(arguments):
 
 def log_problem(app, name, arguments):
     """Where the logs of an app may be: in nginx's folder, under the app's name."""
-    where = (arguments + [''])[0]
-    own = re.match(r'/var/log/nginx/%s(-[A-Za-z0-9][A-Za-z0-9._-]*)?\.log\Z'
-                   % re.escape(app), where)
+    where = arguments[0] if arguments else ''
+    if name == 'access_log' and where == 'off':
+        return None
+    if where.startswith('syslog:') and 'unix:' not in where:
+        return None
+
+    # An app may be called access or error: nginx's own logs have these names.
     is_nginxs = where in ('/var/log/nginx/access.log', '/var/log/nginx/error.log')
-    elsewhere = where.startswith('syslog:') and 'unix:' not in where
-    is_off = (name, where) == ('access_log', 'off')
-    if elsewhere or is_off or (own and not is_nginxs):
+    own = r'/var/log/nginx/%s(-[A-Za-z0-9][A-Za-z0-9._-]*)?\.log\Z' % re.escape(app)
+    if re.match(own, where) and not is_nginxs:
         return None
     return 'its place is /var/log/nginx/%s.log, or %s-NAME.log' % (app, app)
 
 def cache_problem(app, arguments):
+    """Where the cache of an app may be: in a folder with the app's name."""
     folder = '/var/cache/nginx/' + app
-    where = (arguments + [''])[0]
+    where = arguments[0] if arguments else ''
     is_below = (where + '/').startswith(folder + '/')
     if is_below and '$' not in where and '..' not in where.split('/'):
         return None
@@ -1657,9 +1676,13 @@ def cache_problem(app, arguments):
 
 def files_made(directives):
     """The logs and caches that a file names: nginx makes them where they are missing."""
-    found = [each.words for each in all_directives(directives)
-             if each.words[0].endswith(('access_log', 'error_log', '_cache_path'))]
-    return [words[1] for words in found if words[1:] and words[1].startswith('/')]
+    paths = []
+    for directive in all_directives(directives):
+        name, arguments = directive.words[0], directive.words[1:]
+        makes_files = name.endswith(('access_log', 'error_log', '_cache_path'))
+        if makes_files and arguments and arguments[0].startswith('/'):
+            paths.append(arguments[0])
+    return paths
 
 def rule_problems(app, directives, others, version, known=None):
     """What a pushed file says that would reach other apps, or the server, past its own
@@ -1686,17 +1709,22 @@ MOST_NAMES, MOST_LISTENS, MOST_SHARED = 200, 50, 100     # in one file
 
 def size_problems(directives):
     """Where a file says more than any person writes, as rule_problems gives it."""
-    counted = {'server_name': 0, 'listen': 0, '': 0}
-    limits = {'server_name': MOST_NAMES, 'listen': MOST_LISTENS, '': MOST_SHARED}
+    limits = {'server_name': MOST_NAMES, 'listen': MOST_LISTENS, 'shared': MOST_SHARED}
+    counted = dict.fromkeys(limits, 0)
     for directive in all_directives(directives):
         kind = directive.words[0]
         if kind in SHARED_NAMES:
-            kind = ''
-        if kind in counted:
-            counted[kind] += len(directive.words) - 1 if kind == 'server_name' else 1
-            if counted[kind] > limits[kind]:
-                yield directive, 'more than %d of these in a file' % limits[kind]
-                return
+            kind = 'shared'
+        if kind not in counted:
+            continue
+
+        if kind == 'server_name':
+            counted[kind] += len(directive.words) - 1
+        else:
+            counted[kind] += 1
+        if counted[kind] > limits[kind]:
+            yield directive, 'more than %d of these in a file' % limits[kind]
+            return
 
 # Of the server that is the default one of a port nginx takes these for all on that port.
 OF_A_PORT = '''client_header_buffer_size client_header_timeout ignore_invalid_headers
@@ -1707,23 +1735,36 @@ def word_problem(directive):
     name, arguments = directive.words[0], directive.words[1:]
     if name == 'ssl' and [word.lower() for word in arguments] != ['off']:
         return 'write `listen 443 ssl;`'
-    if name == 'listen' and arguments and arguments[0].lower().startswith('unix:'):
-        return 'listen on a port instead of a file'
-    if name == 'listen' and arguments and re.search(r'\d-\d+\Z', arguments[0]):
-        return 'write each port by itself'
-    if name == 'server_name' and '$' in ''.join(
-            word for word in arguments if word[:1] != '~'):
-        return 'write the name itself'
-    if name in ('proxy_cache', 'fastcgi_cache', 'scgi_cache', 'uwsgi_cache') and (
-            '$' in ''.join(arguments)):
-        return 'write the name of the cache itself'
+    if name == 'listen' and arguments:
+        return address_problem(arguments[0])
+    if name == 'server_name':
+        plain = [word for word in arguments if not word.startswith('~')]
+        if '$' in ''.join(plain):
+            return 'write the name itself'
+    if name in ('proxy_cache', 'fastcgi_cache', 'scgi_cache', 'uwsgi_cache'):
+        if '$' in ''.join(arguments):
+            return 'write the name of the cache itself'
     if directive.words == ['server']:
-        said = [inner.words for inner in directive.inside or ()]
-        is_default = any(words[0] == 'listen' and set(words) & set(DEFAULT)
-                         for words in said)
-        for_all = [words[0] for words in said if words[0] in OF_A_PORT]
-        if is_default and for_all:
-            return '`%s` in a default_server holds for all on its port' % for_all[0]
+        return default_problem(directive)
+    return None
+
+def address_problem(address):
+    """What is wrong with where a `listen` listens, or None."""
+    if address.lower().startswith('unix:'):
+        return 'listen on a port instead of a file'
+    if re.search(r'\d-\d+\Z', address):
+        return 'write each port by itself'
+    return None
+
+def default_problem(block):
+    """What a `server` block says for all servers of its port, if it is their default
+    one, or None."""
+    inside = [directive.words for directive in block.inside or ()]
+    listens = [words for words in inside if words[0] == 'listen']
+    is_default = any(word in DEFAULT for words in listens for word in words)
+    for words in inside:
+        if is_default and words[0] in OF_A_PORT:
+            return '`%s` in a default_server holds for all on its port' % words[0]
     return None
 
 DEFAULT = ('default_server', 'default')
@@ -1794,9 +1835,8 @@ def listen_problems(app, directives, others, version):
     found = []
     for directive in listen_directives(directives):
         listen = read_listen(directive.words[1:], '')
-        differing = [socket_difference(set(listen.words), words, version)
-                     for words in theirs.get(listen.port, [])]
-        for word in [word for word in differing if word][:1]:
+        word = first_difference(listen, theirs.get(listen.port, []), version)
+        if word:
             found.append((directive, '`%s` would hold for all on port %s, or theirs for '
                           'this: leave it as they have it, or take another port'
                           % (word, listen.port)))
@@ -1805,18 +1845,30 @@ def listen_problems(app, directives, others, version):
                           'requests for unknown names: take another port' % listen.port))
     return found
 
+def first_difference(listen, theirs, version):
+    """A word of a Listen, or of the first `listen` that differs from it, or None.
+    theirs: [set of words] of those that have the same port"""
+    for words in theirs:
+        word = socket_difference(set(listen.words), words, version)
+        if word:
+            return word
+    return None
+
 def becomes_default(app, listen, others):
     """Whether a Listen takes the requests for unknown names on a port from another file:
     the first server of a port has them, if none says default_server. On 80 and 443 that
     is ours of 000-dockhand.conf."""
-    own = PROXIES + '/%s.conf' % app
-    there = [(path, other) for path, file in others for server in servers_in(file, path)
+    if listen.port in ('80', '443'):
+        return False
+    there = [(path, other) for path, directives in others
+             for server in servers_in(directives, path)
              for other in server.listens if other.port == listen.port]
-    if listen.port in ('80', '443') or not there:
+    if not there or any(other.default for _, other in there):
         return False
-    if any(other.default for _, other in there):
-        return False
-    return listen.default or own < min(path for path, _ in there)
+
+    own = PROXIES + '/%s.conf' % app
+    is_first = own < min(path for path, _ in there)
+    return listen.default or is_first
 
 def listen_directives(directives):
     """Every `listen` Directive of the servers of a file."""
@@ -1839,8 +1891,12 @@ Claim = namedtuple('Claim', 'name path port place')
 
 def claims_of(servers, path):
     """[Claim] of each name on each port of some servers."""
-    return [Claim(name, path, '80' if listen.port == '443' else listen.port, server.place)
-            for server in servers for listen in server.listens for name in server.names]
+    claims = []
+    for server in servers:
+        for listen in server.listens:
+            port = '80' if listen.port == '443' else listen.port
+            claims.extend(Claim(name, path, port, server.place) for name in server.names)
+    return claims
 
 def rank_of(name):
     """nginx asks exact names first, then `*.x`, then `x.*`, then expressions."""
@@ -1848,24 +1904,30 @@ def rank_of(name):
         return 3
     if name.endswith('.*'):
         return 2
-    return 1 if name.startswith('*.') else 0
+    if name.startswith('*.'):
+        return 1
+    return 0
 
 def takes_from(name, other):
     """Whether a server_name would get requests that another server's has now."""
-    rank, below = rank_of(name), rank_of(other)
     if other in ('', '_') or name in ('', '_'):
         return False
-    if rank == 3:
-        return below < 3 and expression_matches(name, other.replace('*', 'x'))
-    if rank > below or rank == below == 0:
+
+    rank = rank_of(name)
+    rank_below = rank_of(other)
+    if rank == 3:                   # of two expressions the first has a request: see robs
+        return rank_below < 3 and expression_matches(name, other.replace('*', 'x'))
+    if rank > rank_below or rank == rank_below == 0:
         return False
-    if below == 3:
+    if rank_below == 3:
         return may_match(other, name)
     if rank == 0:
         return is_covered(name, other)
-    if rank == below == 1:
+
+    # Of two wildcards of one kind the longer one has a request.
+    if rank == rank_below == 1:
         return name != other and name.endswith(other[1:])
-    if rank == below == 2:
+    if rank == rank_below == 2:
         return name != other and name.startswith(other[:-1])
     return True                     # some host is below x and begins with y: *.x has it
 
@@ -1896,29 +1958,44 @@ def plain_ends(expression):
     text = expression.lower()
     if '|' in text:
         return '', ''
-    begins = re.match(r'~\^((?:[a-z0-9-]|\\\.)*(?![?*{]))', text)
-    ends = re.search(r'((?:[a-z0-9-]|\\\.)*)\$\Z', text)
-    return [match.group(1).replace('\\', '') if match else '' for match in (begins, ends)]
+
+    # A letter with `?`, `*` or `{` behind it may be missing.
+    begins = ''
+    match = re.match(r'~\^((?:[a-z0-9-]|\\\.)*(?![?*{]))', text)
+    if match:
+        begins = match.group(1).replace('\\', '')
+
+    ends = ''
+    match = re.search(r'((?:[a-z0-9-]|\\\.)*)\$\Z', text)
+    if match:
+        ends = match.group(1).replace('\\', '')
+    return begins, ends
 
 def may_match(expression, name):
     """Whether a `~expression` may match a host that a name stands for. Of a wildcard, it
     may unless the plain text at the beginning or end of the expression differs."""
     if rank_of(name) == 0:
         return expression_matches(expression, name)
+
     begins, ends = plain_ends(expression)
     if name.endswith('.*'):
-        return begins.startswith(name[:-1]) or name[:-1].startswith(begins)
-    return ends.endswith(name[1:]) or name[1:].endswith(ends)
+        begin = name[:-1]
+        return begins.startswith(begin) or begin.startswith(begins)
+    end = name[1:]
+    return ends.endswith(end) or end.endswith(ends)
 
 def may_both_match(expression, other):
     """Whether two expressions may match one host: not where they end in another text."""
-    one, two = plain_ends(expression)[1], plain_ends(other)[1]
-    return one.endswith(two) or two.endswith(one)
+    _, end = plain_ends(expression)
+    _, other_end = plain_ends(other)
+    return end.endswith(other_end) or other_end.endswith(end)
 
 def app_of_file(path):
     """The app whose proxy file has this path, or None."""
     match = re.match(re.escape(PROXIES) + r'/([^/]+)\.conf\Z', path)
-    return match and match.group(1)
+    if match is None:
+        return None
+    return match.group(1)
 
 def owner_text(path, known):
     """Whose a file is. known: the apps that the person may know of, None for all"""
@@ -1936,10 +2013,13 @@ def taken_name(claims, others, known, may_take=()):
     losers = dict(((other.name, other.port, app_of_file(other.path)), other)
                   for other in others)
     wide = [other for other in losers.values() if rank_of(other.name) > 0]
+
     for claim in claims:
         if (claim.name, claim.port) in there:
             continue                        # the same name: server_claims tells
-        rivals = losers.values() if rank_of(claim.name) == 3 else wide
+        rivals = wide
+        if rank_of(claim.name) == 3:        # it may match a full name
+            rivals = losers.values()
         for other in sorted(rivals):
             if claim.port == other.port and robs(claim, other, may_take):
                 return robbed_text(claim, other, known)
@@ -2003,23 +2083,31 @@ GENERATED = '''server {{
 def render_proxy(app, domains, version, ipv6):
     """The proxy file of a web app that brings none. A client's idle connection outlives
     a reload by a second, where nginx can do that: a request may be on its way already."""
-    default = ' default_server' if '_' in domains.split() else ''
-    more = 'listen [::]:80%s;\n    ' % default if ipv6 else ''
-    more += 'keepalive_min_timeout 1s;\n    ' if version >= (1, 27, 4) else ''
+    default = ''
+    if '_' in domains.split():
+        default = ' default_server'
+
+    more = ''
+    if ipv6:
+        more += 'listen [::]:80%s;\n    ' % default
+    if version >= (1, 27, 4):
+        more += 'keepalive_min_timeout 1s;\n    '
     return GENERATED.format(app=app, names=domains, default=default, more=more)
 
 def upstream(app, address, port, version):
     """Where `proxy_pass http://APP` leads. Where nginx can do that, it closes an idle
     connection before the app may."""
-    limit = '    keepalive_timeout 1s;\n' if version >= (1, 15, 3) else ''
+    limit = ''
+    if version >= (1, 15, 3):
+        limit = '    keepalive_timeout 1s;\n'
     return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 64;\n%s}\n' % (
         app, address, port, limit)
 
 def with_backup(text, address, port):
     """A proxy file that turns to another address where its own does not answer."""
     body, mark, where = text.partition(MARK)
-    return body + mark + where.replace(
-        '    keepalive', '    server %s:%d backup;\n    keepalive' % (address, port), 1)
+    backup = '    server %s:%d backup;\n' % (address, port)
+    return body + mark + where.replace('    keepalive', backup + '    keepalive', 1)
 
 def server_claims(server):
     """[(what only one server of a machine can have, in words, FILE:LINE)]. Who has a name
@@ -2041,15 +2129,14 @@ def check_proxy(servers, others, known=None):
     its name, if it alone has the address and another has the port.
     servers, others: [Server]; known: as owner_text wants it"""
     taken = dict(claim for other in others for claim in server_claims(other))
-    shared = ['80'] + [listen.port for other in others for listen in other.listens
-                       if listen.address in ALL]
+    shared_ports = set(listen.port for other in others for listen in other.listens
+                       if listen.address in ALL)
+    shared_ports.add('80')
+
     for server in servers:
-        ours = [listen.port in ('80', '443') and not listen.default
-                for listen in server.listens]
-        refuse_if(all(ours) and set(server.names) <= set(['', '_']), '%s: no request '
-                  'reaches this server: give it a name, or default_server', server.place)
+        check_is_reached(server)
         for listen in server.listens:
-            refuse_if(listen.address not in ALL and listen.port in shared,
+            refuse_if(listen.address not in ALL and listen.port in shared_ports,
                       '%s: `listen %s:%s` would take all requests to that address: write '
                       '`listen %s;`', listen.place, listen.address, listen.port,
                       listen.port)
@@ -2058,11 +2145,20 @@ def check_proxy(servers, others, known=None):
                 raise Failure('%s: %s, by %s: change one of the two', place,
                               printable(claim, 160), place_text(taken[claim], known))
 
+def check_is_reached(server):
+    """Failure for a Server without a name where unknown names are 000-dockhand.conf's."""
+    has_no_name = set(server.names) <= set(['', '_'])
+    is_behind_ours = all(listen.port in ('80', '443') and not listen.default
+                         for listen in server.listens)
+    refuse_if(has_no_name and is_behind_ours, '%s: no request reaches this server: give '
+              'it a name, or default_server', server.place)
+
 def place_text(place, known):
     """FILE:LINE of another file, for those who may know whose it is."""
     path = place.rpartition(':')[0]
-    app = app_of_file(path)
-    return place if known is None or app in known else owner_text(path, known)
+    if known is None or app_of_file(path) in known:
+        return place
+    return owner_text(path, known)
 
 CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
 
@@ -2071,18 +2167,27 @@ def render_catch_all(servers, version, ipv6):
     servers: those of nginx's other files; version: nginx's, as a tuple"""
     listens = [listen for server in servers for listen in server.listens]
     used = set((listen.address, listen.port) for listen in listens)
-    claimed = any(listen.default and listen.port == '80' for listen in listens)
+
     # Before 1.3.10 nginx took included files in no order: the first server is not ours.
-    default = '' if claimed or version >= (1, 3, 10) else ' default_server'
-    only = ' ipv6only=on' if version < (1, 3, 4) else ''
+    is_claimed = any(listen.default and listen.port == '80' for listen in listens)
+    is_first = version >= (1, 3, 10)
+    default = '' if is_claimed or is_first else ' default_server'
     plain = '    listen 80%s;\n' % default
-    plain += '    listen [::]:80%s;\n' % only if ipv6 and ('[::]', '80') in used else ''
-    secure = '    listen 443 ssl;\n' if ('*', '443') in used else ''
-    secure += '    listen [::]:443 ssl;\n' if ('[::]', '443') in used else ''
+    if ipv6 and ('[::]', '80') in used:
+        only = ' ipv6only=on' if version < (1, 3, 4) else ''
+        plain += '    listen [::]:80%s;\n' % only
+
+    secure = ''
+    if ('*', '443') in used:
+        secure += '    listen 443 ssl;\n'
+    if ('[::]', '443') in used:
+        secure += '    listen [::]:443 ssl;\n'
+
     text = '# dockhand: what no app answers to; written anew when the apps change\n'
-    rejects = secure and version >= (1, 19, 4)
-    return text + CATCH % (plain, 'return 404') + (
-        CATCH % (secure, 'ssl_reject_handshake on') if rejects else '')
+    text += CATCH % (plain, 'return 404')
+    if secure and version >= (1, 19, 4):
+        text += CATCH % (secure, 'ssl_reject_handshake on')
+    return text
 
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
