@@ -1350,17 +1350,22 @@ class NginxReader(object):
     will refuse, or may read in another way than this)].
     """
     def __init__(self, text):
-        self.text, self.troubles = text, []
+        self.text = text
+        self.troubles = []
         self.directives = []
         self.around = []        # of each open block: (words, line, begin, list it is in)
         self.into = self.directives
-        self.words, self.line, self.begin = [], 1, 0
+        self.words = []         # of the directive that is being read
+        self.line = 1           # in which it begins
+        self.begin = 0          # where in the text it begins
         self.read()
 
     def read(self):
         """Take one token after the other, until the end or something that is none."""
         self.note_control_characters()
-        token, at, line = re.compile(NGINX_TOKEN), 0, 1
+        token = re.compile(NGINX_TOKEN)
+        at = 0
+        line = 1
         after_quote = False
 
         while at < len(self.text):
@@ -1390,15 +1395,16 @@ class NginxReader(object):
 
     def take_word(self, match, line):
         if not self.words:
-            self.line, self.begin = line, match.start()
+            self.line = line
+            self.begin = match.start()
+
         word = match.group()
         if match.lastgroup == 'quoted':
             word = word[1:-1]
-        elif re.search(r'[{}]', re.sub(r'\$\{\w+\}', '', word)):
+        elif has_brace(word):
             self.trouble(line, '`%s`: put what holds `{` or `}` into quotes'
                          % printable(word))
-        self.words.append(re.sub(r'''(?s)\\([trn"'\\])''',
-                                 lambda found: NGINX_ESCAPES[found.group(1)], word))
+        self.words.append(without_escapes(word))
 
     def take_mark(self, match, line):
         """End a directive, begin or end a block; False where nginx gives up."""
@@ -1444,6 +1450,16 @@ class NginxReader(object):
         self.trouble(line, text)
         while self.around:
             self.close(len(self.text))
+
+def has_brace(word):
+    """Whether a bare word has a `{` or `}`, but for those of `${name}`."""
+    without_variables = re.sub(r'\$\{\w+\}', '', word)
+    return '{' in without_variables or '}' in without_variables
+
+def without_escapes(word):
+    """A word with the characters that its backslashes stand for."""
+    return re.sub(r'''\\([trn"'\\])''',
+                  lambda match: NGINX_ESCAPES[match.group(1)], word)
 
 def is_known_include(arguments):
     """Whether an `include` names one of those files of the distribution."""
@@ -1630,10 +1646,8 @@ def file_problem(app, directive):
         return None
 
     names_a_file = re.match('(?x)(?:%s)\\Z' % OTHER_FILES, name)
-    if name not in PATH_DIRECTIVES:
-        names_a_file = names_a_file or any(
-            re.match(r'(\w+=)?/', word) for word in arguments)
-    if names_a_file:
+    has_path = any(re.match(r'(\w+=)?/', word) for word in arguments)
+    if names_a_file or (has_path and name not in PATH_DIRECTIVES):
         return ('a proxy file may name files with root, alias, auth_basic_user_file, '
                 'ssl_certificate and logs alone')
     return None
@@ -1772,7 +1786,8 @@ DEFAULT = ('default_server', 'default')
 def name_problems(directives, others, known):
     """What a file defines that another one, or nginx itself, has under the same name: as
     rule_problems gives it."""
-    theirs, used = {}, set()
+    theirs = {}                 # (kind, name): [SharedName] of other files
+    used = set()                # the names that they capture, set or pass requests to
     for path, other in others:
         for shared in shared_names(other, path):
             theirs.setdefault((shared.kind, shared.name), []).append(shared)
@@ -2027,7 +2042,8 @@ def taken_name(claims, others, known, may_take=()):
 
 def robs(claim, other, may_take):
     """Whether a Claim takes requests from another one, and may not."""
-    ours, theirs = rank_of(claim.name), rank_of(other.name)
+    ours = rank_of(claim.name)
+    theirs = rank_of(other.name)
     if claim.name in may_take and ours == 0 and theirs in (1, 2):
         return False
     if ours == theirs == 3:                 # of two expressions the first has a request
@@ -2036,7 +2052,8 @@ def robs(claim, other, may_take):
 
 def robbed_text(claim, other, known):
     """What to say of a Claim that takes requests from another one."""
-    name, app = printable(claim.name), app_of_file(other.path)
+    name = printable(claim.name)
+    app = app_of_file(other.path)
     if known is not None and app not in known:
         return '%s: the host name "%s" is taken on this server' % (claim.place, name)
     remedy = 'give that full names of its own first'
@@ -2114,14 +2131,17 @@ def server_claims(server):
     on port 80 has it on 443 as well."""
     for listen in server.listens:
         if listen.default:
-            yield 'default_server is taken on port %s of %s' % (
-                listen.port, listen.address), listen.place
+            claim = 'default_server is taken on port %s of %s' % (
+                listen.port, listen.address)
+            yield claim, listen.place
+
         for name in server.names:
             ports = [listen.port]
             if listen.port in ('80', '443') and name not in ('', '_'):
                 ports = ['80', '443']
             for port in ports:
-                yield 'server_name "%s" is taken on port %s' % (name, port), server.place
+                claim = 'server_name "%s" is taken on port %s' % (name, port)
+                yield claim, server.place
 
 def check_proxy(servers, others, known=None):
     """Failure where these take what others have, or one of them gets no request, since
@@ -2192,11 +2212,13 @@ def render_catch_all(servers, version, ipv6):
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
     included = catch_all + ''.join('include %s;\n' % path for path in paths)
-    text, count = re.subn(r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;',
-                          lambda match: included, text)
+    include = r'include\s+(?:/etc/nginx/)?conf\.d/\*(?:\.conf)?\s*;'
+    staged, count = re.subn(include, lambda match: included, text)
     refuse_if(not count, '/etc/nginx/nginx.conf does not `include /etc/nginx/conf.d/'
               '*.conf;`: add it to its http block')
-    return 'pid /dev/null; ' + re.sub(r'(?m)^\s*pid\s[^;]*;', '', text)
+
+    without_pid = re.sub(r'(?m)^\s*pid\s[^;]*;', '', staged)
+    return 'pid /dev/null; ' + without_pid
 
 # ---- The machine: init, disk, routes ---------------------------------------------------
 
