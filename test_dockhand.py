@@ -77,6 +77,39 @@ def signals_stay():
     for number, handler in kept:
         signal.signal(number, handler)
 
+@pytest.fixture(params=['none', 'upstart'])
+def machine(request, tmpdir):
+    return Machine(tmpdir, request.param)
+
+@pytest.fixture
+def plain(tmpdir):
+    return Machine(tmpdir)
+
+def records_of(*numbers):
+    """The paths of what stays of failed releases of an app that was never live."""
+    folder = '/var/lib/dockhand/apps/blog'
+    return set([folder, folder + '/releases']).union(*[
+        ['%s/releases/%d' % (folder, number), '%s/releases/%d/release.json' % (folder, number)]
+        for number in numbers])
+
+def pushed(machine, *commits):
+    """Releases of these commits after the first, the last one live; what was before."""
+    old = machine.lives(FILES)
+    engine = dh.engine_of(machine.app, old)
+    before = machine.whole()
+    for number, commit in enumerate(commits, 2):
+        files = but('docker', 'FROM ' + commit[:3])
+        new = machine.release(number, commit, files, 2.5)
+        engine.prepare(new)
+        for act in switch_steps(machine.host, old, new):
+            act()
+        engine.settle(new)
+        old = new
+    machine.app.set_link('live', old)
+    machine.refs[MAIN] = commits[-1]
+    del machine.done[:]
+    return before
+
 # ---- Names, ssh commands, refs ---------------------------------------------------------
 
 @each('name', 'ab blog b2 my-app a.b_c-d www.example.org a1-2 bpx git-tools', 'a' * 40)
@@ -187,6 +220,22 @@ def test_an_object_id_has_40_or_64_digits(text):
     assert not dh.OBJECT_ID.match(text)
     assert dh.OBJECT_ID.match(SHA) and dh.OBJECT_ID.match('a' * 64)
 
+@table('ref, branch', '''
+    refs/tags/main   =>
+    refs/tags/master =>
+    refs/tags/plan   =>
+    refs/tags/live   => live''')
+def test_a_tag_called_like_the_branch_is_refused_with_what_to_type(ref, branch):
+    said = refusal(dh.check_tag, ref, branch or None)
+    assert said.endswith('git push REMOTE TAG^{}:refs/heads/' + ref[10:])
+
+@table('ref, branch', '''
+    refs/tags/v1     =>
+    refs/tags/main   => live
+    refs/tags/mains  =>''')
+def test_any_other_tag_is_stored(ref, branch):
+    dh.check_tag(ref, branch or None)
+
 # ---- Keys ------------------------------------------------------------------------------
 
 ED = 'AAAAC3NzaC1lZDI1NTE5AAAAIK4+kLRETSYxUlOKaUhzNbuHMIC/LwTGdkKAcZn1RFqi'
@@ -286,6 +335,128 @@ def test_a_file_copied_from_the_server_gets_no_second_header():
     text = dh.headed('blog', 'job', 'exec x\n')
     assert re.match("# dockhand: blog's job, .*\nexec x\n\\Z", text)
     assert dh.headed('blog', 'job', text) == text
+
+# ---- Config, and what an image says of its app -----------------------------------------
+
+# What dockhand knows of an app besides its repository.
+
+@table('key, value', r"""
+    A               =>
+    A               => it's "quoted" = #1, $HOME \\ and \t so_on
+    DATABASE_URL    => postgres://u:p%20w@db:5432/x?a=b#c
+    port            => 8000
+    port            => 65535
+    domains         => _
+    domains         => blog.org *.blog.org _ .x.org
+    branch          => feature/x-1.0
+    overlap         => no
+    timeout         => 600
+    release         => ./manage.py migrate --set 'a b' "c \\" d"
+    release         => sh -c 'echo "it"'\\''s' """)
+def test_a_setting_may_have_any_value_on_one_line(key, value):
+    dh.check_setting(key, value)
+
+@table('key, value, said', r"""
+              => 1      => "" is no name for a variable: letters, digits and "_"
+    1A        => 1      => "1A" is no name
+    A\_B      => 1      => "A B" is no name
+    A\n       => 1      => "A?" is no name
+    A         => a\nb   => A: docker's env files hold one line of UTF-8, up to 32 KB
+    A         => a\r    => A: docker's env files hold one line
+    A         => a\0b   => A: docker's env files hold one line
+    port      => 0      => port=0 does not match
+    port      => 80/udp => port=80/udp does not match
+    port      =>        => port= does not match
+    domains   => A.org  => domains=A.org does not match
+    domains   => a;b    => domains=a;b does not match
+    domains   => a\_\_b => does not match
+    branch    => -x     => branch=-x does not match
+    overlap   => maybe  => overlap=maybe does not match yes|no
+    timeout   => 1.5    => timeout=1.5 does not match
+    timeout   => 2      => timeout=2 does not match
+    release   => echo 'x => release=echo 'x does not match
+    release   =>        => release= does not match""")
+def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
+    assert said in refusal(dh.check_setting, key, value)
+
+@pytest.mark.parametrize('data, times, said', [
+    (b'x', 32769, 'up to 32 KB'), (b'\xc3\xa9', 16385, 'up to 32 KB'),
+    (b'caf\xe9', 1, 'one line of UTF-8')])
+def test_a_value_that_dockers_env_files_cannot_hold_is_refused(data, times, said):
+    assert said in refusal(dh.check_setting, 'A', dh.to_text(data * times))
+    dh.check_setting('A', dh.to_text(b'\xc3\xa9' * 16384))
+
+def test_an_environment_is_written_as_docker_reads_it():
+    config = {'B': 'it\'s "a" = #1, $X \\ ', 'A': dh.to_text(b'\xe2\x98\x83'), 'C': '',
+              'port': '8000', 'domains': 'a b', 'release': 'x', 'branch': 'b',
+              'overlap': 'no', 'timeout': '5', 'a.b': '1'}
+    assert dh.environment_text(config, 8000) == dh.to_text(
+        b'A=\xe2\x98\x83\nB=it\'s "a" = #1, $X \\ \nC=\nPORT=8000\na.b=1\n')
+    assert dh.environment_text(dict(config, PORT='9'), 8000).count('PORT=') == 1
+    assert 'PORT' not in dh.environment_text(config, None)
+    assert dh.environment_text({}, None) == ''
+
+@pytest.mark.parametrize('words, unset, wanted', [
+    (['A=1'], False, {'A': '1', 'port': '80'}),
+    (['A=a=b=#c d'], False, {'A': 'a=b=#c d', 'port': '80'}),
+    (['port=8000', 'B='], False, {'A': 'old', 'port': '8000', 'B': ''}),
+    (['A=1', 'A=2', 'port'], True, {'A': '2'}), (['A', 'port'], True, {}),
+    ([], False, {'A': 'old', 'port': '80'})])
+def test_a_config_is_changed_word_by_word(words, unset, wanted):
+    found = {'A': 'old', 'port': '80'}
+    assert dh.change_config(found, words, unset) == wanted
+    assert found == {'A': 'old', 'port': '80'}
+
+@pytest.mark.parametrize('words, unset, said', [
+    (['A'], False, '"A" is not KEY=VALUE'), (['A=1', 'port=x'], False, 'port=x does not match'),
+    (['=1'], False, '"" is no name'), (['B'], True, 'no B is set'),
+    (['A=1', 'B'], True, 'no B is set')])
+def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
+    found = {'A': 'old'}
+    assert said in refusal(dh.change_config, found, words, unset)
+    assert found == {'A': 'old'}
+
+@pytest.mark.parametrize('data, value', [
+    (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
+    (b'a#"\' ', 'a#"\' '), (b'-\n', '-'), (b'', ''), (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
+def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
+    with standard_input(data):
+        assert dh.change_config({}, ['A=-'], False) == {'A': value}
+
+@pytest.mark.parametrize('data, times, said', [
+    (b'a\n', 2, "A: docker's env files"), (b'\xff\n', 1, 'one line of UTF-8'),
+    (b'x', 40000, 'up to 32 KB'), (b'x', 300000, 'larger than')])
+def test_a_secret_that_will_not_do_is_refused(data, times, said):
+    with standard_input(data * times):
+        assert said in refusal(dh.change_config, {}, ['A=-'], False)
+
+@table('exposed, port, proxied, found, web', """
+                        =>      =>     => 0    => False
+                        => 9000 =>     => 9000 => True
+                        =>      => yes => 0    => False
+    8000/tcp            =>      =>     => 8000 => True
+    3000/tcp 8080/tcp 443/tcp  =>      =>     => 8080 => True
+    5000/tcp 80/tcp     =>      =>     => 80   => True
+    80/tcp              => 81   =>     => 81   => True
+    5432/tcp            =>      =>     => 5432 => False
+    25/tcp 143/tcp 25/udp  =>   =>     => 25   => False
+    5432/tcp            => 5432 =>     => 5432 => True
+    9000/tcp            =>      => yes => 9000 => True
+    9000/tcp 3000/tcp   =>      => yes => 3000 => True
+    443/tcp             =>      =>     => 443  => False
+    53/udp              =>      =>     => 0    => False
+    80/udp              =>      =>     => 0    => False
+    80/sctp             =>      =>     => 0    => False""")
+def test_what_an_image_exposes_says_what_an_app_is(exposed, port, proxied, found, web):
+    settings = {'ExposedPorts': dict((each, {}) for each in exposed.split()) or None}
+    config = {'port': port} if port else {}
+    assert [str(each) for each in dh.read_image(settings, config, proxied)] == [
+        found, web, '[]']
+
+def test_an_image_of_any_docker_is_read():
+    assert dh.read_image({}, {}, None) == (0, False, [])
+    volumes = {'/var/lib/b': {}, '/a b': {}}
+    assert dh.read_image({'Volumes': volumes}, {}, None)[2] == ['/a b', '/var/lib/b']
 
 # ---- Jobs ------------------------------------------------------------------------------
 
@@ -580,6 +751,10 @@ def test_old_options_before_the_image_get_their_second_dash():
         '-rm -name=web -link -volumes-from "-dns" -privileged=true -entrypoint -expose '
         '-sig-proxy -cidfile')
 
+# ---- Containers described --------------------------------------------------------------
+
+# What docker is told to run: of a job, and of a Dockerfile alone.
+
 def contained(text):
     return dh.container_of(dh.parse_job(text), 'blog')
 
@@ -656,6 +831,57 @@ def test_a_job_is_read_as_the_shell_and_docker_would(text, options):
     env A=1\nexec docker run --rm b ${A:-2}                 => 2: `${A:-2}` cannot''')
 def test_what_has_no_equivalent_in_docker_is_refused_by_line(text, said):
     assert refusal(contained, text).startswith('upstart.conf:' + said)
+
+@table('path, name', r"""
+    /data                    => shop--data
+    /data/                   => shop--data
+    /var/lib/postgresql/data => shop--var_lib_postgresql_data
+    /var_lib                 => shop--var_5f_lib
+    /a\_b                    => shop--a_20_b
+    /a-b.c/D9                => shop--a-b.c_D9
+    /a:b                     => shop--a_3a_b""")
+def test_a_volume_is_named_for_its_path(path, name):
+    assert dh.volume_of('shop', path) == name
+
+def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
+    plain_one = release(volumes=['/data', '/var/lib/x'])
+    assert dh.plain_container(plain_one, '/r/env') == dh.Container(
+        ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
+         '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
+        'blog', [], {}, '/', True, '10')
+
+@table('app, alias', '''
+    blog            => --net-alias=blog
+    api.example.com =>''')
+def test_an_app_is_never_a_host_name_with_a_dot_on_the_network(app, alias):
+    options = dh.plain_container(release(app=app), '/env').options
+    assert [each for each in options if 'alias' in each] == alias.split()
+
+@table('options, said', '''
+    --net dockhand --net-alias shop               => only the app shop answers to that
+    --net dockhand --network-alias=shop           => only the app shop answers to that
+    --network name=dockhand,alias=shop            => only the app shop answers to that
+    --network name=dockhand,ip=10.86.0.2          => only the app 10.86.0.2 answers
+    --net=dockhand --ip 10.86.0.2                 => only the app 10.86.0.2 answers
+    --net dockhand --name shop                    => only the app shop answers to that
+    --net dockhand --net-alias api.example.com    => only the app api.example.com answers
+    --net dockhand --net-alias blog               =>
+    --net dockhand --name blog                    =>
+    --net other --net-alias shop                  =>
+    --net-alias shop                              =>''')
+def test_a_job_answers_to_no_other_apps_name_on_the_network(options, said):
+    job = dh.parse_job('exec docker run --rm %s blog' % options)
+    if said:
+        assert 'upstart.conf:1: ' in refusal(dh.check_job, job, 'blog')
+        assert said in refusal(dh.check_job, job, 'blog')
+    else:
+        dh.check_job(job, 'blog')
+
+def test_a_container_has_a_limit_of_processes_unless_it_says_one(plain):
+    plain.lives(FILES)
+    plain.push(but('job', JOB.replace('--rm', '--rm --pids-limit 9')))
+    created, = [line for line in plain.done if line.startswith('docker create')]
+    assert re.findall(r'--pids-limit\S*', created) == ['--pids-limit=9']
 
 # ---- Proxy files -----------------------------------------------------------------------
 
@@ -773,7 +999,7 @@ def test_a_proxy_file_that_takes_what_another_has_is_refused_by_line(text, other
 def test_a_proxy_file_beside_another_is_taken(text, other):
     proxied(blocks(text) if 'up' not in text else text, blocks(other))
 
-# ---- Proxy files read as nginx reads them ------------------------------------------------
+# ---- Proxy files read as nginx reads them ----------------------------------------------
 
 def directives(text):
     """What is read of a text, one directive a line, a block indented."""
@@ -857,7 +1083,7 @@ def test_a_long_file_of_anything_is_read_in_one_pass(text):
     dh.read_proxy_file((text * (2 ** 18 // len(text))))
     dh.read_proxy_file('server{' + text * (2 ** 17 // len(text)))
 
-# ---- What one app's file may say beside the others' ----------------------------------------
+# ---- What one app's file may say beside the others' ------------------------------------
 
 MODERN = (1, 22, 1)
 
@@ -1022,7 +1248,7 @@ def test_who_may_not_know_of_an_app_is_not_told_its_name():
         said, = problems('log_format a b;', 'log_format a c;', known=known)
         assert who + ' has a log_format' in said
 
-# ---- Host names, as nginx ranks them ---------------------------------------------------------
+# ---- Host names, as nginx ranks them ---------------------------------------------------
 
 @table('name, other, taken', r'''
     hello.org         => hello.org        => no
@@ -1134,6 +1360,10 @@ def test_a_host_that_must_be_looked_up_is_doubtful():
 def test_two_apps_with_the_names_they_have_by_default_do_not_disturb():
     assert taken('{hello}{hello.*}', '{shop}{shop.*}') is None
 
+# ---- Proxy files that are made ---------------------------------------------------------
+
+# Those of plain apps, the catch-all, and the address that a push ends with.
+
 CATCH_ALL = '''# dockhand: what no app answers to; written anew when the apps change
 server {
     listen 80%s;%s
@@ -1167,30 +1397,6 @@ V6 = '\n    listen [::]:80%s;'
 def test_the_catch_all_listens_where_the_apps_do(text, version, ipv6, expected):
     assert dh.render_catch_all(dh.servers_of(blocks(text)), version, ipv6) == expected
 
-@table('line', r'''
-    include /etc/nginx/conf.d/*.conf;
-    include conf.d/*.conf ;
-    include\tconf.d/*;''')
-def test_a_candidate_is_staged_in_a_copy_of_nginx_conf(line):
-    files = ['/a.conf', '/b\\1.conf']
-    assert dh.stage_nginx_conf(NGINX_CONF % line, 'server { }\n', files) == '''\
-pid /dev/null; user www-data;
-
-events { worker_connections 768; }
-http {
-    include /etc/nginx/mime.types;
-    server { }
-include /a.conf;
-include /b\\1.conf;
-
-    include /etc/nginx/sites-enabled/*;
-}
-'''
-
-def test_a_configuration_that_does_not_include_conf_d_is_refused():
-    said = refusal(dh.stage_nginx_conf, NGINX_CONF % '', '', [])
-    assert 'add it to its http block' in said
-
 @table('text, address', r'''
     {Blog.org 80}         => http://blog.org/
     {a 443 ssl}           => https://a/
@@ -1212,155 +1418,6 @@ def test_the_address_is_what_a_person_would_type(text, address):
 def test_the_address_is_one_that_may_lead_somewhere(domains, address):
     proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
     assert dh.address_text(release(proxy=proxy)) == address
-
-@table('err, said', r'''
-    n: [emerg] unknown x in /etc/nginx/.c:3\nn: failed     => /etc/nginx/.c:3: unknown x
-    n: [warn] a\nn: [emerg] no "x" in /etc/nginx/w.conf:9 => /etc/nginx/w.conf:9: no "x"
-    2024/01/01 00:00:00 [emerg] 12#12: bind() failed       => bind() failed
-    strange                                                => strange
-    => nginx -t failed''')
-def test_the_words_of_nginx_begin_with_file_and_line(err, said):
-    for status, problem in ((1, said), (0, '')):
-        host = Host('/nowhere', run=lambda argv: Result(status, '', err))
-        assert host.nginx.problem() == problem
-
-# ---- Plain apps ------------------------------------------------------------------------
-
-@table('key, value', r"""
-    A               =>
-    A               => it's "quoted" = #1, $HOME \\ and \t so_on
-    DATABASE_URL    => postgres://u:p%20w@db:5432/x?a=b#c
-    port            => 8000
-    port            => 65535
-    domains         => _
-    domains         => blog.org *.blog.org _ .x.org
-    branch          => feature/x-1.0
-    overlap         => no
-    timeout         => 600
-    release         => ./manage.py migrate --set 'a b' "c \\" d"
-    release         => sh -c 'echo "it"'\\''s' """)
-def test_a_setting_may_have_any_value_on_one_line(key, value):
-    dh.check_setting(key, value)
-
-@table('key, value, said', r"""
-              => 1      => "" is no name for a variable: letters, digits and "_"
-    1A        => 1      => "1A" is no name
-    A\_B      => 1      => "A B" is no name
-    A\n       => 1      => "A?" is no name
-    A         => a\nb   => A: docker's env files hold one line of UTF-8, up to 32 KB
-    A         => a\r    => A: docker's env files hold one line
-    A         => a\0b   => A: docker's env files hold one line
-    port      => 0      => port=0 does not match
-    port      => 80/udp => port=80/udp does not match
-    port      =>        => port= does not match
-    domains   => A.org  => domains=A.org does not match
-    domains   => a;b    => domains=a;b does not match
-    domains   => a\_\_b => does not match
-    branch    => -x     => branch=-x does not match
-    overlap   => maybe  => overlap=maybe does not match yes|no
-    timeout   => 1.5    => timeout=1.5 does not match
-    timeout   => 2      => timeout=2 does not match
-    release   => echo 'x => release=echo 'x does not match
-    release   =>        => release= does not match""")
-def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
-    assert said in refusal(dh.check_setting, key, value)
-
-@pytest.mark.parametrize('data, times, said', [
-    (b'x', 32769, 'up to 32 KB'), (b'\xc3\xa9', 16385, 'up to 32 KB'),
-    (b'caf\xe9', 1, 'one line of UTF-8')])
-def test_a_value_that_dockers_env_files_cannot_hold_is_refused(data, times, said):
-    assert said in refusal(dh.check_setting, 'A', dh.to_text(data * times))
-    dh.check_setting('A', dh.to_text(b'\xc3\xa9' * 16384))
-
-def test_an_environment_is_written_as_docker_reads_it():
-    config = {'B': 'it\'s "a" = #1, $X \\ ', 'A': dh.to_text(b'\xe2\x98\x83'), 'C': '',
-              'port': '8000', 'domains': 'a b', 'release': 'x', 'branch': 'b',
-              'overlap': 'no', 'timeout': '5', 'a.b': '1'}
-    assert dh.environment_text(config, 8000) == dh.to_text(
-        b'A=\xe2\x98\x83\nB=it\'s "a" = #1, $X \\ \nC=\nPORT=8000\na.b=1\n')
-    assert dh.environment_text(dict(config, PORT='9'), 8000).count('PORT=') == 1
-    assert 'PORT' not in dh.environment_text(config, None)
-    assert dh.environment_text({}, None) == ''
-
-@pytest.mark.parametrize('words, unset, wanted', [
-    (['A=1'], False, {'A': '1', 'port': '80'}),
-    (['A=a=b=#c d'], False, {'A': 'a=b=#c d', 'port': '80'}),
-    (['port=8000', 'B='], False, {'A': 'old', 'port': '8000', 'B': ''}),
-    (['A=1', 'A=2', 'port'], True, {'A': '2'}), (['A', 'port'], True, {}),
-    ([], False, {'A': 'old', 'port': '80'})])
-def test_a_config_is_changed_word_by_word(words, unset, wanted):
-    found = {'A': 'old', 'port': '80'}
-    assert dh.change_config(found, words, unset) == wanted
-    assert found == {'A': 'old', 'port': '80'}
-
-@pytest.mark.parametrize('words, unset, said', [
-    (['A'], False, '"A" is not KEY=VALUE'), (['A=1', 'port=x'], False, 'port=x does not match'),
-    (['=1'], False, '"" is no name'), (['B'], True, 'no B is set'),
-    (['A=1', 'B'], True, 'no B is set')])
-def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
-    found = {'A': 'old'}
-    assert said in refusal(dh.change_config, found, words, unset)
-    assert found == {'A': 'old'}
-
-@pytest.mark.parametrize('data, value', [
-    (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
-    (b'a#"\' ', 'a#"\' '), (b'-\n', '-'), (b'', ''), (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
-def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
-    with standard_input(data):
-        assert dh.change_config({}, ['A=-'], False) == {'A': value}
-
-@pytest.mark.parametrize('data, times, said', [
-    (b'a\n', 2, "A: docker's env files"), (b'\xff\n', 1, 'one line of UTF-8'),
-    (b'x', 40000, 'up to 32 KB'), (b'x', 300000, 'larger than')])
-def test_a_secret_that_will_not_do_is_refused(data, times, said):
-    with standard_input(data * times):
-        assert said in refusal(dh.change_config, {}, ['A=-'], False)
-
-@table('exposed, port, proxied, found, web', """
-                        =>      =>     => 0    => False
-                        => 9000 =>     => 9000 => True
-                        =>      => yes => 0    => False
-    8000/tcp            =>      =>     => 8000 => True
-    3000/tcp 8080/tcp 443/tcp  =>      =>     => 8080 => True
-    5000/tcp 80/tcp     =>      =>     => 80   => True
-    80/tcp              => 81   =>     => 81   => True
-    5432/tcp            =>      =>     => 5432 => False
-    25/tcp 143/tcp 25/udp  =>   =>     => 25   => False
-    5432/tcp            => 5432 =>     => 5432 => True
-    9000/tcp            =>      => yes => 9000 => True
-    9000/tcp 3000/tcp   =>      => yes => 3000 => True
-    443/tcp             =>      =>     => 443  => False
-    53/udp              =>      =>     => 0    => False
-    80/udp              =>      =>     => 0    => False
-    80/sctp             =>      =>     => 0    => False""")
-def test_what_an_image_exposes_says_what_an_app_is(exposed, port, proxied, found, web):
-    settings = {'ExposedPorts': dict((each, {}) for each in exposed.split()) or None}
-    config = {'port': port} if port else {}
-    assert [str(each) for each in dh.read_image(settings, config, proxied)] == [
-        found, web, '[]']
-
-def test_an_image_of_any_docker_is_read():
-    assert dh.read_image({}, {}, None) == (0, False, [])
-    volumes = {'/var/lib/b': {}, '/a b': {}}
-    assert dh.read_image({'Volumes': volumes}, {}, None)[2] == ['/a b', '/var/lib/b']
-
-@table('path, name', r"""
-    /data                    => shop--data
-    /data/                   => shop--data
-    /var/lib/postgresql/data => shop--var_lib_postgresql_data
-    /var_lib                 => shop--var_5f_lib
-    /a\_b                    => shop--a_20_b
-    /a-b.c/D9                => shop--a-b.c_D9
-    /a:b                     => shop--a_3a_b""")
-def test_a_volume_is_named_for_its_path(path, name):
-    assert dh.volume_of('shop', path) == name
-
-def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
-    plain_one = release(volumes=['/data', '/var/lib/x'])
-    assert dh.plain_container(plain_one, '/r/env') == dh.Container(
-        ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
-         '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
-        'blog', [], {}, '/', True, '10')
 
 GENERATED = '''server {{
     listen 80{2};{3}
@@ -1420,114 +1477,7 @@ def test_an_upstream_leads_to_the_container_and_keeps_connections(version, more)
     assert dh.with_backup(made + text, '10.86.0.9', 90) == made + text.replace(
         '8000;\n', '8000;\n    server 10.86.0.9:90 backup;\n')
 
-@pytest.mark.skipif(os.geteuid() != 0, reason='wants root, for a network of its own')
-@table('route, routed', """
-    10.86.0.0/16 dev lo                   => 10.86
-    10.0.0.0/8 dev lo metric 7            => 10.86 10.87 10.127
-    10.86.3.0/24 dev lo                   => 10.86
-    10.86.3.4 dev lo                      => 10.86
-    10.86.0.0/15 dev lo                   => 10.86 10.87
-    172.16.0.0/12 dev lo                  => 172.31 172.20
-    default dev lo                        =>
-    0.0.0.0/1 dev lo                      =>
-    blackhole 10.86.0.0/16                => 10.86
-    unreachable 10.0.0.0/9                => 10.86 10.87 10.127
-    192.168.1.0/24 dev lo src 127.0.0.1   =>
-    110.86.0.0/16 dev lo                  =>""")
-def test_a_subnet_that_a_route_leads_to_is_known(route, routed):
-    namespace = ['unshare', '--net', 'sh', '-c', 'ip link set lo up && ip route add $0 && "$@"']
-
-    def inside(argv, **options):
-        return dh.execute(namespace + [route] + argv, **options)
-    assert [each for each in '10.86 10.87 10.127 172.31 172.20'.split()
-            if dh.is_routed(dh.Host(run=inside), each)] == routed.split()
-
-@pytest.mark.parametrize('overlap', [None, 'yes', 'no'])
-@pytest.mark.parametrize('old, new, expected', [
-    ({}, {}, True), ({'volumes': ['/a']}, {}, False), ({}, {'volumes': ['/a']}, False),
-    ({'volumes': ['/a']}, {'volumes': ['/a']}, False), ({'web': False}, {}, False),
-    ({}, {'web': False}, False), ({'web': False}, {'web': False, 'port': 0}, False),
-    ({'address': None, 'job': 'exec x'}, {}, None), ({}, {'address': None, 'job': 'x'}, None),
-    (None, {}, None), ({}, None, None)])
-def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expected, overlap):
-    config = {'overlap': overlap} if overlap else {}
-    old, new = [None if each is None else release(config=more, **each)
-                for each, more in ((old, {}), (new, config))]
-    assert dh.Containers(dh.App(Host(), 'blog')).overlaps(old, new) == (
-        expected is not None and (overlap == 'yes' if overlap else expected))
-
-@table('changes, said', """
-    web    => a web app: nginx passes requests to its port 8000 (another:
-    inside => a service that other apps reach as blog:8000, and nginx does not
-    worker => a worker without a port (a web app has an EXPOSE in its Dockerfile)""")
-def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
-    port = 0 if changes == 'worker' else 8000
-    assert dh.kind_text(release(web=changes == 'web', port=port)).startswith(said)
-
-
-# ---------------------------------------------------------------------------------------
-# Command lines, and what programs say
-# ---------------------------------------------------------------------------------------
-
-@table('pattern, words, given, options', '''
-    =>                        =>                =>
-    APP             => blog           => blog           =>
-    [--user NAME]   =>                =>                =>
-    [--user NAME]   => --user bob     =>                => user=bob
-    [--user NAME]   => --user=bob     =>                => user=bob
-    APP [-f] [-n N] => -f blog -n 5   => blog           => f=True n=5
-    APP [-n N]      => blog -n -1     => blog           => n=-1
-    APP [-n N]      => blog -n5       => blog           => n=5
-    APP [-f]        => -f -- -blog    => -blog          => f=True
-    A [B...] [--un] => x --un K1 K2   => x K1 K2        => un=True
-    A [B...] [--un] => x K1 K2 --un   => x K1 K2        => un=True
-    A [B...] [--un] => x K=- L=1      => x K=- L=1      =>
-    NAME [APP...]   => anna           => anna           =>
-    NAME [APP...]   => anna blog wiki => anna blog wiki =>
-    APP [--pull]    => --pull -       => -              => pull=True
-    APP [N]         => blog           => blog           =>
-    APP [N]         => blog 3         => blog 3         =>''')
-def test_a_command_line_is_read_by_its_pattern(pattern, words, given, options):
-    found = dh.parse_arguments(pattern, words.split())
-    assert found[0] == given.split()
-    assert ' '.join(sorted('%s=%s' % pair for pair in found[1].items())) == options
-
-@table('pattern, words', '''
-    => x
-    APP           =>
-    APP           => a b
-    NAME [APP...] =>
-    APP [-f]      => a -x
-    APP [-f]      => -f
-    APP [N]       => a 3 4
-    APP           => a -h
-    APP [-n N]    => a -n
-    APP [--pull]  => a --pull=1
-    [--user NAME] => --user''')
-def test_a_command_line_that_does_not_fit_its_pattern_is_a_usage_error(pattern, words):
-    with pytest.raises(dh.Usage):
-        dh.parse_arguments(pattern, words.split())
-
-def test_each_command_takes_what_its_pattern_promises():
-    for _, function, pattern in dh.COMMANDS:
-        code = function.__code__
-        options = re.findall(r'\[--?([a-z]+)', pattern)
-        words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
-        words = words.replace('[N]', 'number').strip('[]').lower().split()
-        words = [word for word in words if word != 'app']       # it is an App by then
-        taken = [] if code.co_flags & 8 else options            # **options takes any
-        assert sorted(code.co_varnames[1:code.co_argcount]) == sorted(words + taken)
-        assert function.__doc__ and bool(code.co_flags & 4) == ('...' in pattern)
-
-def test_unknown_commands_are_usage_errors_and_none_lists_all(capfd):
-    host = Host('/nowhere', run=None)
-    for words in (['nonsense'], ['\x1b[2J'], ['install', 'x'], ['logs']):
-        with pytest.raises(dh.Usage):
-            dh.run_command(host, words)
-    for words in ([], ['help'], ['--help']):
-        dh.run_command(host, words)
-        out = capfd.readouterr().out
-        assert all('dockhand %s ' % name in out for name, _, _ in dh.COMMANDS)
+# ---- The machine: files, locks, signals, commands --------------------------------------
 
 def test_what_a_stranger_sent_is_printed_as_plain_ascii():
     assert dh.printable('a b\x1b[31m\n\r\0') == 'a b?[31m???'
@@ -1541,68 +1491,6 @@ def test_what_a_stranger_sent_is_printed_as_plain_ascii():
     \e[?25lx\e[K       => x''')
 def test_a_line_of_output_loses_its_control_characters(given, said):
     assert dh.plain_line(given) == said
-
-@table('out, version', r'''
-    Client:\n Version: 29.0\nServer: Docker\n Engine:\n  Version: 28.1.0 => 28.1.0
-    Client:\n Version: 1.9\n\nServer:\n Version:      1.10.3\n           => 1.10.3
-    Client version: 0.7.1\nServer version: 0.7.6\n                       => 0.7.6''')
-def test_the_version_of_the_engine_counts_not_the_clients(out, version):
-    found = Host('/', lambda argv: Result(0, out, '')).docker.version()
-    assert '.'.join(str(part) for part in found) == version
-
-def test_a_docker_that_does_not_answer_is_said_with_its_words():
-    result = Result(1, 'Client:\n Version: 28.1\n', 'Cannot connect.\n')
-    host = Host('/', lambda argv: result)
-    assert refusal(host.docker.version) == 'docker does not answer: Cannot connect.'
-    result = Result(1, '[]', 'failed to connect to the docker API at unix:///x\n')
-    assert refusal(Host('/', lambda argv: result).docker.inspect, 'a').endswith('unix:///x')
-    result = Result(1, '[]\n', 'error: no such object: a\n')
-    assert Host('/', lambda argv: result).docker.inspect('a') == []
-
-def test_a_tag_is_moved_by_docker_before_1_10_too():
-    done = []
-
-    def run(argv):
-        done.append(' '.join(argv))
-        return Result('-f' not in argv, '', 'Conflict: Tag latest is already set to x\n')
-    Host('/', run).docker.tag('a:1', 'a:latest')
-    assert done == ['docker tag a:1 a:latest', 'docker tag -f a:1 a:latest']
-
-@table('heard, status, said', '''
-    x                                        => 1   => nothing has changed; mend
-    exit code 1370                           => 1   => nothing has changed; mend
-    x                                        => 137 => out of memory (137)
-    The command returned a non-zero code: 137 => 1  => out of memory
-    did not complete: exit code: 137         => 1   => out of memory
-    exec /bin/sh: exec format error          => 1   => exec format error''')
-def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
-    def run(argv, each=None):
-        if each:
-            each(heard)
-        return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
-    why = refusal(Host('/', run).docker.build, '/tmp', 'a:1', [])
-    assert why.startswith('the build failed: ' + said)
-
-RUNNING = {'Running': True, 'StartedAt': '1', 'ExitCode': 0}
-BOUND = {'PortBindings': {'80/tcp': [], '53/udp': [], '25/tcp': None}}
-
-@pytest.mark.parametrize('more, alive, ports, health', [
-    ({}, True, [], ''), ({'State': dict(RUNNING, Running=False)}, False, [], ''),
-    ({'State': dict(RUNNING, Restarting=True)}, False, [], ''),
-    ({'State': dict(RUNNING, Health={'Status': 'starting'})}, True, [], 'starting'),
-    ({'State': dict(RUNNING, Health=None), 'HostConfig': None, 'NetworkSettings': None},
-     True, [], ''),
-    ({'HostConfig': BOUND, 'NetworkSettings': {'Networks': {'b': {'IPAddress': 'ip'}}}},
-     True, [('ip', 25), ('ip', 80)], ''),
-    ({'HostConfig': BOUND, 'NetworkSettings': {'IPAddress': 'ip'}},
-     True, [('ip', 25), ('ip', 80)], ''),
-    ({'HostConfig': BOUND, 'NetworkSettings': {'Networks': {'host': {'IPAddress': ''}}}},
-     True, [], '')])
-def test_the_state_of_a_container_is_read_from_any_docker(more, alive, ports, health):
-    found = dh.container_state(dict({'Id': 'c', 'State': RUNNING}, **more))
-    assert (found.alive, found.ports, found.health) == (alive, ports, health)
-
-# ---- The little OS layer ---------------------------------------------------------------
 
 OWN = dh.Account('git', USER, GROUP, '/home/git', '/bin/sh')
 
@@ -1869,53 +1757,174 @@ def test_a_path_stays_under_the_root(tmpdir):
     host = Host(str(tmpdir))
     assert host.path('/etc/x') == host.path('etc', '/x') == str(tmpdir.join('etc/x'))
 
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder away')
+def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
+    folder = plain.host.path(dh.LOCKS)
+    dh.make_folder(folder)
+    plain.write('/etc/shadow', 'kept')
+    os.symlink(plain.host.path('/etc/shadow'), folder + '/blog')
+    os.chown(folder, USER, GROUP)
+    assert 'somebody else made' in refusal(dh.stop, plain.app)
+    assert plain.read('/etc/shadow') == 'kept'
 
-# ---------------------------------------------------------------------------------------
-# A machine in a folder
-# ---------------------------------------------------------------------------------------
+# ---- Docker ----------------------------------------------------------------------------
 
-DOCKER_PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
-PUBLISHED_8000 = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
+@table('out, version', r'''
+    Client:\n Version: 29.0\nServer: Docker\n Engine:\n  Version: 28.1.0 => 28.1.0
+    Client:\n Version: 1.9\n\nServer:\n Version:      1.10.3\n           => 1.10.3
+    Client version: 0.7.1\nServer version: 0.7.6\n                       => 0.7.6''')
+def test_the_version_of_the_engine_counts_not_the_clients(out, version):
+    found = Host('/', lambda argv: Result(0, out, '')).docker.version()
+    assert '.'.join(str(part) for part in found) == version
 
-@table('init, said', """
-    systemd =>
-    upstart =>
-    none    => docker keeps port 8000 for no container: restart it, then""")
-def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
-    machine = Machine(tmpdir, init)
-    machine.lives(FILES)
-    machine.write('/run/docker.pid', '40\n')
-    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
-    if said:
-        assert refusal(machine.host.docker.free_ports, 0).startswith(said)
-    else:
-        machine.host.docker.free_ports(0)
-    assert machine.done == ([] if said else ['service docker restart'])
+def test_a_docker_that_does_not_answer_is_said_with_its_words():
+    result = Result(1, 'Client:\n Version: 28.1\n', 'Cannot connect.\n')
+    host = Host('/', lambda argv: result)
+    assert refusal(host.docker.version) == 'docker does not answer: Cannot connect.'
+    result = Result(1, '[]', 'failed to connect to the docker API at unix:///x\n')
+    assert refusal(Host('/', lambda argv: result).docker.inspect, 'a').endswith('unix:///x')
+    result = Result(1, '[]\n', 'error: no such object: a\n')
+    assert Host('/', lambda argv: result).docker.inspect('a') == []
 
-def test_recover_waits_for_a_container_that_docker_is_starting(tmpdir):
-    machine = Machine(tmpdir, 'systemd')
-    machine.lives(FILES)
-    machine.write('/run/docker.pid', '40\n')
-    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
-    starting, inspected = machine.containers['blog--1'], machine.docker_inspect
-    starting['NetworkSettings'], starting['State']['Running'] = PUBLISHED_8000, False
+def test_a_tag_is_moved_by_docker_before_1_10_too():
+    done = []
 
-    def once_started(*words):       # docker answers when it is done with the start
-        starting['State']['Running'] = True
-        return inspected(*words)
-    machine.docker_inspect = once_started
-    machine.host.docker.free_ports(0)
-    assert machine.done == []
+    def run(argv):
+        done.append(' '.join(argv))
+        return Result('-f' not in argv, '', 'Conflict: Tag latest is already set to x\n')
+    Host('/', run).docker.tag('a:1', 'a:latest')
+    assert done == ['docker tag a:1 a:latest', 'docker tag -f a:1 a:latest']
 
-@pytest.mark.parametrize('parent, settings', [(40, PUBLISHED_8000), (41, {})])
-def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, parent, settings):
-    machine = Machine(tmpdir, 'systemd')
-    machine.lives(FILES)
-    machine.write('/run/docker.pid', '40\n')
-    machine.process(60, parent, (DOCKER_PROXY % '0.0.0.0').replace(' ', '\0'))
-    machine.containers['blog--1']['NetworkSettings'] = settings
-    dh.recover(machine.host)
-    assert not [line for line in machine.done if 'service' in line]
+@table('heard, status, said', '''
+    x                                        => 1   => nothing has changed; mend
+    exit code 1370                           => 1   => nothing has changed; mend
+    x                                        => 137 => out of memory (137)
+    The command returned a non-zero code: 137 => 1  => out of memory
+    did not complete: exit code: 137         => 1   => out of memory
+    exec /bin/sh: exec format error          => 1   => exec format error''')
+def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
+    def run(argv, each=None):
+        if each:
+            each(heard)
+        return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
+    why = refusal(Host('/', run).docker.build, '/tmp', 'a:1', [])
+    assert why.startswith('the build failed: ' + said)
+
+RUNNING = {'Running': True, 'StartedAt': '1', 'ExitCode': 0}
+BOUND = {'PortBindings': {'80/tcp': [], '53/udp': [], '25/tcp': None}}
+
+@pytest.mark.parametrize('more, alive, ports, health', [
+    ({}, True, [], ''), ({'State': dict(RUNNING, Running=False)}, False, [], ''),
+    ({'State': dict(RUNNING, Restarting=True)}, False, [], ''),
+    ({'State': dict(RUNNING, Health={'Status': 'starting'})}, True, [], 'starting'),
+    ({'State': dict(RUNNING, Health=None), 'HostConfig': None, 'NetworkSettings': None},
+     True, [], ''),
+    ({'HostConfig': BOUND, 'NetworkSettings': {'Networks': {'b': {'IPAddress': 'ip'}}}},
+     True, [('ip', 25), ('ip', 80)], ''),
+    ({'HostConfig': BOUND, 'NetworkSettings': {'IPAddress': 'ip'}},
+     True, [('ip', 25), ('ip', 80)], ''),
+    ({'HostConfig': BOUND, 'NetworkSettings': {'Networks': {'host': {'IPAddress': ''}}}},
+     True, [], '')])
+def test_the_state_of_a_container_is_read_from_any_docker(more, alive, ports, health):
+    found = dh.container_state(dict({'Id': 'c', 'State': RUNNING}, **more))
+    assert (found.alive, found.ports, found.health) == (alive, ports, health)
+
+# ---- Addresses -------------------------------------------------------------------------
+
+# Those of plain apps, in a network that no route leads to.
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='wants root, for a network of its own')
+@table('route, routed', """
+    10.86.0.0/16 dev lo                   => 10.86
+    10.0.0.0/8 dev lo metric 7            => 10.86 10.87 10.127
+    10.86.3.0/24 dev lo                   => 10.86
+    10.86.3.4 dev lo                      => 10.86
+    10.86.0.0/15 dev lo                   => 10.86 10.87
+    172.16.0.0/12 dev lo                  => 172.31 172.20
+    default dev lo                        =>
+    0.0.0.0/1 dev lo                      =>
+    blackhole 10.86.0.0/16                => 10.86
+    unreachable 10.0.0.0/9                => 10.86 10.87 10.127
+    192.168.1.0/24 dev lo src 127.0.0.1   =>
+    110.86.0.0/16 dev lo                  =>""")
+def test_a_subnet_that_a_route_leads_to_is_known(route, routed):
+    namespace = ['unshare', '--net', 'sh', '-c', 'ip link set lo up && ip route add $0 && "$@"']
+
+    def inside(argv, **options):
+        return dh.execute(namespace + [route] + argv, **options)
+    assert [each for each in '10.86 10.87 10.127 172.31 172.20'.split()
+            if dh.is_routed(dh.Host(run=inside), each)] == routed.split()
+
+@pytest.mark.parametrize('there, routes, subnet', [
+    (None, '', '10.86'), (None, '10.86.0.0/16 dev br\n', '10.87'),
+    (None, '10.0.0.0/8 dev tun0\n', '172.31'), ('10.99', '10.99.0.0/16 dev br-1\n', '10.99'),
+    (None, '10.0.0.0/8 dev a\n172.28.0.0/14 dev b\n', '172.27')])
+def test_a_network_gets_a_subnet_that_nobody_has(plain, there, routes, subnet):
+    plain.routes += routes
+    if there:
+        plain.docker_network('network', 'create', '--subnet=%s.0.0/16' % there, 'dockhand')
+    assert plain.host.docker.subnet() == subnet
+    live = plain.lives(ONE_WEB)
+    assert live.address == subnet + '.0.2'
+    assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == subnet + '.0.0/16'
+
+def test_a_host_without_a_free_subnet_is_said(plain):
+    plain.routes += '10.0.0.0/8 dev a\n172.16.0.0/12 dev b\n'
+    assert 'no /16 of 10.86 to 172.31 is free' in refusal(plain.host.docker.subnet)
+
+def test_an_address_is_given_once_kept_releases_included(plain):
+    wiki = dh.App(plain.host, 'wiki')
+    for number, address in enumerate(['10.86.0.2', None, '10.86.0.4', '10.86.0.250'], 1):
+        wiki.save(release(app='wiki', number=number, address=address))
+    assert len(os.listdir(wiki.folder('releases'))) == 4
+    assert dh.free_address(plain.host) == '10.86.0.3'
+    plain.app.save(release(number=1, address='10.86.0.3'))
+    assert dh.free_address(plain.host) == '10.86.0.5'
+
+def test_there_are_more_addresses_than_one_byte_holds(plain):
+    for at in range(251):
+        path = plain.app.release_folder(at + 1) + '/release.json'
+        dh.make_folder(os.path.dirname(path))
+        with open(path, 'w') as target:
+            json.dump({'address': '10.86.%d.%d' % (at // 250, at % 250 + 2)}, target)
+    assert dh.free_address(plain.host) == '10.86.1.3'
+
+# ---- nginx -----------------------------------------------------------------------------
+
+@table('line', r'''
+    include /etc/nginx/conf.d/*.conf;
+    include conf.d/*.conf ;
+    include\tconf.d/*;''')
+def test_a_candidate_is_staged_in_a_copy_of_nginx_conf(line):
+    files = ['/a.conf', '/b\\1.conf']
+    assert dh.stage_nginx_conf(NGINX_CONF % line, 'server { }\n', files) == '''\
+pid /dev/null; user www-data;
+
+events { worker_connections 768; }
+http {
+    include /etc/nginx/mime.types;
+    server { }
+include /a.conf;
+include /b\\1.conf;
+
+    include /etc/nginx/sites-enabled/*;
+}
+'''
+
+def test_a_configuration_that_does_not_include_conf_d_is_refused():
+    said = refusal(dh.stage_nginx_conf, NGINX_CONF % '', '', [])
+    assert 'add it to its http block' in said
+
+@table('err, said', r'''
+    n: [emerg] unknown x in /etc/nginx/.c:3\nn: failed     => /etc/nginx/.c:3: unknown x
+    n: [warn] a\nn: [emerg] no "x" in /etc/nginx/w.conf:9 => /etc/nginx/w.conf:9: no "x"
+    2024/01/01 00:00:00 [emerg] 12#12: bind() failed       => bind() failed
+    strange                                                => strange
+    => nginx -t failed''')
+def test_the_words_of_nginx_begin_with_file_and_line(err, said):
+    for status, problem in ((1, said), (0, '')):
+        host = Host('/nowhere', run=lambda argv: Result(status, '', err))
+        assert host.nginx.problem() == problem
 
 def test_at_boot_nginx_is_left_to_start_once_dockhand_has_recovered(tmpdir):
     machine = Machine(tmpdir, 'systemd')
@@ -1930,380 +1939,6 @@ def test_an_nginx_that_does_not_start_is_told_with_its_last_complaint(plain):
     plain.broken['service nginx'] = 1
     plain.write('/var/log/nginx/error.log', 'x [notice] a\nx [emerg] bind() failed\nb\n')
     assert refusal(plain.host.nginx.reload) == 'nginx does not start: x [emerg] bind() failed'
-
-@pytest.fixture(params=['none', 'upstart'])
-def machine(request, tmpdir):
-    return Machine(tmpdir, request.param)
-
-@pytest.fixture
-def plain(tmpdir):
-    return Machine(tmpdir)
-
-
-# ---------------------------------------------------------------------------------------
-# Deploying
-# ---------------------------------------------------------------------------------------
-
-BUILD = '''mkdir /var/lib/dockhand/build/blog
-nginx -t -q -c /etc/nginx/.blog.conf.new
-docker build --force-rm -t blog:2 /var/lib/dockhand/build/blog
-rm -rf -- /var/lib/dockhand/build/blog
-'''
-ORDER = {'none': BUILD + '''nginx -t -q -c /etc/nginx/.blog.conf.new
-docker create --name blog--2 --label=dockhand.app=blog --log-driver=json-file \
---log-opt=max-size=10m --log-opt=max-file=3 --pids-limit=4096 sha256:FROMtwo
-docker update --restart no blog--1
-docker stop -t 5 blog--1
-docker tag blog:2 blog:latest
-nginx -t -q -c /etc/nginx/.blog.conf.new
-nginx -s reload
-docker start blog--2
-docker update --restart always blog--2''', 'upstart': BUILD + '''nginx -t -q -c /etc/nginx/.blog.conf.new
-stop blog
-docker tag blog:2 blog:latest
-nginx -t -q -c /etc/nginx/.blog.conf.new
-nginx -s reload
-timeout 60 start blog'''}
-
-def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
-    machine.lives(FILES)
-    machine.push(FILES_2)
-    assert '\n'.join(machine.done) == ORDER[machine.init]
-    assert machine.running() == ['sha256:FROMtwo']
-    assert machine.images['blog:latest']['Id'] == 'sha256:FROMtwo'
-    proxy = PROXY_HEADER + FILES_2['nginx-proxy.conf']
-    assert machine.served == {'/etc/nginx/conf.d/blog.conf': proxy}
-    if machine.init == 'upstart':
-        assert machine.read('/etc/init/blog.conf') == JOB_HEADER + FILES_2['upstart.conf']
-    live = machine.app.live()
-    assert (live.number, live.commit, live.branch, live.key, live.image, live.proxy) == (
-        2, SHA_2, 'main', 'anna', 'sha256:FROMtwo', proxy)
-    assert not re.search(r'pending|override|build/blog|\.new', str(machine.files()))
-    said = capfd.readouterr().err
-    assert re.findall('-----> (.*)', re.sub(r'\d\.\d s', 'N s', said)) == [
-        'Checking 2222222222', 'Building blog:2', 'Switching to release 2',
-        'Release 2 is live: built in N s, switched in N s, checked in N s, down for N s']
-    assert re.search(r'\n       disk: \d+\.\d MB (more|less)\n', said)
-    assert '       Step 1/1 : FROM two\n' in said
-
-def test_what_lies_where_a_commit_is_built_is_removed(machine):
-    machine.lives(FILES)
-    os.symlink('/nowhere', machine.host.path('/var/lib/dockhand/build/blog'))
-    machine.push(FILES_2)
-    assert machine.running() == ['sha256:FROMtwo']
-
-# What an act does, of which kind of app, and at which of its commands it may fail.
-FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
-    first => none => mkdir, nginx -t, docker build, docker create, docker tag, nginx -s
-    first => none => docker start
-    first => none web => mkdir, docker build, nginx -t, docker network create
-    first => none web => docker create, docker tag, nginx -s, docker start, docker rm
-    first => none data => mkdir, docker build, nginx -t, docker network create
-    first => none data => docker create, docker tag, nginx -s, docker start, docker rm
-    first => upstart => mkdir, nginx -t, docker build, docker tag, nginx -s
-    first => upstart => timeout 60 start
-    deploy => none => mkdir, nginx -t, docker build, docker create, docker stop
-    deploy => none => docker tag, nginx -s, docker start
-    deploy => none web => mkdir, docker build, nginx -t, docker create, docker start
-    deploy => none web => nginx -s, docker tag
-    deploy => none data => mkdir, docker build, nginx -t, docker create, docker stop
-    deploy => none data => docker tag, nginx -s, docker start
-    deploy => upstart => mkdir, nginx -t, docker build, stop, docker tag, nginx -s
-    deploy => upstart => timeout 60 start
-    deploy => upstart turned => mkdir, docker build, nginx -t, docker network create
-    deploy => upstart turned => docker create, stop, docker tag, nginx -s, docker start
-    rollback => none => nginx -t, docker create, docker update, docker stop, docker tag
-    rollback => none => nginx -s, docker start
-    rollback => none web => docker create, docker update, docker start, nginx -t, nginx -s
-    rollback => none web => docker tag
-    rollback => none data => nginx -t, docker create, docker update, docker stop
-    rollback => none data => docker tag, nginx -s, docker start
-    rollback => upstart => nginx -t, stop, docker tag, nginx -s, timeout 60 start
-    rollback => upstart turned => nginx -t, docker stop, docker tag, nginx -s
-    rollback => upstart turned => timeout 60 start
-    config => none => docker tag, docker create, docker stop, docker start
-    config => none web => docker tag, nginx -t, docker create, docker start, nginx -s
-    config => none data => docker tag, nginx -t, docker create, docker stop, nginx -s
-    config => none data => docker start
-    config => upstart => docker tag, stop, timeout 60 start'''.strip().splitlines())
-            for command in commands.split(', ')]
-
-@pytest.mark.parametrize('act, kind, command', FAILURES)
-def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
-        tmpdir, act, kind, command):
-    machine = about_to(act, kind, str(tmpdir))
-    before, live = machine.whole(), machine.app.live()
-    last = max([0] + machine.app.numbers())
-    del machine.done[:]
-    for number in (last + 1, last + 2):
-        machine.broken[command] = 1
-        said = refusal(ACTS[act], machine)
-        assert 'broken on purpose' in said or command == 'docker build'
-        # a rollback may leave what it had made of the older release, stopped
-        left = ['blog--1'] if act == 'rollback' else records_of(last + 1, last + 2)
-        assert set(machine.changed(before)) <= set(left)
-        if act != 'rollback':
-            record = machine.app.load(number)
-            assert (record.failed, record.seconds) == (said, None)
-    if live and kind == 'none web':         # it answers all the time
-        assert 'docker stop -t 10 blog--%d' % live.number not in machine.done
-    ACTS[act](machine)
-    now = machine.app.live()
-    assert now != live and machine.running() == [now.image]
-    assert act != 'config' or machine.app.config()['A'] == '2'
-
-def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
-    machine.lives(FILES)
-    before = machine.whole()
-    said = refusal(machine.push, but('docker', 'FROM dies'))
-    assert said.startswith('release 2 failed its health check: it does not run: ')
-    assert machine.changed(before) == []
-    err = capfd.readouterr().err
-    assert '       its last words\n' in err
-    assert err.endswith('-----> Release 1 runs as before\n')
-
-@pytest.mark.parametrize('init, files, volumes', [
-    ('none', but('docker', 'FROM dies'), []), ('upstart', but('docker', 'FROM dies'), []),
-    ('none', an_app('dies', 'EXPOSE 80\nVOLUME /x'), ['blog--x'])])
-def test_a_first_release_that_dies_at_once_leaves_nothing_but_why_and_its_data(
-        tmpdir, init, files, volumes):
-    machine = about_to('first', init, str(tmpdir))
-    before = machine.whole()
-    for number in (1, 2):
-        said = refusal(lambda: machine.push(files, old=ZERO))
-        assert 'it does not run' in said
-        assert set(machine.changed(before)) <= records_of(1, 2)
-        assert machine.app.load(number).failed == said
-    assert machine.volumes == volumes
-
-def records_of(*numbers):
-    """The paths of what stays of failed releases of an app that was never live."""
-    folder = '/var/lib/dockhand/apps/blog'
-    return set([folder, folder + '/releases']).union(*[
-        ['%s/releases/%d' % (folder, number), '%s/releases/%d/release.json' % (folder, number)]
-        for number in numbers])
-
-def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, capfd):
-    machine.lives(FILES)
-    before = machine.whole()
-    machine.broken.update({'docker start': 9, 'timeout 60 start': 9})
-    assert refusal(machine.push, FILES_2)
-    err = capfd.readouterr().err
-    assert 'dockhand: could not be put back: ' in err
-    assert err.endswith('dockhand: mend that, then: sudo dockhand recover\n')
-    assert machine.app.linked('pending').number == 2
-    assert machine.running() == []
-    machine.broken.clear()
-    dh.recover(machine.host)
-    assert machine.changed(before) == []
-    assert 'blog: the switch to release 2 was interrupted' in capfd.readouterr().err
-
-@pytest.mark.parametrize('steps', range(7))
-def test_a_crash_at_any_step_is_put_right_by_recover(machine, tmpdir, steps):
-    other = Machine(tmpdir.mkdir('other'), machine.init)
-    other.lives(FILES)
-    half_deployed(machine, steps)
-    for _ in range(2):
-        dh.recover(machine.host)
-        found, wanted = machine.whole(), other.whole()
-        assert machine.running() == ['sha256:FROMone'] and machine.served == other.served
-        assert [path for path in set(found) ^ set(wanted) if 'other' not in path] == []
-
-def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
-    new = half_deployed(machine)
-    machine.app.set_link('live', new)
-    dh.recover(machine.host)
-    assert machine.running() == ['sha256:FROMtwo']
-    live = machine.app.live()
-    assert live == new._replace(seconds=live.seconds) and live.seconds > 1
-    assert machine.refs['refs/heads/main'] == SHA_2
-    assert not re.search('pending|override', str(machine.files()))
-    assert machine.init == 'upstart' or (
-        machine.containers['blog--2']['policy'] == 'always')
-
-def test_a_power_cut_after_the_commit_point_is_followed_by_a_start(machine):
-    machine.app.set_link('live', half_deployed(machine))
-    machine.jobs.clear()
-    for container in machine.containers.values():
-        container['State']['Running'] = False
-    dh.recover(machine.host)
-    assert machine.running() == ['sha256:FROMtwo']
-    assert not re.search('pending|override', str(machine.files()))
-
-def test_what_was_put_back_but_is_not_well_is_told_and_leaves_nothing_to_do(plain, capfd):
-    plain.lives(FILES)
-    start = plain.docker_start
-    plain.docker_start = lambda *words: start(*words) or plain.containers['blog--1'][
-        'State'].update(Health={'Status': 'unhealthy'})
-    assert 'does not run' in refusal(plain.push, but('docker', 'FROM dies'))
-    assert ('dockhand: release 1 was started again, but: its HEALTHCHECK says unhealthy'
-            in capfd.readouterr().err)
-    assert plain.app.linked('pending') is None
-
-def test_what_is_still_to_be_put_back_is_neither_cleaned_up_nor_forgotten(plain):
-    plain.lives(FILES)
-    plain.broken['docker start'] = 9
-    assert refusal(plain.push, FILES_2)
-    dh.after_push(plain.app)
-    plain.broken['docker start'] = 1
-    dh.start(plain.app)
-    assert plain.app.linked('pending').number == 2
-    dh.recover(plain.host)
-    assert plain.app.linked('pending') is None
-    assert plain.running() == ['sha256:FROMone']
-
-def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain, capfd):
-    plain.lives(FILES)
-    shutil.rmtree(plain.app.release_folder(1))
-    dh.recover(plain.host)
-    dh.apps(plain.host)
-    assert not re.search('live|releases', str(plain.files('/home')))
-    assert capfd.readouterr().out == ''
-
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder away')
-def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
-    folder = plain.host.path(dh.LOCKS)
-    dh.make_folder(folder)
-    plain.write('/etc/shadow', 'kept')
-    os.symlink(plain.host.path('/etc/shadow'), folder + '/blog')
-    os.chown(folder, USER, GROUP)
-    assert 'somebody else made' in refusal(dh.stop, plain.app)
-    assert plain.read('/etc/shadow') == 'kept'
-
-def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
-    machine.nginx()
-    machine.host.nginx.restore('blog', None)
-    dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
-    before = machine.whole()
-    machine.release(1, SHA, FILES)
-    dh.recover(machine.host)
-    assert set(machine.changed(before)) == records_of(1)
-    assert machine.app.load(1).failed == 'interrupted'
-
-@pytest.mark.parametrize('name, text, said', [
-    ('docker', None, 'no Dockerfile in this commit'), ('docker', '\n', 'file is empty'),
-    ('docker', 'a\0', 'file holds a NUL byte'), ('job', '', 'upstart.conf is empty'),
-    ('docker', 'x' * (256 * 1024 + 1), 'Dockerfile is larger than 256 KB'),
-    ('job', JOB + 'x\n', 'upstart.conf:3: `x`: an unknown stanza'),
-    ('job', 'exec docker run -d blog', 'upstart.conf:1: `-d`'),
-    ('job', dh.to_text(b'\xef\xbb\xbf') + JOB, 'upstart.conf:1: begins with a byte order'),
-    ('proxy', dh.to_text(b'\xef\xbb\xbf') + WEB, 'nginx-proxy.conf:1: begins with a byte'),
-    ('proxy', '\0', 'nginx-proxy.conf holds a NUL byte'),
-    ('proxy', '\n\nserver { server_name a; broken; }\n', 'nginx-proxy.conf:3: broken'),
-    ('proxy', 'server { listen 80; }', 'nginx-proxy.conf:1: no request reaches this'),
-    ('proxy', '\nserver { server_name wiki.org; }', 'nginx-proxy.conf:2: server_name '
-     '"wiki.org" is taken on port 80, by /etc/nginx/conf.d/wiki.conf:1'),
-    ('docker', 'RUN fail', 'the build failed')])
-def test_a_push_refused_before_the_switch_changes_nothing(machine, name, text, said):
-    machine.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
-    machine.lives(FILES)
-    before, containers = machine.whole(), str(machine.containers)
-    assert said in refusal(machine.push, but(name, text))
-    assert machine.changed(before) == [] and str(machine.containers) == containers
-    assert said in refusal(machine.push, but(name, text))
-    assert not [line for line in machine.done if line.startswith(('docker s', 'stop'))]
-
-@each('name', 'Dockerfile upstart.conf nginx-proxy.conf .dockerignore .gitattributes')
-def test_a_pushed_file_that_is_a_link_or_a_folder_is_refused(tmpdir, name):
-    os.symlink('/etc/passwd', str(tmpdir.join(name)))
-    assert name + ' is a link: commit' in refusal(dh.read_pushed, str(tmpdir), name)
-    tmpdir.join(name).remove()
-    os.mkdir(str(tmpdir.join(name)))
-    assert name + ' is a folder: commit' in refusal(dh.read_pushed, str(tmpdir), name)
-
-@pytest.mark.parametrize('data', [b'FROM a\r\n', b'FROM a', b'# \xff\n', b'x' * 2 ** 18])
-def test_a_pushed_file_is_read_as_it_is(tmpdir, data):
-    tmpdir.join('Dockerfile').write_binary(data)
-    assert dh.to_bytes(dh.read_pushed(str(tmpdir), 'Dockerfile')) == data
-    assert dh.read_pushed(str(tmpdir), 'upstart.conf') is None
-
-@each('path', '''/etc/init/blog.conf /etc/nginx/conf.d/blog.conf /etc/init.d/blog
-      /lib/systemd/system/blog.service /etc/systemd/system/blog.service''')
-def test_a_name_that_something_on_the_server_has_is_refused(machine, path):
-    machine.write(path, 'not ours')
-    assert path in refusal(lambda: machine.push(FILES_2, old=ZERO))
-    assert machine.read(path) == 'not ours' and machine.images == machine.containers == {}
-
-def test_an_image_that_dockhand_did_not_build_is_not_replaced(plain):
-    plain.images['blog:latest'] = {'Id': 'theirs'}
-    said = refusal(lambda: plain.push(FILES_2, old=ZERO))
-    assert 'docker has blog:latest already, and not from' in said
-    assert plain.images == {'blog:latest': {'Id': 'theirs'}}
-
-def test_a_container_of_that_name_that_is_not_ours_is_left_alone(plain):
-    plain.lives(FILES)
-    theirs = plain.containers['blog--2'] = plain.container('x', 'y')
-    assert 'docker has blog--2 already, and not from' in refusal(plain.push, FILES_2)
-    assert plain.containers.get('blog--2') is theirs
-
-@table('path, name', '''
-    /etc/nginx/conf.d/blog.conf => nginx-proxy.conf
-    /etc/init/blog.conf         => upstart.conf''')
-def test_a_file_edited_on_the_server_is_not_overwritten(tmpdir, capfd, path, name):
-    machine = Machine(tmpdir, 'upstart')
-    machine.lives(FILES)
-    edited = machine.read(path) + '# mine\n'
-    machine.write(path, edited)
-    assert refusal(machine.push, FILES_2) == (
-        'to keep that, commit it in %s and push; to drop it: sudo rm %s, and try again'
-        % (name, path))
-    assert machine.read(path) == edited and machine.running() == ['sha256:FROMone']
-    assert '       +# mine\n' in capfd.readouterr().err
-
-def test_what_is_live_already_is_accepted_at_once(machine):
-    machine.lives(FILES)
-    machine.push(FILES, new=SHA)
-    machine.push({}, 'refs/tags/v1', ZERO)
-    assert machine.done == []
-
-def test_the_loser_of_two_pushes_is_refused_before_anything_is_built(machine):
-    machine.lives(FILES)
-    assert 'another push went live: pull, then push again' in refusal(
-        lambda: machine.push(FILES_2, old=SHA_3))
-    assert machine.done == []
-
-def test_a_branch_that_a_crash_left_behind_is_set_to_what_is_live(plain):
-    plain.lives(FILES)
-    plain.refs['refs/heads/main'] = SHA_3
-    plain.write('/home/git/blog.git/refs/heads/main.lock', '')
-    assert 'another push went live' in refusal(lambda: plain.push(FILES_2, old=SHA_3))
-    assert plain.refs['refs/heads/main'] == SHA
-    assert plain.running() == ['sha256:FROMone']
-    assert plain.read('/home/git/blog.git/refs/heads/main.lock') is None
-
-@pytest.mark.parametrize('ref, new', [
-    ('refs/heads/feature', SHA), ('refs/heads/main', ZERO), ('refs/replace/' + SHA, SHA)])
-def test_a_ref_that_is_refused_builds_nothing(machine, ref, new):
-    machine.lives(FILES)
-    assert refusal(lambda: machine.push(FILES_2, ref, SHA, new))
-    assert machine.done == [] and machine.refs['refs/heads/main'] == SHA
-
-def test_a_plan_says_what_would_change_and_changes_nothing(machine, capfd):
-    machine.lives(FILES)
-    before, files = machine.whole(), but('job', JOB.replace('--rm', '--rm -p ::1:81:80'))
-    said = refusal(lambda: machine.push(files, 'refs/heads/plan', ZERO))
-    assert said == ('this was a plan, nothing has changed; to deploy it: git push REMOTE '
-                    'HEAD:main')
-    assert machine.changed(before) == []
-    assert not re.search('docker (create|s|tag)|\nstop', '\n'.join(machine.done))
-    err = capfd.readouterr().err
-    for line in ('--- live/upstart.conf', '+++ new/upstart.conf',
-                 '-exec docker run --rm blog', '+exec docker run --rm -p ::1:81:80 blog',
-                 '--- live/ports', '-none', '+::1:81:80', '-sha256:FROMone', '+sha256:FROMtwo',
-                 'gap: one stop and one start of the service'):
-        assert '       %s\n' % line in err
-    assert re.search(r'\n       space: the image has 5\.0 MB, \d+ MB are free\n', err)
-
-def test_a_push_without_the_proxy_file_removes_the_old_one(plain):
-    live = plain.lives(FILES)
-    for act in switch_steps(plain.host, live, live._replace(proxy=None), run=False):
-        act()
-    assert plain.read('/etc/nginx/conf.d/blog.conf') is None and plain.served == {}
-
-def test_a_proxy_file_that_is_not_ours_is_not_removed(plain):
-    plain.write('/etc/nginx/conf.d/blog.conf', WEB)
-    plain.host.nginx.restore('blog', None)
-    assert plain.read('/etc/nginx/conf.d/blog.conf') == WEB
 
 def test_a_proxy_file_that_has_changed_is_parsed_again_and_no_other(plain, monkeypatch):
     parsed, parse = [], dh.read_proxy_file
@@ -2322,76 +1957,41 @@ def test_a_reload_counts_when_the_earlier_workers_have_gone(plain):
     plain.host.nginx.reload()
     assert earlier and not set(earlier) & set(plain.host.nginx.workers('50'))
 
-def test_doubts_are_told_by_the_line_of_the_repository(plain, capfd):
+def test_what_nginx_says_of_another_file_is_told_without_what_it_quotes(plain):
+    with_wiki(plain)
+    plain.write('/etc/nginx/.secret', '')
+    secret = 'nginx: [emerg] unknown directive "PASSWORD=1" in /etc/nginx/conf.d/wiki.conf:1\n'
+    plain.nginx_t = lambda *words: Result(1, '', secret)
+    said = refusal(plain.push, FILES_2)
+    assert said == ("nginx's configuration was broken before this push: "
+                    '/etc/nginx/conf.d/wiki.conf:1: unknown directive "..."')
+
+def test_the_workers_of_a_killed_master_are_ended_before_nginx_is_started(plain):
     plain.lives(FILES)
-    files = but('docker', 'FROM dies VOLUME')
-    files['upstart.conf'] = 'start on x\nexec docker run -rm -p 8000:80 blog\n'
-    refusal(plain.push, files)
-    err = capfd.readouterr().err
-    assert '-----> Written with two dashes, for docker of today: -rm\n' in err
-    assert '-----> upstart.conf:2: ' + OPEN % ('8000:80', '127.0.0.1:8000:80') in err
-    assert '-----> upstart.conf:2: ' + GOES % ('/data', '/srv/blog/data:/data') in err
+    # What a shell puts in the background ignores SIGQUIT, and so do its children.
+    worker = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: signal.signal(
+        signal.SIGQUIT, signal.SIG_DFL))
+    try:
+        plain.process(worker.pid, 1, 'nginx: worker process')
+        started = []
+        plain.service = lambda *words: started.append(worker.poll()) or plain.nginx()
+        os.unlink(plain.host.path('/run/nginx.pid'))
+        threading.Timer(0.2, lambda: worker.wait() and shutil.rmtree(
+            plain.host.path('/proc', str(worker.pid)))).start()
+        dh.recover(plain.host)
+        assert started == [-signal.SIGQUIT]
+    finally:
+        worker.poll() is None and worker.kill()
 
-def test_a_note_about_upstart_is_for_those_who_have_it(machine, capfd):
-    machine.lives(FILES)
-    job = JOB.replace('started', 'filesystem and started')
-    refusal(machine.push, dict(but('docker', 'FROM dies'), **{'upstart.conf': job}))
-    found = '-----> upstart.conf:1: ' + NOTE in capfd.readouterr().err
-    assert found == (machine.init == 'upstart')
+# ---- The two engines -------------------------------------------------------------------
 
-def test_what_is_not_part_of_a_push_is_noted(plain, capfd):
-    plain.lives(FILES)
-    refusal(plain.push, dict(but('docker', 'FROM dies'), **{
-        '.gitmodules': 'x', '.gitattributes': '*.x filter=lfs'}))
-    err = capfd.readouterr().err
-    assert 'Note: submodules' in err and 'Note: files kept by git LFS' in err
-
-@each('name', 'redis blog:old')
-def test_a_job_that_runs_another_image_can_be_deployed(plain, name):
-    plain.images[name] = image('FROM other')
-    live, new = plain.lives(FILES), plain.release(2, SHA_2, but('job', JOB.replace(
-        'blog', name)))
-    for act in [lambda: dh.Containers(plain.app).prepare(new)] + \
-            switch_steps(plain.host, live, new):
-        act()
-    assert plain.running() == ['sha256:FROMother']
+# What keeps an app running: init by its job, docker by a policy.
 
 def test_a_container_that_ignores_its_signal_is_stopped_too(tmpdir):
     machine = Machine(tmpdir, 'upstart')
     live = machine.lives(but('docker', 'FROM deaf'))
     dh.Upstart(machine.app).stop(live)
     assert machine.running() == []
-
-def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
-    machine.lives(FILES)
-    dh.stop(machine.app)
-    assert machine.running() == []
-    dh.recover(machine.host)
-    assert machine.running() == []
-    os.unlink(machine.app.folder('stopped'))
-    dh.recover(machine.host)
-    assert machine.running() == ['sha256:FROMone']
-
-@table('stanzas, runs', r'''
-    start on started docker                      => yes
-    start on filesystem and started docker       => yes
-    start on runlevel [2345]\nstop on shutdown   => yes
-    manual\nstart on started docker              => yes
-    respawn                                      => no
-    stop on stopping docker                      => no
-    start on started docker\nmanual              => no''')
-def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanzas, runs):
-    """init does so only when its events come again, and those of a boot do not."""
-    machine = Machine(tmpdir, 'upstart')
-    machine.lives(dict(FILES, **{'upstart.conf': stanzas.replace('\\n', '\n') +
-                                 '\nexec docker run --rm blog\n'}))
-    files = machine.files()
-    for stopped in (False, True):
-        machine.containers.clear(), machine.jobs.clear()
-        dh.recover(machine.host)
-        assert machine.running() == ['sha256:FROMone'] * (runs == 'yes' and not stopped)
-        assert stopped or machine.files() == files
-        dh.stop(machine.app)
 
 NAMED = 'start on started docker\nexec docker run --rm --name blog-1 blog\n'
 PUBLISHED = NAMED.replace('--name blog-1', '-p 127.0.0.1:8000:80')
@@ -2443,347 +2043,6 @@ def test_a_running_job_whose_file_was_removed_is_stopped_and_destroyed(tmpdir, n
         assert machine.running() == [] and machine.jobs == {}
     assert not [path for path in machine.files() if 'blog' in path]
 
-def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
-    machine.lives(FILES)
-    dh.stop(machine.app)
-    before = machine.whole()
-    assert refusal(machine.push, but('docker', 'FROM dies'))
-    assert machine.changed(before) == [] and machine.running() == []
-
-def test_removing_an_app_leaves_nothing_of_it(machine):
-    machine.lives(FILES)
-    machine.write('/home/git/blog.git/config', '')
-    assert 'dockhand destroy blog --force' in refusal(dh.destroy, machine.app)
-    assert machine.running() == ['sha256:FROMone']
-    dh.destroy(machine.app, force=True)
-    assert machine.images == machine.containers == machine.jobs == machine.served == {}
-    assert not [path for path in machine.files() if 'blog' in path]
-    assert 'no app blog here' in refusal(dh.destroy, machine.app, True)
-
-# ---- Releases: put back, rolled back, cleaned up ------------------------------------
-
-def pushed(machine, *commits):
-    """Releases of these commits after the first, the last one live; what was before."""
-    old = machine.lives(FILES)
-    engine = dh.engine_of(machine.app, old)
-    before = machine.whole()
-    for number, commit in enumerate(commits, 2):
-        files = but('docker', 'FROM ' + commit[:3])
-        new = machine.release(number, commit, files, 2.5)
-        engine.prepare(new)
-        for act in switch_steps(machine.host, old, new):
-            act()
-        engine.settle(new)
-        old = new
-    machine.app.set_link('live', old)
-    machine.refs[MAIN] = commits[-1]
-    del machine.done[:]
-    return before
-
-def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
-    before = pushed(machine, SHA_2)
-    dh.rollback(machine.app)
-    found = machine.whole()
-    for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
-        before.pop(key, None), found.pop(key, None)
-    record = '/var/lib/dockhand/apps/blog/releases/1/release.json'
-    assert '"turn": 2' in dh.to_text(found.pop(record)[0]) and before.pop(record)
-    assert found == before and machine.refs[MAIN] == SHA
-    assert not [line for line in machine.done if line.startswith('docker build')]
-    dh.rollback(machine.app, '2')
-    assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
-
-@table('number, said', '''
-    1 => its image blog:1 was removed, so nothing has changed: choose another
-    2 => no release 2 to go back to: see dockhand releases blog
-    3 => no release 3 to go back to: see dockhand releases blog
-    x => no release x to go back to: see dockhand releases blog''')
-def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
-    pushed(machine, SHA_2)
-    assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
-    del machine.images['blog:1']
-    before = machine.whole()
-    assert refusal(dh.rollback, machine.app, number) == said
-    assert machine.changed(before) == []
-
-def test_a_first_release_has_none_to_go_back_to(machine):
-    machine.lives(FILES)
-    assert refusal(dh.rollback, machine.app) == (
-        'no other release to go back to: see dockhand releases blog')
-
-@pytest.mark.parametrize('live', [False, True])
-def test_a_crash_in_a_rollback_leaves_one_whole_release(machine, live):
-    pushed(machine, SHA_2)
-    older = machine.app.load(1)
-    machine.app.set_link('pending', older)
-    if live:
-        machine.app.set_link('live', older)
-        machine.containers['blog--1'] = machine.container('c1', older.image)
-    dh.recover(machine.host)
-    kept = [each.number for each in machine.app.kept()]
-    assert kept == ([1, 2] if live else [2, 1])
-    assert machine.refs['refs/heads/main'] == (SHA if live else SHA_2)
-
-def test_releases_are_listed_with_what_became_of_them(plain, capfd):
-    pushed(plain, SHA_2)
-    assert refusal(plain.push, but('job', 'x\n'), MAIN, SHA_2, SHA_3)
-    capfd.readouterr()
-    dh.releases(plain.app)
-    lines = capfd.readouterr().out.splitlines()
-    assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
-                    'upstart.conf:1: `x`: an unknown stanza', lines[0])
-    assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
-    assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
-    assert 'no app wiki is live here' in refusal(dh.releases, dh.App(plain.host, 'wiki'))
-
-def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
-    pushed(machine, *[number * 40 for number in '234567'])
-    machine.app.set_link('live', machine.app.load(3))
-    capfd.readouterr()
-    dh.after_push(machine.app)
-    assert [each.number for each in machine.app.kept()] == [
-        3, 7, 6, 5, 4]
-    assert sorted(machine.images) == ['blog:%d' % number for number in range(3, 8)] + [
-        'blog:latest']
-    assert sorted(ref for ref in machine.refs if 'dockhand' in ref) == [
-        'refs/dockhand/%d' % number for number in range(3, 8)]
-    assert machine.init == 'upstart' or sorted(machine.containers) == [
-        'blog--%d' % number for number in range(3, 8)]
-    err = capfd.readouterr().err
-    assert re.search(r'-----> Release 1 is removed, \d+\.\d MB freed\n', err)
-    assert 'with what it wrote outside volumes: /srv/kept.db\n' in err
-
-def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
-    pushed(plain, SHA_2)
-    build = plain.docker_build
-    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
-    for text, left in (('RUN fail', '0123456789ab'), ('FROM dies', 'sha256:FROMdies')):
-        assert refusal(plain.push, but('docker', text), MAIN, SHA_2, SHA_3)
-        dh.after_push(plain.app)
-        assert [line for line in plain.done if 'rmi' in line][-1] == 'docker rmi ' + left
-        dh.after_push(plain.app)
-    assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
-    assert [each.number for each in plain.app.kept()] == [2, 1]
-
-def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
-    pushed(plain, SHA_2)
-    build = plain.docker_build
-    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
-    plain.images['base:1'] = {'Id': '0123456789ab', 'RepoTags': ['base:1']}
-    assert refusal(plain.push, but('docker', 'RUN fail'), MAIN, SHA_2, SHA_3)
-    dh.after_push(plain.app)
-    assert 'docker rmi 0123456789ab' not in plain.done
-
-def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
-    pushed(plain, *[number * 40 for number in '23456'])
-    dh.rollback(plain.app, '2')
-    plain.push(but('docker', 'FROM 7'), MAIN, '2' * 40, '7' * 40)
-    dh.after_push(plain.app)
-    assert [each.number for each in plain.app.kept()] == [
-        7, 2, 6, 5, 4]
-    assert dh.earlier_release(plain.app, plain.app.live(), None
-                              ).number == 2
-
-def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
-    pushed(plain, *[number * 40 for number in '23456'])
-    plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
-    dh.after_push(plain.app)
-    assert 'Release 1 stays: a container uses its image\n' in capfd.readouterr().err
-    assert plain.app.numbers() == [1, 2, 3, 4, 5, 6]
-    assert plain.refs['refs/dockhand/1'] == SHA
-
-def test_what_is_gone_of_a_live_release_is_brought_back(machine):
-    machine.lives(FILES)
-    before = machine.whole()
-    del machine.images['blog:latest']
-    machine.containers.clear()
-    machine.jobs.clear()
-    for path in ('/etc/nginx/conf.d/blog.conf', '/etc/init/blog.conf'):
-        dh.remove_file(machine.host.path(path))
-    for _ in range(2):
-        dh.recover(machine.host)
-        assert machine.changed(before) == []
-
-def test_recover_goes_on_with_the_next_app(plain, capfd):
-    plain.lives(FILES)
-    live, alone = plain.app.live()._replace(app='alone'), dh.App(plain.host, 'alone')
-    alone.save(live)
-    alone.set_link('live', live)
-    plain.images.clear()
-    assert refusal(dh.recover, plain.host) == '2 app(s) could not be put right'
-    assert re.findall('dockhand: (.*)', capfd.readouterr().err) == [
-        '%s: the image of release 1 is gone: sudo dockhand rebuild %s' % (app, app)
-        for app in ('alone', 'blog')]
-
-def test_a_push_without_room_for_a_build_is_refused(plain):
-    assert re.match(r'\d+ MB are free on /var/lib/docker, a build wants 99999999: ',
-                    refusal(plain.host.docker.check_space, 99999999))
-    plain.write('/etc/docker/daemon.json', '{"data-root": "/mnt/docker"}')
-    dh.make_folder(plain.host.path('/mnt/docker'))
-    assert 'on /mnt/docker' in refusal(plain.host.docker.check_space, 99999999)
-    plain.host.docker.check_space(1)
-
-@table('name, said', '''
-    here.org  => -----> blog: http://here.org:{0}/ answers 418
-    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://192.0.2.2:{0}/''')
-def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
-    listener = socket.socket()
-    listener.bind(('127.0.0.1', 0))
-    listener.listen(1)
-    port, heard = listener.getsockname()[1], []
-
-    def answer():
-        connection = listener.accept()[0]
-        heard.append(connection.recv(999))
-        connection.sendall(b'HTTP/1.1 418 No\r\n\r\n')
-        connection.close()
-    thread = threading.Thread(target=answer)
-    thread.start()
-    plain.lives(but('proxy', 'server { listen %d; server_name %s; }' % (port, name)))
-    dh.after_push(plain.app)
-    thread.join()
-    listener.close()
-    assert said.format(port) in capfd.readouterr().err
-    assert heard == [dh.to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand\r\n'
-                                 'Connection: close\r\n\r\n' % name)]
-    assert plain.head == 'refs/heads/main'
-    assert dh.fetch_status(Host(), name, port).startswith('nothing (')
-
-@contextmanager
-def ssh_command(text):
-    os.environ['SSH_ORIGINAL_COMMAND'] = text
-    try:
-        yield
-    finally:
-        del os.environ['SSH_ORIGINAL_COMMAND']
-
-@table('command, name, apps, said', '''
-    git-receive-pack 'blog' => bob => wiki wikis => the key "bob" has no right to blog: it
-    git-upload-pack 'blog'  => bob => wiki       => the key "bob" has no right to blog: it
-    git-upload-pack 'blog'  => bob => blog       => no app blog here
-    git-receive-pack 'etc'  => bob =>            => /etc/init/etc.conf is on this server
-    git-receive-pack 'ssh'  => bob =>            => the server itself
-    id                      => bob =>            => "id" is not for this key''')
-def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, said):
-    plain.write('/etc/init/etc.conf', 'not ours')
-    with ssh_command(command):
-        assert said in refusal(dh.serve, plain.host, name, *apps.split())
-    assert os.listdir(plain.host.path('/home/git')) == [] and plain.done == []
-
-@table('words', r'''
-    update
-    update blog
-    update blog anna
-    update blog anna refs/heads/main {0}
-    update blog anna refs/heads/main {0} HEAD
-    update \_ anna refs/heads/main {0} {0}
-    update ../x anna refs/heads/main {0} {0}
-    update blog -x refs/heads/main {0} {0}
-    post-receive blog
-    post-receive Blog anna
-    post-receive blog anna x
-    nonsense blog anna
-    --help blog anna''', '')
-def test_root_checks_again_what_the_git_user_asks(words):
-    words = [word.strip('_') for word in words.replace('  ', '_ ').format(SHA).split(' ')]
-    assert refusal(dh.receive, Host('/nowhere', run=None), *words)
-
-# ---- Plain apps: handed over, or stopped and started ---------------------------------
-
-LOGGED = '--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 --pids-limit=4096'
-NGINX_T = 'nginx -t -q -c /etc/nginx/.blog.conf.new\n'
-CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
---env-file=/var/lib/dockhand/apps/blog/releases/2/env %s--label=dockhand.app=blog --init \
-''' + LOGGED + ' sha256:FROMtwo\n'
-PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
-STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
-TAGGED = 'docker tag blog:2 blog:latest\n'
-SETTLED = 'docker update --restart always blog--2\n'
-PROXIED = NGINX_T + 'nginx -s reload\n'
-HANDED_OVER = 'docker start blog--2\n' + PROXIED + TAGGED + PROXIED + SETTLED + STOPPED
-SWITCHED = STOPPED + TAGGED + PROXIED + 'docker start blog--2\n' + SETTLED
-RESTARTED = NGINX_T + CREATED + SWITCHED
-ON_VOLUME = '--volume=blog--data:/data '
-
-def plain_proxy(number, domains='blog blog.*', port=8000):
-    """The proxy file of a plain app's release with this number."""
-    made = "# dockhand: blog's proxy file, made at each push; `dockhand proxy blog` prints one\n"
-    body = GENERATED.format('blog', domains, '', '', '')
-    address = '10.86.0.%d:%d' % (number + 1, port)
-    where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
-    return made + body + where
-
-@pytest.mark.parametrize('more, config, expected, gap', [
-    ('', {}, CREATED % '' + HANDED_OVER, ', no gap'),
-    ('', {'overlap': 'no'}, RESTARTED % '', ', down for N s'),
-    ('VOLUME /data', {}, RESTARTED % ON_VOLUME, ', down for N s'),
-    ('VOLUME /data', {'overlap': 'yes'}, CREATED % ON_VOLUME + HANDED_OVER, ', no gap')])
-def test_a_plain_web_app_is_switched_in_this_order(plain, capfd, more, config, expected, gap):
-    plain.lives(an_app('one', 'EXPOSE 8000\n' + more), **config)
-    plain.shares = config.get('overlap') == 'yes'
-    capfd.readouterr()
-    plain.push(an_app('two', 'EXPOSE 8000\n' + more))
-    assert '\n'.join(plain.done) + '\n' == PLAIN_BUILD + expected
-    assert plain.running() == ['sha256:FROMtwo']
-    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(2)}
-    policies = dict((name, each['policy']) for name, each in plain.containers.items())
-    assert policies == {'blog--1': 'no', 'blog--2': 'always'}
-    assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
-    live = plain.app.live()
-    assert (live.number, live.port, live.web, live.address, live.config, live.job) == (
-        2, 8000, True, '10.86.0.3', config, '')
-    assert live.volumes == (['/data'] if more else []) and live.seconds > 0
-    said = re.sub(r'\d\.\d s', 'N s', capfd.readouterr().err)
-    assert re.findall('-----> (.*)', said) == [
-        'Checking 2222222222', 'Building blog:2', 'blog is a web app: nginx passes requests '
-        'to its port 8000 (another: dockhand config blog port=N)', 'Switching to release 2',
-        'Release 2 is live: built in N s, switched in N s, checked in N s' + gap]
-
-@pytest.mark.parametrize('more', ['', 'VOLUME /data'])
-def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
-    plain.lives(an_app('one', 'EXPOSE 8000\n' + more))
-    plain.push(an_app('two', 'EXPOSE 8000\n' + more))
-    del plain.done[:]
-    dh.rollback(plain.app)
-    def turned(text):
-        swapped = {'1': '2', '2': '1'}
-        return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()], text)
-    create = turned(CREATED % (ON_VOLUME if more else '')).replace(
-        '10.86.0.3', '10.86.0.2').replace('releases/2', 'releases/1').replace('two', 'one')
-    done = [line for line in plain.done if line.startswith(('docker', 'nginx'))]
-    assert '\n'.join(done) + '\n' == (
-        (NGINX_T if more else '') + create + 'docker update --restart no blog--1\n'
-        + turned(SWITCHED if more else HANDED_OVER))
-    assert plain.running() == ['sha256:FROMone']
-    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
-
-@table('more, said, port, address', """
-    EXPOSE 3000 => a web app: nginx passes requests to its port 3000 => 3000 => 10.86.0.2
-    EXPOSE 5432 => a service that other apps reach as blog:5432, and nginx does => 5432 => 10.86.0.2
-                => a worker without a port (a web app has an EXPOSE in its  => 0 => 10.86.0.2""")
-def test_a_first_push_says_what_the_app_is(plain, capfd, more, said, port, address):
-    plain.nginx()
-    plain.push(an_app('one', more), old=ZERO, new=SHA)
-    assert '-----> blog is ' + said in capfd.readouterr().err
-    live = plain.app.live()
-    assert (str(live.port), live.web, live.address) == (
-        port, said.startswith('a web'), address)
-    served = {'/etc/nginx/conf.d/blog.conf': plain_proxy(1, port=3000)}
-    assert plain.served == (served if live.web else {})
-    env = 'PORT=3000\n' if live.web else ''
-    assert plain.containers['blog--1']['env'] == env
-    assert plain.files()['/var/lib/dockhand/apps/blog/releases/1/env'][:2] == (
-        dh.to_bytes(env), '600')
-    assert plain.running() == ['sha256:FROMone']
-    assert not re.search(r"'[^']*pending|build/blog|\.new", str(sorted(plain.files())))
-
-def test_what_else_a_dockerfile_can_be_is_stopped_then_started(plain):
-    plain.lives(an_app('one', ''))
-    plain.push(an_app('two', ''))
-    tail = [line for line in plain.done if re.match('docker (st|up|tag)', line)]
-    assert '\n'.join(tail) + '\n' == (
-        STOPPED + 'docker tag blog:2 blog:latest\ndocker start blog--2\n' + SETTLED)
-
 @pytest.mark.parametrize('health', [None, 'healthy'])
 @pytest.mark.parametrize('web, port, asked', [
     (True, 8000, [('10.86.0.2', 8000)]), (False, 5432, [('10.86.0.2', 5432)]),
@@ -2799,179 +2058,6 @@ def test_the_port_of_an_app_is_asked(plain, health, web, port, asked):
     assert found.health == (health or '')
     assert found.ports == ([] if health and not web else asked)
 
-@pytest.mark.parametrize('path', ['', '/usr/libexec/docker/docker-init'])
-def test_a_docker_without_an_init_of_its_own_is_not_asked_for_it(plain, path):
-    plain.lives(ONE_WEB)
-    os.unlink(plain.host.path('/usr/bin/docker-init'))
-    if path:
-        plain.write(path, '')
-    plain.push(TWO_WEB)
-    created = (CREATED % '').strip()
-    assert ' --init ' in created
-    assert (created if path else created.replace(' --init', '')) in plain.done
-
-@each('name', 'dies sick mute')
-def test_a_version_that_never_gets_well_is_not_handed_over_to(plain, capfd, name):
-    plain.lives(ONE_WEB)
-    before, served = plain.whole(), plain.served
-    assert 'release 2 failed its health check' in refusal(plain.push, an_app(name))
-    assert plain.changed(before) == [] and plain.served == served
-    assert not [line for line in plain.done if re.match('docker stop.*--1', line)]
-    err = capfd.readouterr().err
-    assert '       its last words\n' in err
-    assert err.endswith('-----> Release 1 runs as before\n')
-
-def test_a_version_that_dies_after_its_first_answer_gives_way_to_the_old_one(plain, capfd):
-    plain.lives(ONE_WEB)
-    before, served, reload, seen = plain.whole(), plain.served, plain.nginx_s, []
-
-    def first_request_kills_it(*words):
-        answer = reload(*words)
-        if not seen:
-            seen.extend(plain.served.values())
-            plain.containers['blog--2']['State'].update(Running=False, ExitCode=3)
-        return answer
-    plain.nginx_s = first_request_kills_it
-    assert 'it does not run: exited with 3' in refusal(plain.push, TWO_WEB)
-    assert seen == [plain_proxy(2).replace(
-        '    keepalive 64', '    server 10.86.0.2:8000 backup;\n    keepalive 64')]
-    assert plain.changed(before) == [] and plain.served == served
-    assert not [line for line in plain.done if re.match('docker stop.*--1', line)]
-
-@each('name', 'one dies')
-def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
-    plain.lives(ONE_WEB)
-    dh.stop(plain.app)
-    before = plain.whole()
-    if name == 'dies':
-        assert refusal(plain.push, an_app('dies'))
-        assert plain.changed(before) == [] and plain.running() == []
-    else:
-        plain.push(TWO_WEB)
-        assert plain.running() == ['sha256:FROMtwo']
-
-def test_volumes_of_an_earlier_app_of_that_name_are_told(plain, capfd):
-    plain.nginx()
-    plain.volumes = ['blog--data', 'blogs--data', 'blog', 'x-blog--data', 'blog--old']
-    plain.push(ONE_DATA, old=ZERO, new=SHA)
-    assert re.findall('-----> (Found.*)', capfd.readouterr().err) == [
-        'Found a volume of an earlier blog: ' + name for name in ('blog--data', 'blog--old')]
-    plain.push(TWO_DATA)
-    assert 'Found' not in capfd.readouterr().err
-
-def test_a_plan_of_a_plain_app_changes_nothing(plain, capfd):
-    plain.lives(ONE_WEB)
-    before, containers = plain.whole(), str(plain.containers)
-    for more, gap in (('', 'none'), ('VOLUME /data', 'one stop and one start of the service')):
-        said = refusal(plain.push, an_app('two', 'EXPOSE 80\n' + more), 'refs/heads/plan', ZERO)
-        assert said.startswith('this was a plan, nothing has changed; to deploy it: ')
-        assert plain.changed(before) == [] and str(plain.containers) == containers
-        err = capfd.readouterr().err
-        for line in ('-8000 on 10.86.0.2', '+80 on 10.86.0.3', 'gap: ' + gap,
-                     '-sha256:FROMone', '+sha256:FROMtwo', 'upstart.conf: no change',
-                     '-    server 10.86.0.2:8000;', '+    server 10.86.0.3:80;'):
-            assert '       %s\n' % line in err
-
-def test_a_plan_of_a_first_push_leaves_no_trace(plain, capfd):
-    plain.nginx()
-    plain.host.nginx.restore('blog', None)
-    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
-    before = plain.whole()
-    refusal(lambda: plain.push(ONE_WEB, 'refs/heads/plan', ZERO))
-    assert plain.changed(before) == []
-    assert '       -none\n       +8000 on 10.86.0.2\n' in capfd.readouterr().err
-
-PUSHED = 'server {\n    server_name www.org;\n    location / { proxy_pass http://blog; }\n}\n'
-
-def test_a_pushed_proxy_file_may_name_the_app_as_its_upstream(plain):
-    plain.nginx()
-    plain.push(an_app('one', 'EXPOSE 9000', PUSHED), old=ZERO, new=SHA)
-    where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('8000', '9000')
-    wanted = PROXY_HEADER + PUSHED + where
-    assert wanted == plain.read('/etc/nginx/conf.d/blog.conf')
-    assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted}
-    assert plain.app.live().web
-    plain.push(an_app('two', 'EXPOSE 9000', wanted))     # copied from the server
-    assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted.replace('.0.2', '.0.3')}
-    assert 'docker stop -t 10 blog--1' == plain.done[-1]
-
-LEADS_TO = 'server { server_name a; location / { proxy_pass http://%s; } }'
-
-@pytest.mark.parametrize('proxy, more, said', [
-    ('\n\nserver { server_name a; broken; }', 'EXPOSE 80', 'nginx-proxy.conf:3: broken'),
-    (LEADS_TO % 'bloc', 'EXPOSE 80', 'nginx-proxy.conf:1: proxy_pass http://bloc'),
-    (LEADS_TO % 'blog', 'CMD x', 'proxy_pass http://blog'),     # it has no port
-    ('upstream blog { }\n', 'EXPOSE 80', 'upstream blog'),
-    ('server { server_name wiki.org; }', 'EXPOSE 80',
-     'nginx-proxy.conf:1: server_name "wiki.org" is taken')])
-def test_a_pushed_proxy_file_of_a_plain_app_that_will_not_do_is_refused(plain, proxy, more, said):
-    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
-    plain.lives(ONE_WEB)
-    before = plain.whole()
-    assert said in refusal(plain.push, an_app('two', more, proxy))
-    assert plain.changed(before) == []
-
-def test_what_was_changed_by_hand_may_be_committed_and_pushed(plain):
-    plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
-    path, edited = '/etc/nginx/conf.d/blog.conf', PUSHED.replace('www', 'w3')
-    plain.write(path, plain.read(path).replace('www', 'w3'))
-    assert 'commit it in nginx-proxy.conf' in refusal(plain.push, TWO_WEB)
-    assert 'commit it in nginx-proxy.conf' in refusal(dh.config, plain.app, 'A=1')
-    assert 'w3' in plain.read(path)
-    plain.push(an_app('two', 'EXPOSE 9000', edited))
-    assert plain.read(path).startswith(PROXY_HEADER + edited)
-
-@each('name', 'docker-compose.yml compose.yaml docker-compose.prod.yml')
-def test_a_repository_with_only_a_compose_file_is_refused(plain, name):
-    plain.lives(ONE_WEB)
-    assert refusal(plain.push, {name: 'services:'}) == (
-        'no Dockerfile in this commit: it says how to build the app; a compose file is not '
-        'read, push each service by itself')
-    assert not [line for line in plain.done if 'docker build' in line]
-
-def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
-    plain.lives(an_app('one', 'EXPOSE 8000', PUSHED))
-    plain.write('/proc/net/if_inet6', '')
-    capfd.readouterr()
-    dh.proxy(plain.app)
-    printed = capfd.readouterr().out
-    assert printed == GENERATED.format('blog', 'blog blog.*', '', '\n    listen [::]:80;', '',
-                                       'blog')
-    plain.push(an_app('two', 'EXPOSE 8000', printed))
-    assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
-
-def test_an_app_without_a_made_proxy_file_has_none_to_print(plain):
-    assert 'no app blog is live' in refusal(dh.proxy, plain.app)
-    plain.lives(an_app('one', ''))
-    assert 'blog is no web app' in refusal(dh.proxy, plain.app)
-
-@pytest.mark.parametrize('init', ['none', 'upstart'])
-def test_a_job_app_becomes_a_plain_one_and_a_job_app_again(tmpdir, init):
-    machine = Machine(tmpdir, init)
-    machine.lives(FILES)
-    machine.push(TWO_WEB)
-    assert machine.running() == ['sha256:FROMtwo'] and machine.jobs == {}
-    assert machine.read('/etc/init/blog.conf') is machine.read('/etc/init/blog.override') is None
-    assert machine.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
-    machine.push(but('docker', 'FROM three'), MAIN, SHA_2, SHA_3)
-    assert machine.running() == ['sha256:FROMthree']
-    assert list(machine.jobs) == (['blog'] if init == 'upstart' else [])
-    for wanted in ('two', 'three', 'two'):
-        dh.rollback(machine.app)
-        assert machine.running() == ['sha256:FROM' + wanted]
-        assert len(machine.jobs) == (init == 'upstart' and wanted == 'three')
-        dh.recover(machine.host)
-        assert machine.running() == ['sha256:FROM' + wanted]
-
-@pytest.mark.parametrize('init', ['none', 'upstart'])
-@pytest.mark.parametrize('plain_first', [False, True])
-def test_an_app_that_cannot_change_its_kind_stays_as_it_was(tmpdir, init, plain_first):
-    machine = Machine(tmpdir, init)
-    machine.lives(ONE_WEB if plain_first else FILES)
-    before = machine.whole()
-    assert refusal(machine.push, but('docker', 'FROM dies') if plain_first else an_app('dies'))
-    assert machine.changed(before) == []
-
 def test_under_upstart_a_plain_app_wants_a_docker_that_can(tmpdir):
     machine = Machine(tmpdir, 'upstart')
     machine.lives(FILES)
@@ -2980,378 +2066,23 @@ def test_under_upstart_a_plain_app_wants_a_docker_that_can(tmpdir):
     assert 'without an upstart.conf an app wants docker' in refusal(machine.push, TWO_WEB)
     assert machine.changed(before) == []
 
-# ---- Addresses ---------------------------------------------------------------------------
+def test_docker_is_told_not_to_restart_a_container_before_it_is_stopped(plain):
+    """And again afterwards where it refused: dockerd that dies between the two must not
+    bring the old worker back beside the new one."""
+    live = plain.lives(FILES)
+    engine, update = dh.Containers(plain.app), plain.docker_update
+    plain.broken['docker update'] = 1
+    engine.stop(live)
+    assert plain.done == ['docker update --restart no blog--1', 'docker stop -t 5 blog--1',
+                          'docker update --restart no blog--1']
+    assert plain.containers['blog--1']['policy'] == 'no'
+    del plain.done[:]
+    engine.stop(live)
+    assert len(plain.done) == 2 and update
 
-@pytest.mark.parametrize('there, routes, subnet', [
-    (None, '', '10.86'), (None, '10.86.0.0/16 dev br\n', '10.87'),
-    (None, '10.0.0.0/8 dev tun0\n', '172.31'), ('10.99', '10.99.0.0/16 dev br-1\n', '10.99'),
-    (None, '10.0.0.0/8 dev a\n172.28.0.0/14 dev b\n', '172.27')])
-def test_a_network_gets_a_subnet_that_nobody_has(plain, there, routes, subnet):
-    plain.routes += routes
-    if there:
-        plain.docker_network('network', 'create', '--subnet=%s.0.0/16' % there, 'dockhand')
-    assert plain.host.docker.subnet() == subnet
-    live = plain.lives(ONE_WEB)
-    assert live.address == subnet + '.0.2'
-    assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == subnet + '.0.0/16'
+# ---- Health ----------------------------------------------------------------------------
 
-def test_a_host_without_a_free_subnet_is_said(plain):
-    plain.routes += '10.0.0.0/8 dev a\n172.16.0.0/12 dev b\n'
-    assert 'no /16 of 10.86 to 172.31 is free' in refusal(plain.host.docker.subnet)
-
-def test_an_address_is_given_once_kept_releases_included(plain):
-    wiki = dh.App(plain.host, 'wiki')
-    for number, address in enumerate(['10.86.0.2', None, '10.86.0.4', '10.86.0.250'], 1):
-        wiki.save(release(app='wiki', number=number, address=address))
-    assert len(os.listdir(wiki.folder('releases'))) == 4
-    assert dh.free_address(plain.host) == '10.86.0.3'
-    plain.app.save(release(number=1, address='10.86.0.3'))
-    assert dh.free_address(plain.host) == '10.86.0.5'
-
-def test_there_are_more_addresses_than_one_byte_holds(plain):
-    for at in range(251):
-        path = plain.app.release_folder(at + 1) + '/release.json'
-        dh.make_folder(os.path.dirname(path))
-        with open(path, 'w') as target:
-            json.dump({'address': '10.86.%d.%d' % (at // 250, at % 250 + 2)}, target)
-    assert dh.free_address(plain.host) == '10.86.1.3'
-
-def test_a_network_that_was_pruned_is_made_again_as_it_was(plain):
-    plain.docker_network('network', 'create', '--subnet=10.99.0.0/16', 'dockhand')
-    plain.lives(ONE_WEB)
-    before = plain.whole()
-    plain.docker_stop('', '-t', '1', 'blog--1')
-    plain.networks.clear()
-    dh.recover(plain.host)
-    assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == '10.99.0.0/16'
-    assert plain.changed(before) == []
-    plain.networks.clear()
-    plain.containers.clear()
-    assert dh.free_address(plain.host) == '10.99.0.3'
-    dh.recover(plain.host)
-    assert plain.changed(before) == []
-
-# ---- Config ------------------------------------------------------------------------------
-
-CONFIG = '/var/lib/dockhand/apps/blog/config'
-
-def test_config_may_be_set_before_the_first_push(plain, capfd):
-    plain.nginx()
-    dh.config(plain.app, 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
-    assert capfd.readouterr().out == 'blog: noted for its first push\n'
-    assert plain.files()[CONFIG][1] == '600' and plain.done == [
-        'rm -rf -- ' + ' '.join('/var/lib/dockhand/apps/blog/' + part for part in (
-            'releases', 'env', 'live'))] * len(plain.done)
-    dh.recover(plain.host)
-    assert refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
-    assert json.loads(plain.read(CONFIG))['port'] == '9000'
-    plain.push(ONE_WEB, old=ZERO, new=SHA)
-    live = plain.app.live()
-    assert (live.port, live.config['port']) == (9000, '9000')
-    assert plain.containers['blog--2']['env'] == 'A=it\'s "x" #1\nPORT=9000\n'
-
-@each('path', '/etc/init/blog.conf /etc/init.d/blog /etc/nginx/conf.d/blog.conf')
-def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
-    plain.write(path, 'not ours')
-    try:
-        dh.config(plain.app, 'A=1')
-    except Failure:
-        pass
-    assert path in refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
-    assert plain.read(path) == 'not ours'
-
-CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T
-
-def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
-    plain.lives(ONE_WEB, A='1', B='2')
-    capfd.readouterr()
-    dh.config(plain.app, 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
-    assert '\n'.join(plain.done) + '\n' == (
-        CHANGED + CREATED.replace('two', 'one') % '' + HANDED_OVER)
-    assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
-    assert plain.served == {
-        '/etc/nginx/conf.d/blog.conf': plain_proxy(2, 'blog.org www.blog.org')}
-    live, wanted = plain.app.live(), {
-        'A': 'new', 'domains': 'blog.org www.blog.org'}
-    assert live.config == plain.app.config() == wanted
-    assert (live.number, live.commit, live.image) == (2, SHA, 'sha256:FROMone')
-    assert 'Release 2 is live' in capfd.readouterr().err
-    dh.rollback(plain.app)
-    assert plain.app.config() == {'A': '1', 'B': '2'}
-    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
-    assert plain.running() == ['sha256:FROMone']
-
-def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
-    plain.lives(ONE_WEB, SECRET='a b=#"', port='8000')
-    capfd.readouterr()
-    dh.config(plain.app)
-    assert capfd.readouterr().out == 'SECRET=(see it with --values)\nport=8000\n'
-    dh.config(plain.app, values=True)
-    assert capfd.readouterr().out == 'SECRET=a b=#"\nport=8000\n'
-    dh.config(plain.app, 'port=8000')
-    assert plain.done == []
-
-@pytest.mark.parametrize('words, unset, said', [
-    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\nb'], {}, 'hold one line'),
-    (['A=1', 'B'], {'unset': True}, 'no B is set'),
-    (['domains=wiki.org'], {}, '"wiki.org" is taken')])
-def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
-    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
-    plain.lives(ONE_WEB, A='0')
-    before, containers = plain.whole(), str(plain.containers)
-    assert said in refusal(lambda: dh.config(plain.app, *words, **unset))
-    assert plain.changed(before) == [] and str(plain.containers) == containers
-
-@pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
-def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
-    plain.lives(an_app('one', exposed), port='9000')
-    assert plain.app.live().web
-    dh.config(plain.app, 'port', unset=True)
-    live = plain.app.live()
-    assert not live.web and live.proxy == '' and plain.served == {}
-    assert plain.containers['blog--2']['env'] == ''
-
-@each('own', 'job proxy')
-def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, own):
-    plain.lives(FILES if own == 'job' else an_app('one', 'EXPOSE 8000', PUSHED))
-    before = plain.whole()
-    assert 'the server_name of its own nginx-proxy.conf' in refusal(
-        dh.config, plain.app, 'domains=a.org')
-    assert plain.changed(before) == []
-    dh.config(plain.app, 'timeout=9')
-
-def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
-    plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
-    dh.config(plain.app, 'A=1')
-    text = plain.read('/etc/nginx/conf.d/blog.conf')
-    assert text.startswith(PROXY_HEADER + PUSHED) and 'server 10.86.0.3:9000;' in text
-
-def test_changes_of_config_do_not_pile_up_releases(plain):
-    plain.lives(ONE_WEB)
-    for number in range(2, 7):
-        release = plain.release(number, SHA, ONE_WEB, 1.5)
-        dh.Containers(plain.app).prepare(release)
-    dh.config(plain.app, 'A=1')
-    kept = [each.number for each in plain.app.kept()]
-    assert len(kept) == 5 and kept[0] == 7
-    assert len(plain.containers) == 5
-
-def test_a_job_app_finds_its_config_as_a_file(machine):
-    path = '/var/lib/dockhand/apps/blog/env'
-    job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % path
-    machine.lives(but('job', job), A='1')
-    dh.config(machine.app, 'A=2', 'B=a "b" #c')
-    if machine.init == 'upstart':
-        assert machine.files()[path][:2] == (b'A=2\nB=a "b" #c\n', '600')
-        assert machine.done[-1] == 'timeout 60 start blog'
-    else:
-        assert machine.containers['blog--2']['env'] == 'A=2\nB=a "b" #c\n'
-    dh.rollback(machine.app)
-    if machine.init == 'upstart':
-        assert machine.read(path) == 'A=1\n'
-    else:
-        assert machine.containers['blog--1']['env'] == 'A=1\n'
-    assert machine.app.config() == {'A': '1'}
-
-def test_config_says_which_branch_is_deployed(plain):
-    plain.lives(ONE_WEB)
-    dh.config(plain.app, 'branch=live/x')
-    assert plain.app.live().branch == 'live/x'
-    assert plain.refs['refs/heads/live/x'] == SHA
-    assert 'only live/x is deployed' in refusal(plain.push, TWO_WEB)
-    plain.push(TWO_WEB, 'refs/heads/live/x')
-    assert plain.running() == ['sha256:FROMtwo']
-
-def test_a_record_of_an_earlier_dockhand_is_read(plain):
-    plain.lives(FILES)
-    path = '/var/lib/dockhand/apps/blog/releases/1/release.json'
-    record = json.loads(plain.read(path))
-    for name in 'config port web volumes address'.split():
-        del record[name]
-    plain.write(path, json.dumps(record))
-    assert plain.app.live().config == {}
-    plain.push(TWO_WEB)
-    dh.rollback(plain.app)
-    assert plain.running() == ['sha256:FROMone']
-
-# ---- The release command -------------------------------------------------------------------
-
-def test_a_release_command_runs_in_the_new_image_before_the_switch(plain, capfd):
-    plain.lives(ONE_DATA, release="migrate --to 'a b'", A='1')
-    plain.push(TWO_DATA)
-    found, = [line for line in plain.done if line.startswith('docker run')]
-    assert found == (
-        'docker run --rm --name blog--2--release --net=dockhand --env-file='
-        '/var/lib/dockhand/apps/blog/releases/2/env --volume=blog--data:/data '
-        '--pids-limit=4096 sha256:FROMtwo migrate --to a b')
-    assert plain.ran == {'volumes': ['blog--data'], 'address': None, 'env': 'A=1\nPORT=8000\n',
-                         'network': plain.networks['dockhand']['Id'], 'image': 'sha256:FROMtwo'}
-    at = plain.done.index(found)
-    assert not [line for line in plain.done[:at] if re.match('docker (st|cr|tag)', line)]
-    err = capfd.readouterr().err
-    assert "-----> Running the release command: migrate --to 'a b'\n       migrated\n" in err
-
-def test_a_release_command_that_fails_refuses_the_push(plain):
-    plain.lives(ONE_WEB, release='migrate')
-    before, containers = plain.whole(), str(plain.containers)
-    plain.broken['docker run'] = 1
-    assert refusal(plain.push, TWO_WEB) == (
-        'the release command failed (1); nothing has changed')
-    assert plain.changed(before) == [] and str(plain.containers) == containers
-    assert 'docker rm -f -v blog--2--release' in plain.done
-
-@pytest.mark.parametrize('files', [ONE_WEB, ONE_DATA, FILES])
-def test_a_release_command_that_fails_refuses_the_config_it_came_with(plain, files):
-    plain.lives(files, A='0')
-    before = plain.whole()
-    plain.broken['docker run'] = 1
-    assert refusal(dh.config, plain.app, 'A=1', 'release=x') == (
-        'the release command failed (1); nothing has changed')
-    assert plain.changed(before) == []
-    dh.config(plain.app, 'A=1', 'release=x')
-    assert plain.app.config()['A'] == '1'
-
-def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
-    job = 'env X=1\nchdir /srv\nexec docker run --rm -p 81:80 -v /srv/x:/x -e X blog serve\n'
-    machine.lives(but('job', job), release='migrate')
-    ran, options = machine.docker_run, []
-    call = machine.host.ask
-    machine.host.ask = lambda argv, **given: (
-        options.append(given) if argv[1] == 'run' else None) or call(argv, **given)
-    machine.push(dict(but('job', job), Dockerfile='FROM two'))
-    found, = [line for line in machine.done if line.startswith('docker run')]
-    known, given = '--volume=/srv/x:/x --env=X', ({'X': '1'}, '/srv')
-    if machine.init == 'upstart':       # what its job would do with it only init knows
-        known = '--env-file=/var/lib/dockhand/apps/blog/releases/2/env'
-        given = ({}, '/')
-    assert found == ('docker run --rm --name blog--2--release %s --pids-limit=4096 '
-                     'sha256:FROMtwo migrate' % known)
-    assert (options[0].get('env'), options[0].get('cwd')) == given
-    assert ran
-
-# ---- Removed -------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('volumes', [False, True])
-def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volumes):
-    plain.lives(ONE_DATA)
-    plain.write('/home/git/blog.git/config', '')
-    plain.volumes += ['wiki--data', 'blogs--x']
-    plain.push(TWO_DATA)
-    capfd.readouterr()
-    dh.destroy(plain.app, force=True, volumes=volumes)
-    assert plain.images == plain.containers == plain.served == plain.networks == {}
-    assert not [path for path in plain.files() if 'blog' in path]
-    assert plain.volumes == ['blog--data'] * (not volumes) + ['wiki--data', 'blogs--x']
-    assert capfd.readouterr().out == 'blog is removed\n%s blog--data\n' % (
-        'removed volume' if volumes else 'kept: docker volume rm')
-
-def test_a_network_that_another_app_uses_stays(plain):
-    plain.lives(ONE_WEB)
-    wiki, live = dh.App(plain.host, 'wiki'), release(app='wiki')
-    wiki.save(live)
-    wiki.set_link('live', live)
-    dh.destroy(plain.app, force=True)
-    assert list(plain.networks) == ['dockhand']
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-@pytest.mark.parametrize('typed, removed', [(u'blog\n', True), (u'wiki\n', False), (u'', False),
-                                            (u'y\n', False)])
-def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(plain, capfd, typed, removed):
-    plain.lives(ONE_WEB)
-    kept, sys.stdin = sys.stdin, Terminal(typed)
-    try:
-        if removed:
-            dh.destroy(plain.app)
-        else:
-            assert 'if you are sure: dockhand destroy blog --force' in refusal(
-                dh.destroy, plain.app)
-    finally:
-        sys.stdin = kept
-    assert 'Type its name again' in capfd.readouterr().out
-    assert plain.running() == ([] if removed else ['sha256:FROMone'])
-
-def test_config_of_an_app_that_never_came_can_be_removed(plain):
-    dh.config(plain.app, 'A=1')
-    dh.destroy(plain.app, force=True)
-    assert not [path for path in plain.files() if 'blog' in path]
-
-# ---- Drained ---------------------------------------------------------------------------------
-
-def ss_lines(sockets, form='(("nginx",pid=%s,fd=9))'):
-    """What `ss -tanp` prints of {(state, local, peer): [process id]}."""
-    return SS_HEAD + ''.join('%-10s 0 128 %20s %20s %s\n' % (key + (
-        pids and 'users:' + ','.join(form % pid for pid in pids),))
-        for key, pids in sorted(sockets.items()))
-
-LISTEN, LISTEN_6 = ('LISTEN', '0.0.0.0:80', '0.0.0.0:*'), ('LISTEN', '[::]:80', '[::]:*')
-CLIENT = ('ESTAB', '192.0.2.1:80', '198.51.100.9:4000')
-CLIENT_6 = ('ESTAB', '[2001:db8::1]:80', '[2001:db8::9]:4001')
-TO_OLD = ('ESTAB', '10.86.0.1:5001', '10.86.0.2:8000')
-TO_NEW = ('ESTAB', '10.86.0.1:5002', '10.86.0.20:8000')
-LATE, OVER = ('CLOSE-WAIT',) + CLIENT[1:], ('TIME-WAIT',) + CLIENT[1:]
-GOING = 'worker process is shutting down'
-
-@pytest.mark.parametrize('form', ['(("nginx",pid=%s,fd=9))', '(("nginx",%s,9))'])
-@pytest.mark.parametrize('title, held, drained', [
-    ('worker process', [CLIENT, TO_OLD], True),     # takes new requests, for the new one
-    (GOING, [], True),
-    (GOING, [CLIENT, TO_OLD], False),               # a request, or a websocket
-    (GOING, [CLIENT], False),                       # sent after its connection
-    (GOING, [LATE], False),
-    (GOING, [CLIENT_6], False),                     # the same over IPv6
-    (GOING, [CLIENT, TO_NEW], True),                # of another app
-    (GOING, [CLIENT_6, TO_NEW], True),
-    (GOING, [CLIENT, CLIENT_6, TO_NEW], False),     # one of two may come here
-    (GOING, [TO_OLD], False),
-    (GOING, [TO_NEW], True)])
-def test_an_old_release_is_drained_when_no_request_can_reach_it(plain, form, title, held, drained):
-    plain.nginx()
-    sockets = dict.fromkeys([LISTEN, LISTEN_6], [50, 59])
-    sockets.update({CLIENT: [59], CLIENT_6: [600], TO_OLD: [6], TO_NEW: [6], OVER: []})
-    sockets.update((each, [60]) for each in held)
-    plain.sockets = ss_lines(sockets, form)
-    plain.process(60, 50, 'nginx: ' + title)
-    assert plain.host.nginx.is_drained('10.86.0.2') is drained
-    assert plain.host.nginx.is_drained('10.86.0.9') is (
-        drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
-
-def test_workers_of_another_nginx_do_not_count(plain):
-    plain.nginx()
-    plain.sockets = ss_lines({LISTEN: [59], CLIENT: [60], TO_OLD: [60]})
-    plain.process(60, 1, 'nginx: ' + GOING)
-    assert plain.host.nginx.is_drained('10.86.0.2')
-
-def test_ss_of_this_machine_tells_who_holds_a_connection():
-    server = socket.socket()
-    server.bind(('127.0.0.1', 0))
-    server.listen(1)
-    client = socket.create_connection(server.getsockname())
-    rows = [line.split() for line in Host().run(['ss', '-tanp']).splitlines()]
-    peer, own = ['%s:%d' % each for each in (client.getpeername(), client.getsockname())]
-    found = [row for row in rows if row[3:5] == [own, peer]]
-    assert [row[0] for row in rows if row[3] == peer][:1] == ['LISTEN']
-    assert len(found) == 1 and re.search(r',(pid=)?%d,' % os.getpid(), found[0][-1])
-    client.close()
-    server.close()
-
-def test_the_old_release_is_stopped_once_it_is_drained(plain):
-    plain.lives(ONE_WEB)
-    plain.nginx()
-    reload = plain.nginx_s
-
-    def reload_with_a_late_request(*words):
-        reload(*words)
-        plain.sockets = late
-        threading.Timer(0.1, setattr, [plain, 'sockets', SS_HEAD]).start()
-    late = ss_lines({LISTEN: [50], CLIENT: [51]})
-    plain.nginx_s, stopped = reload_with_a_late_request, []
-    stop = plain.docker_stop
-    plain.docker_stop = lambda *words: stopped.append(plain.sockets == late) or stop(*words)
-    plain.push(TWO_WEB)
-    assert stopped == [False]
+# When a release may take over: it runs, it is ready, it stays up.
 
 def tcp(machine, pid, name, row):
     """/proc/PID/net/tcp or tcp6 with one row: local and remote address, state."""
@@ -3403,7 +2134,75 @@ def a_listener(address):
     finally:
         listener.close()
 
-# ---- Releases that an earlier dockhand wrote down ----------------------------------------
+class Engine(object):
+    """Gives its states one after the other, the last one for ever."""
+    def __init__(self, *states):
+        self.states, self.asked, self.host = list(states), 0, Host()
+
+    def state(self, release):
+        self.asked += 1
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+def state(alive=True, identity=1, ports=(), health=''):
+    return dh.State(alive, identity, list(ports), health, 'exited with 1')
+
+def unwell(engine, timeout=9, steady=9):
+    return refusal(dh.check_health, None, engine, timeout, steady)
+
+def test_an_app_that_does_not_run_fails_without_waiting():
+    engine = Engine(state(alive=False))
+    assert unwell(engine) == 'it does not run: exited with 1' and engine.asked == 1
+
+def test_an_app_that_is_unhealthy_fails_without_waiting():
+    engine = Engine(state(health='starting'), state(health='unhealthy'))
+    assert 'unhealthy' in unwell(engine) and engine.asked == 2
+
+def test_an_app_that_keeps_being_started_anew_fails():
+    engine = Engine(*[state(identity=number) for number in range(9)])
+    assert 'keeps dying' in unwell(engine) and engine.asked < 9
+
+def test_an_app_must_keep_running_under_one_identity():
+    engine = Engine(state(None, None), state(True, 1), state(True, 1), state(True, 2))
+    dh.check_health(None, engine, 9, 1)
+    assert engine.asked >= 5
+
+@pytest.mark.parametrize('found, said', [
+    (state(None), 'after 0 s it is not running yet'),
+    (state(), 'after 0 s it is not running yet'),
+    (state(health='starting'), 'after 0 s its HEALTHCHECK is still starting')])
+def test_an_app_that_is_not_ready_in_time_fails_with_the_reason(found, said):
+    assert unwell(Engine(found), timeout=0) == said
+
+def test_an_app_answers_when_each_port_takes_a_connection():
+    listener, closed = socket.socket(), socket.socket()
+    for each in (listener, closed):
+        each.bind(('127.0.0.1', 0))
+    listener.listen(5)
+    port, silent = listener.getsockname(), closed.getsockname()
+    dh.check_health(None, Engine(state(ports=[port])), 9, 0)
+    assert 'nothing listens on port %d of the container' % silent[1] in unwell(
+        Engine(state(ports=[port, silent])), 0, 0)
+    assert unwell(Engine(state(ports=[silent], health='healthy')), 0, 0).startswith(
+        'after 0 s nothing listens on port')
+    dh.check_health(None, Engine(state(ports=[port], health='healthy')), 9, 0)
+    closed.close()
+    listener.close()
+
+# ---- The store -------------------------------------------------------------------------
+
+# Releases as they are written down, by this dockhand and by earlier ones.
+
+def test_a_record_of_an_earlier_dockhand_is_read(plain):
+    plain.lives(FILES)
+    path = '/var/lib/dockhand/apps/blog/releases/1/release.json'
+    record = json.loads(plain.read(path))
+    for name in 'config port web volumes address'.split():
+        del record[name]
+    plain.write(path, json.dumps(record))
+    assert plain.app.live().config == {}
+    plain.push(TWO_WEB)
+    dh.rollback(plain.app)
+    assert plain.running() == ['sha256:FROMone']
 
 # What each way to write a release down was first written by (a commit), the keys of its
 # release.json, the first line of its proxy file, and whether a ref of its own holds the commit.
@@ -3546,37 +2345,465 @@ def test_a_crash_after_an_earlier_dockhand_committed_keeps_its_release(machine, 
     assert listed(machine, capfd) == {2: 'live', 1: 'kept'}
     assert not os.path.lexists(machine.host.path('/var/lib/dockhand/apps/blog/pending'))
 
-# ---- Killed at any moment, the disk full at any write ----------------------------------
+def test_order_is_a_counter_whatever_the_times_of_folders_say(machine):
+    """A clock that was ahead, or a copy of the store without its times."""
+    pushed(machine, SHA_2)
+    for number, commit in ((3, SHA_3), (4, '4' * 40)):
+        machine.push(but('docker', 'FROM ' + commit[:3]), old=machine.refs[MAIN], new=commit)
+    for number, when in ((1, 4e9), (2, 3e9), (3, 1), (4, 2)):
+        os.utime(machine.app.release_folder(number), (when, when))
+    assert [each.number for each in machine.app.kept()] == [4, 3, 2, 1]
+    dh.rollback(machine.app)
+    assert machine.app.live().number == 3
+    assert [each.number for each in machine.app.kept()] == [3, 4, 2, 1]
+    dh.rollback(machine.app)
+    assert machine.app.live().number == 4
 
-runs = pytest.mark.parametrize('act, init', RUNS)
+def test_live_is_what_the_link_says_where_a_crash_came_before_it(machine):
+    pushed(machine, SHA_2)
+    live = machine.app.live()
+    machine.app.count_turn(live, machine.app.load(1))
+    assert [each.number for each in machine.app.kept()] == [2, 1]
 
-@runs
-def test_every_kind_of_effect_is_found(trials, act, init):
-    kinds = set(what.split()[0] for _, what, _ in trials['kill', act, init])
-    assert kinds >= set('open flush fchmod rename unlink symlink docker git'.split())
-    # the proxy file of a job app is its own, and the same with another config
-    assert ('nginx' in kinds) == (init != 'upstart job')
-    assert act in ('rollback', 'config') or kinds >= set(['mkdir', 'open:', 'rmdir:'])
-    assert init != 'upstart' or kinds >= set(['stop', 'timeout'][act == 'first':])
-    assert len(trials['kill', act, init]) > 20
+# ---- Switching -------------------------------------------------------------------------
 
-@runs
-def test_a_kill_at_any_moment_leaves_one_whole_release_once_recovered(trials, act, init):
-    assert wrong(trials, 'kill', act, init) == {}
+# From one release to the other: in which order, and back if anything fails.
 
-@runs
-def test_a_recover_that_is_killed_at_any_moment_is_done_by_the_next(trials, act, init):
-    assert wrong(trials, 'second kill', act, init) == {}
+BUILD = '''mkdir /var/lib/dockhand/build/blog
+nginx -t -q -c /etc/nginx/.blog.conf.new
+docker build --force-rm -t blog:2 /var/lib/dockhand/build/blog
+rm -rf -- /var/lib/dockhand/build/blog
+'''
+ORDER = {'none': BUILD + '''nginx -t -q -c /etc/nginx/.blog.conf.new
+docker create --name blog--2 --label=dockhand.app=blog --log-driver=json-file \
+--log-opt=max-size=10m --log-opt=max-file=3 --pids-limit=4096 sha256:FROMtwo
+docker update --restart no blog--1
+docker stop -t 5 blog--1
+docker tag blog:2 blog:latest
+nginx -t -q -c /etc/nginx/.blog.conf.new
+nginx -s reload
+docker start blog--2
+docker update --restart always blog--2''', 'upstart': BUILD + '''nginx -t -q -c /etc/nginx/.blog.conf.new
+stop blog
+docker tag blog:2 blog:latest
+nginx -t -q -c /etc/nginx/.blog.conf.new
+nginx -s reload
+timeout 60 start blog'''}
 
-@runs
-def test_a_write_for_which_the_disk_is_full_leaves_one_whole_release(trials, act, init):
-    assert wrong(trials, 'full', act, init) == {}
+def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
+    machine.lives(FILES)
+    machine.push(FILES_2)
+    assert '\n'.join(machine.done) == ORDER[machine.init]
+    assert machine.running() == ['sha256:FROMtwo']
+    assert machine.images['blog:latest']['Id'] == 'sha256:FROMtwo'
+    proxy = PROXY_HEADER + FILES_2['nginx-proxy.conf']
+    assert machine.served == {'/etc/nginx/conf.d/blog.conf': proxy}
+    if machine.init == 'upstart':
+        assert machine.read('/etc/init/blog.conf') == JOB_HEADER + FILES_2['upstart.conf']
+    live = machine.app.live()
+    assert (live.number, live.commit, live.branch, live.key, live.image, live.proxy) == (
+        2, SHA_2, 'main', 'anna', 'sha256:FROMtwo', proxy)
+    assert not re.search(r'pending|override|build/blog|\.new', str(machine.files()))
+    said = capfd.readouterr().err
+    assert re.findall('-----> (.*)', re.sub(r'\d\.\d s', 'N s', said)) == [
+        'Checking 2222222222', 'Building blog:2', 'Switching to release 2',
+        'Release 2 is live: built in N s, switched in N s, checked in N s, down for N s']
+    assert re.search(r'\n       disk: \d+\.\d MB (more|less)\n', said)
+    assert '       Step 1/1 : FROM two\n' in said
 
-@runs
-def test_a_disk_that_stays_full_leaves_a_whole_release_once_recovered(trials, act, init):
-    assert wrong(trials, 'stays full', act, init) == {}
+# What an act does, of which kind of app, and at which of its commands it may fail.
+FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
+    first => none => mkdir, nginx -t, docker build, docker create, docker tag, nginx -s
+    first => none => docker start
+    first => none web => mkdir, docker build, nginx -t, docker network create
+    first => none web => docker create, docker tag, nginx -s, docker start, docker rm
+    first => none data => mkdir, docker build, nginx -t, docker network create
+    first => none data => docker create, docker tag, nginx -s, docker start, docker rm
+    first => upstart => mkdir, nginx -t, docker build, docker tag, nginx -s
+    first => upstart => timeout 60 start
+    deploy => none => mkdir, nginx -t, docker build, docker create, docker stop
+    deploy => none => docker tag, nginx -s, docker start
+    deploy => none web => mkdir, docker build, nginx -t, docker create, docker start
+    deploy => none web => nginx -s, docker tag
+    deploy => none data => mkdir, docker build, nginx -t, docker create, docker stop
+    deploy => none data => docker tag, nginx -s, docker start
+    deploy => upstart => mkdir, nginx -t, docker build, stop, docker tag, nginx -s
+    deploy => upstart => timeout 60 start
+    deploy => upstart turned => mkdir, docker build, nginx -t, docker network create
+    deploy => upstart turned => docker create, stop, docker tag, nginx -s, docker start
+    rollback => none => nginx -t, docker create, docker update, docker stop, docker tag
+    rollback => none => nginx -s, docker start
+    rollback => none web => docker create, docker update, docker start, nginx -t, nginx -s
+    rollback => none web => docker tag
+    rollback => none data => nginx -t, docker create, docker update, docker stop
+    rollback => none data => docker tag, nginx -s, docker start
+    rollback => upstart => nginx -t, stop, docker tag, nginx -s, timeout 60 start
+    rollback => upstart turned => nginx -t, docker stop, docker tag, nginx -s
+    rollback => upstart turned => timeout 60 start
+    config => none => docker tag, docker create, docker stop, docker start
+    config => none web => docker tag, nginx -t, docker create, docker start, nginx -s
+    config => none data => docker tag, nginx -t, docker create, docker stop, nginx -s
+    config => none data => docker start
+    config => upstart => docker tag, stop, timeout 60 start'''.strip().splitlines())
+            for command in commands.split(', ')]
 
-# ---- One app ends where the next begins ------------------------------------------------------
+@pytest.mark.parametrize('act, kind, command', FAILURES)
+def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
+        tmpdir, act, kind, command):
+    machine = about_to(act, kind, str(tmpdir))
+    before, live = machine.whole(), machine.app.live()
+    last = max([0] + machine.app.numbers())
+    del machine.done[:]
+    for number in (last + 1, last + 2):
+        machine.broken[command] = 1
+        said = refusal(ACTS[act], machine)
+        assert 'broken on purpose' in said or command == 'docker build'
+        # a rollback may leave what it had made of the older release, stopped
+        left = ['blog--1'] if act == 'rollback' else records_of(last + 1, last + 2)
+        assert set(machine.changed(before)) <= set(left)
+        if act != 'rollback':
+            record = machine.app.load(number)
+            assert (record.failed, record.seconds) == (said, None)
+    if live and kind == 'none web':         # it answers all the time
+        assert 'docker stop -t 10 blog--%d' % live.number not in machine.done
+    ACTS[act](machine)
+    now = machine.app.live()
+    assert now != live and machine.running() == [now.image]
+    assert act != 'config' or machine.app.config()['A'] == '2'
+
+def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
+    machine.lives(FILES)
+    before = machine.whole()
+    said = refusal(machine.push, but('docker', 'FROM dies'))
+    assert said.startswith('release 2 failed its health check: it does not run: ')
+    assert machine.changed(before) == []
+    err = capfd.readouterr().err
+    assert '       its last words\n' in err
+    assert err.endswith('-----> Release 1 runs as before\n')
+
+@pytest.mark.parametrize('init, files, volumes', [
+    ('none', but('docker', 'FROM dies'), []), ('upstart', but('docker', 'FROM dies'), []),
+    ('none', an_app('dies', 'EXPOSE 80\nVOLUME /x'), ['blog--x'])])
+def test_a_first_release_that_dies_at_once_leaves_nothing_but_why_and_its_data(
+        tmpdir, init, files, volumes):
+    machine = about_to('first', init, str(tmpdir))
+    before = machine.whole()
+    for number in (1, 2):
+        said = refusal(lambda: machine.push(files, old=ZERO))
+        assert 'it does not run' in said
+        assert set(machine.changed(before)) <= records_of(1, 2)
+        assert machine.app.load(number).failed == said
+    assert machine.volumes == volumes
+
+def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, capfd):
+    machine.lives(FILES)
+    before = machine.whole()
+    machine.broken.update({'docker start': 9, 'timeout 60 start': 9})
+    assert refusal(machine.push, FILES_2)
+    err = capfd.readouterr().err
+    assert 'dockhand: could not be put back: ' in err
+    assert err.endswith('dockhand: mend that, then: sudo dockhand recover\n')
+    assert machine.app.linked('pending').number == 2
+    assert machine.running() == []
+    machine.broken.clear()
+    dh.recover(machine.host)
+    assert machine.changed(before) == []
+    assert 'blog: the switch to release 2 was interrupted' in capfd.readouterr().err
+
+@pytest.mark.parametrize('steps', range(7))
+def test_a_crash_at_any_step_is_put_right_by_recover(machine, tmpdir, steps):
+    other = Machine(tmpdir.mkdir('other'), machine.init)
+    other.lives(FILES)
+    half_deployed(machine, steps)
+    for _ in range(2):
+        dh.recover(machine.host)
+        found, wanted = machine.whole(), other.whole()
+        assert machine.running() == ['sha256:FROMone'] and machine.served == other.served
+        assert [path for path in set(found) ^ set(wanted) if 'other' not in path] == []
+
+def test_what_was_put_back_but_is_not_well_is_told_and_leaves_nothing_to_do(plain, capfd):
+    plain.lives(FILES)
+    start = plain.docker_start
+    plain.docker_start = lambda *words: start(*words) or plain.containers['blog--1'][
+        'State'].update(Health={'Status': 'unhealthy'})
+    assert 'does not run' in refusal(plain.push, but('docker', 'FROM dies'))
+    assert ('dockhand: release 1 was started again, but: its HEALTHCHECK says unhealthy'
+            in capfd.readouterr().err)
+    assert plain.app.linked('pending') is None
+
+def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
+    machine.lives(FILES)
+    dh.stop(machine.app)
+    before = machine.whole()
+    assert refusal(machine.push, but('docker', 'FROM dies'))
+    assert machine.changed(before) == [] and machine.running() == []
+
+@pytest.mark.parametrize('init', ['none', 'upstart'])
+def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init, monkeypatch):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    before = machine.whole()
+
+    def no_room(name, mode='r', *more):
+        if 'dockhand-blog' in str(name):
+            raise IOError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(name, mode, *more)
+    monkeypatch.setattr(dh, 'open', no_room, raising=False)
+    said = refusal(machine.push, FILES_2)
+    assert said.startswith('docker could start nothing: ') and 'No space left' in said
+    assert machine.changed(before) == []
+    assert not [line for line in machine.done if line.startswith(('docker stop', 'stop'))]
+
+# ---- Switching plain apps --------------------------------------------------------------
+
+# Handed over, or stopped and started.
+
+@pytest.mark.parametrize('overlap', [None, 'yes', 'no'])
+@pytest.mark.parametrize('old, new, expected', [
+    ({}, {}, True), ({'volumes': ['/a']}, {}, False), ({}, {'volumes': ['/a']}, False),
+    ({'volumes': ['/a']}, {'volumes': ['/a']}, False), ({'web': False}, {}, False),
+    ({}, {'web': False}, False), ({'web': False}, {'web': False, 'port': 0}, False),
+    ({'address': None, 'job': 'exec x'}, {}, None), ({}, {'address': None, 'job': 'x'}, None),
+    (None, {}, None), ({}, None, None)])
+def test_only_web_apps_without_data_are_handed_over_unless_told(old, new, expected, overlap):
+    config = {'overlap': overlap} if overlap else {}
+    old, new = [None if each is None else release(config=more, **each)
+                for each, more in ((old, {}), (new, config))]
+    assert dh.Containers(dh.App(Host(), 'blog')).overlaps(old, new) == (
+        expected is not None and (overlap == 'yes' if overlap else expected))
+
+LOGGED = '--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 --pids-limit=4096'
+NGINX_T = 'nginx -t -q -c /etc/nginx/.blog.conf.new\n'
+CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
+--env-file=/var/lib/dockhand/apps/blog/releases/2/env %s--label=dockhand.app=blog --init \
+''' + LOGGED + ' sha256:FROMtwo\n'
+PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
+STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
+TAGGED = 'docker tag blog:2 blog:latest\n'
+SETTLED = 'docker update --restart always blog--2\n'
+PROXIED = NGINX_T + 'nginx -s reload\n'
+HANDED_OVER = 'docker start blog--2\n' + PROXIED + TAGGED + PROXIED + SETTLED + STOPPED
+SWITCHED = STOPPED + TAGGED + PROXIED + 'docker start blog--2\n' + SETTLED
+RESTARTED = NGINX_T + CREATED + SWITCHED
+ON_VOLUME = '--volume=blog--data:/data '
+
+def plain_proxy(number, domains='blog blog.*', port=8000):
+    """The proxy file of a plain app's release with this number."""
+    made = "# dockhand: blog's proxy file, made at each push; `dockhand proxy blog` prints one\n"
+    body = GENERATED.format('blog', domains, '', '', '')
+    address = '10.86.0.%d:%d' % (number + 1, port)
+    where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
+    return made + body + where
+
+@pytest.mark.parametrize('more, config, expected, gap', [
+    ('', {}, CREATED % '' + HANDED_OVER, ', no gap'),
+    ('', {'overlap': 'no'}, RESTARTED % '', ', down for N s'),
+    ('VOLUME /data', {}, RESTARTED % ON_VOLUME, ', down for N s'),
+    ('VOLUME /data', {'overlap': 'yes'}, CREATED % ON_VOLUME + HANDED_OVER, ', no gap')])
+def test_a_plain_web_app_is_switched_in_this_order(plain, capfd, more, config, expected, gap):
+    plain.lives(an_app('one', 'EXPOSE 8000\n' + more), **config)
+    plain.shares = config.get('overlap') == 'yes'
+    capfd.readouterr()
+    plain.push(an_app('two', 'EXPOSE 8000\n' + more))
+    assert '\n'.join(plain.done) + '\n' == PLAIN_BUILD + expected
+    assert plain.running() == ['sha256:FROMtwo']
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(2)}
+    policies = dict((name, each['policy']) for name, each in plain.containers.items())
+    assert policies == {'blog--1': 'no', 'blog--2': 'always'}
+    assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
+    live = plain.app.live()
+    assert (live.number, live.port, live.web, live.address, live.config, live.job) == (
+        2, 8000, True, '10.86.0.3', config, '')
+    assert live.volumes == (['/data'] if more else []) and live.seconds > 0
+    said = re.sub(r'\d\.\d s', 'N s', capfd.readouterr().err)
+    assert re.findall('-----> (.*)', said) == [
+        'Checking 2222222222', 'Building blog:2', 'blog is a web app: nginx passes requests '
+        'to its port 8000 (another: dockhand config blog port=N)', 'Switching to release 2',
+        'Release 2 is live: built in N s, switched in N s, checked in N s' + gap]
+
+@pytest.mark.parametrize('more', ['', 'VOLUME /data'])
+def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
+    plain.lives(an_app('one', 'EXPOSE 8000\n' + more))
+    plain.push(an_app('two', 'EXPOSE 8000\n' + more))
+    del plain.done[:]
+    dh.rollback(plain.app)
+    def turned(text):
+        swapped = {'1': '2', '2': '1'}
+        return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()], text)
+    create = turned(CREATED % (ON_VOLUME if more else '')).replace(
+        '10.86.0.3', '10.86.0.2').replace('releases/2', 'releases/1').replace('two', 'one')
+    done = [line for line in plain.done if line.startswith(('docker', 'nginx'))]
+    assert '\n'.join(done) + '\n' == (
+        (NGINX_T if more else '') + create + 'docker update --restart no blog--1\n'
+        + turned(SWITCHED if more else HANDED_OVER))
+    assert plain.running() == ['sha256:FROMone']
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
+
+def test_what_else_a_dockerfile_can_be_is_stopped_then_started(plain):
+    plain.lives(an_app('one', ''))
+    plain.push(an_app('two', ''))
+    tail = [line for line in plain.done if re.match('docker (st|up|tag)', line)]
+    assert '\n'.join(tail) + '\n' == (
+        STOPPED + 'docker tag blog:2 blog:latest\ndocker start blog--2\n' + SETTLED)
+
+@pytest.mark.parametrize('path', ['', '/usr/libexec/docker/docker-init'])
+def test_a_docker_without_an_init_of_its_own_is_not_asked_for_it(plain, path):
+    plain.lives(ONE_WEB)
+    os.unlink(plain.host.path('/usr/bin/docker-init'))
+    if path:
+        plain.write(path, '')
+    plain.push(TWO_WEB)
+    created = (CREATED % '').strip()
+    assert ' --init ' in created
+    assert (created if path else created.replace(' --init', '')) in plain.done
+
+@each('name', 'dies sick mute')
+def test_a_version_that_never_gets_well_is_not_handed_over_to(plain, capfd, name):
+    plain.lives(ONE_WEB)
+    before, served = plain.whole(), plain.served
+    assert 'release 2 failed its health check' in refusal(plain.push, an_app(name))
+    assert plain.changed(before) == [] and plain.served == served
+    assert not [line for line in plain.done if re.match('docker stop.*--1', line)]
+    err = capfd.readouterr().err
+    assert '       its last words\n' in err
+    assert err.endswith('-----> Release 1 runs as before\n')
+
+def test_a_version_that_dies_after_its_first_answer_gives_way_to_the_old_one(plain, capfd):
+    plain.lives(ONE_WEB)
+    before, served, reload, seen = plain.whole(), plain.served, plain.nginx_s, []
+
+    def first_request_kills_it(*words):
+        answer = reload(*words)
+        if not seen:
+            seen.extend(plain.served.values())
+            plain.containers['blog--2']['State'].update(Running=False, ExitCode=3)
+        return answer
+    plain.nginx_s = first_request_kills_it
+    assert 'it does not run: exited with 3' in refusal(plain.push, TWO_WEB)
+    assert seen == [plain_proxy(2).replace(
+        '    keepalive 64', '    server 10.86.0.2:8000 backup;\n    keepalive 64')]
+    assert plain.changed(before) == [] and plain.served == served
+    assert not [line for line in plain.done if re.match('docker stop.*--1', line)]
+
+@each('name', 'one dies')
+def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
+    plain.lives(ONE_WEB)
+    dh.stop(plain.app)
+    before = plain.whole()
+    if name == 'dies':
+        assert refusal(plain.push, an_app('dies'))
+        assert plain.changed(before) == [] and plain.running() == []
+    else:
+        plain.push(TWO_WEB)
+        assert plain.running() == ['sha256:FROMtwo']
+
+@pytest.mark.parametrize('init', ['none', 'upstart'])
+def test_a_job_app_becomes_a_plain_one_and_a_job_app_again(tmpdir, init):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    machine.push(TWO_WEB)
+    assert machine.running() == ['sha256:FROMtwo'] and machine.jobs == {}
+    assert machine.read('/etc/init/blog.conf') is machine.read('/etc/init/blog.override') is None
+    assert machine.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
+    machine.push(but('docker', 'FROM three'), MAIN, SHA_2, SHA_3)
+    assert machine.running() == ['sha256:FROMthree']
+    assert list(machine.jobs) == (['blog'] if init == 'upstart' else [])
+    for wanted in ('two', 'three', 'two'):
+        dh.rollback(machine.app)
+        assert machine.running() == ['sha256:FROM' + wanted]
+        assert len(machine.jobs) == (init == 'upstart' and wanted == 'three')
+        dh.recover(machine.host)
+        assert machine.running() == ['sha256:FROM' + wanted]
+
+@pytest.mark.parametrize('init', ['none', 'upstart'])
+@pytest.mark.parametrize('plain_first', [False, True])
+def test_an_app_that_cannot_change_its_kind_stays_as_it_was(tmpdir, init, plain_first):
+    machine = Machine(tmpdir, init)
+    machine.lives(ONE_WEB if plain_first else FILES)
+    before = machine.whole()
+    assert refusal(machine.push, but('docker', 'FROM dies') if plain_first else an_app('dies'))
+    assert machine.changed(before) == []
+
+# ---- Drained ---------------------------------------------------------------------------
+
+# The old release of a web app goes once no request can reach it.
+
+def ss_lines(sockets, form='(("nginx",pid=%s,fd=9))'):
+    """What `ss -tanp` prints of {(state, local, peer): [process id]}."""
+    return SS_HEAD + ''.join('%-10s 0 128 %20s %20s %s\n' % (key + (
+        pids and 'users:' + ','.join(form % pid for pid in pids),))
+        for key, pids in sorted(sockets.items()))
+
+LISTEN, LISTEN_6 = ('LISTEN', '0.0.0.0:80', '0.0.0.0:*'), ('LISTEN', '[::]:80', '[::]:*')
+CLIENT = ('ESTAB', '192.0.2.1:80', '198.51.100.9:4000')
+CLIENT_6 = ('ESTAB', '[2001:db8::1]:80', '[2001:db8::9]:4001')
+TO_OLD = ('ESTAB', '10.86.0.1:5001', '10.86.0.2:8000')
+TO_NEW = ('ESTAB', '10.86.0.1:5002', '10.86.0.20:8000')
+LATE, OVER = ('CLOSE-WAIT',) + CLIENT[1:], ('TIME-WAIT',) + CLIENT[1:]
+GOING = 'worker process is shutting down'
+
+@pytest.mark.parametrize('form', ['(("nginx",pid=%s,fd=9))', '(("nginx",%s,9))'])
+@pytest.mark.parametrize('title, held, drained', [
+    ('worker process', [CLIENT, TO_OLD], True),     # takes new requests, for the new one
+    (GOING, [], True),
+    (GOING, [CLIENT, TO_OLD], False),               # a request, or a websocket
+    (GOING, [CLIENT], False),                       # sent after its connection
+    (GOING, [LATE], False),
+    (GOING, [CLIENT_6], False),                     # the same over IPv6
+    (GOING, [CLIENT, TO_NEW], True),                # of another app
+    (GOING, [CLIENT_6, TO_NEW], True),
+    (GOING, [CLIENT, CLIENT_6, TO_NEW], False),     # one of two may come here
+    (GOING, [TO_OLD], False),
+    (GOING, [TO_NEW], True)])
+def test_an_old_release_is_drained_when_no_request_can_reach_it(plain, form, title, held, drained):
+    plain.nginx()
+    sockets = dict.fromkeys([LISTEN, LISTEN_6], [50, 59])
+    sockets.update({CLIENT: [59], CLIENT_6: [600], TO_OLD: [6], TO_NEW: [6], OVER: []})
+    sockets.update((each, [60]) for each in held)
+    plain.sockets = ss_lines(sockets, form)
+    plain.process(60, 50, 'nginx: ' + title)
+    assert plain.host.nginx.is_drained('10.86.0.2') is drained
+    assert plain.host.nginx.is_drained('10.86.0.9') is (
+        drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
+
+def test_workers_of_another_nginx_do_not_count(plain):
+    plain.nginx()
+    plain.sockets = ss_lines({LISTEN: [59], CLIENT: [60], TO_OLD: [60]})
+    plain.process(60, 1, 'nginx: ' + GOING)
+    assert plain.host.nginx.is_drained('10.86.0.2')
+
+def test_ss_of_this_machine_tells_who_holds_a_connection():
+    server = socket.socket()
+    server.bind(('127.0.0.1', 0))
+    server.listen(1)
+    client = socket.create_connection(server.getsockname())
+    rows = [line.split() for line in Host().run(['ss', '-tanp']).splitlines()]
+    peer, own = ['%s:%d' % each for each in (client.getpeername(), client.getsockname())]
+    found = [row for row in rows if row[3:5] == [own, peer]]
+    assert [row[0] for row in rows if row[3] == peer][:1] == ['LISTEN']
+    assert len(found) == 1 and re.search(r',(pid=)?%d,' % os.getpid(), found[0][-1])
+    client.close()
+    server.close()
+
+def test_the_old_release_is_stopped_once_it_is_drained(plain):
+    plain.lives(ONE_WEB)
+    plain.nginx()
+    reload = plain.nginx_s
+
+    def reload_with_a_late_request(*words):
+        reload(*words)
+        plain.sockets = late
+        threading.Timer(0.1, setattr, [plain, 'sockets', SS_HEAD]).start()
+    late = ss_lines({LISTEN: [50], CLIENT: [51]})
+    plain.nginx_s, stopped = reload_with_a_late_request, []
+    stop = plain.docker_stop
+    plain.docker_stop = lambda *words: stopped.append(plain.sockets == late) or stop(*words)
+    plain.push(TWO_WEB)
+    assert stopped == [False]
+
+# ---- One app ends where the next begins ------------------------------------------------
+
+# What a push may not do to its neighbours, nor tell of them.
 
 WIKI_FILE = "# dockhand: wiki's proxy file, x\nserver { listen 80; server_name wiki.org wiki.*; }\n"
 
@@ -3633,15 +2860,6 @@ def test_a_key_without_the_right_to_an_app_is_told_the_host_name_alone(plain, na
     told = refusal(plain.push, files)
     assert 'wiki.*' not in told and 'wiki.conf' not in told and name in told
 
-def test_what_nginx_says_of_another_file_is_told_without_what_it_quotes(plain):
-    with_wiki(plain)
-    plain.write('/etc/nginx/.secret', '')
-    secret = 'nginx: [emerg] unknown directive "PASSWORD=1" in /etc/nginx/conf.d/wiki.conf:1\n'
-    plain.nginx_t = lambda *words: Result(1, '', secret)
-    said = refusal(plain.push, FILES_2)
-    assert said == ("nginx's configuration was broken before this push: "
-                    '/etc/nginx/conf.d/wiki.conf:1: unknown directive "..."')
-
 def test_a_rule_that_is_newer_than_a_release_binds_pushes_and_warns_else(plain, capfd):
     """The files of release 1 and 2 were taken by an earlier dockhand."""
     plain.lives(but('proxy', 'deny all;\n' + WEB))
@@ -3657,6 +2875,424 @@ def test_a_rule_that_is_newer_than_a_release_binds_pushes_and_warns_else(plain, 
     files = but('proxy', 'deny all;\n' + WEB)
     assert 'nginx-proxy.conf:1: `deny all`: outside' in refusal(
         lambda: plain.push(dict(files, Dockerfile='FROM four'), new=SHA_3))
+
+# ---- Recovering ------------------------------------------------------------------------
+
+# What a crash, a power cut or a prune left is put right.
+
+DOCKER_PROXY = 'docker-proxy -proto tcp -host-ip %s -host-port 8000 -container-ip 172.17.0.2'
+PUBLISHED_8000 = {'Ports': {'80/tcp': [{'HostIp': '', 'HostPort': '8000'}], '81/tcp': None}}
+
+@table('init, said', """
+    systemd =>
+    upstart =>
+    none    => docker keeps port 8000 for no container: restart it, then""")
+def test_recover_ends_what_docker_keeps_for_no_container(tmpdir, init, said):
+    machine = Machine(tmpdir, init)
+    machine.lives(FILES)
+    machine.write('/run/docker.pid', '40\n')
+    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
+    if said:
+        assert refusal(machine.host.docker.free_ports, 0).startswith(said)
+    else:
+        machine.host.docker.free_ports(0)
+    assert machine.done == ([] if said else ['service docker restart'])
+
+def test_recover_waits_for_a_container_that_docker_is_starting(tmpdir):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(FILES)
+    machine.write('/run/docker.pid', '40\n')
+    machine.process(60, 40, (DOCKER_PROXY % '::').replace(' ', '\0'))
+    starting, inspected = machine.containers['blog--1'], machine.docker_inspect
+    starting['NetworkSettings'], starting['State']['Running'] = PUBLISHED_8000, False
+
+    def once_started(*words):       # docker answers when it is done with the start
+        starting['State']['Running'] = True
+        return inspected(*words)
+    machine.docker_inspect = once_started
+    machine.host.docker.free_ports(0)
+    assert machine.done == []
+
+@pytest.mark.parametrize('parent, settings', [(40, PUBLISHED_8000), (41, {})])
+def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, parent, settings):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(FILES)
+    machine.write('/run/docker.pid', '40\n')
+    machine.process(60, parent, (DOCKER_PROXY % '0.0.0.0').replace(' ', '\0'))
+    machine.containers['blog--1']['NetworkSettings'] = settings
+    dh.recover(machine.host)
+    assert not [line for line in machine.done if 'service' in line]
+
+def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
+    new = half_deployed(machine)
+    machine.app.set_link('live', new)
+    dh.recover(machine.host)
+    assert machine.running() == ['sha256:FROMtwo']
+    live = machine.app.live()
+    assert live == new._replace(seconds=live.seconds) and live.seconds > 1
+    assert machine.refs['refs/heads/main'] == SHA_2
+    assert not re.search('pending|override', str(machine.files()))
+    assert machine.init == 'upstart' or (
+        machine.containers['blog--2']['policy'] == 'always')
+
+def test_a_power_cut_after_the_commit_point_is_followed_by_a_start(machine):
+    machine.app.set_link('live', half_deployed(machine))
+    machine.jobs.clear()
+    for container in machine.containers.values():
+        container['State']['Running'] = False
+    dh.recover(machine.host)
+    assert machine.running() == ['sha256:FROMtwo']
+    assert not re.search('pending|override', str(machine.files()))
+
+def test_what_is_still_to_be_put_back_is_neither_cleaned_up_nor_forgotten(plain):
+    plain.lives(FILES)
+    plain.broken['docker start'] = 9
+    assert refusal(plain.push, FILES_2)
+    dh.after_push(plain.app)
+    plain.broken['docker start'] = 1
+    dh.start(plain.app)
+    assert plain.app.linked('pending').number == 2
+    dh.recover(plain.host)
+    assert plain.app.linked('pending') is None
+    assert plain.running() == ['sha256:FROMone']
+
+def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain, capfd):
+    plain.lives(FILES)
+    shutil.rmtree(plain.app.release_folder(1))
+    dh.recover(plain.host)
+    dh.apps(plain.host)
+    assert not re.search('live|releases', str(plain.files('/home')))
+    assert capfd.readouterr().out == ''
+
+def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
+    machine.nginx()
+    machine.host.nginx.restore('blog', None)
+    dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
+    before = machine.whole()
+    machine.release(1, SHA, FILES)
+    dh.recover(machine.host)
+    assert set(machine.changed(before)) == records_of(1)
+    assert machine.app.load(1).failed == 'interrupted'
+
+def test_a_branch_that_a_crash_left_behind_is_set_to_what_is_live(plain):
+    plain.lives(FILES)
+    plain.refs['refs/heads/main'] = SHA_3
+    plain.write('/home/git/blog.git/refs/heads/main.lock', '')
+    assert 'another push went live' in refusal(lambda: plain.push(FILES_2, old=SHA_3))
+    assert plain.refs['refs/heads/main'] == SHA
+    assert plain.running() == ['sha256:FROMone']
+    assert plain.read('/home/git/blog.git/refs/heads/main.lock') is None
+
+def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
+    machine.lives(FILES)
+    dh.stop(machine.app)
+    assert machine.running() == []
+    dh.recover(machine.host)
+    assert machine.running() == []
+    os.unlink(machine.app.folder('stopped'))
+    dh.recover(machine.host)
+    assert machine.running() == ['sha256:FROMone']
+
+@table('stanzas, runs', r'''
+    start on started docker                      => yes
+    start on filesystem and started docker       => yes
+    start on runlevel [2345]\nstop on shutdown   => yes
+    manual\nstart on started docker              => yes
+    respawn                                      => no
+    stop on stopping docker                      => no
+    start on started docker\nmanual              => no''')
+def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanzas, runs):
+    """init does so only when its events come again, and those of a boot do not."""
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(dict(FILES, **{'upstart.conf': stanzas.replace('\\n', '\n') +
+                                 '\nexec docker run --rm blog\n'}))
+    files = machine.files()
+    for stopped in (False, True):
+        machine.containers.clear(), machine.jobs.clear()
+        dh.recover(machine.host)
+        assert machine.running() == ['sha256:FROMone'] * (runs == 'yes' and not stopped)
+        assert stopped or machine.files() == files
+        dh.stop(machine.app)
+
+def test_what_is_gone_of_a_live_release_is_brought_back(machine):
+    machine.lives(FILES)
+    before = machine.whole()
+    del machine.images['blog:latest']
+    machine.containers.clear()
+    machine.jobs.clear()
+    for path in ('/etc/nginx/conf.d/blog.conf', '/etc/init/blog.conf'):
+        dh.remove_file(machine.host.path(path))
+    for _ in range(2):
+        dh.recover(machine.host)
+        assert machine.changed(before) == []
+
+def test_recover_goes_on_with_the_next_app(plain, capfd):
+    plain.lives(FILES)
+    live, alone = plain.app.live()._replace(app='alone'), dh.App(plain.host, 'alone')
+    alone.save(live)
+    alone.set_link('live', live)
+    plain.images.clear()
+    assert refusal(dh.recover, plain.host) == '2 app(s) could not be put right'
+    assert re.findall('dockhand: (.*)', capfd.readouterr().err) == [
+        '%s: the image of release 1 is gone: sudo dockhand rebuild %s' % (app, app)
+        for app in ('alone', 'blog')]
+
+def test_a_network_that_was_pruned_is_made_again_as_it_was(plain):
+    plain.docker_network('network', 'create', '--subnet=10.99.0.0/16', 'dockhand')
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    plain.docker_stop('', '-t', '1', 'blog--1')
+    plain.networks.clear()
+    dh.recover(plain.host)
+    assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == '10.99.0.0/16'
+    assert plain.changed(before) == []
+    plain.networks.clear()
+    plain.containers.clear()
+    assert dh.free_address(plain.host) == '10.99.0.3'
+    dh.recover(plain.host)
+    assert plain.changed(before) == []
+
+def test_recover_mends_an_app_whose_live_commit_is_a_tag(plain):
+    live = plain.lives(FILES)
+    plain.app.save_record(live._replace(commit=SHA_2))
+    plain.commits[SHA_2], plain.kinds[SHA_2], plain.named = FILES, 'tag', SHA_3
+    plain.commits[SHA_3] = FILES_2
+    dh.recover(plain.host)
+    assert plain.app.live().commit == SHA_3 == plain.refs[MAIN]
+    plain.history.add((SHA_3, SHA))
+    plain.push(FILES_2, old=SHA_3, new=SHA)
+    assert plain.app.live().number == 2
+
+def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(FILES)
+    os.unlink(machine.host.path('/run/nginx.pid'))
+    dh.recover(machine.host)
+    assert [line for line in machine.done if 'start nginx' in line] == [
+        'systemctl --no-block start nginx']
+    assert machine.host.nginx.master()
+
+def test_recover_waits_until_docker_answers(plain, capfd):
+    plain.lives(FILES)
+    plain.broken['docker version'] = 3
+    dh.recover(plain.host)
+    assert capfd.readouterr().err.count('Waiting for docker') == 1
+    plain.broken['docker version'] = 999
+    assert 'docker does not answer' in refusal(dh.recover, plain.host)
+
+# ---- Deploying -------------------------------------------------------------------------
+
+# From a push to a release: what is refused before anything changes.
+
+def test_what_lies_where_a_commit_is_built_is_removed(machine):
+    machine.lives(FILES)
+    os.symlink('/nowhere', machine.host.path('/var/lib/dockhand/build/blog'))
+    machine.push(FILES_2)
+    assert machine.running() == ['sha256:FROMtwo']
+
+@pytest.mark.parametrize('name, text, said', [
+    ('docker', None, 'no Dockerfile in this commit'), ('docker', '\n', 'file is empty'),
+    ('docker', 'a\0', 'file holds a NUL byte'), ('job', '', 'upstart.conf is empty'),
+    ('docker', 'x' * (256 * 1024 + 1), 'Dockerfile is larger than 256 KB'),
+    ('job', JOB + 'x\n', 'upstart.conf:3: `x`: an unknown stanza'),
+    ('job', 'exec docker run -d blog', 'upstart.conf:1: `-d`'),
+    ('job', dh.to_text(b'\xef\xbb\xbf') + JOB, 'upstart.conf:1: begins with a byte order'),
+    ('proxy', dh.to_text(b'\xef\xbb\xbf') + WEB, 'nginx-proxy.conf:1: begins with a byte'),
+    ('proxy', '\0', 'nginx-proxy.conf holds a NUL byte'),
+    ('proxy', '\n\nserver { server_name a; broken; }\n', 'nginx-proxy.conf:3: broken'),
+    ('proxy', 'server { listen 80; }', 'nginx-proxy.conf:1: no request reaches this'),
+    ('proxy', '\nserver { server_name wiki.org; }', 'nginx-proxy.conf:2: server_name '
+     '"wiki.org" is taken on port 80, by /etc/nginx/conf.d/wiki.conf:1'),
+    ('docker', 'RUN fail', 'the build failed')])
+def test_a_push_refused_before_the_switch_changes_nothing(machine, name, text, said):
+    machine.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
+    machine.lives(FILES)
+    before, containers = machine.whole(), str(machine.containers)
+    assert said in refusal(machine.push, but(name, text))
+    assert machine.changed(before) == [] and str(machine.containers) == containers
+    assert said in refusal(machine.push, but(name, text))
+    assert not [line for line in machine.done if line.startswith(('docker s', 'stop'))]
+
+@each('name', 'Dockerfile upstart.conf nginx-proxy.conf .dockerignore .gitattributes')
+def test_a_pushed_file_that_is_a_link_or_a_folder_is_refused(tmpdir, name):
+    os.symlink('/etc/passwd', str(tmpdir.join(name)))
+    assert name + ' is a link: commit' in refusal(dh.read_pushed, str(tmpdir), name)
+    tmpdir.join(name).remove()
+    os.mkdir(str(tmpdir.join(name)))
+    assert name + ' is a folder: commit' in refusal(dh.read_pushed, str(tmpdir), name)
+
+@pytest.mark.parametrize('data', [b'FROM a\r\n', b'FROM a', b'# \xff\n', b'x' * 2 ** 18])
+def test_a_pushed_file_is_read_as_it_is(tmpdir, data):
+    tmpdir.join('Dockerfile').write_binary(data)
+    assert dh.to_bytes(dh.read_pushed(str(tmpdir), 'Dockerfile')) == data
+    assert dh.read_pushed(str(tmpdir), 'upstart.conf') is None
+
+@each('path', '''/etc/init/blog.conf /etc/nginx/conf.d/blog.conf /etc/init.d/blog
+      /lib/systemd/system/blog.service /etc/systemd/system/blog.service''')
+def test_a_name_that_something_on_the_server_has_is_refused(machine, path):
+    machine.write(path, 'not ours')
+    assert path in refusal(lambda: machine.push(FILES_2, old=ZERO))
+    assert machine.read(path) == 'not ours' and machine.images == machine.containers == {}
+
+def test_an_image_that_dockhand_did_not_build_is_not_replaced(plain):
+    plain.images['blog:latest'] = {'Id': 'theirs'}
+    said = refusal(lambda: plain.push(FILES_2, old=ZERO))
+    assert 'docker has blog:latest already, and not from' in said
+    assert plain.images == {'blog:latest': {'Id': 'theirs'}}
+
+def test_a_container_of_that_name_that_is_not_ours_is_left_alone(plain):
+    plain.lives(FILES)
+    theirs = plain.containers['blog--2'] = plain.container('x', 'y')
+    assert 'docker has blog--2 already, and not from' in refusal(plain.push, FILES_2)
+    assert plain.containers.get('blog--2') is theirs
+
+@table('path, name', '''
+    /etc/nginx/conf.d/blog.conf => nginx-proxy.conf
+    /etc/init/blog.conf         => upstart.conf''')
+def test_a_file_edited_on_the_server_is_not_overwritten(tmpdir, capfd, path, name):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(FILES)
+    edited = machine.read(path) + '# mine\n'
+    machine.write(path, edited)
+    assert refusal(machine.push, FILES_2) == (
+        'to keep that, commit it in %s and push; to drop it: sudo rm %s, and try again'
+        % (name, path))
+    assert machine.read(path) == edited and machine.running() == ['sha256:FROMone']
+    assert '       +# mine\n' in capfd.readouterr().err
+
+def test_what_is_live_already_is_accepted_at_once(machine):
+    machine.lives(FILES)
+    machine.push(FILES, new=SHA)
+    machine.push({}, 'refs/tags/v1', ZERO)
+    assert machine.done == []
+
+def test_the_loser_of_two_pushes_is_refused_before_anything_is_built(machine):
+    machine.lives(FILES)
+    assert 'another push went live: pull, then push again' in refusal(
+        lambda: machine.push(FILES_2, old=SHA_3))
+    assert machine.done == []
+
+@pytest.mark.parametrize('ref, new', [
+    ('refs/heads/feature', SHA), ('refs/heads/main', ZERO), ('refs/replace/' + SHA, SHA)])
+def test_a_ref_that_is_refused_builds_nothing(machine, ref, new):
+    machine.lives(FILES)
+    assert refusal(lambda: machine.push(FILES_2, ref, SHA, new))
+    assert machine.done == [] and machine.refs['refs/heads/main'] == SHA
+
+def test_a_plan_says_what_would_change_and_changes_nothing(machine, capfd):
+    machine.lives(FILES)
+    before, files = machine.whole(), but('job', JOB.replace('--rm', '--rm -p ::1:81:80'))
+    said = refusal(lambda: machine.push(files, 'refs/heads/plan', ZERO))
+    assert said == ('this was a plan, nothing has changed; to deploy it: git push REMOTE '
+                    'HEAD:main')
+    assert machine.changed(before) == []
+    assert not re.search('docker (create|s|tag)|\nstop', '\n'.join(machine.done))
+    err = capfd.readouterr().err
+    for line in ('--- live/upstart.conf', '+++ new/upstart.conf',
+                 '-exec docker run --rm blog', '+exec docker run --rm -p ::1:81:80 blog',
+                 '--- live/ports', '-none', '+::1:81:80', '-sha256:FROMone', '+sha256:FROMtwo',
+                 'gap: one stop and one start of the service'):
+        assert '       %s\n' % line in err
+    assert re.search(r'\n       space: the image has 5\.0 MB, \d+ MB are free\n', err)
+
+def test_a_push_without_the_proxy_file_removes_the_old_one(plain):
+    live = plain.lives(FILES)
+    for act in switch_steps(plain.host, live, live._replace(proxy=None), run=False):
+        act()
+    assert plain.read('/etc/nginx/conf.d/blog.conf') is None and plain.served == {}
+
+def test_a_proxy_file_that_is_not_ours_is_not_removed(plain):
+    plain.write('/etc/nginx/conf.d/blog.conf', WEB)
+    plain.host.nginx.restore('blog', None)
+    assert plain.read('/etc/nginx/conf.d/blog.conf') == WEB
+
+@each('name', 'redis blog:old')
+def test_a_job_that_runs_another_image_can_be_deployed(plain, name):
+    plain.images[name] = image('FROM other')
+    live, new = plain.lives(FILES), plain.release(2, SHA_2, but('job', JOB.replace(
+        'blog', name)))
+    for act in [lambda: dh.Containers(plain.app).prepare(new)] + \
+            switch_steps(plain.host, live, new):
+        act()
+    assert plain.running() == ['sha256:FROMother']
+
+def test_a_push_without_room_for_a_build_is_refused(plain):
+    assert re.match(r'\d+ MB are free on /var/lib/docker, a build wants 99999999: ',
+                    refusal(plain.host.docker.check_space, 99999999))
+    plain.write('/etc/docker/daemon.json', '{"data-root": "/mnt/docker"}')
+    dh.make_folder(plain.host.path('/mnt/docker'))
+    assert 'on /mnt/docker' in refusal(plain.host.docker.check_space, 99999999)
+    plain.host.docker.check_space(1)
+
+def test_a_plan_of_a_plain_app_changes_nothing(plain, capfd):
+    plain.lives(ONE_WEB)
+    before, containers = plain.whole(), str(plain.containers)
+    for more, gap in (('', 'none'), ('VOLUME /data', 'one stop and one start of the service')):
+        said = refusal(plain.push, an_app('two', 'EXPOSE 80\n' + more), 'refs/heads/plan', ZERO)
+        assert said.startswith('this was a plan, nothing has changed; to deploy it: ')
+        assert plain.changed(before) == [] and str(plain.containers) == containers
+        err = capfd.readouterr().err
+        for line in ('-8000 on 10.86.0.2', '+80 on 10.86.0.3', 'gap: ' + gap,
+                     '-sha256:FROMone', '+sha256:FROMtwo', 'upstart.conf: no change',
+                     '-    server 10.86.0.2:8000;', '+    server 10.86.0.3:80;'):
+            assert '       %s\n' % line in err
+
+def test_a_plan_of_a_first_push_leaves_no_trace(plain, capfd):
+    plain.nginx()
+    plain.host.nginx.restore('blog', None)
+    dh.make_folder(plain.host.path('/var/lib/dockhand/apps'))
+    before = plain.whole()
+    refusal(lambda: plain.push(ONE_WEB, 'refs/heads/plan', ZERO))
+    assert plain.changed(before) == []
+    assert '       -none\n       +8000 on 10.86.0.2\n' in capfd.readouterr().err
+
+PUSHED = 'server {\n    server_name www.org;\n    location / { proxy_pass http://blog; }\n}\n'
+
+def test_a_pushed_proxy_file_may_name_the_app_as_its_upstream(plain):
+    plain.nginx()
+    plain.push(an_app('one', 'EXPOSE 9000', PUSHED), old=ZERO, new=SHA)
+    where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('8000', '9000')
+    wanted = PROXY_HEADER + PUSHED + where
+    assert wanted == plain.read('/etc/nginx/conf.d/blog.conf')
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted}
+    assert plain.app.live().web
+    plain.push(an_app('two', 'EXPOSE 9000', wanted))     # copied from the server
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': wanted.replace('.0.2', '.0.3')}
+    assert 'docker stop -t 10 blog--1' == plain.done[-1]
+
+LEADS_TO = 'server { server_name a; location / { proxy_pass http://%s; } }'
+
+@pytest.mark.parametrize('proxy, more, said', [
+    ('\n\nserver { server_name a; broken; }', 'EXPOSE 80', 'nginx-proxy.conf:3: broken'),
+    (LEADS_TO % 'bloc', 'EXPOSE 80', 'nginx-proxy.conf:1: proxy_pass http://bloc'),
+    (LEADS_TO % 'blog', 'CMD x', 'proxy_pass http://blog'),     # it has no port
+    ('upstream blog { }\n', 'EXPOSE 80', 'upstream blog'),
+    ('server { server_name wiki.org; }', 'EXPOSE 80',
+     'nginx-proxy.conf:1: server_name "wiki.org" is taken')])
+def test_a_pushed_proxy_file_of_a_plain_app_that_will_not_do_is_refused(plain, proxy, more, said):
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    assert said in refusal(plain.push, an_app('two', more, proxy))
+    assert plain.changed(before) == []
+
+def test_what_was_changed_by_hand_may_be_committed_and_pushed(plain):
+    plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
+    path, edited = '/etc/nginx/conf.d/blog.conf', PUSHED.replace('www', 'w3')
+    plain.write(path, plain.read(path).replace('www', 'w3'))
+    assert 'commit it in nginx-proxy.conf' in refusal(plain.push, TWO_WEB)
+    assert 'commit it in nginx-proxy.conf' in refusal(dh.config, plain.app, 'A=1')
+    assert 'w3' in plain.read(path)
+    plain.push(an_app('two', 'EXPOSE 9000', edited))
+    assert plain.read(path).startswith(PROXY_HEADER + edited)
+
+@each('name', 'docker-compose.yml compose.yaml docker-compose.prod.yml')
+def test_a_repository_with_only_a_compose_file_is_refused(plain, name):
+    plain.lives(ONE_WEB)
+    assert refusal(plain.push, {name: 'services:'}) == (
+        'no Dockerfile in this commit: it says how to build the app; a compose file is not '
+        'read, push each service by itself')
+    assert not [line for line in plain.done if 'docker build' in line]
 
 def test_a_plan_leaves_no_log_and_no_cache_that_a_test_of_nginx_made(plain):
     plain.lives(FILES)
@@ -3674,40 +3310,64 @@ def test_a_plan_leaves_no_log_and_no_cache_that_a_test_of_nginx_made(plain):
     assert plain.read('/var/log/nginx/blog.log') is None
     assert not os.path.exists(plain.host.path('/var/cache/nginx/blog'))
 
-@table('app, alias', '''
-    blog            => --net-alias=blog
-    api.example.com =>''')
-def test_an_app_is_never_a_host_name_with_a_dot_on_the_network(app, alias):
-    options = dh.plain_container(release(app=app), '/env').options
-    assert [each for each in options if 'alias' in each] == alias.split()
+# ---- The release command ---------------------------------------------------------------
 
-@table('options, said', '''
-    --net dockhand --net-alias shop               => only the app shop answers to that
-    --net dockhand --network-alias=shop           => only the app shop answers to that
-    --network name=dockhand,alias=shop            => only the app shop answers to that
-    --network name=dockhand,ip=10.86.0.2          => only the app 10.86.0.2 answers
-    --net=dockhand --ip 10.86.0.2                 => only the app 10.86.0.2 answers
-    --net dockhand --name shop                    => only the app shop answers to that
-    --net dockhand --net-alias api.example.com    => only the app api.example.com answers
-    --net dockhand --net-alias blog               =>
-    --net dockhand --name blog                    =>
-    --net other --net-alias shop                  =>
-    --net-alias shop                              =>''')
-def test_a_job_answers_to_no_other_apps_name_on_the_network(options, said):
-    job = dh.parse_job('exec docker run --rm %s blog' % options)
-    if said:
-        assert 'upstart.conf:1: ' in refusal(dh.check_job, job, 'blog')
-        assert said in refusal(dh.check_job, job, 'blog')
-    else:
-        dh.check_job(job, 'blog')
+def test_a_release_command_runs_in_the_new_image_before_the_switch(plain, capfd):
+    plain.lives(ONE_DATA, release="migrate --to 'a b'", A='1')
+    plain.push(TWO_DATA)
+    found, = [line for line in plain.done if line.startswith('docker run')]
+    assert found == (
+        'docker run --rm --name blog--2--release --net=dockhand --env-file='
+        '/var/lib/dockhand/apps/blog/releases/2/env --volume=blog--data:/data '
+        '--pids-limit=4096 sha256:FROMtwo migrate --to a b')
+    assert plain.ran == {'volumes': ['blog--data'], 'address': None, 'env': 'A=1\nPORT=8000\n',
+                         'network': plain.networks['dockhand']['Id'], 'image': 'sha256:FROMtwo'}
+    at = plain.done.index(found)
+    assert not [line for line in plain.done[:at] if re.match('docker (st|cr|tag)', line)]
+    err = capfd.readouterr().err
+    assert "-----> Running the release command: migrate --to 'a b'\n       migrated\n" in err
 
-def test_a_container_has_a_limit_of_processes_unless_it_says_one(plain):
-    plain.lives(FILES)
-    plain.push(but('job', JOB.replace('--rm', '--rm --pids-limit 9')))
-    created, = [line for line in plain.done if line.startswith('docker create')]
-    assert re.findall(r'--pids-limit\S*', created) == ['--pids-limit=9']
+def test_a_release_command_that_fails_refuses_the_push(plain):
+    plain.lives(ONE_WEB, release='migrate')
+    before, containers = plain.whole(), str(plain.containers)
+    plain.broken['docker run'] = 1
+    assert refusal(plain.push, TWO_WEB) == (
+        'the release command failed (1); nothing has changed')
+    assert plain.changed(before) == [] and str(plain.containers) == containers
+    assert 'docker rm -f -v blog--2--release' in plain.done
 
-# ---- A push ends as git will end it ------------------------------------------------------------
+@pytest.mark.parametrize('files', [ONE_WEB, ONE_DATA, FILES])
+def test_a_release_command_that_fails_refuses_the_config_it_came_with(plain, files):
+    plain.lives(files, A='0')
+    before = plain.whole()
+    plain.broken['docker run'] = 1
+    assert refusal(dh.config, plain.app, 'A=1', 'release=x') == (
+        'the release command failed (1); nothing has changed')
+    assert plain.changed(before) == []
+    dh.config(plain.app, 'A=1', 'release=x')
+    assert plain.app.config()['A'] == '1'
+
+def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
+    job = 'env X=1\nchdir /srv\nexec docker run --rm -p 81:80 -v /srv/x:/x -e X blog serve\n'
+    machine.lives(but('job', job), release='migrate')
+    ran, options = machine.docker_run, []
+    call = machine.host.ask
+    machine.host.ask = lambda argv, **given: (
+        options.append(given) if argv[1] == 'run' else None) or call(argv, **given)
+    machine.push(dict(but('job', job), Dockerfile='FROM two'))
+    found, = [line for line in machine.done if line.startswith('docker run')]
+    known, given = '--volume=/srv/x:/x --env=X', ({'X': '1'}, '/srv')
+    if machine.init == 'upstart':       # what its job would do with it only init knows
+        known = '--env-file=/var/lib/dockhand/apps/blog/releases/2/env'
+        given = ({}, '/')
+    assert found == ('docker run --rm --name blog--2--release %s --pids-limit=4096 '
+                     'sha256:FROMtwo migrate' % known)
+    assert (options[0].get('env'), options[0].get('cwd')) == given
+    assert ran
+
+# ---- A push ends as git will end it ----------------------------------------------------
+
+# Git moves the branch once dockhand is done: what it would refuse is refused here.
 
 @table('kind, said', '''
     tag  => an annotated tag is no commit, which a branch wants: git push REMOTE v1.0^{}:%s
@@ -3721,39 +3381,12 @@ def test_what_is_no_commit_is_refused_before_anything(plain, kind, said):
         assert refusal(lambda: plain.push(FILES_2, ref)) == said % ref
     assert plain.changed(before) == [] and plain.done == []
 
-def test_recover_mends_an_app_whose_live_commit_is_a_tag(plain):
-    live = plain.lives(FILES)
-    plain.app.save_record(live._replace(commit=SHA_2))
-    plain.commits[SHA_2], plain.kinds[SHA_2], plain.named = FILES, 'tag', SHA_3
-    plain.commits[SHA_3] = FILES_2
-    dh.recover(plain.host)
-    assert plain.app.live().commit == SHA_3 == plain.refs[MAIN]
-    plain.history.add((SHA_3, SHA))
-    plain.push(FILES_2, old=SHA_3, new=SHA)
-    assert plain.app.live().number == 2
-
 def test_an_app_whose_live_commit_is_a_tag_takes_the_next_push(plain):
     live = plain.lives(FILES)
     plain.app.save_record(live._replace(commit=SHA_3))
     plain.commits[SHA_3], plain.kinds[SHA_3] = FILES, 'tag'
     plain.push(FILES_2)
     assert plain.app.live().commit == SHA_2
-
-@table('ref, branch', '''
-    refs/tags/main   =>
-    refs/tags/master =>
-    refs/tags/plan   =>
-    refs/tags/live   => live''')
-def test_a_tag_called_like_the_branch_is_refused_with_what_to_type(ref, branch):
-    said = refusal(dh.check_tag, ref, branch or None)
-    assert said.endswith('git push REMOTE TAG^{}:refs/heads/' + ref[10:])
-
-@table('ref, branch', '''
-    refs/tags/v1     =>
-    refs/tags/main   => live
-    refs/tags/mains  =>''')
-def test_any_other_tag_is_stored(ref, branch):
-    dh.check_tag(ref, branch or None)
 
 def test_the_next_push_after_a_killed_one_that_went_live_is_deployed(plain):
     """git was killed before it moved the branch: it stays where the pusher saw it, or git
@@ -3783,6 +3416,535 @@ def test_a_push_does_not_move_the_branch_when_it_finishes_what_was_killed(plain)
     dh.deploy(plain.app, 'anna', MAIN, SHA, SHA_3)
     assert plain.app.live().commit == SHA_3 and plain.refs[MAIN] == SHA
 
+# ---- Keeping ---------------------------------------------------------------------------
+
+# Which releases stay, and what goes of the others.
+
+def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
+    pushed(machine, *[number * 40 for number in '234567'])
+    machine.app.set_link('live', machine.app.load(3))
+    capfd.readouterr()
+    dh.after_push(machine.app)
+    assert [each.number for each in machine.app.kept()] == [
+        3, 7, 6, 5, 4]
+    assert sorted(machine.images) == ['blog:%d' % number for number in range(3, 8)] + [
+        'blog:latest']
+    assert sorted(ref for ref in machine.refs if 'dockhand' in ref) == [
+        'refs/dockhand/%d' % number for number in range(3, 8)]
+    assert machine.init == 'upstart' or sorted(machine.containers) == [
+        'blog--%d' % number for number in range(3, 8)]
+    err = capfd.readouterr().err
+    assert re.search(r'-----> Release 1 is removed, \d+\.\d MB freed\n', err)
+    assert 'with what it wrote outside volumes: /srv/kept.db\n' in err
+
+def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
+    pushed(plain, SHA_2)
+    build = plain.docker_build
+    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
+    for text, left in (('RUN fail', '0123456789ab'), ('FROM dies', 'sha256:FROMdies')):
+        assert refusal(plain.push, but('docker', text), MAIN, SHA_2, SHA_3)
+        dh.after_push(plain.app)
+        assert [line for line in plain.done if 'rmi' in line][-1] == 'docker rmi ' + left
+        dh.after_push(plain.app)
+    assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
+    assert [each.number for each in plain.app.kept()] == [2, 1]
+
+def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
+    pushed(plain, SHA_2)
+    build = plain.docker_build
+    plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
+    plain.images['base:1'] = {'Id': '0123456789ab', 'RepoTags': ['base:1']}
+    assert refusal(plain.push, but('docker', 'RUN fail'), MAIN, SHA_2, SHA_3)
+    dh.after_push(plain.app)
+    assert 'docker rmi 0123456789ab' not in plain.done
+
+def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
+    pushed(plain, *[number * 40 for number in '23456'])
+    dh.rollback(plain.app, '2')
+    plain.push(but('docker', 'FROM 7'), MAIN, '2' * 40, '7' * 40)
+    dh.after_push(plain.app)
+    assert [each.number for each in plain.app.kept()] == [
+        7, 2, 6, 5, 4]
+    assert dh.earlier_release(plain.app, plain.app.live(), None
+                              ).number == 2
+
+def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
+    pushed(plain, *[number * 40 for number in '23456'])
+    plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
+    dh.after_push(plain.app)
+    assert 'Release 1 stays: a container uses its image\n' in capfd.readouterr().err
+    assert plain.app.numbers() == [1, 2, 3, 4, 5, 6]
+    assert plain.refs['refs/dockhand/1'] == SHA
+
+# ---- What the pusher is told -----------------------------------------------------------
+
+@table('changes, said', """
+    web    => a web app: nginx passes requests to its port 8000 (another:
+    inside => a service that other apps reach as blog:8000, and nginx does not
+    worker => a worker without a port (a web app has an EXPOSE in its Dockerfile)""")
+def test_a_push_says_what_an_app_is_and_how_to_change_it(changes, said):
+    port = 0 if changes == 'worker' else 8000
+    assert dh.kind_text(release(web=changes == 'web', port=port)).startswith(said)
+
+def test_doubts_are_told_by_the_line_of_the_repository(plain, capfd):
+    plain.lives(FILES)
+    files = but('docker', 'FROM dies VOLUME')
+    files['upstart.conf'] = 'start on x\nexec docker run -rm -p 8000:80 blog\n'
+    refusal(plain.push, files)
+    err = capfd.readouterr().err
+    assert '-----> Written with two dashes, for docker of today: -rm\n' in err
+    assert '-----> upstart.conf:2: ' + OPEN % ('8000:80', '127.0.0.1:8000:80') in err
+    assert '-----> upstart.conf:2: ' + GOES % ('/data', '/srv/blog/data:/data') in err
+
+def test_a_note_about_upstart_is_for_those_who_have_it(machine, capfd):
+    machine.lives(FILES)
+    job = JOB.replace('started', 'filesystem and started')
+    refusal(machine.push, dict(but('docker', 'FROM dies'), **{'upstart.conf': job}))
+    found = '-----> upstart.conf:1: ' + NOTE in capfd.readouterr().err
+    assert found == (machine.init == 'upstart')
+
+def test_what_is_not_part_of_a_push_is_noted(plain, capfd):
+    plain.lives(FILES)
+    refusal(plain.push, dict(but('docker', 'FROM dies'), **{
+        '.gitmodules': 'x', '.gitattributes': '*.x filter=lfs'}))
+    err = capfd.readouterr().err
+    assert 'Note: submodules' in err and 'Note: files kept by git LFS' in err
+
+@table('name, said', '''
+    here.org  => -----> blog: http://here.org:{0}/ answers 418
+    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://192.0.2.2:{0}/''')
+def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
+    listener = socket.socket()
+    listener.bind(('127.0.0.1', 0))
+    listener.listen(1)
+    port, heard = listener.getsockname()[1], []
+
+    def answer():
+        connection = listener.accept()[0]
+        heard.append(connection.recv(999))
+        connection.sendall(b'HTTP/1.1 418 No\r\n\r\n')
+        connection.close()
+    thread = threading.Thread(target=answer)
+    thread.start()
+    plain.lives(but('proxy', 'server { listen %d; server_name %s; }' % (port, name)))
+    dh.after_push(plain.app)
+    thread.join()
+    listener.close()
+    assert said.format(port) in capfd.readouterr().err
+    assert heard == [dh.to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand\r\n'
+                                 'Connection: close\r\n\r\n' % name)]
+    assert plain.head == 'refs/heads/main'
+    assert dh.fetch_status(Host(), name, port).startswith('nothing (')
+
+@table('more, said, port, address', """
+    EXPOSE 3000 => a web app: nginx passes requests to its port 3000 => 3000 => 10.86.0.2
+    EXPOSE 5432 => a service that other apps reach as blog:5432, and nginx does => 5432 => 10.86.0.2
+                => a worker without a port (a web app has an EXPOSE in its  => 0 => 10.86.0.2""")
+def test_a_first_push_says_what_the_app_is(plain, capfd, more, said, port, address):
+    plain.nginx()
+    plain.push(an_app('one', more), old=ZERO, new=SHA)
+    assert '-----> blog is ' + said in capfd.readouterr().err
+    live = plain.app.live()
+    assert (str(live.port), live.web, live.address) == (
+        port, said.startswith('a web'), address)
+    served = {'/etc/nginx/conf.d/blog.conf': plain_proxy(1, port=3000)}
+    assert plain.served == (served if live.web else {})
+    env = 'PORT=3000\n' if live.web else ''
+    assert plain.containers['blog--1']['env'] == env
+    assert plain.files()['/var/lib/dockhand/apps/blog/releases/1/env'][:2] == (
+        dh.to_bytes(env), '600')
+    assert plain.running() == ['sha256:FROMone']
+    assert not re.search(r"'[^']*pending|build/blog|\.new", str(sorted(plain.files())))
+
+def test_volumes_of_an_earlier_app_of_that_name_are_told(plain, capfd):
+    plain.nginx()
+    plain.volumes = ['blog--data', 'blogs--data', 'blog', 'x-blog--data', 'blog--old']
+    plain.push(ONE_DATA, old=ZERO, new=SHA)
+    assert re.findall('-----> (Found.*)', capfd.readouterr().err) == [
+        'Found a volume of an earlier blog: ' + name for name in ('blog--data', 'blog--old')]
+    plain.push(TWO_DATA)
+    assert 'Found' not in capfd.readouterr().err
+
+# ---- Receiving -------------------------------------------------------------------------
+
+# What a key may reach, and what root checks again.
+
+@contextmanager
+def ssh_command(text):
+    os.environ['SSH_ORIGINAL_COMMAND'] = text
+    try:
+        yield
+    finally:
+        del os.environ['SSH_ORIGINAL_COMMAND']
+
+@table('command, name, apps, said', '''
+    git-receive-pack 'blog' => bob => wiki wikis => the key "bob" has no right to blog: it
+    git-upload-pack 'blog'  => bob => wiki       => the key "bob" has no right to blog: it
+    git-upload-pack 'blog'  => bob => blog       => no app blog here
+    git-receive-pack 'etc'  => bob =>            => /etc/init/etc.conf is on this server
+    git-receive-pack 'ssh'  => bob =>            => the server itself
+    id                      => bob =>            => "id" is not for this key''')
+def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, said):
+    plain.write('/etc/init/etc.conf', 'not ours')
+    with ssh_command(command):
+        assert said in refusal(dh.serve, plain.host, name, *apps.split())
+    assert os.listdir(plain.host.path('/home/git')) == [] and plain.done == []
+
+@table('words', r'''
+    update
+    update blog
+    update blog anna
+    update blog anna refs/heads/main {0}
+    update blog anna refs/heads/main {0} HEAD
+    update \_ anna refs/heads/main {0} {0}
+    update ../x anna refs/heads/main {0} {0}
+    update blog -x refs/heads/main {0} {0}
+    post-receive blog
+    post-receive Blog anna
+    post-receive blog anna x
+    nonsense blog anna
+    --help blog anna''', '')
+def test_root_checks_again_what_the_git_user_asks(words):
+    words = [word.strip('_') for word in words.replace('  ', '_ ').format(SHA).split(' ')]
+    assert refusal(dh.receive, Host('/nowhere', run=None), *words)
+
+# ---- Installing ------------------------------------------------------------------------
+
+@each('enabler', '/usr/sbin/update-rc.d /sbin/rc-update')
+def test_a_script_for_sysvinit_openrc_and_runit_is_installed_and_enabled(plain, enabler):
+    plain.write(enabler, '')
+    dh.make_folder(plain.host.path('/etc/init.d'))
+    plain.update_rc_d = plain.rc_update = lambda *words: plain.write(
+        '/etc/rc2.d/S01dockhand-recover', '')
+    dh.install(plain.host)
+    text = plain.read('/etc/init.d/dockhand-recover')
+    assert mode_of(plain.host.path('/etc/init.d/dockhand-recover')) == '755'
+    for line in ('# Provides:          dockhand-recover', '# X-Start-Before:    nginx',
+                 '# Should-Start:      docker', 'start) exec /usr/local/bin/dockhand recover ;;'):
+        assert line in text
+    assert [line for line in plain.done if 'dockhand-recover' in line] == [
+        {'/usr/sbin/update-rc.d': 'update-rc.d dockhand-recover defaults',
+         '/sbin/rc-update': 'rc-update add dockhand-recover default'}[enabler]]
+    files = plain.files()
+    dh.install(plain.host)
+    assert plain.files() == files
+
+@pytest.mark.parametrize('harm, policy', [
+    (lambda machine: None, 'always'), (lambda machine: dh.stop(machine.app), 'no')])
+def test_an_app_of_an_older_dockhand_gets_todays_policy_by_install(plain, harm, policy):
+    plain.lives(ONE_WEB)
+    plain.containers['blog--1']['policy'] = 'unless-stopped'
+    harm(plain)
+    dh.install(plain.host)
+    assert plain.containers['blog--1']['policy'] == policy
+
+LAUNCHER = '''#!%s %s
+import gc, os, sys
+gc.disable()
+sys.path.insert(0, '/usr/local/lib/dockhand')
+import dockhand
+os._exit(dockhand.main('{0}', 'git'))
+''' % (sys.executable, '-Es' if sys.version_info[0] == 2 else '-IS')
+RECEIVE = '/usr/local/lib/dockhand/receive'
+HOOK = '#!/bin/sh\nexec sudo -n %s {0} "$DOCKHAND_APP" "$DOCKHAND_KEY"{1}\n' % RECEIVE
+TEMPLATE = '/usr/local/lib/dockhand/template'
+INSTALLED = [
+    ('/usr/local/bin/dockhand', '755', LAUNCHER.format('dockhand')),
+    (RECEIVE, '755', LAUNCHER.format('receive')),
+    ('/etc/sudoers.d/dockhand', '440', 'git ALL=(root) NOPASSWD: %s\n' % RECEIVE),
+    (TEMPLATE + '/hooks/update', '755', HOOK.format('update', ' "$@"')),
+    (TEMPLATE + '/hooks/post-receive', '755', HOOK.format('post-receive', '')),
+    (TEMPLATE + '/config', '644', '''[core] bare = true
+[core] hooksPath = hooks
+[receive] shallowUpdate = true
+[receive] unpackLimit = 1
+[receive] denyDeleteCurrent = ignore
+[transfer] hideRefs = refs/dockhand
+[gc] autoPackLimit = 20
+[gc] bigPackThreshold = 32m
+[gc] autoDetach = false
+'''),
+    ('/etc/nginx/conf.d/000-dockhand.conf', '644', PLAIN_ALL)]
+BOOT = {'none': [], 'upstart': [('/etc/init/dockhand-recover.conf', '644', '''\
+description "dockhand: put right what a crash left of a deploy"
+start on started docker
+task
+exec /usr/local/bin/dockhand recover
+''')], 'systemd': [('/etc/systemd/system/dockhand-recover.service', '644', '''[Unit]
+Description=dockhand: put right what a crash left of a deploy
+After=docker.service
+Before=nginx.service
+[Service]
+Type=oneshot
+ExecStart=/usr/local/bin/dockhand recover
+[Install]
+WantedBy=multi-user.target docker.service
+''')]}
+
+@pytest.fixture(params=['none', 'upstart', 'systemd'])
+def fresh(request, tmpdir):
+    return Machine(tmpdir, request.param)
+
+def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capfd):
+    dh.install(fresh.host)
+    for path, mode, text in INSTALLED + BOOT[fresh.init]:
+        assert (fresh.read(path), mode_of(fresh.host.path(path))) == (text, mode), path
+    assert fresh.read('/usr/local/lib/dockhand/dockhand.py') == dh.read_file(
+        re.sub('pyc$', 'py', dh.__file__))
+    files = fresh.files()
+    assert files['/usr/local/bin/gitreceive'][0] == '/usr/local/bin/dockhand'
+    for name in ('multi-user.target', 'docker.service'):
+        link = '/etc/systemd/system/%s.wants/dockhand-recover.service' % name
+        assert files.get(link, [None])[0] == (dh.UNIT if fresh.init == 'systemd' else None)
+    assert files['/var/lib/dockhand/build'][1:] == ('700', (USER, GROUP))
+    assert fresh.served is not None
+    out, done = capfd.readouterr().out, set(fresh.done)
+    assert 'wrote /etc/sudoers.d/dockhand\n' in out and 'is installed; next: ' in out
+    del fresh.done[:]
+    dh.install(fresh.host)
+    assert fresh.files() == files and capfd.readouterr().out == 'nothing changed\n'
+    assert set(fresh.done) == set(['sudo -n %s check' % RECEIVE]) < done
+
+def test_install_makes_the_user(plain):
+    plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
+    dh.install(plain.host, user='push')
+    assert 'useradd -m -d /home/push -s /bin/sh -p * push' in plain.done
+    assert plain.read('/etc/sudoers.d/dockhand').startswith('push ALL=(root)')
+    assert plain.read('/usr/local/bin/dockhand').endswith("('dockhand', 'push'))\n")
+    assert dh.installed_user(plain.host) == 'push'
+
+@table('line', '''
+    git:x:0:0::/home/git:/bin/sh
+    git:x:99:99::/home/git:/usr/sbin/nologin
+    git:x:99:99::/home/git:/usr/bin/git-shell
+    git:x:99:99::/home/git:/bin/false''')
+def test_install_does_not_take_somebody_elses_user(plain, line):
+    plain.write('/etc/passwd', line + '\n')
+    before = plain.files()
+    assert '--user NAME takes another' in refusal(dh.install, plain.host)
+    assert plain.files() == before
+
+def test_install_refuses_user_names_that_are_none(plain):
+    assert 'is no name' in refusal(dh.install, plain.host, 'x;id')
+
+def test_install_names_every_missing_requirement_at_once(plain, capfd):
+    plain.which = lambda name: '' if name in ('nginx', 'visudo') else '/usr/bin/' + name
+    plain.broken['docker version'] = 2
+    before = plain.files()
+    assert refusal(dh.install, plain.host) == '3 thing(s) to mend'
+    assert re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out) == [
+        ('nginx is missing', 'apt-get install nginx'),
+        ('visudo is missing', 'apt-get install sudo'),
+        ('docker does not answer: broken on purpose',
+         'service docker start || dockerd &')]
+    assert plain.files() == before and plain.done == []
+
+def test_a_sudoers_file_that_sudo_would_not_read_is_not_put_in_place(plain):
+    plain.broken['visudo -c -q -f /etc/sudoers.d/.dockhand.new'] = 1
+    assert refusal(dh.install, plain.host).startswith('visudo -c -q -f')
+    assert os.listdir(plain.host.path('/etc/sudoers.d')) == []
+
+def test_a_sudo_that_ignores_the_file_is_named(plain, capfd):
+    plain.broken['sudo -n'] = 1
+    assert refusal(dh.install, plain.host) == '1 thing(s) to mend'
+    assert 'must have `#includedir /etc/sudoers.d`' in capfd.readouterr().out
+
+def test_the_default_site_is_disabled_only_if_it_is_untouched(plain):
+    site, link = '/etc/nginx/sites-available/default', '/etc/nginx/sites-enabled/default'
+    plain.write(site, 'server { listen 80 default_server; }')
+    dh.make_folder(plain.host.path('/etc/nginx/sites-enabled'))
+    os.symlink('../sites-available/default', plain.host.path(link))
+    for text, kept in (('edited', True), (plain.read(site), False)):
+        checksum = hashlib.md5(dh.to_bytes(text)).hexdigest()
+        plain.dpkg_query = lambda *words: ' %s %s\n' % (site, checksum)
+        dh.install(plain.host)
+        assert os.path.lexists(plain.host.path(link)) == kept and plain.read(site)
+
+def test_a_broken_nginx_is_said_before_the_catch_all_is_written(plain):
+    plain.broken['nginx -t'] = 2
+    assert 'is broken, mend it first' in refusal(dh.install, plain.host)
+    assert plain.read(dh.CATCH_ALL) is None
+
+# ---- Command lines ---------------------------------------------------------------------
+
+@table('pattern, words, given, options', '''
+    =>                        =>                =>
+    APP             => blog           => blog           =>
+    [--user NAME]   =>                =>                =>
+    [--user NAME]   => --user bob     =>                => user=bob
+    [--user NAME]   => --user=bob     =>                => user=bob
+    APP [-f] [-n N] => -f blog -n 5   => blog           => f=True n=5
+    APP [-n N]      => blog -n -1     => blog           => n=-1
+    APP [-n N]      => blog -n5       => blog           => n=5
+    APP [-f]        => -f -- -blog    => -blog          => f=True
+    A [B...] [--un] => x --un K1 K2   => x K1 K2        => un=True
+    A [B...] [--un] => x K1 K2 --un   => x K1 K2        => un=True
+    A [B...] [--un] => x K=- L=1      => x K=- L=1      =>
+    NAME [APP...]   => anna           => anna           =>
+    NAME [APP...]   => anna blog wiki => anna blog wiki =>
+    APP [--pull]    => --pull -       => -              => pull=True
+    APP [N]         => blog           => blog           =>
+    APP [N]         => blog 3         => blog 3         =>''')
+def test_a_command_line_is_read_by_its_pattern(pattern, words, given, options):
+    found = dh.parse_arguments(pattern, words.split())
+    assert found[0] == given.split()
+    assert ' '.join(sorted('%s=%s' % pair for pair in found[1].items())) == options
+
+@table('pattern, words', '''
+    => x
+    APP           =>
+    APP           => a b
+    NAME [APP...] =>
+    APP [-f]      => a -x
+    APP [-f]      => -f
+    APP [N]       => a 3 4
+    APP           => a -h
+    APP [-n N]    => a -n
+    APP [--pull]  => a --pull=1
+    [--user NAME] => --user''')
+def test_a_command_line_that_does_not_fit_its_pattern_is_a_usage_error(pattern, words):
+    with pytest.raises(dh.Usage):
+        dh.parse_arguments(pattern, words.split())
+
+def test_each_command_takes_what_its_pattern_promises():
+    for _, function, pattern in dh.COMMANDS:
+        code = function.__code__
+        options = re.findall(r'\[--?([a-z]+)', pattern)
+        words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
+        words = words.replace('[N]', 'number').strip('[]').lower().split()
+        words = [word for word in words if word != 'app']       # it is an App by then
+        taken = [] if code.co_flags & 8 else options            # **options takes any
+        assert sorted(code.co_varnames[1:code.co_argcount]) == sorted(words + taken)
+        assert function.__doc__ and bool(code.co_flags & 4) == ('...' in pattern)
+
+def test_unknown_commands_are_usage_errors_and_none_lists_all(capfd):
+    host = Host('/nowhere', run=None)
+    for words in (['nonsense'], ['\x1b[2J'], ['install', 'x'], ['logs']):
+        with pytest.raises(dh.Usage):
+            dh.run_command(host, words)
+    for words in ([], ['help'], ['--help']):
+        dh.run_command(host, words)
+        out = capfd.readouterr().out
+        assert all('dockhand %s ' % name in out for name, _, _ in dh.COMMANDS)
+
+# ---- Commands: upload-key, keys, remove-key --------------------------------------------
+
+@contextmanager
+def standard_input(data):
+    kept, stream = sys.stdin, io.BytesIO(data)
+    sys.stdin = stream if sys.version_info[0] == 2 else io.TextIOWrapper(stream)
+    try:
+        yield
+    finally:
+        sys.stdin = kept
+
+def upload(machine, text, *words):
+    with standard_input(dh.to_bytes(text)):
+        dh.upload_key(machine.host, *words)
+
+KEYS_FILE = '/home/git/.ssh/authorized_keys'
+
+def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
+    os.chmod(plain.host.path('/home/git'), 0o750)
+    upload(plain, LINE, 'anna')
+    plain.write(KEYS_FILE, "ssh-rsa AAAA admin's own\n" + plain.read(KEYS_FILE))
+    upload(plain, LINE_2 + '\r\n', 'bob', 'blog', 'wiki')
+    assert plain.read(KEYS_FILE) == KEYS_TEXT.replace('ssh-rsa BBBB another\n', '')
+    files = plain.files()
+    assert files[KEYS_FILE][1:] == ('600', (USER, GROUP))
+    assert files['/home/git/.ssh'][1:] == ('700', (USER, GROUP))
+    assert files['/home/git'][1] == '750'
+    assert capfd.readouterr().out == (
+        'anna ssh-ed25519 %s may push every app\nbob ssh-ed25519 %s may push blog, wiki\n'
+        % ('SHA256:' + ED[-8:], 'SHA256:' + ED_2[-8:]))
+    upload(plain, LINE, 'anna')
+    assert capfd.readouterr().out.startswith('anna ssh-ed25519 ')
+    dh.list_keys(plain.host)
+    assert [line.split()[::3] for line in capfd.readouterr().out.splitlines()] == [
+        ['anna', '(every'], ['bob', 'blog']]
+    dh.remove_key(plain.host, 'anna')
+    assert dh.split_authorized_keys(plain.read(KEYS_FILE)) == (
+        "ssh-rsa AAAA admin's own\n", KEYS[1:], '')
+
+@pytest.mark.parametrize('text, words', [
+    ('', ['anna']), ('garbage', ['anna']), (LINE + '\nno', ['anna']), (LINE, ['-x']),
+    ('-----BEGIN OPENSSH PRIVATE KEY-----', ['anna']), (LINE, ['anna', 'Blog']),
+    ('command="sh" ' + LINE, ['anna']), ('#' * 300000, ['anna']), (LINE_2, ['anna']),
+    (LINE, ['a b']), (LINE, ['anna', '../x']), (LINE, ['anna'] + ['a' * 40] * 300)])
+def test_an_upload_that_is_refused_changes_no_key(plain, text, words):
+    plain.write(KEYS_FILE, KEYS_TEXT)
+    assert refusal(upload, plain, text, *words)
+    assert plain.read(KEYS_FILE) == KEYS_TEXT
+
+def test_a_key_that_this_servers_openssh_does_not_know_is_refused(plain):
+    plain.broken['ssh-keygen -l -f '] = 1
+    assert 'no key that OpenSSH here knows' in refusal(upload, plain, LINE, 'anna')
+    assert ED not in str(plain.read(KEYS_FILE))
+
+@each('name', '.* ann Anna * annaa', '')
+def test_names_of_keys_are_compared_not_matched(plain, name):
+    plain.write(KEYS_FILE, KEYS_TEXT)
+    assert 'no key is named "%s"' % name in refusal(dh.remove_key, plain.host, name)
+    assert plain.read(KEYS_FILE) == KEYS_TEXT
+
+# ---- Commands: apps, stop, start, releases, rollback -----------------------------------
+
+def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
+    before = pushed(machine, SHA_2)
+    dh.rollback(machine.app)
+    found = machine.whole()
+    for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
+        before.pop(key, None), found.pop(key, None)
+    record = '/var/lib/dockhand/apps/blog/releases/1/release.json'
+    assert '"turn": 2' in dh.to_text(found.pop(record)[0]) and before.pop(record)
+    assert found == before and machine.refs[MAIN] == SHA
+    assert not [line for line in machine.done if line.startswith('docker build')]
+    dh.rollback(machine.app, '2')
+    assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
+
+@table('number, said', '''
+    1 => its image blog:1 was removed, so nothing has changed: choose another
+    2 => no release 2 to go back to: see dockhand releases blog
+    3 => no release 3 to go back to: see dockhand releases blog
+    x => no release x to go back to: see dockhand releases blog''')
+def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
+    pushed(machine, SHA_2)
+    assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
+    del machine.images['blog:1']
+    before = machine.whole()
+    assert refusal(dh.rollback, machine.app, number) == said
+    assert machine.changed(before) == []
+
+def test_a_first_release_has_none_to_go_back_to(machine):
+    machine.lives(FILES)
+    assert refusal(dh.rollback, machine.app) == (
+        'no other release to go back to: see dockhand releases blog')
+
+@pytest.mark.parametrize('live', [False, True])
+def test_a_crash_in_a_rollback_leaves_one_whole_release(machine, live):
+    pushed(machine, SHA_2)
+    older = machine.app.load(1)
+    machine.app.set_link('pending', older)
+    if live:
+        machine.app.set_link('live', older)
+        machine.containers['blog--1'] = machine.container('c1', older.image)
+    dh.recover(machine.host)
+    kept = [each.number for each in machine.app.kept()]
+    assert kept == ([1, 2] if live else [2, 1])
+    assert machine.refs['refs/heads/main'] == (SHA if live else SHA_2)
+
+def test_releases_are_listed_with_what_became_of_them(plain, capfd):
+    pushed(plain, SHA_2)
+    assert refusal(plain.push, but('job', 'x\n'), MAIN, SHA_2, SHA_3)
+    capfd.readouterr()
+    dh.releases(plain.app)
+    lines = capfd.readouterr().out.splitlines()
+    assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
+                    'upstart.conf:1: `x`: an unknown stanza', lines[0])
+    assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
+    assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
+    assert 'no app wiki is live here' in refusal(dh.releases, dh.App(plain.host, 'wiki'))
+
 def test_apps_lists_whatever_has_anything_here_and_what_it_waits_for(plain, capfd):
     plain.nginx()
     dh.make_folder(plain.host.path('/home/git/empty.git'))
@@ -3810,119 +3972,222 @@ def test_releases_and_logs_of_an_app_that_never_went_live_say_why(plain, capfd):
     dh.apps(plain.host)
     assert 'blog' not in capfd.readouterr().out.replace('blog is removed', '')
 
-# ---- It comes back by itself ---------------------------------------------------------------------
+def test_apps_are_listed_with_state_commit_key_and_address(healthy, capfd):
+    for state in ('running', 'stopped'):
+        dh.apps(healthy.host)
+        row = capfd.readouterr().out.split()
+        assert row[:3] == ['blog', state, '1' * 10]
+        assert row[-2:] == ['anna', 'http://blog.example.org/']
+        dh.stop(healthy.app)
+        capfd.readouterr()
 
-def test_docker_is_told_not_to_restart_a_container_before_it_is_stopped(plain):
-    """And again afterwards where it refused: dockerd that dies between the two must not
-    bring the old worker back beside the new one."""
-    live = plain.lives(FILES)
-    engine, update = dh.Containers(plain.app), plain.docker_update
-    plain.broken['docker update'] = 1
-    engine.stop(live)
-    assert plain.done == ['docker update --restart no blog--1', 'docker stop -t 5 blog--1',
-                          'docker update --restart no blog--1']
-    assert plain.containers['blog--1']['policy'] == 'no'
-    del plain.done[:]
-    engine.stop(live)
-    assert len(plain.done) == 2 and update
+# ---- Commands: config, proxy -----------------------------------------------------------
 
-def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
-    machine = Machine(tmpdir, 'systemd')
-    machine.lives(FILES)
-    os.unlink(machine.host.path('/run/nginx.pid'))
-    dh.recover(machine.host)
-    assert [line for line in machine.done if 'start nginx' in line] == [
-        'systemctl --no-block start nginx']
-    assert machine.host.nginx.master()
+def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
+    plain.lives(an_app('one', 'EXPOSE 8000', PUSHED))
+    plain.write('/proc/net/if_inet6', '')
+    capfd.readouterr()
+    dh.proxy(plain.app)
+    printed = capfd.readouterr().out
+    assert printed == GENERATED.format('blog', 'blog blog.*', '', '\n    listen [::]:80;', '',
+                                       'blog')
+    plain.push(an_app('two', 'EXPOSE 8000', printed))
+    assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
 
-def test_the_workers_of_a_killed_master_are_ended_before_nginx_is_started(plain):
-    plain.lives(FILES)
-    # What a shell puts in the background ignores SIGQUIT, and so do its children.
-    worker = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: signal.signal(
-        signal.SIGQUIT, signal.SIG_DFL))
-    try:
-        plain.process(worker.pid, 1, 'nginx: worker process')
-        started = []
-        plain.service = lambda *words: started.append(worker.poll()) or plain.nginx()
-        os.unlink(plain.host.path('/run/nginx.pid'))
-        threading.Timer(0.2, lambda: worker.wait() and shutil.rmtree(
-            plain.host.path('/proc', str(worker.pid)))).start()
-        dh.recover(plain.host)
-        assert started == [-signal.SIGQUIT]
-    finally:
-        worker.poll() is None and worker.kill()
+def test_an_app_without_a_made_proxy_file_has_none_to_print(plain):
+    assert 'no app blog is live' in refusal(dh.proxy, plain.app)
+    plain.lives(an_app('one', ''))
+    assert 'blog is no web app' in refusal(dh.proxy, plain.app)
 
-def test_recover_waits_until_docker_answers(plain, capfd):
-    plain.lives(FILES)
-    plain.broken['docker version'] = 3
+CONFIG = '/var/lib/dockhand/apps/blog/config'
+
+def test_config_may_be_set_before_the_first_push(plain, capfd):
+    plain.nginx()
+    dh.config(plain.app, 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
+    assert capfd.readouterr().out == 'blog: noted for its first push\n'
+    assert plain.files()[CONFIG][1] == '600' and plain.done == [
+        'rm -rf -- ' + ' '.join('/var/lib/dockhand/apps/blog/' + part for part in (
+            'releases', 'env', 'live'))] * len(plain.done)
     dh.recover(plain.host)
-    assert capfd.readouterr().err.count('Waiting for docker') == 1
-    plain.broken['docker version'] = 999
-    assert 'docker does not answer' in refusal(dh.recover, plain.host)
+    assert refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
+    assert json.loads(plain.read(CONFIG))['port'] == '9000'
+    plain.push(ONE_WEB, old=ZERO, new=SHA)
+    live = plain.app.live()
+    assert (live.port, live.config['port']) == (9000, '9000')
+    assert plain.containers['blog--2']['env'] == 'A=it\'s "x" #1\nPORT=9000\n'
 
-@each('enabler', '/usr/sbin/update-rc.d /sbin/rc-update')
-def test_a_script_for_sysvinit_openrc_and_runit_is_installed_and_enabled(plain, enabler):
-    plain.write(enabler, '')
-    dh.make_folder(plain.host.path('/etc/init.d'))
-    plain.update_rc_d = plain.rc_update = lambda *words: plain.write(
-        '/etc/rc2.d/S01dockhand-recover', '')
-    dh.install(plain.host)
-    text = plain.read('/etc/init.d/dockhand-recover')
-    assert mode_of(plain.host.path('/etc/init.d/dockhand-recover')) == '755'
-    for line in ('# Provides:          dockhand-recover', '# X-Start-Before:    nginx',
-                 '# Should-Start:      docker', 'start) exec /usr/local/bin/dockhand recover ;;'):
-        assert line in text
-    assert [line for line in plain.done if 'dockhand-recover' in line] == [
-        {'/usr/sbin/update-rc.d': 'update-rc.d dockhand-recover defaults',
-         '/sbin/rc-update': 'rc-update add dockhand-recover default'}[enabler]]
-    files = plain.files()
-    dh.install(plain.host)
-    assert plain.files() == files
+@each('path', '/etc/init/blog.conf /etc/init.d/blog /etc/nginx/conf.d/blog.conf')
+def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
+    plain.write(path, 'not ours')
+    try:
+        dh.config(plain.app, 'A=1')
+    except Failure:
+        pass
+    assert path in refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
+    assert plain.read(path) == 'not ours'
 
-@pytest.mark.parametrize('init', ['none', 'upstart'])
-def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init, monkeypatch):
-    machine = Machine(tmpdir, init)
-    machine.lives(FILES)
-    before = machine.whole()
+CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T
 
-    def no_room(name, mode='r', *more):
-        if 'dockhand-blog' in str(name):
-            raise IOError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return open(name, mode, *more)
-    monkeypatch.setattr(dh, 'open', no_room, raising=False)
-    said = refusal(machine.push, FILES_2)
-    assert said.startswith('docker could start nothing: ') and 'No space left' in said
-    assert machine.changed(before) == []
-    assert not [line for line in machine.done if line.startswith(('docker stop', 'stop'))]
+def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
+    plain.lives(ONE_WEB, A='1', B='2')
+    capfd.readouterr()
+    dh.config(plain.app, 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
+    assert '\n'.join(plain.done) + '\n' == (
+        CHANGED + CREATED.replace('two', 'one') % '' + HANDED_OVER)
+    assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
+    assert plain.served == {
+        '/etc/nginx/conf.d/blog.conf': plain_proxy(2, 'blog.org www.blog.org')}
+    live, wanted = plain.app.live(), {
+        'A': 'new', 'domains': 'blog.org www.blog.org'}
+    assert live.config == plain.app.config() == wanted
+    assert (live.number, live.commit, live.image) == (2, SHA, 'sha256:FROMone')
+    assert 'Release 2 is live' in capfd.readouterr().err
+    dh.rollback(plain.app)
+    assert plain.app.config() == {'A': '1', 'B': '2'}
+    assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
+    assert plain.running() == ['sha256:FROMone']
 
-def test_order_is_a_counter_whatever_the_times_of_folders_say(machine):
-    """A clock that was ahead, or a copy of the store without its times."""
-    pushed(machine, SHA_2)
-    for number, commit in ((3, SHA_3), (4, '4' * 40)):
-        machine.push(but('docker', 'FROM ' + commit[:3]), old=machine.refs[MAIN], new=commit)
-    for number, when in ((1, 4e9), (2, 3e9), (3, 1), (4, 2)):
-        os.utime(machine.app.release_folder(number), (when, when))
-    assert [each.number for each in machine.app.kept()] == [4, 3, 2, 1]
-    dh.rollback(machine.app)
-    assert machine.app.live().number == 3
-    assert [each.number for each in machine.app.kept()] == [3, 4, 2, 1]
-    dh.rollback(machine.app)
-    assert machine.app.live().number == 4
+def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
+    plain.lives(ONE_WEB, SECRET='a b=#"', port='8000')
+    capfd.readouterr()
+    dh.config(plain.app)
+    assert capfd.readouterr().out == 'SECRET=(see it with --values)\nport=8000\n'
+    dh.config(plain.app, values=True)
+    assert capfd.readouterr().out == 'SECRET=a b=#"\nport=8000\n'
+    dh.config(plain.app, 'port=8000')
+    assert plain.done == []
 
-def test_live_is_what_the_link_says_where_a_crash_came_before_it(machine):
-    pushed(machine, SHA_2)
-    live = machine.app.live()
-    machine.app.count_turn(live, machine.app.load(1))
-    assert [each.number for each in machine.app.kept()] == [2, 1]
+@pytest.mark.parametrize('words, unset, said', [
+    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\nb'], {}, 'hold one line'),
+    (['A=1', 'B'], {'unset': True}, 'no B is set'),
+    (['domains=wiki.org'], {}, '"wiki.org" is taken')])
+def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
+    plain.lives(ONE_WEB, A='0')
+    before, containers = plain.whole(), str(plain.containers)
+    assert said in refusal(lambda: dh.config(plain.app, *words, **unset))
+    assert plain.changed(before) == [] and str(plain.containers) == containers
 
-@pytest.mark.parametrize('harm, policy', [
-    (lambda machine: None, 'always'), (lambda machine: dh.stop(machine.app), 'no')])
-def test_an_app_of_an_older_dockhand_gets_todays_policy_by_install(plain, harm, policy):
+@pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
+def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
+    plain.lives(an_app('one', exposed), port='9000')
+    assert plain.app.live().web
+    dh.config(plain.app, 'port', unset=True)
+    live = plain.app.live()
+    assert not live.web and live.proxy == '' and plain.served == {}
+    assert plain.containers['blog--2']['env'] == ''
+
+@each('own', 'job proxy')
+def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, own):
+    plain.lives(FILES if own == 'job' else an_app('one', 'EXPOSE 8000', PUSHED))
+    before = plain.whole()
+    assert 'the server_name of its own nginx-proxy.conf' in refusal(
+        dh.config, plain.app, 'domains=a.org')
+    assert plain.changed(before) == []
+    dh.config(plain.app, 'timeout=9')
+
+def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
+    plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
+    dh.config(plain.app, 'A=1')
+    text = plain.read('/etc/nginx/conf.d/blog.conf')
+    assert text.startswith(PROXY_HEADER + PUSHED) and 'server 10.86.0.3:9000;' in text
+
+def test_changes_of_config_do_not_pile_up_releases(plain):
     plain.lives(ONE_WEB)
-    plain.containers['blog--1']['policy'] = 'unless-stopped'
-    harm(plain)
-    dh.install(plain.host)
-    assert plain.containers['blog--1']['policy'] == policy
+    for number in range(2, 7):
+        release = plain.release(number, SHA, ONE_WEB, 1.5)
+        dh.Containers(plain.app).prepare(release)
+    dh.config(plain.app, 'A=1')
+    kept = [each.number for each in plain.app.kept()]
+    assert len(kept) == 5 and kept[0] == 7
+    assert len(plain.containers) == 5
+
+def test_a_job_app_finds_its_config_as_a_file(machine):
+    path = '/var/lib/dockhand/apps/blog/env'
+    job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % path
+    machine.lives(but('job', job), A='1')
+    dh.config(machine.app, 'A=2', 'B=a "b" #c')
+    if machine.init == 'upstart':
+        assert machine.files()[path][:2] == (b'A=2\nB=a "b" #c\n', '600')
+        assert machine.done[-1] == 'timeout 60 start blog'
+    else:
+        assert machine.containers['blog--2']['env'] == 'A=2\nB=a "b" #c\n'
+    dh.rollback(machine.app)
+    if machine.init == 'upstart':
+        assert machine.read(path) == 'A=1\n'
+    else:
+        assert machine.containers['blog--1']['env'] == 'A=1\n'
+    assert machine.app.config() == {'A': '1'}
+
+def test_config_says_which_branch_is_deployed(plain):
+    plain.lives(ONE_WEB)
+    dh.config(plain.app, 'branch=live/x')
+    assert plain.app.live().branch == 'live/x'
+    assert plain.refs['refs/heads/live/x'] == SHA
+    assert 'only live/x is deployed' in refusal(plain.push, TWO_WEB)
+    plain.push(TWO_WEB, 'refs/heads/live/x')
+    assert plain.running() == ['sha256:FROMtwo']
+
+# ---- Commands: destroy -----------------------------------------------------------------
+
+def test_removing_an_app_leaves_nothing_of_it(machine):
+    machine.lives(FILES)
+    machine.write('/home/git/blog.git/config', '')
+    assert 'dockhand destroy blog --force' in refusal(dh.destroy, machine.app)
+    assert machine.running() == ['sha256:FROMone']
+    dh.destroy(machine.app, force=True)
+    assert machine.images == machine.containers == machine.jobs == machine.served == {}
+    assert not [path for path in machine.files() if 'blog' in path]
+    assert 'no app blog here' in refusal(dh.destroy, machine.app, True)
+
+@pytest.mark.parametrize('volumes', [False, True])
+def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volumes):
+    plain.lives(ONE_DATA)
+    plain.write('/home/git/blog.git/config', '')
+    plain.volumes += ['wiki--data', 'blogs--x']
+    plain.push(TWO_DATA)
+    capfd.readouterr()
+    dh.destroy(plain.app, force=True, volumes=volumes)
+    assert plain.images == plain.containers == plain.served == plain.networks == {}
+    assert not [path for path in plain.files() if 'blog' in path]
+    assert plain.volumes == ['blog--data'] * (not volumes) + ['wiki--data', 'blogs--x']
+    assert capfd.readouterr().out == 'blog is removed\n%s blog--data\n' % (
+        'removed volume' if volumes else 'kept: docker volume rm')
+
+def test_a_network_that_another_app_uses_stays(plain):
+    plain.lives(ONE_WEB)
+    wiki, live = dh.App(plain.host, 'wiki'), release(app='wiki')
+    wiki.save(live)
+    wiki.set_link('live', live)
+    dh.destroy(plain.app, force=True)
+    assert list(plain.networks) == ['dockhand']
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+@pytest.mark.parametrize('typed, removed', [(u'blog\n', True), (u'wiki\n', False), (u'', False),
+                                            (u'y\n', False)])
+def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(plain, capfd, typed, removed):
+    plain.lives(ONE_WEB)
+    kept, sys.stdin = sys.stdin, Terminal(typed)
+    try:
+        if removed:
+            dh.destroy(plain.app)
+        else:
+            assert 'if you are sure: dockhand destroy blog --force' in refusal(
+                dh.destroy, plain.app)
+    finally:
+        sys.stdin = kept
+    assert 'Type its name again' in capfd.readouterr().out
+    assert plain.running() == ([] if removed else ['sha256:FROMone'])
+
+def test_config_of_an_app_that_never_came_can_be_removed(plain):
+    dh.config(plain.app, 'A=1')
+    dh.destroy(plain.app, force=True)
+    assert not [path for path in plain.files() if 'blog' in path]
+
+# ---- Commands: doctor ------------------------------------------------------------------
 
 def test_doctor_asks_nginx_for_every_app(plain, capfd):
     plain.lives(dict(FILES, **{'nginx-proxy.conf': WEB}))
@@ -3941,63 +4206,77 @@ def test_doctor_names_what_it_cannot_read_of_the_servers_own_files(plain, capfd)
     assert ('note: /etc/nginx/sites-enabled/old:2: `include`: it is not read here: copy its lines: what it names '
             'may clash with an app unnoticed\n') in capfd.readouterr().out
 
-# ---- Health ----------------------------------------------------------------------------
+@pytest.fixture
+def healthy(machine, capfd):
+    dh.install(machine.host)
+    upload(machine, LINE, 'anna')
+    machine.lives(FILES)
+    capfd.readouterr()
+    return machine
 
-class Engine(object):
-    """Gives its states one after the other, the last one for ever."""
-    def __init__(self, *states):
-        self.states, self.asked, self.host = list(states), 0, Host()
+def test_doctor_finds_nothing_on_a_healthy_machine(healthy, capfd):
+    before = healthy.whole()
+    dh.doctor(healthy.host)
+    assert capfd.readouterr().out == 'all is well\n' and healthy.changed(before) == []
 
-    def state(self, release):
-        self.asked += 1
-        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+def edited(path, text='broken'):
+    return lambda machine: machine.write(path, text)
 
-def state(alive=True, identity=1, ports=(), health=''):
-    return dh.State(alive, identity, list(ports), health, 'exited with 1')
+def says(command, text):
+    return lambda machine: setattr(machine, command, lambda *words: text)
 
-def unwell(engine, timeout=9, steady=9):
-    return refusal(dh.check_health, None, engine, timeout, steady)
+def broken(command):
+    return lambda machine: machine.broken.update({command: 1})
 
-def test_an_app_that_does_not_run_fails_without_waiting():
-    engine = Engine(state(alive=False))
-    assert unwell(engine) == 'it does not run: exited with 1' and engine.asked == 1
+def gone(path):
+    return lambda machine: os.unlink(machine.host.path(path))
 
-def test_an_app_that_is_unhealthy_fails_without_waiting():
-    engine = Engine(state(health='starting'), state(health='unhealthy'))
-    assert 'unhealthy' in unwell(engine) and engine.asked == 2
+def pending(machine):
+    os.symlink('releases/1', machine.app.folder('pending'))
 
-def test_an_app_that_keeps_being_started_anew_fails():
-    engine = Engine(*[state(identity=number) for number in range(9)])
-    assert 'keeps dying' in unwell(engine) and engine.asked < 9
+def dead(machine):
+    for each in (machine.containers, machine.jobs):
+        each.clear()
 
-def test_an_app_must_keep_running_under_one_identity():
-    engine = Engine(state(None, None), state(True, 1), state(True, 1), state(True, 2))
-    dh.check_health(None, engine, 9, 1)
-    assert engine.asked >= 5
+@pytest.mark.parametrize('harm, what, command', [
+    (says('which', ''), 'git', 'apt-get install git'),
+    (edited('/etc/passwd', ''), 'there is no user git', 'dockhand.py install'),
+    (edited('/etc/sudoers.d/dockhand'), 'sudoers.d/dockhand is not as', 'install'),
+    (edited('/usr/local/bin/dockhand'), 'bin/dockhand is not as installed', 'install'),
+    (broken('sudo -n'), 'the user git cannot run', 'visudo'),
+    (says('sshd', 'AllowUsers admin\n'), 'AllowUsers of sshd is admin, without git', 'sshd'),
+    (says('sshd', 'AllowUsers git2 legit\n'), 'is git2 legit, without git', 'sshd_config'),
+    (says('sshd', 'allowgroups a\n'), 'AllowGroups of sshd is a, without git', 'sshd_config'),
+    (says('sshd', 'authorizedkeysfile /k\n'), 'sshd is /k, without .ssh/authorized_keys',
+     'sshd_config'),
+    (gone(KEYS_FILE), 'no key may push', 'dockhand upload-key NAME'),
+    (edited('/etc/nginx/conf.d/000-dockhand.conf'), '000-dockhand.conf', 'install'),
+    (broken('nginx -t'), 'broken on purpose', 'nginx -t'),
+    (gone('/run/nginx.pid'), 'nginx does not run', 'service nginx start'),
+    (pending, 'a deploy of blog was interrupted', 'sudo dockhand recover'),
+    (lambda m: m.images.pop('blog:1'), 'the image of blog is gone', 'rebuild blog'),
+    (dead, 'blog does not run', 'sudo dockhand start blog')])
+def test_doctor_says_what_is_wrong_and_what_to_type(healthy, capfd, harm, what, command):
+    harm(healthy)
+    assert 'thing(s) to mend' in refusal(dh.doctor, healthy.host)
+    rows = re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out)
+    assert [row for row in rows if what in row[0] and command in row[1]]
 
-@pytest.mark.parametrize('found, said', [
-    (state(None), 'after 0 s it is not running yet'),
-    (state(), 'after 0 s it is not running yet'),
-    (state(health='starting'), 'after 0 s its HEALTHCHECK is still starting')])
-def test_an_app_that_is_not_ready_in_time_fails_with_the_reason(found, said):
-    assert unwell(Engine(found), timeout=0) == said
+@pytest.mark.parametrize('said', [
+    'AllowUsers admin git', 'AllowGroups git wheel', 'allowusers a\nallowusers git',
+    'AuthorizedKeysFile /k %h/.ssh/authorized_keys',
+    'authorizedkeysfile /home/git/.ssh/authorized_keys'])
+def test_doctor_finds_nothing_where_sshd_lets_git_in(healthy, capfd, said):
+    healthy.sshd = lambda option: said + '\n'
+    dh.doctor(healthy.host)
+    assert capfd.readouterr().out == 'all is well\n'
 
-def test_an_app_answers_when_each_port_takes_a_connection():
-    listener, closed = socket.socket(), socket.socket()
-    for each in (listener, closed):
-        each.bind(('127.0.0.1', 0))
-    listener.listen(5)
-    port, silent = listener.getsockname(), closed.getsockname()
-    dh.check_health(None, Engine(state(ports=[port])), 9, 0)
-    assert 'nothing listens on port %d of the container' % silent[1] in unwell(
-        Engine(state(ports=[port, silent])), 0, 0)
-    assert unwell(Engine(state(ports=[silent], health='healthy')), 0, 0).startswith(
-        'after 0 s nothing listens on port')
-    dh.check_health(None, Engine(state(ports=[port], health='healthy')), 9, 0)
-    closed.close()
-    listener.close()
+def test_doctor_leaves_an_app_that_is_stopped_alone(healthy, capfd):
+    dh.stop(healthy.app)
+    dh.doctor(healthy.host)
+    assert capfd.readouterr().out.endswith('all is well\n')
 
-# ---- What a push costs -------------------------------------------------------------------
+# ---- What a push costs -----------------------------------------------------------------
 
 # What a push costs: every command it runs. In the order of the push, a line is a program
 # with what it is told to do, one after the other. A line `x21` came 21 times: a wait.
@@ -4232,283 +4511,43 @@ def test_a_push_runs_these_commands_in_this_order(tmpdir, kind, init, before, ac
     cost = cost_of(machine.commands)
     assert cost == expected_cost(kind), 'now COSTS is:\n\n%s\n%s' % (kind, cost)
 
+# ---- Killed at any moment, the disk full at any write ----------------------------------
 
-# ---------------------------------------------------------------------------------------
-# Installing, keys, doctor
-# ---------------------------------------------------------------------------------------
+# What `.ci/moments.py` finds of each act; each Python tries a ninth of the moments.
 
-LAUNCHER = '''#!%s %s
-import gc, os, sys
-gc.disable()
-sys.path.insert(0, '/usr/local/lib/dockhand')
-import dockhand
-os._exit(dockhand.main('{0}', 'git'))
-''' % (sys.executable, '-Es' if sys.version_info[0] == 2 else '-IS')
-RECEIVE = '/usr/local/lib/dockhand/receive'
-HOOK = '#!/bin/sh\nexec sudo -n %s {0} "$DOCKHAND_APP" "$DOCKHAND_KEY"{1}\n' % RECEIVE
-TEMPLATE = '/usr/local/lib/dockhand/template'
-INSTALLED = [
-    ('/usr/local/bin/dockhand', '755', LAUNCHER.format('dockhand')),
-    (RECEIVE, '755', LAUNCHER.format('receive')),
-    ('/etc/sudoers.d/dockhand', '440', 'git ALL=(root) NOPASSWD: %s\n' % RECEIVE),
-    (TEMPLATE + '/hooks/update', '755', HOOK.format('update', ' "$@"')),
-    (TEMPLATE + '/hooks/post-receive', '755', HOOK.format('post-receive', '')),
-    (TEMPLATE + '/config', '644', '''[core] bare = true
-[core] hooksPath = hooks
-[receive] shallowUpdate = true
-[receive] unpackLimit = 1
-[receive] denyDeleteCurrent = ignore
-[transfer] hideRefs = refs/dockhand
-[gc] autoPackLimit = 20
-[gc] bigPackThreshold = 32m
-[gc] autoDetach = false
-'''),
-    ('/etc/nginx/conf.d/000-dockhand.conf', '644', PLAIN_ALL)]
-BOOT = {'none': [], 'upstart': [('/etc/init/dockhand-recover.conf', '644', '''\
-description "dockhand: put right what a crash left of a deploy"
-start on started docker
-task
-exec /usr/local/bin/dockhand recover
-''')], 'systemd': [('/etc/systemd/system/dockhand-recover.service', '644', '''[Unit]
-Description=dockhand: put right what a crash left of a deploy
-After=docker.service
-Before=nginx.service
-[Service]
-Type=oneshot
-ExecStart=/usr/local/bin/dockhand recover
-[Install]
-WantedBy=multi-user.target docker.service
-''')]}
+runs = pytest.mark.parametrize('act, init', RUNS)
 
-@pytest.fixture(params=['none', 'upstart', 'systemd'])
-def fresh(request, tmpdir):
-    return Machine(tmpdir, request.param)
+@runs
+def test_every_kind_of_effect_is_found(trials, act, init):
+    kinds = set(what.split()[0] for _, what, _ in trials['kill', act, init])
+    assert kinds >= set('open flush fchmod rename unlink symlink docker git'.split())
+    # the proxy file of a job app is its own, and the same with another config
+    assert ('nginx' in kinds) == (init != 'upstart job')
+    assert act in ('rollback', 'config') or kinds >= set(['mkdir', 'open:', 'rmdir:'])
+    assert init != 'upstart' or kinds >= set(['stop', 'timeout'][act == 'first':])
+    assert len(trials['kill', act, init]) > 20
 
-def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capfd):
-    dh.install(fresh.host)
-    for path, mode, text in INSTALLED + BOOT[fresh.init]:
-        assert (fresh.read(path), mode_of(fresh.host.path(path))) == (text, mode), path
-    assert fresh.read('/usr/local/lib/dockhand/dockhand.py') == dh.read_file(
-        re.sub('pyc$', 'py', dh.__file__))
-    files = fresh.files()
-    assert files['/usr/local/bin/gitreceive'][0] == '/usr/local/bin/dockhand'
-    for name in ('multi-user.target', 'docker.service'):
-        link = '/etc/systemd/system/%s.wants/dockhand-recover.service' % name
-        assert files.get(link, [None])[0] == (dh.UNIT if fresh.init == 'systemd' else None)
-    assert files['/var/lib/dockhand/build'][1:] == ('700', (USER, GROUP))
-    assert fresh.served is not None
-    out, done = capfd.readouterr().out, set(fresh.done)
-    assert 'wrote /etc/sudoers.d/dockhand\n' in out and 'is installed; next: ' in out
-    del fresh.done[:]
-    dh.install(fresh.host)
-    assert fresh.files() == files and capfd.readouterr().out == 'nothing changed\n'
-    assert set(fresh.done) == set(['sudo -n %s check' % RECEIVE]) < done
+@runs
+def test_a_kill_at_any_moment_leaves_one_whole_release_once_recovered(trials, act, init):
+    assert wrong(trials, 'kill', act, init) == {}
 
-def test_install_makes_the_user(plain):
-    plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
-    dh.install(plain.host, user='push')
-    assert 'useradd -m -d /home/push -s /bin/sh -p * push' in plain.done
-    assert plain.read('/etc/sudoers.d/dockhand').startswith('push ALL=(root)')
-    assert plain.read('/usr/local/bin/dockhand').endswith("('dockhand', 'push'))\n")
-    assert dh.installed_user(plain.host) == 'push'
+@runs
+def test_a_recover_that_is_killed_at_any_moment_is_done_by_the_next(trials, act, init):
+    assert wrong(trials, 'second kill', act, init) == {}
 
-@table('line', '''
-    git:x:0:0::/home/git:/bin/sh
-    git:x:99:99::/home/git:/usr/sbin/nologin
-    git:x:99:99::/home/git:/usr/bin/git-shell
-    git:x:99:99::/home/git:/bin/false''')
-def test_install_does_not_take_somebody_elses_user(plain, line):
-    plain.write('/etc/passwd', line + '\n')
-    before = plain.files()
-    assert '--user NAME takes another' in refusal(dh.install, plain.host)
-    assert plain.files() == before
+@runs
+def test_a_write_for_which_the_disk_is_full_leaves_one_whole_release(trials, act, init):
+    assert wrong(trials, 'full', act, init) == {}
 
-def test_install_refuses_user_names_that_are_none(plain):
-    assert 'is no name' in refusal(dh.install, plain.host, 'x;id')
+@runs
+def test_a_disk_that_stays_full_leaves_a_whole_release_once_recovered(trials, act, init):
+    assert wrong(trials, 'stays full', act, init) == {}
 
-def test_install_names_every_missing_requirement_at_once(plain, capfd):
-    plain.which = lambda name: '' if name in ('nginx', 'visudo') else '/usr/bin/' + name
-    plain.broken['docker version'] = 2
-    before = plain.files()
-    assert refusal(dh.install, plain.host) == '3 thing(s) to mend'
-    assert re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out) == [
-        ('nginx is missing', 'apt-get install nginx'),
-        ('visudo is missing', 'apt-get install sudo'),
-        ('docker does not answer: broken on purpose',
-         'service docker start || dockerd &')]
-    assert plain.files() == before and plain.done == []
+# ---- The real layer --------------------------------------------------------------------
 
-def test_a_sudoers_file_that_sudo_would_not_read_is_not_put_in_place(plain):
-    plain.broken['visudo -c -q -f /etc/sudoers.d/.dockhand.new'] = 1
-    assert refusal(dh.install, plain.host).startswith('visudo -c -q -f')
-    assert os.listdir(plain.host.path('/etc/sudoers.d')) == []
+# Dockhand on fresh servers, with real git, sshd, sudo, docker and nginx.
 
-def test_a_sudo_that_ignores_the_file_is_named(plain, capfd):
-    plain.broken['sudo -n'] = 1
-    assert refusal(dh.install, plain.host) == '1 thing(s) to mend'
-    assert 'must have `#includedir /etc/sudoers.d`' in capfd.readouterr().out
-
-def test_the_default_site_is_disabled_only_if_it_is_untouched(plain):
-    site, link = '/etc/nginx/sites-available/default', '/etc/nginx/sites-enabled/default'
-    plain.write(site, 'server { listen 80 default_server; }')
-    dh.make_folder(plain.host.path('/etc/nginx/sites-enabled'))
-    os.symlink('../sites-available/default', plain.host.path(link))
-    for text, kept in (('edited', True), (plain.read(site), False)):
-        checksum = hashlib.md5(dh.to_bytes(text)).hexdigest()
-        plain.dpkg_query = lambda *words: ' %s %s\n' % (site, checksum)
-        dh.install(plain.host)
-        assert os.path.lexists(plain.host.path(link)) == kept and plain.read(site)
-
-def test_a_broken_nginx_is_said_before_the_catch_all_is_written(plain):
-    plain.broken['nginx -t'] = 2
-    assert 'is broken, mend it first' in refusal(dh.install, plain.host)
-    assert plain.read(dh.CATCH_ALL) is None
-
-@contextmanager
-def standard_input(data):
-    kept, stream = sys.stdin, io.BytesIO(data)
-    sys.stdin = stream if sys.version_info[0] == 2 else io.TextIOWrapper(stream)
-    try:
-        yield
-    finally:
-        sys.stdin = kept
-
-def upload(machine, text, *words):
-    with standard_input(dh.to_bytes(text)):
-        dh.upload_key(machine.host, *words)
-
-KEYS_FILE = '/home/git/.ssh/authorized_keys'
-
-def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
-    os.chmod(plain.host.path('/home/git'), 0o750)
-    upload(plain, LINE, 'anna')
-    plain.write(KEYS_FILE, "ssh-rsa AAAA admin's own\n" + plain.read(KEYS_FILE))
-    upload(plain, LINE_2 + '\r\n', 'bob', 'blog', 'wiki')
-    assert plain.read(KEYS_FILE) == KEYS_TEXT.replace('ssh-rsa BBBB another\n', '')
-    files = plain.files()
-    assert files[KEYS_FILE][1:] == ('600', (USER, GROUP))
-    assert files['/home/git/.ssh'][1:] == ('700', (USER, GROUP))
-    assert files['/home/git'][1] == '750'
-    assert capfd.readouterr().out == (
-        'anna ssh-ed25519 %s may push every app\nbob ssh-ed25519 %s may push blog, wiki\n'
-        % ('SHA256:' + ED[-8:], 'SHA256:' + ED_2[-8:]))
-    upload(plain, LINE, 'anna')
-    assert capfd.readouterr().out.startswith('anna ssh-ed25519 ')
-    dh.list_keys(plain.host)
-    assert [line.split()[::3] for line in capfd.readouterr().out.splitlines()] == [
-        ['anna', '(every'], ['bob', 'blog']]
-    dh.remove_key(plain.host, 'anna')
-    assert dh.split_authorized_keys(plain.read(KEYS_FILE)) == (
-        "ssh-rsa AAAA admin's own\n", KEYS[1:], '')
-
-@pytest.mark.parametrize('text, words', [
-    ('', ['anna']), ('garbage', ['anna']), (LINE + '\nno', ['anna']), (LINE, ['-x']),
-    ('-----BEGIN OPENSSH PRIVATE KEY-----', ['anna']), (LINE, ['anna', 'Blog']),
-    ('command="sh" ' + LINE, ['anna']), ('#' * 300000, ['anna']), (LINE_2, ['anna']),
-    (LINE, ['a b']), (LINE, ['anna', '../x']), (LINE, ['anna'] + ['a' * 40] * 300)])
-def test_an_upload_that_is_refused_changes_no_key(plain, text, words):
-    plain.write(KEYS_FILE, KEYS_TEXT)
-    assert refusal(upload, plain, text, *words)
-    assert plain.read(KEYS_FILE) == KEYS_TEXT
-
-def test_a_key_that_this_servers_openssh_does_not_know_is_refused(plain):
-    plain.broken['ssh-keygen -l -f '] = 1
-    assert 'no key that OpenSSH here knows' in refusal(upload, plain, LINE, 'anna')
-    assert ED not in str(plain.read(KEYS_FILE))
-
-@each('name', '.* ann Anna * annaa', '')
-def test_names_of_keys_are_compared_not_matched(plain, name):
-    plain.write(KEYS_FILE, KEYS_TEXT)
-    assert 'no key is named "%s"' % name in refusal(dh.remove_key, plain.host, name)
-    assert plain.read(KEYS_FILE) == KEYS_TEXT
-
-@pytest.fixture
-def healthy(machine, capfd):
-    dh.install(machine.host)
-    upload(machine, LINE, 'anna')
-    machine.lives(FILES)
-    capfd.readouterr()
-    return machine
-
-def test_doctor_finds_nothing_on_a_healthy_machine(healthy, capfd):
-    before = healthy.whole()
-    dh.doctor(healthy.host)
-    assert capfd.readouterr().out == 'all is well\n' and healthy.changed(before) == []
-
-def edited(path, text='broken'):
-    return lambda machine: machine.write(path, text)
-
-def says(command, text):
-    return lambda machine: setattr(machine, command, lambda *words: text)
-
-def broken(command):
-    return lambda machine: machine.broken.update({command: 1})
-
-def gone(path):
-    return lambda machine: os.unlink(machine.host.path(path))
-
-def pending(machine):
-    os.symlink('releases/1', machine.app.folder('pending'))
-
-def dead(machine):
-    for each in (machine.containers, machine.jobs):
-        each.clear()
-
-@pytest.mark.parametrize('harm, what, command', [
-    (says('which', ''), 'git', 'apt-get install git'),
-    (edited('/etc/passwd', ''), 'there is no user git', 'dockhand.py install'),
-    (edited('/etc/sudoers.d/dockhand'), 'sudoers.d/dockhand is not as', 'install'),
-    (edited('/usr/local/bin/dockhand'), 'bin/dockhand is not as installed', 'install'),
-    (broken('sudo -n'), 'the user git cannot run', 'visudo'),
-    (says('sshd', 'AllowUsers admin\n'), 'AllowUsers of sshd is admin, without git', 'sshd'),
-    (says('sshd', 'AllowUsers git2 legit\n'), 'is git2 legit, without git', 'sshd_config'),
-    (says('sshd', 'allowgroups a\n'), 'AllowGroups of sshd is a, without git', 'sshd_config'),
-    (says('sshd', 'authorizedkeysfile /k\n'), 'sshd is /k, without .ssh/authorized_keys',
-     'sshd_config'),
-    (gone(KEYS_FILE), 'no key may push', 'dockhand upload-key NAME'),
-    (edited('/etc/nginx/conf.d/000-dockhand.conf'), '000-dockhand.conf', 'install'),
-    (broken('nginx -t'), 'broken on purpose', 'nginx -t'),
-    (gone('/run/nginx.pid'), 'nginx does not run', 'service nginx start'),
-    (pending, 'a deploy of blog was interrupted', 'sudo dockhand recover'),
-    (lambda m: m.images.pop('blog:1'), 'the image of blog is gone', 'rebuild blog'),
-    (dead, 'blog does not run', 'sudo dockhand start blog')])
-def test_doctor_says_what_is_wrong_and_what_to_type(healthy, capfd, harm, what, command):
-    harm(healthy)
-    assert 'thing(s) to mend' in refusal(dh.doctor, healthy.host)
-    rows = re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out)
-    assert [row for row in rows if what in row[0] and command in row[1]]
-
-@pytest.mark.parametrize('said', [
-    'AllowUsers admin git', 'AllowGroups git wheel', 'allowusers a\nallowusers git',
-    'AuthorizedKeysFile /k %h/.ssh/authorized_keys',
-    'authorizedkeysfile /home/git/.ssh/authorized_keys'])
-def test_doctor_finds_nothing_where_sshd_lets_git_in(healthy, capfd, said):
-    healthy.sshd = lambda option: said + '\n'
-    dh.doctor(healthy.host)
-    assert capfd.readouterr().out == 'all is well\n'
-
-def test_doctor_leaves_an_app_that_is_stopped_alone(healthy, capfd):
-    dh.stop(healthy.app)
-    dh.doctor(healthy.host)
-    assert capfd.readouterr().out.endswith('all is well\n')
-
-def test_apps_are_listed_with_state_commit_key_and_address(healthy, capfd):
-    for state in ('running', 'stopped'):
-        dh.apps(healthy.host)
-        row = capfd.readouterr().out.split()
-        assert row[:3] == ['blog', state, '1' * 10]
-        assert row[-2:] == ['anna', 'http://blog.example.org/']
-        dh.stop(healthy.app)
-        capfd.readouterr()
-
-
-# ---------------------------------------------------------------------------------------
-# The real layer: dockhand on fresh servers, with real git, sshd, sudo, docker and nginx
-# ---------------------------------------------------------------------------------------
-
-# ---------------------------------------------------------------------------------------
-# From nothing to an answer
-# ---------------------------------------------------------------------------------------
+# ---- From nothing to an answer ---------------------------------------------------------
 
 @everywhere
 def test_real_one_command_makes_a_fresh_server_deploy(server):
@@ -4530,9 +4569,7 @@ def test_real_a_second_run_changes_nothing(server):
     assert look() == before
     assert server.ok('dockhand doctor') == 'all is well'
 
-# ---------------------------------------------------------------------------------------
-# Installed over an earlier dockhand
-# ---------------------------------------------------------------------------------------
+# ---- Installed over an earlier dockhand ------------------------------------------------
 
 # The first commit, the last before plain apps, and the first that was called whole
 EARLIER = ('5e9521c', 'b7b5522', '82b73e1')
@@ -4624,9 +4661,7 @@ def test_real_what_an_earlier_dockhand_deployed_goes_on_with_this_one(earlier, e
     assert re.findall(r'(?m)^(\S+) .* (\S+)$', elder.ok('dockhand keys')) == [
         ('main', 'app)'), ('other', 'elder')]
 
-# ---------------------------------------------------------------------------------------
-# Pushes
-# ---------------------------------------------------------------------------------------
+# ---- Pushes ----------------------------------------------------------------------------
 
 @everywhere
 def test_real_the_apache_of_2014_is_pushed_changed_and_pushed_again(server):
@@ -4726,9 +4761,7 @@ def test_real_line_ends_of_windows_are_no_mistake(server):
                     for name, text in web_files('crlf', 8095).items()))
     assert app.answer() == 'crlf'
 
-# ---------------------------------------------------------------------------------------
-# Refusals
-# ---------------------------------------------------------------------------------------
+# ---- Refusals --------------------------------------------------------------------------
 
 def check_refusal(pushed, pattern):
     """One line of dockhand's, the last one, says why."""
@@ -4839,9 +4872,7 @@ def test_real_any_other_ref_is_refused(servers, words, pattern):
     assert before == (app.answer(), listed) or words == ['--mirror']
     assert 'other' not in listed and app.branch() == app.git('rev-parse', 'main')
 
-# ---------------------------------------------------------------------------------------
-# One app ends where the next begins
-# ---------------------------------------------------------------------------------------
+# ---- One app ends where the next begins ------------------------------------------------
 
 NEIGHBOUR = {'nginx-proxy.conf': UPGRADE + '\nserver { listen 80; server_name market.test '
              'market.*; add_header X-Up $up; return 200 market; }\n'}
@@ -5046,9 +5077,7 @@ def test_real_an_app_with_a_dot_is_no_host_name_for_another(servers):
         '--rm', '--rm --net dockhand --net-alias inside')}, 'only the app inside answers to that')
     server.ok('dockhand destroy inside --force; dockhand destroy api.example.com --force')
 
-# ---------------------------------------------------------------------------------------
-# A push ends as git will end it
-# ---------------------------------------------------------------------------------------
+# ---- A push ends as git will end it ----------------------------------------------------
 
 @everywhere
 def test_real_what_is_no_commit_is_refused_and_the_app_takes_the_next_push(server):
@@ -5107,9 +5136,7 @@ def test_real_an_app_that_never_went_live_is_listed_with_the_reason(server):
     server.ok('dockhand destroy stillborn --force')
     assert 'stillborn' not in server.ok('dockhand apps')
 
-# ---------------------------------------------------------------------------------------
-# Whatever else happens
-# ---------------------------------------------------------------------------------------
+# ---- Whatever else happens -------------------------------------------------------------
 
 @everywhere
 def test_real_a_killed_container_comes_back(server):
@@ -5443,9 +5470,7 @@ def test_real_nginx_is_started_by_a_push_where_it_does_not_run(server):
         'shop', app.port)['nginx-proxy.conf'] + '# %s\n' % time.time()})
     assert app.answer() == 'nginx is back'
 
-# ---------------------------------------------------------------------------------------
-# What will be tried: each ends in one line and changes nothing
-# ---------------------------------------------------------------------------------------
+# ---- What will be tried: each ends in one line and changes nothing ---------------------
 
 def check_one_line(outcome, statuses=(1,)):
     assert outcome.status in statuses, outcome
@@ -5597,9 +5622,7 @@ def test_real_what_the_git_user_may_run_as_root_takes_no_other_words(untouched):
                                      '/usr/local/lib/dockhand/receive', *words))
     assert untouched.run('sudo', '-u', 'git', 'sudo', '-n', 'id').status != 0
 
-# ---------------------------------------------------------------------------------------
-# Commands
-# ---------------------------------------------------------------------------------------
+# ---- Commands --------------------------------------------------------------------------
 
 @everywhere
 def test_real_stop_start_and_restart(server):
@@ -5738,10 +5761,8 @@ def test_real_what_other_tools_read_is_valid_to_them(command, tmpdir):
     env = dict(os.environ, VAGRANT_DOTFILE_PATH=str(tmpdir), VAGRANT_HOME=str(tmpdir))
     assert run(words, cwd=HERE, env=env).status == 0
 
-# ---------------------------------------------------------------------------------------
-# Drills: put back, rolled back, never half
-# ---------------------------------------------------------------------------------------
-#
+# ---- Drills: put back, rolled back, never half -----------------------------------------
+
 # Each prints its figures (`-rP` shows them). They run short; `-m whole` runs those whole that
 # have a second size. Those of one server run one after another, beside those of the others.
 
@@ -6108,9 +6129,7 @@ def test_real_the_push_of_what_was_rolled_back_deploys_it_again(server, size):
     assert app.push().status == 0       # of the newer one
     assert (app.check_whole('b'), app.branch()) == ('b', commits['b'])
 
-# ---------------------------------------------------------------------------------------
-# Drills: plain apps
-# ---------------------------------------------------------------------------------------
+# ---- Drills: plain apps ----------------------------------------------------------------
 
 # Nobody wrote these here: they are the examples in the descriptions of Docker's official
 # images nginx and python, and in nodejs.org's guide to a web app in Docker. Beside each, the
