@@ -2510,17 +2510,6 @@ def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, cap
     assert machine.changed(before) == []
     assert 'blog: the switch to release 2 was interrupted' in capfd.readouterr().err
 
-@pytest.mark.parametrize('steps', range(7))
-def test_a_crash_at_any_step_is_put_right_by_recover(machine, tmpdir, steps):
-    other = Machine(tmpdir.mkdir('other'), machine.init)
-    other.lives(FILES)
-    half_deployed(machine, steps)
-    for _ in range(2):
-        dh.recover(machine.host)
-        found, wanted = machine.whole(), other.whole()
-        assert machine.running() == ['sha256:FROMone'] and machine.served == other.served
-        assert [path for path in set(found) ^ set(wanted) if 'other' not in path] == []
-
 def test_what_was_put_back_but_is_not_well_is_told_and_leaves_nothing_to_do(plain, capfd):
     plain.lives(FILES)
     start = plain.docker_start
@@ -3919,19 +3908,6 @@ def test_a_first_release_has_none_to_go_back_to(machine):
     machine.lives(FILES)
     assert refusal(dh.rollback, machine.app) == (
         'no other release to go back to: see dockhand releases blog')
-
-@pytest.mark.parametrize('live', [False, True])
-def test_a_crash_in_a_rollback_leaves_one_whole_release(machine, live):
-    pushed(machine, SHA_2)
-    older = machine.app.load(1)
-    machine.app.set_link('pending', older)
-    if live:
-        machine.app.set_link('live', older)
-        machine.containers['blog--1'] = machine.container('c1', older.image)
-    dh.recover(machine.host)
-    kept = [each.number for each in machine.app.kept()]
-    assert kept == ([1, 2] if live else [2, 1])
-    assert machine.refs['refs/heads/main'] == (SHA if live else SHA_2)
 
 def test_releases_are_listed_with_what_became_of_them(plain, capfd):
     pushed(plain, SHA_2)
