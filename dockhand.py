@@ -48,6 +48,7 @@ def to_bytes(text):
 LIBRARY, STATE = '/usr/local/lib/dockhand', '/var/lib/dockhand'
 PROGRAM, OLDER_NAME = '/usr/local/bin/dockhand', '/usr/local/bin/gitreceive'
 RECEIVE, TEMPLATE = LIBRARY + '/receive', LIBRARY + '/template'
+USER_FILE = LIBRARY + '/user'        # the name of the git user
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 LOCKS, SUDOERS = '/run/lock/dockhand', '/etc/sudoers.d/dockhand'
 NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
@@ -95,7 +96,7 @@ import gc, os, sys
 gc.disable()
 sys.path.insert(0, '{library}')
 import dockhand
-os._exit(dockhand.main({role!r}, {user!r}))
+os._exit(dockhand.main({role!r}))
 '''
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
@@ -4351,15 +4352,19 @@ def run_release_command(app, release):
 def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git.
     The exit status, where git has not taken the place of this process."""
-    verb, app = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
-    refuse_if(apps and app not in apps, 'the key "%s" has no right to %s: it may reach '
-              '%s', name, app, ', '.join(apps))
-    folder = App(host, app).repository()
-    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app, DOCKHAND_KEY=name,
+    verb, app_name = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
+    if apps and app_name not in apps:
+        raise Failure('the key "%s" has no right to %s: it may reach %s', name, app_name,
+                      ', '.join(apps))
+
+    app = App(host, app_name)
+    folder = app.repository()
+    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app_name, DOCKHAND_KEY=name,
                GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
     if not os.path.isdir(folder):
-        refuse_if(verb == 'upload-pack', 'no app %s here; a first push makes it', app)
-        check_host_names(App(host, app))
+        if verb == 'upload-pack':
+            raise Failure('no app %s here; a first push makes it', app_name)
+        check_host_names(app)
         make_repository(host, folder)
         return receive_first(host, folder, env)
     os.execvpe('git', ['git', verb, folder], env)
@@ -4379,8 +4384,8 @@ def receive_first(host, folder, env):
 def holds_anything(folder):
     """Whether a bare repository has, or is just getting, an object or a ref."""
     for place in ('objects', 'objects/pack', 'refs/heads', 'refs/tags'):
-        found = set(list_folder(os.path.join(folder, place))) - set(['info', 'pack'])
-        if found:
+        names = set(list_folder(os.path.join(folder, place)))
+        if names - set(['info', 'pack']):
             return True
     return os.path.exists(os.path.join(folder, 'packed-refs'))
 
@@ -4394,49 +4399,57 @@ def make_repository(host, folder):
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
 
-def receive(host, hook, app='', key='', *arguments):
+def receive(host, hook, app_name='', key='', *arguments):
     """Run as root by a repository's hooks: sudo receive update|post-receive|check.
     arguments: of the update hook, a ref and its old and new commit"""
     if hook == 'check':
         return
-    if not app or not key:
+    if not app_name or not key:
         raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
-    check_app_name(app)
+    check_app_name(app_name)
     check_key_name(key)
 
     if hook == 'post-receive' and not arguments:
-        after_push(App(host, app))
+        after_push(App(host, app_name))
         return
     if hook != 'update' or len(arguments) != 3:
         raise Failure('this is for the hooks of a repository')
     ref, old, new = arguments
     if not OBJECT_ID.match(old) or not OBJECT_ID.match(new):
         raise Failure('this is for the hooks of a repository')
-    known = apps_of(split_authorized_keys(host.text(host.home(), KEYS))[1], key)
-    deploy(App(host, app, known), key, ref, old, new)
+    known = apps_of(read_keys(host), key)
+    deploy(App(host, app_name, known), key, ref, old, new)
+
+def read_keys(host):
+    """[Key] of those that are ours in the git user's authorized_keys."""
+    _, keys, _ = split_authorized_keys(host.text(host.home(), KEYS))
+    return keys
 
 def after_push(app):
     """Remove what is too old, say where the app answers. Nothing depends on it: git does
     not run it when the pusher is gone."""
     with app_lock(app, 'the clean-up of ' + app.name) as live:
-        if live:
+        if live is not None:
             app.git('symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
             clean_up(app, live)
-    if live:
+    if live is not None:
         show_address(app, live)
 
 def hang_up(host):
     """End git's process for a pusher who takes nothing any more, or it waits for ever.
     The deploy is over; the same push again is accepted, and moves the branch."""
     from termios import FIONREAD
-    pid, unread = os.getppid(), fcntl.ioctl(2, FIONREAD, b'none')
+    unread = fcntl.ioctl(2, FIONREAD, b'none')
     host.clock.sleep(2 * PATIENCE)
-    if fcntl.ioctl(2, FIONREAD, b'none') == unread != b'\0\0\0\0':
-        while pid > 1 and 'receive-pack' not in host.text('/proc', str(pid), 'cmdline'):
-            stats = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
-            pid = int((stats + [0, 0])[1])
-        if pid > 1:
-            os.kill(pid, signal.SIGTERM)
+    if unread == b'\0\0\0\0' or fcntl.ioctl(2, FIONREAD, b'none') != unread:
+        return                              # somebody reads after all
+
+    pid = os.getppid()
+    while pid > 1 and 'receive-pack' not in host.text('/proc', str(pid), 'cmdline'):
+        fields = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
+        pid = int(fields[1]) if len(fields) > 1 else 0
+    if pid > 1:
+        os.kill(pid, signal.SIGTERM)
 
 # ---- Installing, and whether all is well -----------------------------------------------
 
@@ -4445,8 +4458,9 @@ def installed_parts(host):
     collect garbage nor take the interpreter down: 7 of a start's 30 ms."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
     launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
-                       flags='-Es' if PYTHON_2 else '-IS', user=host.user)
+                       flags='-Es' if PYTHON_2 else '-IS')
     parts = [
+        (USER_FILE, host.user + '\n', 0o644),
         (LIBRARY + '/dockhand.py', source, 0o644),
         (PROGRAM, launcher(role='dockhand'), 0o755),
         (RECEIVE, launcher(role='receive'), 0o755),
@@ -4459,26 +4473,35 @@ def installed_parts(host):
         parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
     elif has_init_scripts(host):
         parts.append((BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
-    folders = [TEMPLATE] + ['%s/%s.git' % (host.home(), app) for app in list_apps(host)
-                            if os.path.isdir(App(host, app).repository())]
-    return parts + [(folder + '/hooks/' + name, text, 0o755)
-                    for folder in folders for name, text in HOOKS]
+
+    folders = [TEMPLATE]
+    for name in list_apps(host):
+        if os.path.isdir(App(host, name).repository()):
+            folders.append('%s/%s.git' % (host.home(), name))
+    hooks = [(folder + '/hooks/' + name, text, 0o755)
+             for folder in folders for name, text in HOOKS]
+    return parts + hooks
+
+ENABLERS = ('/usr/sbin/update-rc.d', '/sbin/rc-update')
 
 def has_init_scripts(host):
     """Whether what boots this machine runs /etc/init.d: sysvinit, OpenRC and runit do, as
     Debian has them."""
-    return os.path.isdir(host.path('/etc/init.d')) and any(
-        os.path.exists(host.path(path)) for path in ENABLERS)
-
-ENABLERS = ('/usr/sbin/update-rc.d', '/sbin/rc-update')
+    if not os.path.isdir(host.path('/etc/init.d')):
+        return False
+    return any(os.path.exists(host.path(path)) for path in ENABLERS)
 
 def enable_at_boot(host):
     """Have init run `dockhand recover`; True if it did not before."""
     if is_systemd(host):
+        changed = False
         for link in UNIT_ENABLED:
-            if not os.path.isdir(os.path.dirname(host.path(link))):
-                make_folder(os.path.dirname(host.path(link)))
-        return any([replace_link(host.path(link), UNIT) for link in UNIT_ENABLED])
+            folder = os.path.dirname(host.path(link))
+            if not os.path.isdir(folder):
+                make_folder(folder)
+            if replace_link(host.path(link), UNIT):
+                changed = True
+        return changed
     if is_upstart(host) or not has_init_scripts(host):
         return False
 
@@ -4502,40 +4525,49 @@ PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
 
 def demand(rows):
     """Tell every problem, of [(what is wrong or nothing, what to type)]; Failure then."""
-    found = [row for row in rows if row[0]]
-    for row in found:
-        tell('WRONG  %s\n       type: %s', *row)
-    refuse_if(found, '%d thing(s) to mend', len(found))
+    problems = [row for row in rows if row[0]]
+    for problem, remedy in problems:
+        tell('WRONG  %s\n       type: %s', problem, remedy)
+    refuse_if(problems, '%d thing(s) to mend', len(problems))
 
 def requirements(host):
     """Whether this machine has what dockhand calls, as rows for `demand`."""
     paths = dict((name, host.ask(['which', name]).out.strip()) for name, _ in PACKAGES)
-    rows = [(not paths[name] and name + ' is missing', 'apt-get install ' + package)
-            for name, package in PACKAGES]
-    return rows + (docker_problems(host, paths['docker']) if paths['docker'] else [])
+    rows = [(name + ' is missing', 'apt-get install ' + package)
+            for name, package in PACKAGES if not paths[name]]
+    if paths['docker']:
+        rows += docker_problems(host, paths['docker'])
+    return rows
 
 def docker_problems(host, path):
     """What keeps the docker at a path from running apps: rows for `demand`."""
+    rows, bring = [], 'apt-get install docker.io'
     status, out, err = host.ask(['docker', 'version'])
-    podman, snap = 'podman' in (out + err).lower(), os.path.realpath(path)[:5] == '/snap'
-    old = not (status or podman or is_upstart(host)) and host.docker.version() < (1, 11)
-    bring = 'apt-get install docker.io'
-    return [(snap and 'a snap cannot read /var/lib', 'snap remove docker; ' + bring),
-            (podman and 'docker is podman', bring),
-            (status and 'docker does not answer: ' + last_line(err),
-             'service docker start || dockerd &'),
-            (old and 'docker is older than 1.11, and init is not Upstart', bring)]
+    if os.path.realpath(path).startswith('/snap'):
+        rows.append(('a snap cannot read /var/lib', 'snap remove docker; ' + bring))
+    is_podman = 'podman' in (out + err).lower()
+    if is_podman:
+        rows.append(('docker is podman', bring))
+    if status != 0:
+        rows.append(('docker does not answer: ' + last_line(err),
+                     'service docker start || dockerd &'))
+    elif not is_podman and not is_upstart(host) and host.docker.version() < (1, 11):
+        rows.append(('docker is older than 1.11, and init is not Upstart', bring))
+    return rows
 
 def ensure_user(host):
     """Make the git user where there is none; True if there was none."""
     account, user = host.account(), host.user
-    refuse_if(account and (account.shell.endswith(('nologin', 'git-shell', 'false'))
-                           or account.uid == 0), "the user %s is somebody else's: "
-              'dockhand.py install --user NAME takes another', user)
-    if not account:
+    if account is None:
         host.run('useradd -m -d /home/{0} -s /bin/sh -p * {0}'.format(user).split())
         tell('made the user ' + user)
-    return not account
+        return True
+
+    is_ours = account.uid != 0 and not account.shell.endswith(
+        ('nologin', 'git-shell', 'false'))
+    refuse_if(not is_ours, "the user %s is somebody else's: dockhand.py install --user "
+              'NAME takes another', user)
+    return False
 
 def install_part(host, name, text, mode):
     """Write a file, the git user's under its home, after those who read it found nothing
@@ -4546,13 +4578,15 @@ def install_part(host, name, text, mode):
         if name == CATCH_ALL:
             wrong = host.nginx.test('dockhand', '', host.nginx.files())
             refuse_if(wrong, "nginx's configuration is broken, mend it first: %s", wrong)
+
     folder = os.path.dirname(host.path(name))
     if not os.path.isdir(folder):
         make_folder(folder)
     owner = host.account() if name.startswith(host.home() + '/') else None
-    if replace_file(host.path(name), text, mode, owner, check):
-        tell('wrote ' + name)
-        return True
+    if not replace_file(host.path(name), text, mode, owner, check):
+        return False
+    tell('wrote ' + name)
+    return True
 
 def disable_default_site(host):
     """Move the distribution's default site, which claims `default_server`, out of the way
@@ -4566,29 +4600,35 @@ def disable_default_site(host):
             os.rename(host.path(site), host.path(packaged + '.disabled'))
             tell("disabled nginx's default site: it is %s.disabled now", packaged)
             return True
+    return False
 
 def settle_again(app):
     """Have an app kept running as this version does it: an older one may have set docker
     another policy."""
     with app_lock(app, 'dockhand install') as live:
-        if live and not app.is_stopped() and engine_of(app, live).state(live).alive:
-            engine_of(app, live).settle(live)
+        if live is None or app.is_stopped():
+            return
+        engine = engine_of(app, live)
+        if engine.state(live).alive:
+            engine.settle(live)
 
 def sudo_problem(host):
     """What keeps the git user from running its one command, as a hook will, or None."""
-    status, _, err = host.ask(['sudo', '-n', RECEIVE, 'check'], account=host.account())
-    return status and (
-        'the user %s cannot run %s by sudo (%s): /etc/sudoers must have `#includedir '
-        '/etc/sudoers.d`' % (host.user, RECEIVE, last_line(err)))
+    check = ['sudo', '-n', RECEIVE, 'check']
+    status, _, err = host.ask(check, account=host.account())
+    if status == 0:
+        return None
+    return ('the user %s cannot run %s by sudo (%s): /etc/sudoers must have `#includedir '
+            '/etc/sudoers.d`' % (host.user, RECEIVE, last_line(err)))
 
 def sshd_problems(host):
     """Options of sshd that keep the git user or its keys out: rows for `demand`."""
     said = host.ask(['sshd', '-T']).out
     for option, wanted in (('AllowUsers', host.user), ('AllowGroups', host.user),
                            ('AuthorizedKeysFile', KEYS)):
-        found = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
-        if found and not re.search('(?:^|[ /])%s(?: |$)' % re.escape(wanted), found):
-            yield ('%s of sshd is %s, without %s' % (option, found, wanted),
+        value = ' '.join(re.findall('(?im)^%s (.*)' % option, said))
+        if value and not re.search('(?:^|[ /])%s(?: |$)' % re.escape(wanted), value):
+            yield ('%s of sshd is %s, without %s' % (option, value, wanted),
                    'edit /etc/ssh/sshd_config, then reload ssh')
 
 def app_problem(app):
@@ -4596,18 +4636,22 @@ def app_problem(app):
     live = app.live()
     if app.linked('pending'):
         return 'a deploy of %s was interrupted' % app.name, 'sudo dockhand recover'
-    if live and not app.docker.inspect(image_tag(live)):
+    if live is None:
+        return None, ''
+    if not app.docker.inspect(image_tag(live)):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
-    runs = not live or app.is_stopped() or engine_of(app, live).state(live).alive
-    if not runs:
+    if not app.is_stopped() and not engine_of(app, live).state(live).alive:
         return app.name + ' does not run', 'sudo dockhand start ' + app.name
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
 
 def answer_problem(app, live):
     """What is wrong with what nginx answers for a live app, or None."""
-    place = live and live.proxy and plain_place(read_proxy_file(live.proxy).servers)
-    if not place or app.is_stopped():
+    if not live.proxy or app.is_stopped():
         return None
+    place = plain_place(read_proxy_file(live.proxy).servers)
+    if place is None:
+        return None
+
     name, port = place
     status = fetch_status(app.host, name, port)
     if status in ('401', '403', '404') and is_made(live):
@@ -4637,31 +4681,51 @@ def nginx_advice(host):
             "printf '[Service]\\nRestart=on-failure\\n' >%s/restart.conf; systemctl "
             'daemon-reload' % (folder, folder))
 
-# ---- Commands --------------------------------------------------------------------------
+# ---- Commands: what people run, each with its line of help -----------------------------
 
-def install(host, user=None):
+# pattern: the words after the name; [X] may be left out, [-x] is a flag, [-x Y] takes a
+# value. Where it begins with APP, the function gets an App, else the Host.
+Verb = namedtuple('Verb', 'name pattern function')
+COMMANDS = []                       # in the order in which they are listed
+
+def command(name, pattern=''):
+    """Make a function a command of this name; its docstring is what the list says."""
+    def enlist(function):
+        COMMANDS.append(Verb(name, pattern, function))
+        return function
+    return enlist
+
+# Installing, and keys
+
+@command('install', '[--user NAME]')
+def cmd_install(host, user=None):
     """make this machine ready, or bring it up to date"""
     import py_compile
-    if user:
-        host.user = check_app_name(user) if user != 'git' else user
+    if user is not None:
+        host.user = user if user == 'git' else check_app_name(user)
     demand(requirements(host))
+
     changes = [ensure_user(host), make_folder(host.path(STATE, 'apps')),
-               make_folder(host.path(STATE, 'build'), 0o700, host.account()),
-               not os.path.isdir(host.path('/var/cache/nginx')) and make_folder(
-                   host.path('/var/cache/nginx')),
-               disable_default_site(host)]
-    changes += [install_part(host, *part) for part in installed_parts(host)]
-    changes += [replace_link(host.path(OLDER_NAME), PROGRAM), enable_at_boot(host)]
+               make_folder(host.path(STATE, 'build'), 0o700, host.account())]
+    if not os.path.isdir(host.path('/var/cache/nginx')):
+        changes.append(make_folder(host.path('/var/cache/nginx')))
+    changes.append(disable_default_site(host))
+    for name, text, mode in installed_parts(host):
+        changes.append(install_part(host, name, text, mode))
+    changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
+    changes.append(enable_at_boot(host))
     script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
     py_compile.compile(host.path(script), dfile=script, doraise=True)
-    if any(changes) or host.nginx.master() is None:
+
+    changed = any(changes)
+    if changed or host.nginx.master() is None:
         host.nginx.reload()
-    if any(changes):
-        for app in list_apps(host):
-            attempt(app, settle_again, App(host, app))
+    if changed:
+        for name in list_apps(host):
+            attempt(name, settle_again, App(host, name))
     demand([(sudo_problem(host), 'visudo')])
     tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
-         '"sudo dockhand upload-key NAME"' if any(changes) else 'nothing changed')
+         '"sudo dockhand upload-key NAME"' if changed else 'nothing changed')
 
 def change_keys(host, change):
     """Replace our keys by what a function makes of them."""
@@ -4674,23 +4738,27 @@ def change_keys(host, change):
         replace_file(path, text, 0o600, account)
 
 def read_stdin():
+    """What is piped in, '' from a terminal; Failure where it is too much."""
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
     data = b'' if source.isatty() else source.read(FILE_LIMIT + 1)
     refuse_if(len(data) > FILE_LIMIT, 'what came in is larger than 256 KB')
     return to_text(data)
 
-def upload_key(host, name, *apps):
+@command('upload-key', 'NAME [APP...]')
+def cmd_upload_key(host, name, *apps):
     """let the public keys on standard input push (to these apps only)"""
     check_key_name(name)
     apps = tuple(check_app_name(app) for app in apps)
     uploaded = parse_public_keys(read_stdin())
-    for key in uploaded:
-        refuse_if(not fingerprint(host, *key), '"%s" is no key that OpenSSH here knows: '
-                  'make one with ssh-keygen -t ecdsa', printable(' '.join(key), 40))
+    for kind, blob in uploaded:
+        refuse_if(not fingerprint(host, kind, blob), '"%s" is no key that OpenSSH here '
+                  'knows: make one with ssh-keygen -t ecdsa',
+                  printable(kind + ' ' + blob, 40))
+
     change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
     where = ', '.join(apps) or 'every app'
-    for key in uploaded:
-        tell('%s %s %s may push %s', name, key[0], fingerprint(host, *key), where)
+    for kind, blob in uploaded:
+        tell('%s %s %s may push %s', name, kind, fingerprint(host, kind, blob), where)
     log('key %s: may push %s', name, where)
 
 def fingerprint(host, kind, blob):
@@ -4702,48 +4770,71 @@ def fingerprint(host, kind, blob):
         status, out, _ = host.ask(['ssh-keygen', '-l', '-f', file.name])
     return '' if status else out.split()[1]
 
-def list_keys(host):
+@command('keys')
+def cmd_keys(host):
     """list who may push, and which apps"""
-    for key in split_authorized_keys(host.text(host.home(), KEYS))[1]:
+    for key in read_keys(host):
         where = ' '.join(key.apps) or '(every app)'
         shown = fingerprint(host, key.type, key.blob) or '(unknown to OpenSSH here)'
         tell('%-20s %-20s %s %s', key.name, key.type, shown, where)
 
-def remove_key(host, name):
+@command('remove-key', 'NAME')
+def cmd_remove_key(host, name):
     """take the right to push away from a key"""
-    known = [key.name for key in split_authorized_keys(host.text(host.home(), KEYS))[1]]
+    known = [key.name for key in read_keys(host)]
     refuse_if(name not in known, 'no key is named "%s": dockhand keys', printable(name))
     change_keys(host, lambda keys: [key for key in keys if key.name != name])
     log('key %s: removed', name)
     tell('%s may push no longer', name)
 
-def apps(host):
-    """list the apps: state, commit, since when, by whom, address"""
-    for app in all_apps(host):
-        live = App(host, app).live()
-        if live is None:
-            tell('%-16s %-8s %s', app, 'waiting', App(host, app).waiting_text())
-            continue
-        state = 'running' if engine_of(App(host, app), live).state(live).alive else (
-            'stopped' if App(host, app).is_stopped() else 'DOWN')
-        tell('%-16s %-8s %s %s', app, state, origin_text(live), address_text(live))
+# What runs
 
-def logs(app, n='100', f=False):
+@command('apps')
+def cmd_apps(host):
+    """list the apps: state, commit, since when, by whom, address"""
+    for name in all_apps(host):
+        app = App(host, name)
+        live = app.live()
+        if live is None:
+            tell('%-16s %-8s %s', name, 'waiting', app.waiting_text())
+        else:
+            tell('%-16s %-8s %s %s', name, state_text(app, live), origin_text(live),
+                 address_text(live))
+
+def state_text(app, live):
+    """Whether a live app runs, in a word."""
+    if engine_of(app, live).state(live).alive:
+        return 'running'
+    return 'stopped' if app.is_stopped() else 'DOWN'
+
+@command('logs', 'APP [-f] [-n N]')
+def cmd_logs(app, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
-    refuse_if(app.is_waiting(), '%s was never live; it waits %s', app.name,
-              is_app_name(app.name) and app.waiting_text())
+    if app.is_waiting():
+        raise Failure('%s was never live; it waits %s', app.name, app.waiting_text())
     live = app.must_be_live()
-    command = engine_of(app, live).logs_command(live, n, *['-f'] if f else [])
-    os.execvpe(command[0], command, dict(os.environ, **ENVIRONMENT))
+    follow = ['-f'] if f else []
+    words = engine_of(app, live).logs_command(live, n, *follow)
+    os.execvpe(words[0], words, dict(os.environ, **ENVIRONMENT))
 
-def restart(app):
+@command('restart', 'APP')
+def cmd_restart(app):
     """stop an app and start it again"""
     with live_app(app, 'restart') as live:
         engine_of(app, live).stop(live)
-    start(app)
+    cmd_start(app)
 
-def start(app):
+@command('stop', 'APP')
+def cmd_stop(app):
+    """stop an app; it stays so over a reboot, until a start or a push"""
+    with live_app(app, 'stop') as live:
+        replace_file(app.folder('stopped'), '')
+        engine_of(app, live).stop(live)
+    tell('%s is stopped', app.name)
+
+@command('start', 'APP')
+def cmd_start(app):
     """start an app that was stopped"""
     with live_app(app, 'start') as live:
         engine = engine_of(app, live)
@@ -4755,113 +4846,132 @@ def start(app):
         finish(app, live, branch_moves=False)
     tell('%s runs', app.name)
 
-def stop(app):
-    """stop an app; it stays so over a reboot, until a start or a push"""
-    with live_app(app, 'stop') as live:
-        replace_file(app.folder('stopped'), '')
-        engine_of(app, live).stop(live)
-    tell('%s is stopped', app.name)
+# Its releases
 
-def rebuild(app, pull=False):
+@command('releases', 'APP')
+def cmd_releases(app):
+    """list an app's releases: commit, when, by whom, how long it took, live or not"""
+    live = None if app.is_waiting() else app.must_be_live()
+    numbers = app.numbers()
+    if not numbers:
+        tell('%s waits for its first push', app.name)
+    for number in reversed(numbers):
+        release = app.load(number)
+        if release.commit:
+            took = '%.1f s' % release.seconds if release.seconds else '-'
+            tell('%4d  %s %8s  %s', number, origin_text(release), took,
+                 fate_text(release, live))
+
+def fate_text(release, live):
+    """What became of a release. live: the Release that is, or None"""
+    if live is not None and release.number == live.number:
+        return 'live'
+    if release.failed:
+        return 'failed: ' + release.failed
+    return 'kept' if release.seconds is not None else 'under way'
+
+@command('rollback', 'APP [N]')
+def cmd_rollback(app, number=None):
+    """go back to the release that was live before, or to another that is kept"""
+    with live_app(app, 'rollback') as live:
+        release = earlier_release(app, live, number)
+        check_edited(app, live, release)
+        step('Switching from release %d to %d', live.number, release.number)
+        report = apply(app, live, release)
+        step('Release %d is live again: %s', release.number, report)
+        log('%s: rolled back from release %d to %d of %s', app.name, live.number,
+            release.number, release.commit)
+    show_address(app, release)
+
+def earlier_release(app, live, number):
+    """The kept Release that a rollback goes to; Failure if it cannot run any more.
+    number: a str, or None for the one before"""
+    releases = [release for release in app.kept() if release.number != live.number
+                and number in (None, str(release.number))]
+    wanted = 'release ' + printable(number) if number else 'other release'
+    refuse_if(not releases, 'no %s to go back to: see dockhand releases %s', wanted,
+              live.app)
+
+    tag = image_tag(releases[0])
+    images = [image['Id'] for image in app.docker.inspect(tag)]
+    refuse_if(images != [releases[0].image],
+              'its image %s was removed, so nothing has changed: choose another', tag)
+    return releases[0]
+
+@command('rebuild', 'APP [--pull]')
+def cmd_rebuild(app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
     with live_app(app, 'rebuild') as live:
         release = new_release(app, live.key, live.branch, live.commit)
         make_release(app, live, release, ['--pull'] if pull else [])
     after_push(app)
 
-def releases(app):
-    """list an app's releases: commit, when, by whom, how long it took, live or not"""
-    live = None if app.is_waiting() else app.must_be_live()
-    found = [app.load(number) for number in app.numbers()]
-    if not found:
-        tell('%s waits for its first push', app.name)
-    for release in [each for each in reversed(found) if each.commit]:
-        state = 'live' if live and release.number == live.number else (
-            'failed: ' + release.failed if release.failed else
-            'kept' if release.seconds is not None else 'under way')
-        took = '%.1f s' % release.seconds if release.seconds else '-'
-        tell('%4d  %s %8s  %s', release.number, origin_text(release), took, state)
+# What only this server knows
 
-def rollback(app, number=None):
-    """go back to the release that was live before, or to another that is kept"""
-    with live_app(app, 'rollback') as live:
-        release = earlier_release(app, live, number)
-        check_edited(app, live, release)
-        was, now = live.number, release.number
-        step('Switching from release %d to %d', was, now)
-        step('Release %d is live again: %s', now, apply(app, live, release))
-        log('%s: rolled back from release %d to %d of %s', app.name, was, now,
-            release.commit)
-    show_address(app, release)
-
-def earlier_release(app, live, number):
-    """The kept Release that a rollback goes to; Failure if it cannot run any more."""
-    found = [each for each in app.kept()
-             if each.number != live.number and number in (None, str(each.number))]
-    refuse_if(not found, 'no %s to go back to: see dockhand releases %s',
-              'release ' + printable(number) if number else 'other release', live.app)
-    tag = image_tag(found[0])
-    refuse_if([each['Id'] for each in app.docker.inspect(tag)] != [found[0].image],
-              'its image %s was removed, so nothing has changed: choose another', tag)
-    return found[0]
-
-def recover(host):
-    """put right what a crash or a prune left; runs at boot, and when docker starts"""
-    host.docker.wait()
-    host.docker.free_ports()
-    runs = host.nginx.master() or attempt('nginx', host.nginx.start, False)
-    apps = sorted(set(list_apps(host) + list_folder(host.path(STATE, 'build'))))
-    wrong = [app for app in apps if not attempt(app, put_right, App(host, app))]
-    refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
-    refuse_if(not runs, 'nginx could not be started')
-
-def config(app, *changes, **options):
-    """print what only this server knows of an app, or change it; KEY=- reads a secret"""
-    with app_lock(app, 'dockhand config ' + app.name) as live:
-        found = app.config()
-        wanted = change_config(found, changes, 'unset' in options)
-        changed = dict(set(found.items()) ^ set(wanted.items()))
-        if not changed:
-            for key in sorted(found):
-                shown = 'values' in options or key in SETTINGS
-                tell('%s=%s', key, found[key] if shown else '(see it with --values)')
-        elif live is None:
-            app.save_config(wanted)
-            tell('%s: noted for its first push', app.name)
-        else:
-            own = live.job or live.proxy and not is_made(live)
-            refuse_if(own and 'domains' in changed and 'domains' in wanted, 'the domains '
-                      'of %s are the server_name of its own nginx-proxy.conf', app.name)
-            check_edited(app, live, live)
-            unset = DEFAULT_BRANCHES[0] if 'branch' in found else live.branch
-            branch = wanted.get('branch', unset)
-            release = new_release(app, live.key, branch, live.commit)
-            make_release(app, live, release._replace(
-                config=wanted, image=live.image, job=live.job, proxy=live.proxy))
-            clean_up(app, app.live())
-            log('%s: config changed: %s', app.name, ' '.join(sorted(changed)))
-
-def change_config(found, changes, unset):
-    """What words, KEY=VALUE or, to unset one, KEY, make of a config."""
-    wanted = dict(found)
-    for word in changes:
-        key, equals, value = word.partition('=')
-        if equals:
-            wanted[key] = re.sub(r'\r?\n\Z', '', read_stdin()) if value == '-' else value
-            check_setting(key, wanted[key])
-        else:
-            refuse_if(not unset, '"%s" is not KEY=VALUE', printable(word))
-            refuse_if(wanted.pop(word, None) is None, 'no %s is set', printable(word))
-    return wanted
-
-def proxy(app):
+@command('proxy', 'APP')
+def cmd_proxy(app):
     """print the proxy file that is made for an app, to start one of its own from"""
     live = app.must_be_live()
     refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app.name)
     text = complete_proxy(app, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
-def destroy(app, force=False, volumes=False):
+@command('config', 'APP [KEY=VALUE...] [--unset] [--values]')
+def cmd_config(app, *changes, **options):
+    """print what only this server knows of an app, or change it; KEY=- reads a secret"""
+    with app_lock(app, 'dockhand config ' + app.name) as live:
+        before = app.config()
+        wanted = change_config(before, changes, 'unset' in options)
+        changed = sorted(dict(set(before.items()) ^ set(wanted.items())))
+        if not changed:
+            show_config(before, 'values' in options)
+        elif live is None:
+            app.save_config(wanted)
+            tell('%s: noted for its first push', app.name)
+        else:
+            release_config(app, live, wanted, changed)
+
+def show_config(config, with_values):
+    """Print what is set; a variable's value may be a secret."""
+    for key in sorted(config):
+        shown = with_values or key in SETTINGS
+        tell('%s=%s', key, config[key] if shown else '(see it with --values)')
+
+def release_config(app, live, wanted, changed):
+    """Make a release of the live image with another config. changed: [key]"""
+    has_own_file = live.job or live.proxy and not is_made(live)
+    refuse_if(has_own_file and 'domains' in changed and 'domains' in wanted,
+              'the domains of %s are the server_name of its own nginx-proxy.conf',
+              app.name)
+    check_edited(app, live, live)
+
+    branch = wanted.get('branch', live.branch)
+    if 'branch' in changed and 'branch' not in wanted:
+        branch = DEFAULT_BRANCHES[0]
+    release = new_release(app, live.key, branch, live.commit)
+    make_release(app, live, release._replace(
+        config=wanted, image=live.image, job=live.job, proxy=live.proxy))
+    clean_up(app, app.live())
+    log('%s: config changed: %s', app.name, ' '.join(changed))
+
+def change_config(config, changes, unset):
+    """What words, KEY=VALUE or, to unset one, KEY, make of a config: a new one."""
+    wanted = dict(config)
+    for word in changes:
+        key, equals, value = word.partition('=')
+        if equals:
+            if value == '-':
+                value = re.sub(r'\r?\n\Z', '', read_stdin())
+            check_setting(key, value)
+            wanted[key] = value
+        else:
+            refuse_if(not unset, '"%s" is not KEY=VALUE', printable(word))
+            refuse_if(word not in wanted, 'no %s is set', printable(word))
+            del wanted[word]
+    return wanted
+
+@command('destroy', 'APP [--force] [--volumes]')
+def cmd_destroy(app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
     check_app_name(app.name)
     there = app.name in list_apps(app.host) or os.path.isdir(app.repository())
@@ -4872,21 +4982,9 @@ def destroy(app, force=False, volumes=False):
         force = sys.stdin.readline().strip() == app.name
     refuse_if(not force, 'not removed; if you are sure: dockhand destroy %s --force',
               app.name)
+
     with app_lock(app, 'dockhand destroy ' + app.name) as live:
-        if live:
-            engine_of(app, live).stop(live)
-            app.nginx.remove(app.name)
-            engine_of(app, live).withdraw(live)
-            app.docker.untag(app.name + ':latest')
-        for link in ('live', 'pending'):
-            remove_file(app.folder(link))
-        for number in app.numbers():
-            drop(app, app.load(number))
-        app.docker.untag(app.name + ':plan')
-        app.host.run(['rm', '-rf', '--', app.folder(), app.repository(),
-                  app.host.path('/var/cache/nginx', app.name)])
-        if not any(App(app.host, name).live() for name in list_apps(app.host)):
-            app.host.ask(['docker', 'network', 'rm', NETWORK])
+        remove_app(app, live)
         kept = app.docker.volumes_of(app.name)
         if kept and volumes:
             app.host.run(['docker', 'volume', 'rm'] + kept)
@@ -4894,59 +4992,96 @@ def destroy(app, force=False, volumes=False):
     for name in kept:
         tell('removed volume %s' if volumes else 'kept: docker volume rm %s', name)
 
-def doctor(host):
+def remove_app(app, live):
+    """Remove all that there is of an app, but for its volumes. live: may be None"""
+    if live is not None:
+        engine = engine_of(app, live)
+        engine.stop(live)
+        app.nginx.remove(app.name)
+        engine.withdraw(live)
+        app.docker.untag(latest_tag(app))
+    for link in ('live', 'pending'):
+        remove_file(app.folder(link))
+    for number in app.numbers():
+        drop(app, app.load(number))
+    app.docker.untag(app.name + ':plan')
+    app.host.run(['rm', '-rf', '--', app.folder(), app.repository(),
+                  app.host.path('/var/cache/nginx', app.name)])
+
+    others = [App(app.host, name) for name in list_apps(app.host)]
+    if not any(other.live() for other in others):
+        app.host.ask(['docker', 'network', 'rm', NETWORK])
+
+# The server itself
+
+@command('recover')
+def cmd_recover(host):
+    """put right what a crash or a prune left; runs at boot, and when docker starts"""
+    host.docker.wait()
+    host.docker.free_ports()
+    runs = host.nginx.master() or attempt('nginx', host.nginx.start, False)
+    names = set(list_apps(host) + list_folder(host.path(STATE, 'build')))
+    wrong = [name for name in sorted(names)
+             if not attempt(name, put_right, App(host, name))]
+    refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
+    refuse_if(not runs, 'nginx could not be started')
+
+@command('doctor')
+def cmd_doctor(host):
     """check every part of the installation, and say what to type"""
     demand(requirements(host))
-    demand([
+    rows = [
         (not host.account() and 'there is no user ' + host.user, INSTALL_AGAIN),
         (not host.text(host.home(), KEYS) and 'no key may push',
          'dockhand upload-key NAME < id_ed25519.pub'),
         (sudo_problem(host), 'visudo'),
         (host.nginx.problem(), 'edit that file, then nginx -t'),
         (not host.nginx.master() and 'nginx does not run', nginx_advice(host))]
-        + list(sshd_problems(host))
-        + [(host.text(path) != text and path + ' is not as installed', INSTALL_AGAIN)
-           for path, text, _ in installed_parts(host)]
-        + [app_problem(App(host, app)) for app in list_apps(host)])
+    rows += sshd_problems(host)
+    for path, text, _ in installed_parts(host):
+        if host.text(path) != text:
+            rows.append((path + ' is not as installed', INSTALL_AGAIN))
+    for name in list_apps(host):
+        rows.append(app_problem(App(host, name)))
+    demand(rows)
+
     for place in unread_files(host):
         tell('note: %s: what it names may clash with an app unnoticed', place)
     tell('all is well')
 
-# The words after each name: [X] may be left out, [-x] is a flag, [-x Y] takes a value.
-COMMANDS = [
-    ('install', install, '[--user NAME]'), ('upload-key', upload_key, 'NAME [APP...]'),
-    ('keys', list_keys, ''), ('remove-key', remove_key, 'NAME'),
-    ('apps', apps, ''), ('logs', logs, 'APP [-f] [-n N]'),
-    ('restart', restart, 'APP'), ('stop', stop, 'APP'), ('start', start, 'APP'),
-    ('releases', releases, 'APP'), ('rollback', rollback, 'APP [N]'),
-    ('rebuild', rebuild, 'APP [--pull]'), ('proxy', proxy, 'APP'),
-    ('config', config, 'APP [KEY=VALUE...] [--unset] [--values]'),
-    ('destroy', destroy, 'APP [--force] [--volumes]'),
-    ('recover', recover, ''), ('doctor', doctor, '')]
+# ---- The command line ------------------------------------------------------------------
 
 def parse_arguments(pattern, words):
-    """(positional words, {option: value}) by a pattern of the command table; or Usage."""
+    """(positional words, {option: value}) by the pattern of a Verb; or Usage."""
     from getopt import GetoptError, gnu_getopt
     known = dict(re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern))
     short = ''.join(name + (known[name] and ':') for name in known if len(name) == 1)
     longer = [name + (known[name] and '=') for name in known if len(name) > 1]
-    least = re.sub(r'\[.*?\]', '', pattern).split()
-    most = re.sub(r'\[-.*?\]', '', pattern).split()
     try:
-        found, given = gnu_getopt(words, short, longer)
+        options, given = gnu_getopt(words, short, longer)
     except GetoptError as error:
         raise Usage(printable(str(error)))
-    if len(given) < len(least) or (len(given) > len(most) and '...' not in pattern):
+
+    least = re.sub(r'\[.*?\]', '', pattern).split()
+    most = re.sub(r'\[-.*?\]', '', pattern).split()
+    too_many = len(given) > len(most) and '...' not in pattern
+    if len(given) < len(least) or too_many:
         raise Usage('wanted: ' + (pattern or 'no words'))
-    found = [(option.lstrip('-'), value) for option, value in found]
-    return given, dict((name, value if known[name] else True) for name, value in found)
+    values = {}
+    for option, value in options:
+        name = option.lstrip('-')
+        values[name] = value if known[name] else True
+    return given, values
 
 def run_command(host, words):
+    """Run what a person typed after `dockhand`; or Usage."""
     if not words or words[0] in ('help', '-h', '--help'):
-        return tell('dockhand: git push deploys anything that fits in a container\n%s',
-                    ''.join('\n  dockhand %-28s %s' % (name + ' ' + words, act.__doc__)
-                            for name, act, words in COMMANDS))
-    for name, function, pattern in COMMANDS:
+        tell('dockhand: git push deploys anything that fits in a container\n')
+        for name, pattern, function in COMMANDS:
+            tell('  dockhand %-28s %s', name + ' ' + pattern, function.__doc__)
+        return
+
+    for name, pattern, function in COMMANDS:
         if name == words[0]:
             given, options = parse_arguments(pattern, words[1:])
             refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + name)
@@ -4956,19 +5091,26 @@ def run_command(host, words):
     raise Usage('no command "%s"; `dockhand` alone lists them', printable(words[0]))
 
 def installed_user(host):
-    """The git user of the installation at hand, for a script that is run directly."""
-    found = re.findall(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
-    return (found + ['git'])[0]
+    """The git user of the installation at hand."""
+    name = host.text(USER_FILE).strip()
+    if name:
+        return name
+    # Older versions had it in their launcher alone.
+    older = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
+    return older.group(1) if older else 'git'
 
-def main(role, user):
-    """Run as one of dockhand's names; the exit status."""
+def main(role, user=None):
+    """Run as one of dockhand's names; the exit status.
+    user: of the launchers of older versions, while they are replaced"""
     on_signals(leave)
     os.umask(0o022)
-    host, words, status = Host(user=user), sys.argv[1:], 0
+    host = Host(user=user or installed_user(Host()))
+    words, status = sys.argv[1:], 0
+    is_for_sshd = role == 'dockhand' and words[:1] == ['serve'] and len(words) > 1
     try:
         if role == 'receive':
             receive(host, *words or [''])
-        elif words[:1] == ['serve'] and len(words) > 1:
+        elif is_for_sshd:
             status = serve(host, *words[1:])
         else:
             run_command(host, words)
@@ -4977,9 +5119,10 @@ def main(role, user):
         if role == 'receive' or words[:1] == ['serve']:
             log('%s: refused: %s', ' '.join(words), problem)
         status = 2 if isinstance(problem, Usage) else 1
+
     if role == 'receive' and say.patience <= 0:
         hang_up(host)
     return status
 
 if __name__ == '__main__':
-    sys.exit(main('dockhand', installed_user(Host())))
+    sys.exit(main('dockhand'))

@@ -1764,7 +1764,7 @@ def test_locks_in_a_folder_of_somebody_else_are_refused(plain):
     plain.write('/etc/shadow', 'kept')
     os.symlink(plain.host.path('/etc/shadow'), folder + '/blog')
     os.chown(folder, USER, GROUP)
-    assert 'somebody else made' in refusal(dh.stop, plain.app)
+    assert 'somebody else made' in refusal(dh.cmd_stop, plain.app)
     assert plain.read('/etc/shadow') == 'kept'
 
 # ---- Docker ----------------------------------------------------------------------------
@@ -1978,7 +1978,7 @@ def test_the_workers_of_a_killed_master_are_ended_before_nginx_is_started(plain)
         os.unlink(plain.host.path('/run/nginx.pid'))
         threading.Timer(0.2, lambda: worker.wait() and shutil.rmtree(
             plain.host.path('/proc', str(worker.pid)))).start()
-        dh.recover(plain.host)
+        dh.cmd_recover(plain.host)
         assert started == [-signal.SIGQUIT]
     finally:
         worker.poll() is None and worker.kill()
@@ -2005,7 +2005,7 @@ def end_client_early(machine):
     for each in machine.containers.values():
         each['State']['Running'] = False
 
-@pytest.mark.parametrize('act', [dh.start, dh.restart, lambda app: dh.recover(app.host)],
+@pytest.mark.parametrize('act', [dh.cmd_start, dh.cmd_restart, lambda app: dh.cmd_recover(app.host)],
                          ids=['start', 'restart', 'recover'])
 @pytest.mark.parametrize('job, harm', [
     (NAMED, end_client), (PUBLISHED, end_client), (NAMED, end_client_early)])
@@ -2020,9 +2020,9 @@ def test_a_container_that_a_killed_client_left_is_no_obstacle(tmpdir, act, job, 
 
 @pytest.mark.parametrize('act', [
     lambda machine: machine.push(FILES_2, MAIN, SHA_2, SHA_3),
-    lambda machine: dh.restart(machine.app),
-    lambda machine: dh.rollback(machine.app),
-    lambda machine: dh.config(machine.app, 'A=2')],
+    lambda machine: dh.cmd_restart(machine.app),
+    lambda machine: dh.cmd_rollback(machine.app),
+    lambda machine: dh.cmd_config(machine.app, 'A=2')],
     ids=['push', 'restart', 'rollback', 'config'])
 def test_a_running_job_whose_file_was_removed_is_changed_as_any_other(tmpdir, act):
     machine, twin = Machine(tmpdir.join('1'), 'upstart'), Machine(tmpdir.join('2'), 'upstart')
@@ -2035,11 +2035,11 @@ def test_a_running_job_whose_file_was_removed_is_changed_as_any_other(tmpdir, ac
 
 @each('name', 'one deaf')
 def test_a_running_job_whose_file_was_removed_is_stopped_and_destroyed(tmpdir, name):
-    for act in (dh.stop, dh.destroy):
+    for act in (dh.cmd_stop, dh.cmd_destroy):
         machine = Machine(tmpdir.join(act.__name__), 'upstart')
         machine.lives(but('docker', 'FROM ' + name))
         os.unlink(machine.host.path('/etc/init/blog.conf'))
-        act(machine.app, *[True] * (act is dh.destroy))
+        act(machine.app, *[True] * (act is dh.cmd_destroy))
         assert machine.running() == [] and machine.jobs == {}
     assert not [path for path in machine.files() if 'blog' in path]
 
@@ -2108,10 +2108,10 @@ def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, ca
     start = plain.docker_start
     plain.docker_start = lambda *words: start(*words) or plain.containers['blog--1'][
         'State'].update(Pid=77)
-    dh.config(plain.app, 'timeout=3')
+    dh.cmd_config(plain.app, 'timeout=3')
     files = {'Dockerfile': 'FROM one\nEXPOSE 8000\n'}
     with a_listener('127.86.0.2') as port:
-        dh.config(plain.app, 'port=%d' % port)
+        dh.cmd_config(plain.app, 'port=%d' % port)
         plain.push(files, old=ZERO, new=SHA)
     assert plain.running() == ['sha256:FROMone']
     said = refusal(lambda: plain.push({'Dockerfile': 'FROM two\nEXPOSE 8000\n'}))
@@ -2201,7 +2201,7 @@ def test_a_record_of_an_earlier_dockhand_is_read(plain):
     plain.write(path, json.dumps(record))
     assert plain.app.live().config == {}
     plain.push(TWO_WEB)
-    dh.rollback(plain.app)
+    dh.cmd_rollback(plain.app)
     assert plain.running() == ['sha256:FROMone']
 
 # What each way to write a release down was first written by (a commit), the keys of its
@@ -2245,7 +2245,7 @@ def store_of(machine, era):
 def listed(machine, capfd):
     """{number: what `releases` says became of it}."""
     capfd.readouterr()
-    dh.releases(machine.app)
+    dh.cmd_releases(machine.app)
     return dict((int(line.split()[0]), re.split(r' s  |-  ', line, maxsplit=1)[1].strip())
                 for line in capfd.readouterr().out.splitlines())
 
@@ -2271,7 +2271,7 @@ def test_what_an_earlier_dockhand_kept_is_listed_as_kept(machine, era, capfd):
 def test_recover_leaves_what_an_earlier_dockhand_kept(machine, era):
     store_of(machine, era)
     before, files = machine.whole(), machine.files('/run')
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.changed(before) == []
     now = machine.files('/run')
     assert sorted(path for path in set(files) | set(now) if files.get(path) != now.get(path)) == []
@@ -2279,10 +2279,10 @@ def test_recover_leaves_what_an_earlier_dockhand_kept(machine, era):
 @in_each_era
 def test_a_rollback_goes_to_what_an_earlier_dockhand_kept_and_back(machine, era, capfd):
     store_of(machine, era)
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
     assert machine.running() == ['sha256:FROMone'] and machine.refs[MAIN] == SHA
     assert listed(machine, capfd) == {2: 'kept', 1: 'live'}
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
     assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
     for number in (1, 2):       # not the years since it was pushed
         assert machine.app.load(number).seconds < 60
@@ -2310,9 +2310,9 @@ def test_what_failed_with_an_earlier_dockhand_stays_failed(machine, capfd, era, 
               'time': 1, 'image': image, 'seconds': None, 'failed': 'interrupted'}
     machine.write(RECORD % 3, json.dumps(
         dict((key, record[key]) for key in FAILED[era].split())))
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert listed(machine, capfd) == {3: 'failed: interrupted', 2: 'live', 1: 'kept'}
-    assert 'no release 3 to go back to' in refusal(dh.rollback, machine.app, '3')
+    assert 'no release 3 to go back to' in refusal(dh.cmd_rollback, machine.app, '3')
     machine.push(but('docker', 'FROM 444'), MAIN, SHA_2, SHA_3)
     assert machine.app.live().number == 4
 
@@ -2328,7 +2328,7 @@ def test_what_an_earlier_dockhand_was_switching_to_is_put_back_and_forgotten(mac
     for act in switch_steps(machine.host, live, new):
         act()
     write_down_again(machine, 3, era)
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.running() == ['sha256:FROM222']
     assert listed(machine, capfd) == {3: 'failed: interrupted', 2: 'live', 1: 'kept'}
     assert 'blog:3' not in machine.images
@@ -2340,7 +2340,7 @@ def test_a_crash_after_an_earlier_dockhand_committed_keeps_its_release(machine, 
     machine.app.set_link('pending', live)
     if 'seconds' in ERAS[era][0]:
         write_down_again(machine, 2, era, seconds=None)
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.running() == ['sha256:FROM222']
     assert listed(machine, capfd) == {2: 'live', 1: 'kept'}
     assert not os.path.lexists(machine.host.path('/var/lib/dockhand/apps/blog/pending'))
@@ -2353,10 +2353,10 @@ def test_order_is_a_counter_whatever_the_times_of_folders_say(machine):
     for number, when in ((1, 4e9), (2, 3e9), (3, 1), (4, 2)):
         os.utime(machine.app.release_folder(number), (when, when))
     assert [each.number for each in machine.app.kept()] == [4, 3, 2, 1]
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
     assert machine.app.live().number == 3
     assert [each.number for each in machine.app.kept()] == [3, 4, 2, 1]
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
     assert machine.app.live().number == 4
 
 def test_live_is_what_the_link_says_where_a_crash_came_before_it(machine):
@@ -2506,7 +2506,7 @@ def test_what_cannot_be_put_back_is_told_and_recover_mends_it_later(machine, cap
     assert machine.app.linked('pending').number == 2
     assert machine.running() == []
     machine.broken.clear()
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.changed(before) == []
     assert 'blog: the switch to release 2 was interrupted' in capfd.readouterr().err
 
@@ -2522,7 +2522,7 @@ def test_what_was_put_back_but_is_not_well_is_told_and_leaves_nothing_to_do(plai
 
 def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     machine.lives(FILES)
-    dh.stop(machine.app)
+    dh.cmd_stop(machine.app)
     before = machine.whole()
     assert refusal(machine.push, but('docker', 'FROM dies'))
     assert machine.changed(before) == [] and machine.running() == []
@@ -2615,7 +2615,7 @@ def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
     plain.lives(an_app('one', 'EXPOSE 8000\n' + more))
     plain.push(an_app('two', 'EXPOSE 8000\n' + more))
     del plain.done[:]
-    dh.rollback(plain.app)
+    dh.cmd_rollback(plain.app)
     def turned(text):
         swapped = {'1': '2', '2': '1'}
         return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()], text)
@@ -2677,7 +2677,7 @@ def test_a_version_that_dies_after_its_first_answer_gives_way_to_the_old_one(pla
 @each('name', 'one dies')
 def test_a_stopped_web_app_is_not_started_beside_another(plain, name):
     plain.lives(ONE_WEB)
-    dh.stop(plain.app)
+    dh.cmd_stop(plain.app)
     before = plain.whole()
     if name == 'dies':
         assert refusal(plain.push, an_app('dies'))
@@ -2698,10 +2698,10 @@ def test_a_job_app_becomes_a_plain_one_and_a_job_app_again(tmpdir, init):
     assert machine.running() == ['sha256:FROMthree']
     assert list(machine.jobs) == (['blog'] if init == 'upstart' else [])
     for wanted in ('two', 'three', 'two'):
-        dh.rollback(machine.app)
+        dh.cmd_rollback(machine.app)
         assert machine.running() == ['sha256:FROM' + wanted]
         assert len(machine.jobs) == (init == 'upstart' and wanted == 'three')
-        dh.recover(machine.host)
+        dh.cmd_recover(machine.host)
         assert machine.running() == ['sha256:FROM' + wanted]
 
 @pytest.mark.parametrize('init', ['none', 'upstart'])
@@ -2712,6 +2712,80 @@ def test_an_app_that_cannot_change_its_kind_stays_as_it_was(tmpdir, init, plain_
     before = machine.whole()
     assert refusal(machine.push, but('docker', 'FROM dies') if plain_first else an_app('dies'))
     assert machine.changed(before) == []
+
+# ---- An engine of its own --------------------------------------------------------------
+
+# The wall between switching and what runs a release: a third engine, written here alone.
+
+class Toy(dh.Engine):
+    """Runs a release by noting it; one whose image is called so dies at once."""
+    running_now, placed, settled, done = [], [], [], []
+
+    @classmethod
+    def takes(cls, host, release):
+        return release.config.get('TOY') == 'yes'
+
+    def prepare(self, release):
+        self.done.append('prepare %d' % release.number)
+
+    def place(self, release):
+        self.placed[:] = [release.number]
+
+    def start(self, release):
+        self.done.append('start %d' % release.number)
+        if 'dies' not in release.image:
+            self.running_now[:] = [release.number]
+
+    def stop(self, release):
+        self.done.append('stop %d' % release.number)
+        self.running_now[:] = []
+
+    def withdraw(self, release):
+        self.placed[:] = []
+
+    def settle(self, release):
+        self.settled[:] = [release.number]
+
+    def state(self, release):
+        runs = self.running_now == [release.number]
+        return dh.State(runs, release.number, [], '', 'toy' if runs else 'fell over')
+
+    def logs_command(self, release, lines, *follow):
+        return ('tail', 'toy', lines)
+
+@pytest.fixture
+def toys(plain):
+    """Release 1 of blog runs as a toy, and so will what follows."""
+    del Toy.done[:]
+    dh.ENGINES.insert(0, Toy)
+    yield plain.lives(an_app('one', ''), TOY='yes')
+    dh.ENGINES.remove(Toy)
+
+def test_another_engine_deploys_and_rolls_back_through_the_same_apply(plain, toys):
+    plain.push(an_app('two', ''))
+    assert Toy.done[-3:] == ['prepare 2', 'stop 1', 'start 2']
+    assert (Toy.running_now, Toy.placed, Toy.settled) == ([2], [2], [2])
+    dh.cmd_rollback(plain.app)
+    assert Toy.done[-3:] == ['prepare 1', 'stop 2', 'start 1']
+    assert (Toy.running_now, Toy.placed, Toy.settled) == ([1], [1], [1])
+    assert plain.app.live().number == 1 and plain.containers == {}
+
+def test_another_engine_is_put_back_by_the_same_ways(plain, toys):
+    assert 'fell over' in refusal(plain.push, an_app('dies', ''))
+    assert (Toy.running_now, Toy.placed, Toy.settled) == ([1], [1], [1])
+    assert plain.app.live().number == 1 and plain.app.linked('pending') is None
+
+def test_an_app_goes_from_one_engine_to_another_and_back(plain, toys):
+    dh.cmd_config(plain.app, 'TOY=no')
+    assert (Toy.running_now, Toy.placed) == ([], []) and Toy.done[-1] == 'stop 1'
+    assert plain.running() == ['sha256:FROMone']
+    dh.cmd_config(plain.app, 'TOY=yes')
+    assert plain.running() == [] and Toy.running_now == [3]
+
+def test_what_an_engine_must_do_has_no_default():
+    engine, wanted = dh.Engine(dh.App(Host(), 'blog')), release()
+    for act in (engine.start, engine.stop, engine.state):
+        pytest.raises(NotImplementedError, act, wanted)
 
 # ---- Drained ---------------------------------------------------------------------------
 
@@ -2855,11 +2929,11 @@ def test_a_rule_that_is_newer_than_a_release_binds_pushes_and_warns_else(plain, 
     live = plain.app.live()
     plain.push(but('docker', 'FROM three'))
     capfd.readouterr()
-    dh.rollback(plain.app)
+    dh.cmd_rollback(plain.app)
     assert plain.app.live().number == live.number
     note = 'Note: nginx-proxy.conf:1: `deny all`: outside of `server { }`'
     assert note in capfd.readouterr().err
-    dh.config(plain.app, 'A=1')
+    dh.cmd_config(plain.app, 'A=1')
     assert plain.app.live().config == {'A': '1'}
     files = but('proxy', 'deny all;\n' + WEB)
     assert 'nginx-proxy.conf:1: `deny all`: outside' in refusal(
@@ -2909,13 +2983,13 @@ def test_recover_leaves_the_ports_of_containers_and_of_other_engines(tmpdir, par
     machine.write('/run/docker.pid', '40\n')
     machine.process(60, parent, (DOCKER_PROXY % '0.0.0.0').replace(' ', '\0'))
     machine.containers['blog--1']['NetworkSettings'] = settings
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert not [line for line in machine.done if 'service' in line]
 
 def test_a_crash_after_the_commit_point_keeps_the_new_release(machine):
     new = half_deployed(machine)
     machine.app.set_link('live', new)
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.running() == ['sha256:FROMtwo']
     live = machine.app.live()
     assert live == new._replace(seconds=live.seconds) and live.seconds > 1
@@ -2929,7 +3003,7 @@ def test_a_power_cut_after_the_commit_point_is_followed_by_a_start(machine):
     machine.jobs.clear()
     for container in machine.containers.values():
         container['State']['Running'] = False
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.running() == ['sha256:FROMtwo']
     assert not re.search('pending|override', str(machine.files()))
 
@@ -2939,17 +3013,17 @@ def test_what_is_still_to_be_put_back_is_neither_cleaned_up_nor_forgotten(plain)
     assert refusal(plain.push, FILES_2)
     dh.after_push(plain.app)
     plain.broken['docker start'] = 1
-    dh.start(plain.app)
+    dh.cmd_start(plain.app)
     assert plain.app.linked('pending').number == 2
-    dh.recover(plain.host)
+    dh.cmd_recover(plain.host)
     assert plain.app.linked('pending') is None
     assert plain.running() == ['sha256:FROMone']
 
 def test_what_is_left_of_a_removal_that_was_killed_keeps_no_other_app_down(plain, capfd):
     plain.lives(FILES)
     shutil.rmtree(plain.app.release_folder(1))
-    dh.recover(plain.host)
-    dh.apps(plain.host)
+    dh.cmd_recover(plain.host)
+    dh.cmd_apps(plain.host)
     assert not re.search('live|releases', str(plain.files('/home')))
     assert capfd.readouterr().out == ''
 
@@ -2959,7 +3033,7 @@ def test_a_crash_in_a_first_build_leaves_nothing_once_recovered(machine):
     dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
     before = machine.whole()
     machine.release(1, SHA, FILES)
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert set(machine.changed(before)) == records_of(1)
     assert machine.app.load(1).failed == 'interrupted'
 
@@ -2974,12 +3048,12 @@ def test_a_branch_that_a_crash_left_behind_is_set_to_what_is_live(plain):
 
 def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     machine.lives(FILES)
-    dh.stop(machine.app)
+    dh.cmd_stop(machine.app)
     assert machine.running() == []
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.running() == []
     os.unlink(machine.app.folder('stopped'))
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert machine.running() == ['sha256:FROMone']
 
 @table('stanzas, runs', r'''
@@ -2998,10 +3072,10 @@ def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanza
     files = machine.files()
     for stopped in (False, True):
         machine.containers.clear(), machine.jobs.clear()
-        dh.recover(machine.host)
+        dh.cmd_recover(machine.host)
         assert machine.running() == ['sha256:FROMone'] * (runs == 'yes' and not stopped)
         assert stopped or machine.files() == files
-        dh.stop(machine.app)
+        dh.cmd_stop(machine.app)
 
 def test_what_is_gone_of_a_live_release_is_brought_back(machine):
     machine.lives(FILES)
@@ -3012,7 +3086,7 @@ def test_what_is_gone_of_a_live_release_is_brought_back(machine):
     for path in ('/etc/nginx/conf.d/blog.conf', '/etc/init/blog.conf'):
         dh.remove_file(machine.host.path(path))
     for _ in range(2):
-        dh.recover(machine.host)
+        dh.cmd_recover(machine.host)
         assert machine.changed(before) == []
 
 def test_recover_goes_on_with_the_next_app(plain, capfd):
@@ -3021,7 +3095,7 @@ def test_recover_goes_on_with_the_next_app(plain, capfd):
     alone.save(live)
     alone.set_link('live', live)
     plain.images.clear()
-    assert refusal(dh.recover, plain.host) == '2 app(s) could not be put right'
+    assert refusal(dh.cmd_recover, plain.host) == '2 app(s) could not be put right'
     assert re.findall('dockhand: (.*)', capfd.readouterr().err) == [
         '%s: the image of release 1 is gone: sudo dockhand rebuild %s' % (app, app)
         for app in ('alone', 'blog')]
@@ -3032,13 +3106,13 @@ def test_a_network_that_was_pruned_is_made_again_as_it_was(plain):
     before = plain.whole()
     plain.docker_stop('', '-t', '1', 'blog--1')
     plain.networks.clear()
-    dh.recover(plain.host)
+    dh.cmd_recover(plain.host)
     assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == '10.99.0.0/16'
     assert plain.changed(before) == []
     plain.networks.clear()
     plain.containers.clear()
     assert dh.free_address(plain.host) == '10.99.0.3'
-    dh.recover(plain.host)
+    dh.cmd_recover(plain.host)
     assert plain.changed(before) == []
 
 def test_recover_mends_an_app_whose_live_commit_is_a_tag(plain):
@@ -3046,7 +3120,7 @@ def test_recover_mends_an_app_whose_live_commit_is_a_tag(plain):
     plain.app.save_record(live._replace(commit=SHA_2))
     plain.commits[SHA_2], plain.kinds[SHA_2], plain.named = FILES, 'tag', SHA_3
     plain.commits[SHA_3] = FILES_2
-    dh.recover(plain.host)
+    dh.cmd_recover(plain.host)
     assert plain.app.live().commit == SHA_3 == plain.refs[MAIN]
     plain.history.add((SHA_3, SHA))
     plain.push(FILES_2, old=SHA_3, new=SHA)
@@ -3056,7 +3130,7 @@ def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
     machine = Machine(tmpdir, 'systemd')
     machine.lives(FILES)
     os.unlink(machine.host.path('/run/nginx.pid'))
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     assert [line for line in machine.done if 'start nginx' in line] == [
         'systemctl --no-block start nginx']
     assert machine.host.nginx.master()
@@ -3064,10 +3138,10 @@ def test_recover_starts_nginx_and_waits_for_no_job_that_waits_for_it(tmpdir):
 def test_recover_waits_until_docker_answers(plain, capfd):
     plain.lives(FILES)
     plain.broken['docker version'] = 3
-    dh.recover(plain.host)
+    dh.cmd_recover(plain.host)
     assert capfd.readouterr().err.count('Waiting for docker') == 1
     plain.broken['docker version'] = 999
-    assert 'docker does not answer' in refusal(dh.recover, plain.host)
+    assert 'docker does not answer' in refusal(dh.cmd_recover, plain.host)
 
 # ---- Deploying -------------------------------------------------------------------------
 
@@ -3270,7 +3344,7 @@ def test_what_was_changed_by_hand_may_be_committed_and_pushed(plain):
     path, edited = '/etc/nginx/conf.d/blog.conf', PUSHED.replace('www', 'w3')
     plain.write(path, plain.read(path).replace('www', 'w3'))
     assert 'commit it in nginx-proxy.conf' in refusal(plain.push, TWO_WEB)
-    assert 'commit it in nginx-proxy.conf' in refusal(dh.config, plain.app, 'A=1')
+    assert 'commit it in nginx-proxy.conf' in refusal(dh.cmd_config, plain.app, 'A=1')
     assert 'w3' in plain.read(path)
     plain.push(an_app('two', 'EXPOSE 9000', edited))
     assert plain.read(path).startswith(PROXY_HEADER + edited)
@@ -3330,10 +3404,10 @@ def test_a_release_command_that_fails_refuses_the_config_it_came_with(plain, fil
     plain.lives(files, A='0')
     before = plain.whole()
     plain.broken['docker run'] = 1
-    assert refusal(dh.config, plain.app, 'A=1', 'release=x') == (
+    assert refusal(dh.cmd_config, plain.app, 'A=1', 'release=x') == (
         'the release command failed (1); nothing has changed')
     assert plain.changed(before) == []
-    dh.config(plain.app, 'A=1', 'release=x')
+    dh.cmd_config(plain.app, 'A=1', 'release=x')
     assert plain.app.config()['A'] == '1'
 
 def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
@@ -3449,7 +3523,7 @@ def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
 
 def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
     pushed(plain, *[number * 40 for number in '23456'])
-    dh.rollback(plain.app, '2')
+    dh.cmd_rollback(plain.app, '2')
     plain.push(but('docker', 'FROM 7'), MAIN, '2' * 40, '7' * 40)
     dh.after_push(plain.app)
     assert [each.number for each in plain.app.kept()] == [
@@ -3605,7 +3679,7 @@ def test_a_script_for_sysvinit_openrc_and_runit_is_installed_and_enabled(plain, 
     dh.make_folder(plain.host.path('/etc/init.d'))
     plain.update_rc_d = plain.rc_update = lambda *words: plain.write(
         '/etc/rc2.d/S01dockhand-recover', '')
-    dh.install(plain.host)
+    dh.cmd_install(plain.host)
     text = plain.read('/etc/init.d/dockhand-recover')
     assert mode_of(plain.host.path('/etc/init.d/dockhand-recover')) == '755'
     for line in ('# Provides:          dockhand-recover', '# X-Start-Before:    nginx',
@@ -3615,16 +3689,16 @@ def test_a_script_for_sysvinit_openrc_and_runit_is_installed_and_enabled(plain, 
         {'/usr/sbin/update-rc.d': 'update-rc.d dockhand-recover defaults',
          '/sbin/rc-update': 'rc-update add dockhand-recover default'}[enabler]]
     files = plain.files()
-    dh.install(plain.host)
+    dh.cmd_install(plain.host)
     assert plain.files() == files
 
 @pytest.mark.parametrize('harm, policy', [
-    (lambda machine: None, 'always'), (lambda machine: dh.stop(machine.app), 'no')])
+    (lambda machine: None, 'always'), (lambda machine: dh.cmd_stop(machine.app), 'no')])
 def test_an_app_of_an_older_dockhand_gets_todays_policy_by_install(plain, harm, policy):
     plain.lives(ONE_WEB)
     plain.containers['blog--1']['policy'] = 'unless-stopped'
     harm(plain)
-    dh.install(plain.host)
+    dh.cmd_install(plain.host)
     assert plain.containers['blog--1']['policy'] == policy
 
 LAUNCHER = '''#!%s %s
@@ -3632,12 +3706,13 @@ import gc, os, sys
 gc.disable()
 sys.path.insert(0, '/usr/local/lib/dockhand')
 import dockhand
-os._exit(dockhand.main('{0}', 'git'))
+os._exit(dockhand.main('{0}'))
 ''' % (sys.executable, '-Es' if sys.version_info[0] == 2 else '-IS')
 RECEIVE = '/usr/local/lib/dockhand/receive'
 HOOK = '#!/bin/sh\nexec sudo -n %s {0} "$DOCKHAND_APP" "$DOCKHAND_KEY"{1}\n' % RECEIVE
 TEMPLATE = '/usr/local/lib/dockhand/template'
 INSTALLED = [
+    ('/usr/local/lib/dockhand/user', '644', 'git\n'),
     ('/usr/local/bin/dockhand', '755', LAUNCHER.format('dockhand')),
     (RECEIVE, '755', LAUNCHER.format('receive')),
     ('/etc/sudoers.d/dockhand', '440', 'git ALL=(root) NOPASSWD: %s\n' % RECEIVE),
@@ -3675,7 +3750,7 @@ def fresh(request, tmpdir):
     return Machine(tmpdir, request.param)
 
 def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capfd):
-    dh.install(fresh.host)
+    dh.cmd_install(fresh.host)
     for path, mode, text in INSTALLED + BOOT[fresh.init]:
         assert (fresh.read(path), mode_of(fresh.host.path(path))) == (text, mode), path
     assert fresh.read('/usr/local/lib/dockhand/dockhand.py') == dh.read_file(
@@ -3690,16 +3765,21 @@ def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capf
     out, done = capfd.readouterr().out, set(fresh.done)
     assert 'wrote /etc/sudoers.d/dockhand\n' in out and 'is installed; next: ' in out
     del fresh.done[:]
-    dh.install(fresh.host)
+    dh.cmd_install(fresh.host)
     assert fresh.files() == files and capfd.readouterr().out == 'nothing changed\n'
     assert set(fresh.done) == set(['sudo -n %s check' % RECEIVE]) < done
 
 def test_install_makes_the_user(plain):
     plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
-    dh.install(plain.host, user='push')
+    dh.cmd_install(plain.host, user='push')
     assert 'useradd -m -d /home/push -s /bin/sh -p * push' in plain.done
     assert plain.read('/etc/sudoers.d/dockhand').startswith('push ALL=(root)')
-    assert plain.read('/usr/local/bin/dockhand').endswith("('dockhand', 'push'))\n")
+    assert plain.read('/usr/local/lib/dockhand/user') == 'push\n'
+    assert dh.installed_user(plain.host) == 'push'
+
+def test_the_user_of_an_older_installation_is_in_its_launcher_alone(plain):
+    assert dh.installed_user(plain.host) == 'git'
+    plain.write('/usr/local/bin/dockhand', "os._exit(dockhand.main('dockhand', 'push'))\n")
     assert dh.installed_user(plain.host) == 'push'
 
 @table('line', '''
@@ -3710,17 +3790,17 @@ def test_install_makes_the_user(plain):
 def test_install_does_not_take_somebody_elses_user(plain, line):
     plain.write('/etc/passwd', line + '\n')
     before = plain.files()
-    assert '--user NAME takes another' in refusal(dh.install, plain.host)
+    assert '--user NAME takes another' in refusal(dh.cmd_install, plain.host)
     assert plain.files() == before
 
 def test_install_refuses_user_names_that_are_none(plain):
-    assert 'is no name' in refusal(dh.install, plain.host, 'x;id')
+    assert 'is no name' in refusal(dh.cmd_install, plain.host, 'x;id')
 
 def test_install_names_every_missing_requirement_at_once(plain, capfd):
     plain.which = lambda name: '' if name in ('nginx', 'visudo') else '/usr/bin/' + name
     plain.broken['docker version'] = 2
     before = plain.files()
-    assert refusal(dh.install, plain.host) == '3 thing(s) to mend'
+    assert refusal(dh.cmd_install, plain.host) == '3 thing(s) to mend'
     assert re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out) == [
         ('nginx is missing', 'apt-get install nginx'),
         ('visudo is missing', 'apt-get install sudo'),
@@ -3730,12 +3810,12 @@ def test_install_names_every_missing_requirement_at_once(plain, capfd):
 
 def test_a_sudoers_file_that_sudo_would_not_read_is_not_put_in_place(plain):
     plain.broken['visudo -c -q -f /etc/sudoers.d/.dockhand.new'] = 1
-    assert refusal(dh.install, plain.host).startswith('visudo -c -q -f')
+    assert refusal(dh.cmd_install, plain.host).startswith('visudo -c -q -f')
     assert os.listdir(plain.host.path('/etc/sudoers.d')) == []
 
 def test_a_sudo_that_ignores_the_file_is_named(plain, capfd):
     plain.broken['sudo -n'] = 1
-    assert refusal(dh.install, plain.host) == '1 thing(s) to mend'
+    assert refusal(dh.cmd_install, plain.host) == '1 thing(s) to mend'
     assert 'must have `#includedir /etc/sudoers.d`' in capfd.readouterr().out
 
 def test_the_default_site_is_disabled_only_if_it_is_untouched(plain):
@@ -3746,12 +3826,12 @@ def test_the_default_site_is_disabled_only_if_it_is_untouched(plain):
     for text, kept in (('edited', True), (plain.read(site), False)):
         checksum = hashlib.md5(dh.to_bytes(text)).hexdigest()
         plain.dpkg_query = lambda *words: ' %s %s\n' % (site, checksum)
-        dh.install(plain.host)
+        dh.cmd_install(plain.host)
         assert os.path.lexists(plain.host.path(link)) == kept and plain.read(site)
 
 def test_a_broken_nginx_is_said_before_the_catch_all_is_written(plain):
     plain.broken['nginx -t'] = 2
-    assert 'is broken, mend it first' in refusal(dh.install, plain.host)
+    assert 'is broken, mend it first' in refusal(dh.cmd_install, plain.host)
     assert plain.read(dh.CATCH_ALL) is None
 
 # ---- Command lines ---------------------------------------------------------------------
@@ -3796,7 +3876,7 @@ def test_a_command_line_that_does_not_fit_its_pattern_is_a_usage_error(pattern, 
         dh.parse_arguments(pattern, words.split())
 
 def test_each_command_takes_what_its_pattern_promises():
-    for _, function, pattern in dh.COMMANDS:
+    for _, pattern, function in dh.COMMANDS:
         code = function.__code__
         options = re.findall(r'\[--?([a-z]+)', pattern)
         words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
@@ -3829,7 +3909,7 @@ def standard_input(data):
 
 def upload(machine, text, *words):
     with standard_input(dh.to_bytes(text)):
-        dh.upload_key(machine.host, *words)
+        dh.cmd_upload_key(machine.host, *words)
 
 KEYS_FILE = '/home/git/.ssh/authorized_keys'
 
@@ -3848,10 +3928,10 @@ def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
         % ('SHA256:' + ED[-8:], 'SHA256:' + ED_2[-8:]))
     upload(plain, LINE, 'anna')
     assert capfd.readouterr().out.startswith('anna ssh-ed25519 ')
-    dh.list_keys(plain.host)
+    dh.cmd_keys(plain.host)
     assert [line.split()[::3] for line in capfd.readouterr().out.splitlines()] == [
         ['anna', '(every'], ['bob', 'blog']]
-    dh.remove_key(plain.host, 'anna')
+    dh.cmd_remove_key(plain.host, 'anna')
     assert dh.split_authorized_keys(plain.read(KEYS_FILE)) == (
         "ssh-rsa AAAA admin's own\n", KEYS[1:], '')
 
@@ -3873,14 +3953,14 @@ def test_a_key_that_this_servers_openssh_does_not_know_is_refused(plain):
 @each('name', '.* ann Anna * annaa', '')
 def test_names_of_keys_are_compared_not_matched(plain, name):
     plain.write(KEYS_FILE, KEYS_TEXT)
-    assert 'no key is named "%s"' % name in refusal(dh.remove_key, plain.host, name)
+    assert 'no key is named "%s"' % name in refusal(dh.cmd_remove_key, plain.host, name)
     assert plain.read(KEYS_FILE) == KEYS_TEXT
 
 # ---- Commands: apps, stop, start, releases, rollback -----------------------------------
 
 def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machine):
     before = pushed(machine, SHA_2)
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
     found = machine.whole()
     for key in ('blog:2', 'blog--2', 'refs', 'jobs'):
         before.pop(key, None), found.pop(key, None)
@@ -3888,7 +3968,7 @@ def test_a_rollback_brings_back_image_job_proxy_and_branch_without_a_build(machi
     assert '"turn": 2' in dh.to_text(found.pop(record)[0]) and before.pop(record)
     assert found == before and machine.refs[MAIN] == SHA
     assert not [line for line in machine.done if line.startswith('docker build')]
-    dh.rollback(machine.app, '2')
+    dh.cmd_rollback(machine.app, '2')
     assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
 
 @table('number, said', '''
@@ -3901,34 +3981,34 @@ def test_a_rollback_to_what_cannot_run_changes_nothing(machine, number, said):
     assert refusal(machine.push, but('docker', 'FROM dies'), MAIN, SHA_2, SHA_3)
     del machine.images['blog:1']
     before = machine.whole()
-    assert refusal(dh.rollback, machine.app, number) == said
+    assert refusal(dh.cmd_rollback, machine.app, number) == said
     assert machine.changed(before) == []
 
 def test_a_first_release_has_none_to_go_back_to(machine):
     machine.lives(FILES)
-    assert refusal(dh.rollback, machine.app) == (
+    assert refusal(dh.cmd_rollback, machine.app) == (
         'no other release to go back to: see dockhand releases blog')
 
 def test_releases_are_listed_with_what_became_of_them(plain, capfd):
     pushed(plain, SHA_2)
     assert refusal(plain.push, but('job', 'x\n'), MAIN, SHA_2, SHA_3)
     capfd.readouterr()
-    dh.releases(plain.app)
+    dh.cmd_releases(plain.app)
     lines = capfd.readouterr().out.splitlines()
     assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
                     'upstart.conf:1: `x`: an unknown stanza', lines[0])
     assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
     assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
-    assert 'no app wiki is live here' in refusal(dh.releases, dh.App(plain.host, 'wiki'))
+    assert 'no app wiki is live here' in refusal(dh.cmd_releases, dh.App(plain.host, 'wiki'))
 
 def test_apps_lists_whatever_has_anything_here_and_what_it_waits_for(plain, capfd):
     plain.nginx()
     dh.make_folder(plain.host.path('/home/git/empty.git'))
     dh.make_folder(plain.host.path('/home/git/No_app.git'))
-    dh.config(dh.App(plain.host, 'noted'), 'A=1')
+    dh.cmd_config(dh.App(plain.host, 'noted'), 'A=1')
     assert refusal(lambda: plain.push(but('docker', 'FROM dies'), old=ZERO))
     capfd.readouterr()
-    dh.apps(plain.host)
+    dh.cmd_apps(plain.host)
     lines = [line.split(None, 2) for line in capfd.readouterr().out.splitlines()]
     assert lines == [
         ['blog', 'waiting', 'for a push that succeeds; the last one: release 1 failed its health '
@@ -3939,22 +4019,22 @@ def test_releases_and_logs_of_an_app_that_never_went_live_say_why(plain, capfd):
     plain.nginx()
     assert refusal(lambda: plain.push(but('docker', 'FROM dies'), old=ZERO))
     capfd.readouterr()
-    dh.releases(plain.app)
+    dh.cmd_releases(plain.app)
     assert 'failed: release 1 failed its health check' in capfd.readouterr().out
     assert 'it waits for a push that succeeds; the last one: release 1 failed' in refusal(
-        dh.logs, plain.app)
-    assert 'no app nobody is live here' in refusal(dh.logs, dh.App(plain.host, 'nobody'))
-    dh.destroy(plain.app, force=True)
-    dh.apps(plain.host)
+        dh.cmd_logs, plain.app)
+    assert 'no app nobody is live here' in refusal(dh.cmd_logs, dh.App(plain.host, 'nobody'))
+    dh.cmd_destroy(plain.app, force=True)
+    dh.cmd_apps(plain.host)
     assert 'blog' not in capfd.readouterr().out.replace('blog is removed', '')
 
 def test_apps_are_listed_with_state_commit_key_and_address(healthy, capfd):
     for state in ('running', 'stopped'):
-        dh.apps(healthy.host)
+        dh.cmd_apps(healthy.host)
         row = capfd.readouterr().out.split()
         assert row[:3] == ['blog', state, '1' * 10]
         assert row[-2:] == ['anna', 'http://blog.example.org/']
-        dh.stop(healthy.app)
+        dh.cmd_stop(healthy.app)
         capfd.readouterr()
 
 # ---- Commands: config, proxy -----------------------------------------------------------
@@ -3963,7 +4043,7 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     plain.lives(an_app('one', 'EXPOSE 8000', PUSHED))
     plain.write('/proc/net/if_inet6', '')
     capfd.readouterr()
-    dh.proxy(plain.app)
+    dh.cmd_proxy(plain.app)
     printed = capfd.readouterr().out
     assert printed == GENERATED.format('blog', 'blog blog.*', '', '\n    listen [::]:80;', '',
                                        'blog')
@@ -3971,20 +4051,20 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
 
 def test_an_app_without_a_made_proxy_file_has_none_to_print(plain):
-    assert 'no app blog is live' in refusal(dh.proxy, plain.app)
+    assert 'no app blog is live' in refusal(dh.cmd_proxy, plain.app)
     plain.lives(an_app('one', ''))
-    assert 'blog is no web app' in refusal(dh.proxy, plain.app)
+    assert 'blog is no web app' in refusal(dh.cmd_proxy, plain.app)
 
 CONFIG = '/var/lib/dockhand/apps/blog/config'
 
 def test_config_may_be_set_before_the_first_push(plain, capfd):
     plain.nginx()
-    dh.config(plain.app, 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
+    dh.cmd_config(plain.app, 'port=9000', 'A=it\'s "x" #1', 'release=migrate --all')
     assert capfd.readouterr().out == 'blog: noted for its first push\n'
     assert plain.files()[CONFIG][1] == '600' and plain.done == [
         'rm -rf -- ' + ' '.join('/var/lib/dockhand/apps/blog/' + part for part in (
             'releases', 'env', 'live'))] * len(plain.done)
-    dh.recover(plain.host)
+    dh.cmd_recover(plain.host)
     assert refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
     assert json.loads(plain.read(CONFIG))['port'] == '9000'
     plain.push(ONE_WEB, old=ZERO, new=SHA)
@@ -3996,7 +4076,7 @@ def test_config_may_be_set_before_the_first_push(plain, capfd):
 def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
     plain.write(path, 'not ours')
     try:
-        dh.config(plain.app, 'A=1')
+        dh.cmd_config(plain.app, 'A=1')
     except Failure:
         pass
     assert path in refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
@@ -4007,7 +4087,7 @@ CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T
 def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     plain.lives(ONE_WEB, A='1', B='2')
     capfd.readouterr()
-    dh.config(plain.app, 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
+    dh.cmd_config(plain.app, 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
     assert '\n'.join(plain.done) + '\n' == (
         CHANGED + CREATED.replace('two', 'one') % '' + HANDED_OVER)
     assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
@@ -4018,7 +4098,7 @@ def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     assert live.config == plain.app.config() == wanted
     assert (live.number, live.commit, live.image) == (2, SHA, 'sha256:FROMone')
     assert 'Release 2 is live' in capfd.readouterr().err
-    dh.rollback(plain.app)
+    dh.cmd_rollback(plain.app)
     assert plain.app.config() == {'A': '1', 'B': '2'}
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
     assert plain.running() == ['sha256:FROMone']
@@ -4026,11 +4106,11 @@ def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
 def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
     plain.lives(ONE_WEB, SECRET='a b=#"', port='8000')
     capfd.readouterr()
-    dh.config(plain.app)
+    dh.cmd_config(plain.app)
     assert capfd.readouterr().out == 'SECRET=(see it with --values)\nport=8000\n'
-    dh.config(plain.app, values=True)
+    dh.cmd_config(plain.app, values=True)
     assert capfd.readouterr().out == 'SECRET=a b=#"\nport=8000\n'
-    dh.config(plain.app, 'port=8000')
+    dh.cmd_config(plain.app, 'port=8000')
     assert plain.done == []
 
 @pytest.mark.parametrize('words, unset, said', [
@@ -4041,14 +4121,14 @@ def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
     plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org; }')
     plain.lives(ONE_WEB, A='0')
     before, containers = plain.whole(), str(plain.containers)
-    assert said in refusal(lambda: dh.config(plain.app, *words, **unset))
+    assert said in refusal(lambda: dh.cmd_config(plain.app, *words, **unset))
     assert plain.changed(before) == [] and str(plain.containers) == containers
 
 @pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
 def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     plain.lives(an_app('one', exposed), port='9000')
     assert plain.app.live().web
-    dh.config(plain.app, 'port', unset=True)
+    dh.cmd_config(plain.app, 'port', unset=True)
     live = plain.app.live()
     assert not live.web and live.proxy == '' and plain.served == {}
     assert plain.containers['blog--2']['env'] == ''
@@ -4058,13 +4138,13 @@ def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, ow
     plain.lives(FILES if own == 'job' else an_app('one', 'EXPOSE 8000', PUSHED))
     before = plain.whole()
     assert 'the server_name of its own nginx-proxy.conf' in refusal(
-        dh.config, plain.app, 'domains=a.org')
+        dh.cmd_config, plain.app, 'domains=a.org')
     assert plain.changed(before) == []
-    dh.config(plain.app, 'timeout=9')
+    dh.cmd_config(plain.app, 'timeout=9')
 
 def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
     plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
-    dh.config(plain.app, 'A=1')
+    dh.cmd_config(plain.app, 'A=1')
     text = plain.read('/etc/nginx/conf.d/blog.conf')
     assert text.startswith(PROXY_HEADER + PUSHED) and 'server 10.86.0.3:9000;' in text
 
@@ -4073,7 +4153,7 @@ def test_changes_of_config_do_not_pile_up_releases(plain):
     for number in range(2, 7):
         release = plain.release(number, SHA, ONE_WEB, 1.5)
         dh.Containers(plain.app).prepare(release)
-    dh.config(plain.app, 'A=1')
+    dh.cmd_config(plain.app, 'A=1')
     kept = [each.number for each in plain.app.kept()]
     assert len(kept) == 5 and kept[0] == 7
     assert len(plain.containers) == 5
@@ -4082,13 +4162,13 @@ def test_a_job_app_finds_its_config_as_a_file(machine):
     path = '/var/lib/dockhand/apps/blog/env'
     job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % path
     machine.lives(but('job', job), A='1')
-    dh.config(machine.app, 'A=2', 'B=a "b" #c')
+    dh.cmd_config(machine.app, 'A=2', 'B=a "b" #c')
     if machine.init == 'upstart':
         assert machine.files()[path][:2] == (b'A=2\nB=a "b" #c\n', '600')
         assert machine.done[-1] == 'timeout 60 start blog'
     else:
         assert machine.containers['blog--2']['env'] == 'A=2\nB=a "b" #c\n'
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
     if machine.init == 'upstart':
         assert machine.read(path) == 'A=1\n'
     else:
@@ -4097,7 +4177,7 @@ def test_a_job_app_finds_its_config_as_a_file(machine):
 
 def test_config_says_which_branch_is_deployed(plain):
     plain.lives(ONE_WEB)
-    dh.config(plain.app, 'branch=live/x')
+    dh.cmd_config(plain.app, 'branch=live/x')
     assert plain.app.live().branch == 'live/x'
     assert plain.refs['refs/heads/live/x'] == SHA
     assert 'only live/x is deployed' in refusal(plain.push, TWO_WEB)
@@ -4109,12 +4189,12 @@ def test_config_says_which_branch_is_deployed(plain):
 def test_removing_an_app_leaves_nothing_of_it(machine):
     machine.lives(FILES)
     machine.write('/home/git/blog.git/config', '')
-    assert 'dockhand destroy blog --force' in refusal(dh.destroy, machine.app)
+    assert 'dockhand destroy blog --force' in refusal(dh.cmd_destroy, machine.app)
     assert machine.running() == ['sha256:FROMone']
-    dh.destroy(machine.app, force=True)
+    dh.cmd_destroy(machine.app, force=True)
     assert machine.images == machine.containers == machine.jobs == machine.served == {}
     assert not [path for path in machine.files() if 'blog' in path]
-    assert 'no app blog here' in refusal(dh.destroy, machine.app, True)
+    assert 'no app blog here' in refusal(dh.cmd_destroy, machine.app, True)
 
 @pytest.mark.parametrize('volumes', [False, True])
 def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volumes):
@@ -4123,7 +4203,7 @@ def test_a_plain_app_is_removed_with_its_data_on_request_only(plain, capfd, volu
     plain.volumes += ['wiki--data', 'blogs--x']
     plain.push(TWO_DATA)
     capfd.readouterr()
-    dh.destroy(plain.app, force=True, volumes=volumes)
+    dh.cmd_destroy(plain.app, force=True, volumes=volumes)
     assert plain.images == plain.containers == plain.served == plain.networks == {}
     assert not [path for path in plain.files() if 'blog' in path]
     assert plain.volumes == ['blog--data'] * (not volumes) + ['wiki--data', 'blogs--x']
@@ -4135,7 +4215,7 @@ def test_a_network_that_another_app_uses_stays(plain):
     wiki, live = dh.App(plain.host, 'wiki'), release(app='wiki')
     wiki.save(live)
     wiki.set_link('live', live)
-    dh.destroy(plain.app, force=True)
+    dh.cmd_destroy(plain.app, force=True)
     assert list(plain.networks) == ['dockhand']
 
 class Terminal(io.StringIO):
@@ -4149,42 +4229,42 @@ def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(plain, capfd, ty
     kept, sys.stdin = sys.stdin, Terminal(typed)
     try:
         if removed:
-            dh.destroy(plain.app)
+            dh.cmd_destroy(plain.app)
         else:
             assert 'if you are sure: dockhand destroy blog --force' in refusal(
-                dh.destroy, plain.app)
+                dh.cmd_destroy, plain.app)
     finally:
         sys.stdin = kept
     assert 'Type its name again' in capfd.readouterr().out
     assert plain.running() == ([] if removed else ['sha256:FROMone'])
 
 def test_config_of_an_app_that_never_came_can_be_removed(plain):
-    dh.config(plain.app, 'A=1')
-    dh.destroy(plain.app, force=True)
+    dh.cmd_config(plain.app, 'A=1')
+    dh.cmd_destroy(plain.app, force=True)
     assert not [path for path in plain.files() if 'blog' in path]
 
 # ---- Commands: doctor ------------------------------------------------------------------
 
 def test_doctor_asks_nginx_for_every_app(plain, capfd):
     plain.lives(dict(FILES, **{'nginx-proxy.conf': WEB}))
-    dh.install(plain.host)
+    dh.cmd_install(plain.host)
     plain.answers = {'blog.example.org': '502'}
-    assert refusal(dh.doctor, plain.host)
+    assert refusal(dh.cmd_doctor, plain.host)
     assert 'WRONG  blog answers 502 through nginx' in capfd.readouterr().out
     plain.answers = {'blog.example.org': '403'}         # its own file may say so
-    dh.doctor(plain.host)
+    dh.cmd_doctor(plain.host)
 
 def test_doctor_names_what_it_cannot_read_of_the_servers_own_files(plain, capfd):
     plain.lives(FILES)
-    dh.install(plain.host)
+    dh.cmd_install(plain.host)
     plain.write('/etc/nginx/sites-enabled/old', 'server {\n  include snippets/x.conf;\n}\n')
-    dh.doctor(plain.host)
+    dh.cmd_doctor(plain.host)
     assert ('note: /etc/nginx/sites-enabled/old:2: `include`: it is not read here: copy its lines: what it names '
             'may clash with an app unnoticed\n') in capfd.readouterr().out
 
 @pytest.fixture
 def healthy(machine, capfd):
-    dh.install(machine.host)
+    dh.cmd_install(machine.host)
     upload(machine, LINE, 'anna')
     machine.lives(FILES)
     capfd.readouterr()
@@ -4192,7 +4272,7 @@ def healthy(machine, capfd):
 
 def test_doctor_finds_nothing_on_a_healthy_machine(healthy, capfd):
     before = healthy.whole()
-    dh.doctor(healthy.host)
+    dh.cmd_doctor(healthy.host)
     assert capfd.readouterr().out == 'all is well\n' and healthy.changed(before) == []
 
 def edited(path, text='broken'):
@@ -4234,7 +4314,7 @@ def dead(machine):
     (dead, 'blog does not run', 'sudo dockhand start blog')])
 def test_doctor_says_what_is_wrong_and_what_to_type(healthy, capfd, harm, what, command):
     harm(healthy)
-    assert 'thing(s) to mend' in refusal(dh.doctor, healthy.host)
+    assert 'thing(s) to mend' in refusal(dh.cmd_doctor, healthy.host)
     rows = re.findall('WRONG  (.*)\n +type: (.*)', capfd.readouterr().out)
     assert [row for row in rows if what in row[0] and command in row[1]]
 
@@ -4244,12 +4324,12 @@ def test_doctor_says_what_is_wrong_and_what_to_type(healthy, capfd, harm, what, 
     'authorizedkeysfile /home/git/.ssh/authorized_keys'])
 def test_doctor_finds_nothing_where_sshd_lets_git_in(healthy, capfd, said):
     healthy.sshd = lambda option: said + '\n'
-    dh.doctor(healthy.host)
+    dh.cmd_doctor(healthy.host)
     assert capfd.readouterr().out == 'all is well\n'
 
 def test_doctor_leaves_an_app_that_is_stopped_alone(healthy, capfd):
-    dh.stop(healthy.app)
-    dh.doctor(healthy.host)
+    dh.cmd_stop(healthy.app)
+    dh.cmd_doctor(healthy.host)
     assert capfd.readouterr().out.endswith('all is well\n')
 
 # ---- What a push costs -----------------------------------------------------------------
@@ -4456,10 +4536,10 @@ ONE_SERVICE, TWO_SERVICE = [
     an_app(name, 'EXPOSE 5432\nVOLUME /data') for name in ('one', 'two')]
 
 def one_setting(machine):
-    dh.config(machine.app, 'A=1')
+    dh.cmd_config(machine.app, 'A=1')
 
 def way_back(machine):
-    dh.rollback(machine.app)
+    dh.cmd_rollback(machine.app)
 
 @pytest.mark.parametrize('kind, init, before, act', [
     ('a web app, first push', 'none', [], ONE_WEB),

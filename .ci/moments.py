@@ -45,9 +45,9 @@ def deploy_two(machine):
     dh.deploy(machine.app, 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
 
 ACTS = {'first': deploy_two, 'deploy': deploy_two,
-        'rollback': lambda machine: dh.rollback(machine.app),
-        'config': lambda machine: dh.config(machine.app, 'A=2', 'B=3'),
-        'recover': lambda machine: dh.recover(machine.host)}
+        'rollback': lambda machine: dh.cmd_rollback(machine.app),
+        'config': lambda machine: dh.cmd_config(machine.app, 'A=2', 'B=3'),
+        'recover': lambda machine: dh.cmd_recover(machine.host)}
 RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
         ('deploy', 'upstart'), ('rollback', 'none'), ('rollback', 'upstart')] + [
     (act, 'none ' + kind) for kind in ('web', 'data')
@@ -67,7 +67,7 @@ def about_to(act, init, folder):
         machine.lives(one, A='1')
     else:
         machine.app.set_link('live', half_deployed(machine, files=(one, two)))
-        dh.recover(machine.host)
+        dh.cmd_recover(machine.host)
     machine.commits[SHA_2] = two
     return machine
 
@@ -203,12 +203,12 @@ def after_a_kill(act, init, states, at, folder):
     """What is wrong after a kill and `recover`, or if the same is pushed again then."""
     machine = about_to(act, init, folder)
     kill(act, machine, at)
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     now = standing(machine)
     wrong = differences(now, *states)
     if wrong or not is_new(machine, act, folder):
         return wrong
-    dh.recover(machine.host)
+    dh.cmd_recover(machine.host)
     if act in ('rollback', 'config') or standing(machine) != now:
         return differences(standing(machine), now)
     deploy_two(machine)
@@ -233,7 +233,7 @@ def after_a_second_kill(act, init, states, at, folder):
     changes, _ = moments_of('recover', machine, lambda: twins.append(copied(
         machine, os.path.join(folder, str(len(twins))))))
     for twin in twins:
-        dh.recover(twin.host)
+        dh.cmd_recover(twin.host)
     return ['after %s: %s' % (moment[1], each)
             for moment, twin in zip([at] + changes, twins)
             for each in differences(standing(twin), *states)]
@@ -269,7 +269,7 @@ def after_a_full_disk(act, init, states, at, wanting, folder):
         said = str(error)
     machine.broken.clear()
     if wanting or not said:         # `release 2 is live, but: ...; recover tries again`
-        dh.recover(machine.host)
+        dh.cmd_recover(machine.host)
     return differences(standing(machine), *states) + [said] * ('\n' in said)
 
 def writes(changes, moments):
