@@ -628,6 +628,8 @@ def add_keys(keys, uploaded, name, apps):
             result.append(key)
     return result
 
+# ---- Config, and the record of a release (pure functions) ------------------------------
+
 # What config says of the app itself; every other key is a variable of its environment.
 SETTINGS = {
     'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*',
@@ -662,8 +664,6 @@ def environment_text(config, port):
     names = sorted(name for name in variables if name not in SETTINGS)
     return ''.join('%s=%s\n' % (name, variables[name]) for name in names)
 
-# ---- The record of a release (pure functions) ------------------------------------------
-
 Release = namedtuple('Release', '''
     app number plan commit branch key time seconds failed turn
     image config port web volumes address job proxy''')
@@ -695,9 +695,6 @@ def image_tag(release):
 
 def container_name(release):
     return '%s--%s' % (release.app, release.number)
-
-def job_of(release):
-    return parse_job(release.job.partition('\n')[2])    # lines count as they were pushed
 
 def pushed_part(release):
     """What a release's proxy file says below our first line, as it was pushed or made."""
@@ -1041,6 +1038,9 @@ def runs_of(job):
 def options_of(job):
     return [option for options, _ in runs_of(job) for option in options]
 
+def job_of(release):
+    return parse_job(release.job.partition('\n')[2])    # lines count as they were pushed
+
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
     old = [option.word for option in options_of(parse_job(text))
@@ -1192,6 +1192,8 @@ def foreign_names(options, app):
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
+
+# ---- Containers described: what docker is told of a job or a plain app (pure functions) -
 
 # How docker keeps a job running: what `docker create` gets, and where it is to run.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
@@ -1557,6 +1559,20 @@ def read_server_names(arguments):
 def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
+
+def app_of_file(path):
+    """The app whose proxy file has this path, or None."""
+    match = re.match(re.escape(PROXIES) + r'/([^/]+)\.conf\Z', path)
+    if match is None:
+        return None
+    return match.group(1)
+
+def owner_text(path, known):
+    """Whose a file is. known: the apps that the person may know of, None for all"""
+    app = app_of_file(path)
+    if known is None or app in known:
+        return app or path
+    return 'something else here'
 
 # What may stand beside `server`: the rest would hold for every other app. Each has a name
 # that all files share: at this position, or behind the beginning of a word.
@@ -2006,20 +2022,6 @@ def may_both_match(expression, other):
     _, other_end = plain_ends(other)
     return end.endswith(other_end) or other_end.endswith(end)
 
-def app_of_file(path):
-    """The app whose proxy file has this path, or None."""
-    match = re.match(re.escape(PROXIES) + r'/([^/]+)\.conf\Z', path)
-    if match is None:
-        return None
-    return match.group(1)
-
-def owner_text(path, known):
-    """Whose a file is. known: the apps that the person may know of, None for all"""
-    app = app_of_file(path)
-    if known is None or app in known:
-        return app or path
-    return 'something else here'
-
 def taken_name(claims, others, known, may_take=()):
     """What is wrong with the first of these names that takes requests from what is there,
     as `FILE:LINE: ...`, or None.
@@ -2220,6 +2222,51 @@ def stage_nginx_conf(text, catch_all, paths):
 
     without_pid = re.sub(r'(?m)^\s*pid\s[^;]*;', '', staged)
     return 'pid /dev/null; ' + without_pid
+
+# What an nginx file says. servers: [Server]; directives: of conf.d or of nginx.conf's
+# http block; troubles: as NginxReader has them.
+ProxyFile = namedtuple('ProxyFile', 'servers directives troubles')
+
+def read_proxy_file(text, path='nginx-proxy.conf'):
+    """The ProxyFile of a text, at this path."""
+    reader = NginxReader(text)
+    return ProxyFile(servers_in(reader.directives, path), reader.directives,
+                     reader.troubles)
+
+def all_servers(files):
+    """The [Server] of some {path: ProxyFile}."""
+    return [server for file in files.values() for server in file.servers]
+
+def plain_place(servers):
+    """(host name, port) by which nginx on this machine can be asked for the first of some
+    [Server] without TLS, or None."""
+    for server in servers:
+        names = [name.replace('*', 'any.example') for name in server.names
+                 if name not in ('', '_') and name[0] != '~']
+        ports = [listen.port for listen in server.listens
+                 if listen.address in ('*', '127.0.0.1') and not listen.words]
+        if names and ports and ports[0]:
+            return names[0], int(ports[0])
+    return None
+
+def proxy_doubts(directives):
+    """[(line, text)] of what will do, but only while a name can be looked up: nginx with
+    such a file does not start without."""
+    upstreams = set(shared.name for shared in shared_names(directives, ''))
+    for directive in all_directives(directives):
+        name, arguments = directive.words[0], directive.words[1:]
+        if not name.endswith('_pass') or not arguments:
+            continue
+        host = host_passed_to(arguments[0])
+        is_name = re.search('[a-z]', host) and '.' in host and '$' not in arguments[0]
+        if is_name and host not in upstreams and not host.startswith('unix'):
+            yield directive.line, ('while `%s` cannot be looked up nginx does not start, '
+                                   'for any app: an address is safer' % printable(host))
+
+def unquoted(problem, known):
+    """What nginx says of another file, without what it quotes of it."""
+    place, _, said = problem.partition(': ')
+    return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
 
 # ---- The machine: init, disk, routes ---------------------------------------------------
 
@@ -2484,39 +2531,6 @@ class Docker(object):
 
 # ---- nginx -----------------------------------------------------------------------------
 
-# What an nginx file says. servers: [Server]; directives: of conf.d or of nginx.conf's
-# http block; troubles: as NginxReader has them.
-ProxyFile = namedtuple('ProxyFile', 'servers directives troubles')
-
-def read_proxy_file(text, path='nginx-proxy.conf'):
-    """The ProxyFile of a text, at this path."""
-    reader = NginxReader(text)
-    return ProxyFile(servers_in(reader.directives, path), reader.directives,
-                     reader.troubles)
-
-def all_servers(files):
-    """The [Server] of some {path: ProxyFile}."""
-    return [server for file in files.values() for server in file.servers]
-
-def proxy_doubts(directives):
-    """[(line, text)] of what will do, but only while a name can be looked up: nginx with
-    such a file does not start without."""
-    upstreams = set(shared.name for shared in shared_names(directives, ''))
-    for directive in all_directives(directives):
-        name, arguments = directive.words[0], directive.words[1:]
-        if not name.endswith('_pass') or not arguments:
-            continue
-        host = host_passed_to(arguments[0])
-        is_name = re.search('[a-z]', host) and '.' in host and '$' not in arguments[0]
-        if is_name and host not in upstreams and not host.startswith('unix'):
-            yield directive.line, ('while `%s` cannot be looked up nginx does not start, '
-                                   'for any app: an address is safer' % printable(host))
-
-def unquoted(problem, known):
-    """What nginx says of another file, without what it quotes of it."""
-    place, _, said = problem.partition(': ')
-    return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
-
 def remove_if_empty(path):
     """Remove a log or a folder that a test of nginx made, and nothing was written to."""
     if os.path.isdir(path):
@@ -2529,18 +2543,6 @@ def remove_if_empty(path):
 Neighbour = namedtuple('Neighbour', 'app name port status')
 
 NO_ANSWERS = ('400', '401', '403', '404', '444')    # what a file can make of other apps
-
-def plain_place(servers):
-    """(host name, port) by which nginx on this machine can be asked for the first of some
-    [Server] without TLS, or None."""
-    for server in servers:
-        names = [name.replace('*', 'any.example') for name in server.names
-                 if name not in ('', '_') and name[0] != '~']
-        ports = [listen.port for listen in server.listens
-                 if listen.address in ('*', '127.0.0.1') and not listen.words]
-        if names and ports and ports[0]:
-            return names[0], int(ports[0])
-    return None
 
 def is_working(title):
     """Whether this is the command line of a worker that still takes requests."""
@@ -3540,6 +3542,13 @@ def silent_ports(host, state):
 
 # ---- Switching: one function makes the host match a release ----------------------------
 
+def check_proxy_change(app, release, older=False):
+    """Failure where the proxy file of a release cannot be had beside the others.
+    older: as Nginx.check wants it"""
+    if release.proxy:
+        with host_lock(app.host, app.name):
+            app.nginx.check(release, app.nginx.files(), older, app.known)
+
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
 # spent on health checks
 Switch = namedtuple('Switch', 'gap checked')
@@ -4259,13 +4268,6 @@ def check_edited(app, live, release):
         detail(diff_text(ours, text, 'as pushed', 'on the server'))
         raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
                       'and try again', name, path)
-
-def check_proxy_change(app, release, older=False):
-    """Failure where the proxy file of a release cannot be had beside the others.
-    older: as Nginx.check wants it"""
-    if release.proxy:
-        with host_lock(app.host, app.name):
-            app.nginx.check(release, app.nginx.files(), older, app.known)
 
 def check_pushed_proxy(app, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
