@@ -15,6 +15,13 @@ It writes to /usr/local/lib/dockhand, /usr/local/bin, /var/lib/dockhand and /hom
 conf.d, a job each in /etc/init where that is Upstart; to docker: images, containers,
 volumes and one network.
 
+How to read it. Each section has a banner and uses only those above it. First come the
+tools, then pure functions: what strangers send is read, judged and rendered there, and
+nothing is touched. Then docker, nginx, the app and the two engines, each a class. From
+"Switching" on they act. A push is `serve`, as the git user; then, as root, `receive` and
+`deploy`, which check, build and `apply`. Who decides whether to run this as root reads
+"What is pushed", "Receiving" and "Deploying", and then "Switching".
+
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
 import fcntl
@@ -30,6 +37,7 @@ from contextlib import contextmanager
 from functools import partial
 
 # ---- Python 2.7 and 3 ------------------------------------------------------------------
+# All that differs between them, for every section below.
 
 PYTHON_2 = sys.version_info[0] == 2
 monotonic = time.time if PYTHON_2 else time.monotonic
@@ -44,30 +52,44 @@ def to_bytes(text):
     return text if isinstance(text, bytes) else text.encode('utf-8', errors)
 
 # ---- Constants: paths, limits, templates -----------------------------------------------
+# What is written where, how long is waited, and the texts of our own files.
 
-LIBRARY, STATE = '/usr/local/lib/dockhand', '/var/lib/dockhand'
-PROGRAM, OLDER_NAME = '/usr/local/bin/dockhand', '/usr/local/bin/gitreceive'
-RECEIVE, TEMPLATE = LIBRARY + '/receive', LIBRARY + '/template'
-USER_FILE = LIBRARY + '/user'        # the name of the git user
+LIBRARY = '/usr/local/lib/dockhand'
+STATE = '/var/lib/dockhand'
+PROGRAM = '/usr/local/bin/dockhand'
+OLDER_NAME = '/usr/local/bin/gitreceive'
+RECEIVE = LIBRARY + '/receive'
+TEMPLATE = LIBRARY + '/template'
+USER_FILE = LIBRARY + '/user'       # the name of the git user
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
-LOCKS, SUDOERS = '/run/lock/dockhand', '/etc/sudoers.d/dockhand'
-NGINX, PROXIES = '/etc/nginx', '/etc/nginx/conf.d'
+LOCKS = '/run/lock/dockhand'
+SUDOERS = '/etc/sudoers.d/dockhand'
+NGINX = '/etc/nginx'
+PROXIES = '/etc/nginx/conf.d'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
-JOBS, JOB_LOGS = '/etc/init', '/var/log/upstart'
+JOBS = '/etc/init'
+JOB_LOGS = '/var/log/upstart'
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
-BOOT_JOB, UNIT = JOBS + '/dockhand-recover.conf', UNITS[0] + '/dockhand-recover.service'
+BOOT_JOB = JOBS + '/dockhand-recover.conf'
+UNIT = UNITS[0] + '/dockhand-recover.service'
 UNIT_ENABLED = [UNITS[0] + '/%s.wants/dockhand-recover.service' % name
                 for name in ('multi-user.target', 'docker.service')]
 BOOT_SCRIPT = '/etc/init.d/dockhand-recover'
 
-PATIENCE, LOG_LINES = 5.0, 20       # seconds that we wait for a pusher; lines he gets
-HEALTH_TIMEOUT, STEADY = 60, 2.0    # seconds to answer in, and to keep running
-RELOAD_TIMEOUT, DRAIN = 10, 30      # seconds for nginx to follow; for begun requests
-FILE_LIMIT, SPACE = 2 ** 18, 512    # bytes of a pushed file; MB free before a build
+PATIENCE = 5.0                      # seconds that we wait for a pusher, in all
+LOG_LINES = 20                      # that he gets of an app that does not answer
+HEALTH_TIMEOUT = 60                 # seconds for an app to answer in
+STEADY = 2.0                        # seconds that it must keep running
+RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
+DRAIN = 30                          # seconds for requests that were begun
+FILE_LIMIT = 2 ** 18                # bytes of a pushed file
+SPACE = 512                         # MB that are free before a build
 WRITTEN = 2 ** 16                   # bytes that docker's disk must take before a stop
-KEPT, LISTED = 5, 50                # releases kept; numbers for which failed ones stay
+KEPT = 5                            # releases that one can go back to
+LISTED = 50                         # numbers for which failed ones stay
 DEFAULT_BRANCHES = ('main', 'master')
-HTTP_PORTS = ('80', '8080', '8000', '5000', '3000', '443')
+WEB_PORTS = ('80', '8080', '8000', '5000', '3000')      # an EXPOSE of these is for nginx
+HTTP_PORTS = WEB_PORTS + ('443',)
 NETWORK = 'dockhand'                # of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
     '172.%d' % number for number in range(31, 19, -1)]
@@ -143,13 +165,16 @@ start on started docker
 task
 exec {program} recover
 '''
-KEYS, KEYS_END = '.ssh/authorized_keys', '# dockhand: end of keys'
+KEYS = '.ssh/authorized_keys'
+KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"]*)",\S+ (\S+) (\S+)'
 
 # ---- The little OS layer ---------------------------------------------------------------
+# What to say, commands, files, locks, undoing: tools for all that follows, and Host, the
+# seam at which the tests put another machine.
 
 class Failure(Exception):
     """One line for a person: what is wrong, what to do. A text alone may hold a `%`."""
@@ -170,17 +195,23 @@ class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow: git leaves its pipe open
     and unread then. After `patience` seconds of waiting in all it is silent."""
     def __init__(self, fd, patience=PATIENCE):
-        self.fd, self.patience = fd, patience
+        self.fd = fd
+        self.patience = patience
 
     def __call__(self, text, *values):
-        data, poll = to_bytes((text % values if values else text) + '\n'), select.poll()
+        data = to_bytes((text % values if values else text) + '\n')
+        poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
+
         while data and self.patience > 0:
             begun = monotonic()
             ready = poll.poll(self.patience * 1000)
             self.patience -= monotonic() - begun
+            if not ready:
+                continue
             try:
-                data = data[os.write(self.fd, data[:4096]):] if ready else data
+                written = os.write(self.fd, data[:4096])
+                data = data[written:]
             except EnvironmentError:
                 self.patience = 0
 
@@ -219,6 +250,7 @@ def execute(argv, env=None, cwd='/', account=None, each=None):
     variables = dict(ENVIRONMENT, **(env or {}))
     if account:
         variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+
     with open(os.devnull) as null:
         try:
             process = Popen(argv, stdin=null, stdout=PIPE, env=variables, cwd=cwd,
@@ -226,11 +258,12 @@ def execute(argv, env=None, cwd='/', account=None, each=None):
                             preexec_fn=partial(become, account))
         except OSError as error:
             raise Failure('%s: %s', argv[0], error.strerror)
+
     try:
         if each:
             read_lines(process.stdout.fileno(), each)
         out, err = process.communicate()
-    except BaseException:
+    except BaseException:                   # a signal: the command must not go on alone
         process.kill()
         process.stdout.close()
         process.wait()
@@ -246,21 +279,28 @@ def become(account):
         os.setuid(account.uid)
 
 def read_lines(fd, each, silence=20):
-    """Give each line that comes from a pipe to `each`; a sign of life when none does."""
-    begun, rest, data = monotonic(), b'', None
-    while data != b'':
+    """Give each line that comes from a pipe to `each`; a sign of life when none does.
+    A CR ends a line too: that is how progress is shown. CR and LF are one end."""
+    begun = monotonic()
+    rest = b''
+    while True:
         if not select.select([fd], [], [], silence)[0]:
             each('... still busy after %d s' % (monotonic() - begun))
             continue
         data = os.read(fd, 65536)
         heard = (rest + data).replace(b'\r\n', b'\n')
-        undecided = b''         # a CR is a line end of its own, if no LF follows it
+        undecided = b''                     # the LF of a CR may be in what comes next
         if data and heard.endswith(b'\r'):
-            heard, undecided = heard[:-1], b'\r'
+            heard = heard[:-1]
+            undecided = b'\r'
+
         lines = heard.replace(b'\r', b'\n').split(b'\n')
-        rest = lines.pop() + undecided if data else b''
+        if data:                            # the last of them may go on
+            rest = lines.pop() + undecided
         for line in lines:
             each(plain_line(to_text(line)))
+        if not data:
+            return
 
 class Clock(object):
     """What time it is, in seconds: since 1970, and since some moment, never backwards."""
@@ -278,9 +318,14 @@ class Host(object):
     `ask` runs a command that may fail, with execute's options, and gives its Result."""
     def __init__(self, root='/', run=execute, user='git', clock=Clock,
                  connect=open_connection):
-        self.root, self.ask, self.user = root, run, user
-        self.clock, self.connect = clock, connect
-        self.docker, self.nginx = Docker(self), Nginx(self)     # chapters of their own
+        self.root = root
+        self.ask = run
+        self.user = user
+        self.clock = clock
+        self.connect = connect
+        # Chapters of their own, further down: how this host's docker and nginx are asked
+        self.docker = Docker(self)
+        self.nginx = Nginx(self)
         self.upstart = None             # what is_upstart found out
 
     def path(self, *parts):
@@ -309,9 +354,11 @@ class Host(object):
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
         for line in self.text('/etc/passwd').split('\n'):
-            name, _, uid, gid, _, home, shell = (line + 6 * ':').split(':')[:7]
-            if name == self.user:
+            fields = line.split(':')
+            if len(fields) == 7 and fields[0] == self.user:
+                name, _, uid, gid, _, home, shell = fields
                 return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
+        return None
 
     def home(self):
         account = self.account()
@@ -354,14 +401,20 @@ def native(value):
 
 def children(host, parent):
     """{process id: command line, a NUL after each word} of what a process started."""
-    found = [(pid, host.text('/proc', pid, 'stat').rpartition(')')[2].split())
-             for pid in os.listdir(host.path('/proc')) if pid.isdigit()]
-    return dict((pid, host.text('/proc', pid, 'cmdline')) for pid, fields in found
-                if fields[1:2] == [parent])
+    titles = {}
+    for pid in os.listdir(host.path('/proc')):
+        if pid.isdigit() and process_fields(host, pid)[1:2] == [parent]:
+            titles[pid] = host.text('/proc', pid, 'cmdline')
+    return titles
+
+def process_fields(host, pid):
+    """What /proc/PID/stat says behind the command's name: state, parent, ...; [] where
+    the process has gone. (The name may hold anything, `)` too.)"""
+    return host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
 
 def start_ticks(host, pid):
     """When a process began, in clock ticks since boot; None where it is not known."""
-    fields = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
+    fields = process_fields(host, pid)
     return int(fields[19]) if len(fields) > 19 else None
 
 @contextmanager
@@ -369,8 +422,9 @@ def replacing(path):
     """A name beside a path to write to; it takes the path's place if all goes well."""
     temporary = temporary_of(path)
     try:
-        remove_file(temporary)
+        remove_file(temporary)              # a crash may have left one
         yield temporary
+
         os.rename(temporary, path)
         sync_folder(os.path.dirname(path))
     except EnvironmentError as error:
@@ -384,13 +438,15 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
     if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
         remove_file(temporary_of(path))
         return False
+
     with replacing(path) as temporary:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, 'wb') as target:
             target.write(to_bytes(text))
             target.flush()
             os.fchmod(fd, mode)
-            os.fchown(fd, *account[1:3] if account else (-1, -1))
+            if account:
+                os.fchown(fd, account.uid, account.gid)
             os.fsync(fd)
         if check:
             check(temporary)
@@ -430,10 +486,11 @@ def make_folder(path, mode=0o755, account=None):
     """Make a folder, and those above it that are missing; True if it was not as asked."""
     if not os.path.isdir(path):
         os.makedirs(path)
-    found = os.stat(path)
+    before = os.stat(path)
     os.chmod(path, mode)
-    os.chown(path, *account[1:3] if account else (-1, -1))
-    return os.stat(path)[:6] != found[:6]
+    if account:
+        os.chown(path, account.uid, account.gid)
+    return os.stat(path)[:6] != before[:6]
 
 @contextmanager
 def locked(path, purpose):
@@ -443,6 +500,7 @@ def locked(path, purpose):
         os.makedirs(folder)
     refuse_if(os.lstat(folder).st_uid != os.geteuid(), 'somebody else made %s, and could '
               'mislead root there: sudo rm -r %s', folder, folder)
+
     with open(path, 'a+') as holder:
         fcntl.fcntl(holder, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
         try:
@@ -450,6 +508,7 @@ def locked(path, purpose):
         except EnvironmentError:
             step('Waiting for ' + ((read_file(path) or '').strip() or 'another command'))
             fcntl.flock(holder, fcntl.LOCK_EX)
+
         holder.truncate(0)
         holder.write('%s, since %s\n' % (purpose, time.strftime('%H:%M:%S')))
         holder.flush()
@@ -482,6 +541,7 @@ def on_signals(action):
         signal.signal(number, action)
 
 # ---- What is pushed: names, ssh commands, refs, keys (pure functions) ------------------
+# What strangers send is taken as it is or refused, never repaired. No command is run.
 
 APP_NAME = r'[a-z]([._-]?[a-z0-9])+\Z'
 OBJECT_ID = re.compile(r'(?:[0-9a-f]{40}|[0-9a-f]{64})\Z')
@@ -554,8 +614,11 @@ def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
     if 'PRIVATE KEY' in text:
         raise Failure('this is a private key: keep it, send the .pub file')
-    lines = [line.strip() for line in text.replace('\r', '\n').split('\n')]
-    lines = [line for line in lines if line and not line.startswith('#')]
+    lines = []
+    for line in text.replace('\r', '\n').split('\n'):
+        line = line.strip()
+        if line and not line.startswith('#'):
+            lines.append(line)
     if not lines:
         raise Failure('no key came in: cat ~/.ssh/id_ed25519.pub (or id_rsa.pub) | '
                       'ssh HOST "sudo dockhand upload-key NAME"')
@@ -592,13 +655,15 @@ def render_authorized_keys(before, keys, after):
     """The file anew: who has a key of ours reaches `dockhand serve`, no shell."""
     lines = [KEYS_BEGIN]
     for key in keys:
-        command = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
+        forced = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
         line = 'command="%s",%s %s %s %s' % (
-            command, KEY_OPTIONS, key.type, key.blob, key.name)
+            forced, KEY_OPTIONS, key.type, key.blob, key.name)
+
         if len(line) > 8000:
             raise Failure('too many apps for one key: sshd reads lines of up to 8192 '
                           'bytes')
         lines.append(line)
+
     lines.append(KEYS_END)
     return before + '\n'.join(lines) + '\n' + after
 
@@ -629,6 +694,7 @@ def add_keys(keys, uploaded, name, apps):
     return result
 
 # ---- Config, and the record of a release (pure functions) ------------------------------
+# What the server knows of an app, and what it writes down of each release.
 
 # What config says of the app itself; every other key is a variable of its environment.
 SETTINGS = {
@@ -709,6 +775,8 @@ def names_of_config(release):
     return release.config.get('domains', '').split() if is_made(release) else []
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
+# From the text of a job to its stanzas, their commands and the options of `docker run`,
+# and what is wrong with them. No other section is needed, but for names.
 
 # value: without comments and quotes; text: its first line; commands: of exec and script
 Stanza = namedtuple('Stanza', 'name value text line commands')
@@ -859,6 +927,7 @@ class JobReader(object):
         """What is left of a line, and the lines after it while a parenthesis is open."""
         number = self.number
         parts = [self.take_continued(rest)]
+
         depth = open_parentheses(parts[0], 0)
         while depth > 0:
             refuse_if(self.is_at_end(), 'upstart.conf:%d: a parenthesis is not closed',
@@ -930,6 +999,7 @@ def read_commands(tokens):
     commands = []
     words = []
     redirect = ''
+
     for token in tokens:
         if token.kind in ('word', 'stray'):
             value = unquote(token.text)
@@ -953,12 +1023,16 @@ def read_command(words, ending):
 BEFORE_COMMANDS = ('exec', 'sudo', 'then', 'do', 'else', '!', '{')
 DOCKER_VALUES = ('-H', '--host', '-c', '--context', '--config', '-l', '--log-level')
 
+def comes_before_command(value):
+    """Whether a word is none of a command: `exec`, or a variable that is set for it."""
+    return value in BEFORE_COMMANDS or re.match(r'\w+=', value) is not None
+
 def docker_verb(values):
     """Which of the words of a command is docker's verb, as in `docker -D run`, counted
     from 0; None in other commands."""
     at = 0
     last = len(values) - 1
-    while at < last and (values[at] in BEFORE_COMMANDS or re.match(r'\w+=', values[at])):
+    while at < last and comes_before_command(values[at]):
         at += 1
     is_docker = values[at] == 'docker' or values[at].endswith('/docker')
     if not is_docker or at == last:
@@ -1019,6 +1093,7 @@ def split_letters(letters):
     for at, letter in enumerate(letters):
         name = LETTERS.get(letter, letter)
         following = letters[at + 1:at + 2]
+
         if name not in FLAGS or following in ('', '='):
             value = letters[at + 1:].lstrip('=')
             return options + [(name, value or None)]
@@ -1032,8 +1107,12 @@ def main_of(job):
 
 def runs_of(job):
     """Every `docker run` of the main process, as read_run gives it."""
-    return [read_run(command.words) for stanza in main_of(job)
-            for command in stanza.commands if command.name == 'docker run']
+    runs = []
+    for stanza in main_of(job):
+        for part in stanza.commands:
+            if part.name == 'docker run':
+                runs.append(read_run(part.words))
+    return runs
 
 def options_of(job):
     return [option for options, _ in runs_of(job) for option in options]
@@ -1045,6 +1124,7 @@ def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
     old = [option.word for option in options_of(parse_job(text))
            if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
+
     parts = []
     end = 0
     for word in old:
@@ -1061,6 +1141,7 @@ def check_job(job, app, proxied=(), volumes=()):
     proxied: the host's ports in the app's proxy file; volumes: the image's VOLUMEs"""
     refuse_if(not main_of(job), 'upstart.conf:1: no `exec` or `script`: say how to run '
               'the app, as in `exec docker run --rm %s`', app)
+
     doubts = []
     for place, said in problems_of_job(job, app, proxied, volumes):
         if not said.startswith(('note: ', 'warning: ')):
@@ -1096,8 +1177,12 @@ def value_problems(name, value):
 
 def removed_containers(job):
     """The set of words after `docker rm`, in whichever process of a job."""
-    return set(word.value for stanza in job for command in stanza.commands
-               if command.name == 'docker rm' for word in command.words[1:])
+    removed = set()
+    for stanza in job:
+        for part in stanza.commands:
+            if part.name == 'docker rm':
+                removed.update(word.value for word in part.words[1:])
+    return removed
 
 def taken_name_problems(options, removed):
     """[(Word, text)] for a name that the last start has left to a container.
@@ -1116,6 +1201,7 @@ def port_problems(options, proxied):
     for name, value, word in options:
         if name == 'publish':
             outside, inside = open_port(value)
+
             if outside in proxied or inside in HTTP_PORTS:
                 problems.append((word, 'warning: `-p %s` is open to the world, past ufw; '
                                  'behind nginx: `-p 127.0.0.1:%s:%s`'
@@ -1161,6 +1247,7 @@ def mounted_path(name, value):
             key, _, said = field.partition('=')
             if key in ('dst', 'destination', 'target'):
                 path = said
+
     return path and path.rstrip('/')
 
 NAMING = ('name', 'net-alias', 'network-alias', 'ip')
@@ -1188,12 +1275,16 @@ def foreign_names(options, app):
 
     if not joins_ours:
         return []
-    return [(word, value) for word, value in answers_to if value != app or '.' in value]
+    if '.' in app:
+        return answers_to
+    return [(word, value) for word, value in answers_to if value != app]
 
 def is_image_of(app, image):
     return image in (app, app + ':latest')
 
-# ---- Containers described: what docker is told of a job or a plain app (pure functions) -
+# ---- Containers described: what docker is told of an app (pure functions) --------------
+# What `docker create` gets for a release: from its job, or from its Dockerfile. Uses
+# "Jobs" and the record.
 
 # How docker keeps a job running: what `docker create` gets, and where it is to run.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
@@ -1217,8 +1308,8 @@ def container_of(job, app):
     if 'kill signal' in last:
         given.append('--stop-signal=' + last['kill signal'])
 
-    command = [word.value for word in words[1:]]
-    return Container(given, words[0].value, command, env, last.get('chdir', '/'),
+    arguments = [word.value for word in words[1:]]
+    return Container(given, words[0].value, arguments, env, last.get('chdir', '/'),
                      starts_at_boot(job), last.get('kill timeout', '5'))
 
 def long_option(option):
@@ -1255,7 +1346,7 @@ def read_image(settings, config, proxied):
     proxied: the app's own proxy file, if it has one"""
     exposed = [port.split('/')[0] for port in settings.get('ExposedPorts') or {}
                if port.endswith('/tcp')]
-    web_ports = [port for port in HTTP_PORTS if port in exposed and port != '443']
+    web_ports = [port for port in WEB_PORTS if port in exposed]
     exposed = sorted(int(port) for port in exposed)
 
     if 'port' in config:
@@ -1278,9 +1369,9 @@ def refuse_here_if(wrong, place, what, remedy):
 
 def only_run(job, app):
     """The one `docker run` of a job, whose other commands can be left out."""
-    main = main_of(job)[0]
-    runs = [command for command in main.commands if command.name == 'docker run']
-    refuse_here_if(len(runs) != 1, main, main.name, 'it must hold one `docker run`')
+    process = main_of(job)[0]
+    runs = [part for part in process.commands if part.name == 'docker run']
+    refuse_here_if(len(runs) != 1, process, process.name, 'it must hold one `docker run`')
     run = runs[0]
 
     ending = run.ending.strip('\n;')
@@ -1289,16 +1380,16 @@ def only_run(job, app):
     for stanza in job:
         refuse_here_if(stanza.name in ('chroot', 'normal exit'), stanza, stanza.name,
                        'remove it')
-        if stanza is main or stanza.name.startswith(AROUND):
+        if stanza is process or stanza.name.startswith(AROUND):
             check_commands(stanza.commands, run)
     return run
 
 def check_commands(commands, run):
     """Failure for one that cannot be left out beside the `docker run`."""
-    for command in commands:
-        is_known = command is run or command.name in HARMLESS
-        refuse_here_if(not is_known or command.ending == '|', command.words[0],
-                       command.name, 'do it in the Dockerfile or in what it starts')
+    for part in commands:
+        is_known = part is run or part.name in HARMLESS
+        refuse_here_if(not is_known or part.ending == '|', part.words[0],
+                       part.name, 'do it in the Dockerfile or in what it starts')
 
 def expand_word(word, env):
     """[Word] for a Word, `$NAME` of the job's own env put in as the shell would."""
@@ -1319,6 +1410,7 @@ def expand_word(word, env):
     return [word._replace(value=value)]
 
 # ---- Proxy files read as nginx reads them (pure functions) -----------------------------
+# From a text to nginx's own tree of directives. Uses nothing else.
 
 # words: its name and arguments, without their quotes. line: in which it begins, from 1.
 # begin, end: where in the text it stands, its `;` or `}` included. inside: [Directive] of
@@ -1439,7 +1531,8 @@ class NginxReader(object):
 
     def add(self, directive):
         self.into.append(directive)
-        name, arguments = directive.words[0], directive.words[1:]
+        name = directive.words[0]
+        arguments = directive.words[1:]
         if name == 'include' and not is_known_include(arguments):
             self.trouble(directive.line, '`include`: it is not read here: copy its lines')
         elif name.endswith('_by_lua_block'):
@@ -1483,6 +1576,7 @@ def flat(directive):
     return directive.words, inside
 
 # ---- Proxy files: what one app's may say beside the others' (pure functions) -----------
+# Rules for what `nginx -t` takes, although it reaches past the app. Uses the reader.
 
 # place: FILE:LINE; listens: [Listen]; names: in lower case, '' where there is none;
 # block: its Directive
@@ -1502,9 +1596,11 @@ def servers_in(directives, path):
 
 def read_server(block, path):
     """The Server of a `server` block."""
-    listens, names = [], []
+    listens = []
+    names = []
     for directive in block.inside:
-        name, arguments = directive.words[0], directive.words[1:]
+        name = directive.words[0]
+        arguments = directive.words[1:]
         place = '%s:%d' % (path, directive.line)
         if name == 'listen' and arguments:
             listens.append(read_listen(arguments, place))
@@ -1589,7 +1685,8 @@ def shared_names(directives, path):
     or log_format; nginx compares variables in lower case"""
     found = []
     for directive in directives:
-        keyword, words = directive.words[0], directive.words
+        keyword = directive.words[0]
+        words = directive.words
         where = SHARED_NAMES.get(keyword)
         if where is None or len(words) < 2:
             continue
@@ -1652,7 +1749,8 @@ OTHER_FILES = r'''\w*_(temp_path|file|store) | \w*(ticket_key|_crl) | load_modul
 def file_problem(app, directive):
     """What is wrong with the files that a directive names, or None. nginx opens, and may
     make, each of them as root when the configuration is tested."""
-    name, arguments = directive.words[0], directive.words[1:]
+    name = directive.words[0]
+    arguments = directive.words[1:]
     if name in ('access_log', 'error_log'):
         return log_problem(app, name, arguments)
     if name.endswith('_cache_path'):
@@ -1675,6 +1773,7 @@ def path_problem(arguments):
     for word in arguments:
         if '..' in word.split('/'):
             return 'write the path without `..`'
+
         if ':' in word and not word.startswith('data:'):
             return 'write the path of a file'
         if re.match('/+(dev|proc|sys)(/|\\Z)', os.path.normpath(word)):
@@ -1709,7 +1808,8 @@ def files_made(directives):
     """The logs and caches that a file names: nginx makes them where they are missing."""
     paths = []
     for directive in all_directives(directives):
-        name, arguments = directive.words[0], directive.words[1:]
+        name = directive.words[0]
+        arguments = directive.words[1:]
         makes_files = name.endswith(('access_log', 'error_log', '_cache_path'))
         if makes_files and arguments and arguments[0].startswith('/'):
             paths.append(arguments[0])
@@ -1736,7 +1836,10 @@ def rule_problems(app, directives, others, version, known=None):
     found.extend(listen_problems(app, directives, others, version))
     return found
 
-MOST_NAMES, MOST_LISTENS, MOST_SHARED = 200, 50, 100     # in one file
+# In one file
+MOST_NAMES = 200
+MOST_LISTENS = 50
+MOST_SHARED = 100
 
 def size_problems(directives):
     """Where a file says more than any person writes, as rule_problems gives it."""
@@ -1763,7 +1866,8 @@ OF_A_PORT = '''client_header_buffer_size client_header_timeout ignore_invalid_he
 
 def word_problem(directive):
     """What is wrong with the words of a directive, wherever it stands, or None."""
-    name, arguments = directive.words[0], directive.words[1:]
+    name = directive.words[0]
+    arguments = directive.words[1:]
     if name == 'ssl' and [word.lower() for word in arguments] != ['off']:
         return 'write `listen 443 ssl;`'
     if name == 'listen' and arguments:
@@ -1772,6 +1876,7 @@ def word_problem(directive):
         plain = [word for word in arguments if not word.startswith('~')]
         if '$' in ''.join(plain):
             return 'write the name itself'
+
     if name in ('proxy_cache', 'fastcgi_cache', 'scgi_cache', 'uwsgi_cache'):
         if '$' in ''.join(arguments):
             return 'write the name of the cache itself'
@@ -1826,7 +1931,8 @@ def names_used(directives):
     """What a file sets or asks by a name that a table or an upstream of another file
     would take: its variables, and the hosts that it passes requests to."""
     for directive in all_directives(directives):
-        name, arguments = directive.words[0], directive.words[1:]
+        name = directive.words[0]
+        arguments = directive.words[1:]
         if name in ('set', 'auth_request_set') and arguments:
             yield arguments[0].lower()
         elif name.endswith('_pass') and arguments:
@@ -1844,6 +1950,7 @@ def shared_name_problem(shared, theirs, used, known):
         if not is_variable or flat(other.directive) != flat(shared.directive):
             return '%s has a %s of this name: choose another' % (
                 owner_text(other.path, known), shared.kind)
+
     if is_variable and is_nginxs_variable(shared.name):
         return 'this is a variable of nginx, for every app: choose another name'
     if is_variable and shared.name in used:
@@ -1892,21 +1999,26 @@ def becomes_default(app, listen, others):
     is ours of 000-dockhand.conf."""
     if listen.port in ('80', '443'):
         return False
-    there = [(path, other) for path, directives in others
-             for server in servers_in(directives, path)
-             for other in server.listens if other.port == listen.port]
-    if not there or any(other.default for _, other in there):
+    paths = []                          # of the files that have this port
+    for path, directives in others:
+        for server in servers_in(directives, path):
+            for other in server.listens:
+                if other.port == listen.port:
+                    if other.default:
+                        return False
+                    paths.append(path)
+    if not paths:
         return False
 
     own = PROXIES + '/%s.conf' % app
-    is_first = own < min(path for path, _ in there)
-    return listen.default or is_first
+    return listen.default or own < min(paths)
 
 def listen_directives(directives):
     """Every `listen` Directive of the servers of a file."""
     servers = [block for block in directives if block.words == ['server']]
-    return [directive for block in servers for directive in block.inside or ()
-            if directive.words[0] == 'listen' and directive.words[1:]]
+    inside = [directive for block in servers for directive in block.inside or ()]
+    return [directive for directive in inside
+            if directive.words[0] == 'listen' and len(directive.words) > 1]
 
 def socket_difference(ours, theirs, version):
     """A word of two `listen` of one port that both must have, or neither, or None. With
@@ -1917,6 +2029,7 @@ def socket_difference(ours, theirs, version):
     return min(differing) if differing else None
 
 # ---- Host names, as nginx ranks them (pure functions) ----------------------------------
+# Whether one `server_name` would get the requests of another. Uses no section.
 
 # A server_name, whose it is (a path), and on which port. 80 and 443 count as one.
 Claim = namedtuple('Claim', 'name path port place')
@@ -2059,6 +2172,7 @@ def robbed_text(claim, other, known):
     app = app_of_file(other.path)
     if known is not None and app not in known:
         return '%s: the host name "%s" is taken on this server' % (claim.place, name)
+
     remedy = 'give that full names of its own first'
     if app:
         remedy += ': dockhand config %s domains="..."' % app
@@ -2066,6 +2180,8 @@ def robbed_text(claim, other, known):
         claim.place, name, owner_text(other.path, known), printable(other.name), remedy)
 
 # ---- Proxy files: made, and held against the others' (pure functions) -----------------
+# The files that we make ourselves, and each file beside all others. Uses the three
+# sections above.
 
 def headed(app, what, text):
     """A pushed file under our line, which one copied from the server has already."""
@@ -2245,6 +2361,7 @@ def plain_place(servers):
                  if name not in ('', '_') and name[0] != '~']
         ports = [listen.port for listen in server.listens
                  if listen.address in ('*', '127.0.0.1') and not listen.words]
+
         if names and ports and ports[0]:
             return names[0], int(ports[0])
     return None
@@ -2254,9 +2371,11 @@ def proxy_doubts(directives):
     such a file does not start without."""
     upstreams = set(shared.name for shared in shared_names(directives, ''))
     for directive in all_directives(directives):
-        name, arguments = directive.words[0], directive.words[1:]
+        name = directive.words[0]
+        arguments = directive.words[1:]
         if not name.endswith('_pass') or not arguments:
             continue
+
         host = host_passed_to(arguments[0])
         is_name = re.search('[a-z]', host) and '.' in host and '$' not in arguments[0]
         if is_name and host not in upstreams and not host.startswith('unix'):
@@ -2269,6 +2388,7 @@ def unquoted(problem, known):
     return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
 
 # ---- The machine: init, disk, routes ---------------------------------------------------
+# What differs between hosts, and is neither docker's nor nginx's.
 
 def is_systemd(host):
     return os.path.isdir(host.path('/run/systemd/system'))
@@ -2309,11 +2429,13 @@ def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
         connection.close()
     except EnvironmentError as error:
         return 'nothing (%s)' % error
+
     if answer[1:] and answer[0].startswith('HTTP/'):
         return answer[1]
     return 'nothing'
 
 # ---- Docker ----------------------------------------------------------------------------
+# Everything that is asked of docker and is not about one engine's way to run an app.
 
 # How a failed build ends, and what to say.
 BUILD_TROUBLE = [
@@ -2338,11 +2460,13 @@ class Docker(object):
 
     def wait(self, patience=60):
         """Wait until docker answers: at boot some inits go on before it does."""
-        clock, told = self.host.clock, False
+        clock = self.host.clock
+        told = False
         deadline = clock.monotonic() + patience
         while self.host.ask(['docker', 'version']).status:
             if clock.monotonic() > deadline:
                 break
+
             if not told:
                 step('Waiting for docker, which does not answer')
             told = True
@@ -2370,7 +2494,8 @@ class Docker(object):
         app: nobody can have that port, or it leads to another app
         (moby/libnetwork#2448)."""
         clock = self.host.clock
-        kept, deadline = self.kept_ports(), clock.monotonic() + patience
+        kept = self.kept_ports()
+        deadline = clock.monotonic() + patience
         while kept and clock.monotonic() < deadline:
             clock.sleep(0.1)                # one may be of a container that stops
             kept &= self.kept_ports()
@@ -2411,8 +2536,8 @@ class Docker(object):
 
     def on_container(self, release, *words):
         """Run a command on a release's container; False where that is gone."""
-        command = ('docker',) + words + (container_name(release),)
-        return self.host.run_unless('No such container', command)
+        argv = ('docker',) + words + (container_name(release),)
+        return self.host.run_unless('No such container', argv)
 
     def written_files(self, container):
         """What a container wrote outside its volumes, as [path], but what is passing."""
@@ -2440,8 +2565,8 @@ class Docker(object):
             if line and not is_advice:
                 heard.append(line)
                 detail(line)
-        command = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
-        status = self.host.ask(command, each=hear).status
+        argv = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
+        status = self.host.ask(argv, each=hear).status
         if status == 0:
             return
 
@@ -2458,8 +2583,8 @@ class Docker(object):
     def untag(self, tag, *options):
         """Take a tag away, and an unused image with it; False where a container uses
         it."""
-        command = ('docker', 'rmi') + options + (tag,)
-        if self.host.run_unless('no such image|container', command):
+        argv = ('docker', 'rmi') + options + (tag,)
+        if self.host.run_unless('no such image|container', argv):
             return True
         return not self.inspect(tag)
 
@@ -2483,9 +2608,9 @@ class Docker(object):
     def ensure_network(self, address):
         """Our network, for one of its addresses; docker's own choices come from its
         end."""
-        command = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
-                   '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
-        self.host.run_unless('already exists', command.split())
+        create = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
+                  '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
+        self.host.run_unless('already exists', create.split())
 
     def volumes_of(self, name):
         """The names of the volumes that an app of this name left."""
@@ -2518,6 +2643,7 @@ class Docker(object):
         path = self.trial_file(name)
         if not os.path.isdir(os.path.dirname(path)):
             return
+
         try:
             with open(path, 'wb') as target:
                 target.write(b' ' * WRITTEN)
@@ -2530,6 +2656,8 @@ class Docker(object):
             remove_file(path)
 
 # ---- nginx -----------------------------------------------------------------------------
+# Its configuration as it lies there, one app's file in it, and its processes. Uses the
+# proxy files' sections.
 
 def remove_if_empty(path):
     """Remove a log or a folder that a test of nginx made, and nothing was written to."""
@@ -2560,6 +2688,7 @@ def read_sockets(text):
         fields = line.split()
         if len(fields) < 5:
             continue
+
         pids = re.findall(r',(?:pid=)?(\d+),', ' '.join(fields[5:]))
         sockets.append(Socket(fields[0], fields[3].rpartition(':')[2],
                               fields[4].rpartition(':')[0], pids))
@@ -2584,7 +2713,8 @@ class Nginx(object):
     def files(self):
         """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all. A push
         asks three times: a file that has not changed is not parsed again."""
-        host, read = self.host, {}
+        host = self.host
+        read = {}
         for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', '')):
             for name in list_folder(host.path(folder)):
                 path = folder + '/' + name
@@ -2667,8 +2797,9 @@ class Nginx(object):
             name = directive.words[0]
             if '_certificate' not in name and name != 'ssl_dhparam':
                 continue
+
             for word in directive.words[1:]:
-                path = self.host.path(word if word[:1] == '/' else NGINX + '/' + word)
+                path = self.host.path(os.path.join(NGINX, word))
                 refuse_if(os.path.exists(path) and not os.path.isfile(path),
                           'nginx-proxy.conf:%d: %s is no file', directive.line,
                           printable(word))
@@ -2676,11 +2807,14 @@ class Nginx(object):
     def check_alone(self, release, files):
         """Failure where a proxy file leans on what the file of another app defines: that
         app could not be changed or removed any more."""
-        others = [path for path in files if app_of_file(path) not in (None, release.app)
-                  and is_ours(self.host.text(path), app_of_file(path))]
-        if not others:
+        alone = {}
+        for path in files:
+            app = app_of_file(path)
+            is_others = app not in (None, release.app)
+            if not is_others or not is_ours(self.host.text(path), app):
+                alone[path] = files[path]
+        if len(alone) == len(files):
             return
-        alone = dict((path, files[path]) for path in files if path not in others)
         problem = self.test(release.app, pushed_part(release), alone)
         refuse_if(problem, "%s (it must not lean on another app's file)", problem)
 
@@ -2689,8 +2823,10 @@ class Nginx(object):
         is tested in a staged copy: what lies in conf.d is valid at every moment.
         files: {path: ProxyFile}"""
         host = self.host
-        own, whole = PROXIES + '/%s.conf' % app, NGINX + '/nginx.conf'
-        candidate, staged = temporary_of(own), temporary_of(NGINX + '/%s.conf' % app)
+        own = PROXIES + '/%s.conf' % app
+        whole = NGINX + '/nginx.conf'
+        candidate = temporary_of(own)
+        staged = temporary_of(NGINX + '/%s.conf' % app)
 
         parsed = read_proxy_file(text)
         files = dict(files, **{own: parsed})
@@ -2730,6 +2866,7 @@ class Nginx(object):
         with host_lock(self.host, app):
             if self.host.text(PROXIES, app + '.conf') == release.proxy:
                 return
+
             files = self.files()
             if release.proxy:
                 self.check(release, files, older, known)
@@ -2764,6 +2901,7 @@ class Nginx(object):
             changed = is_ours(read_file(path), app) and remove_file(path)
             if changed:
                 files.pop(own, None)
+
         others = replace_file(self.host.path(CATCH_ALL), self.catch_all_text(files))
         return others or changed
 
@@ -2799,6 +2937,7 @@ class Nginx(object):
             if status.isdigit() and status not in NO_ANSWERS:
                 return
             self.host.clock.sleep(0.1)
+
         raise Failure('with this proxy file another app answers %s instead of %s: what '
                       'in it holds for more than its own server?', status,
                       neighbour.status)
@@ -2809,7 +2948,8 @@ class Nginx(object):
         """Make nginx take up its configuration; Failure unless it really has. Where a
         port is taken, `nginx -t` and the reload both succeed, but the earlier workers go
         on."""
-        host, master = self.host, self.master()
+        host = self.host
+        master = self.master()
         if master is None:
             return self.start()
         earlier = self.workers(master)
@@ -2826,14 +2966,14 @@ class Nginx(object):
         systemd holds nginx back at boot: neither would ever end."""
         host = self.host
         self.end_orphans()
-        command = ['service', 'nginx', 'start']
+        argv = ['service', 'nginx', 'start']
         if is_systemd(host):
             state = host.ask(['systemctl', 'is-system-running']).out.strip()
             if state == 'starting':
                 return
             if not wait:
-                command = ['systemctl', '--no-block', 'start', 'nginx']
-        if host.ask(command).status == 0:
+                argv = ['systemctl', '--no-block', 'start', 'nginx']
+        if host.ask(argv).status == 0:
             return
 
         # Upstart refuses to start a job that it is starting itself, after a crash
@@ -2895,6 +3035,7 @@ class Nginx(object):
         for pid, title in children(self.host, self.master()).items():
             if 'shutting' not in title:
                 continue
+
             held = [socket for socket in sockets if pid in socket.pids]
             clients = [socket for socket in held if socket.port in ports]
             to_apps = len(held) - len(clients)
@@ -2905,6 +3046,7 @@ class Nginx(object):
         return True
 
 # ---- An app: its folder, releases, repository ------------------------------------------
+# What the store and the repository have of an app. Nothing here starts or stops one.
 
 def list_apps(host):
     """The names of the apps that have anything in the store, in their order."""
@@ -2925,8 +3067,11 @@ class App(object):
     """An app of this server: what lies of it in the store, and its repository.
     known: the apps that whoever asks may know of, None for all"""
     def __init__(self, host, name, known=None):
-        self.host, self.name, self.known = host, name, known
-        self.docker, self.nginx = host.docker, host.nginx
+        self.host = host
+        self.name = name
+        self.known = known
+        self.docker = host.docker
+        self.nginx = host.nginx
 
     # Where its things are
 
@@ -3015,7 +3160,8 @@ class App(object):
 
     def count_turn(self, old, new):
         """Write down that a release becomes live now, after all others; gives it so."""
-        turn = 1 + max([0] + [release.turn or 0 for release in self.kept()])
+        turns = [release.turn or 0 for release in self.kept()]
+        turn = 1 + max([0] + turns)
         if old is not None and old.turn is None:    # an older version did not count
             self.save_record(old._replace(turn=turn))
             turn += 1
@@ -3075,9 +3221,9 @@ class App(object):
     def git(self, *args, **options):
         """Run git in the repository, as the git user only; what it prints. act: host.ask
         for a Result instead, where git may fail"""
-        command = ['git', '--git-dir=' + self.repository()] + list(args)
+        argv = ['git', '--git-dir=' + self.repository()] + list(args)
         act = options.get('act', self.host.run)
-        return act(command, account=self.host.account())
+        return act(argv, account=self.host.account())
 
     def read_branch(self, ref):
         """The commit of a branch, '' where there is none."""
@@ -3129,6 +3275,8 @@ def free_address(host):
     raise Failure('no address is free on the network of the apps')
 
 # ---- The engines: what keeps an app running --------------------------------------------
+# Docker, and Upstart where that is PID 1: two classes with the same methods, and the
+# health check over both. Uses the app, docker, and "Containers described".
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
 # identity changes when the app is started anew; ports: [(address, tcp port)].
@@ -3163,7 +3311,9 @@ class Engine(object):
     finds some of its work done already. What docker or init refuse is a Failure.
     """
     def __init__(self, app):
-        self.app, self.host, self.docker = app, app.host, app.docker
+        self.app = app
+        self.host = app.host
+        self.docker = app.docker
 
     @classmethod
     def takes(cls, host, release):
@@ -3230,7 +3380,7 @@ class Engine(object):
         """What docker makes its containers from."""
         return release.image
 
-    def run_once(self, release, command, each):
+    def run_once(self, release, argv, each):
         """Run a command in its image, in its environment; the exit status. each: gets
         the lines that it prints"""
         raise NotImplementedError
@@ -3248,12 +3398,12 @@ class Engine(object):
 LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
 PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
 
-def run_in_image(host, release, options, command, each, env, cwd):
+def run_in_image(host, release, options, argv, each, env, cwd):
     """`docker run` in the image of a release; the exit status."""
     run = ['docker', 'run', '--rm', '--name', once_name(release)] + options
     if not any(option.startswith('--pids-limit') for option in options):
         run.append(PIDS_CAP)
-    return host.ask(run + [release.image] + command, each=each, env=env, cwd=cwd).status
+    return host.ask(run + [release.image] + argv, each=each, env=env, cwd=cwd).status
 
 def once_name(release):
     """The name of the container in which a release's command runs once."""
@@ -3311,45 +3461,45 @@ class Containers(Engine):
         return [plain[container['Name'][1:]] for container in containers
                 if container['State']['Running']]
 
-    def run_once(self, release, command, each):
+    def run_once(self, release, argv, each):
         """Beside the app: with its volumes and its network, but not its names there."""
         job = self.job(release)
         options = [option for option in job.options
                    if not option.startswith(('--ip', '--net-alias', '--publish'))]
         if release.address:
             self.docker.ensure_network(release.address)
-        return run_in_image(self.host, release, options, command, each, job.env,
+        return run_in_image(self.host, release, options, argv, each, job.env,
                             job.folder)
 
     def prepare(self, release):
         """Create the container, so that the gap is a stop and a start, no more. That of a
         kept release is there. Until it is checked, docker does not start it at boot."""
         job = self.job(release)
-        command = ['docker', 'create', '--name', container_name(release)] + job.options
-        command.append('--label=dockhand.app=' + release.app)
+        argv = ['docker', 'create', '--name', container_name(release)] + job.options
+        argv.append('--label=dockhand.app=' + release.app)
         if release.address and self.docker.has_init():
-            command.append('--init')
+            argv.append('--init')
         if not any(option.startswith('--log-') for option in job.options):
-            command += LOG_CAP
+            argv += LOG_CAP
         if not any(option.startswith('--pids-limit') for option in job.options):
-            command.append(PIDS_CAP)
-        command += [self.image_ref(release)] + job.command
+            argv.append(PIDS_CAP)
+        argv += [self.image_ref(release)] + job.command
 
-        is_new = self.host.run_unless('already in use', command, env=job.env,
+        is_new = self.host.run_unless('already in use', argv, env=job.env,
                                       cwd=job.folder)
         if not is_new:
             self.docker.on_container(release, 'update', '--restart', 'no')
 
     def start(self, release):
         """Start the container; if it was pruned away, or its network, it is new."""
-        command = ['docker', 'start', container_name(release)]
-        if self.host.run_unless('No such container|network .* not found', command):
+        argv = ['docker', 'start', container_name(release)]
+        if self.host.run_unless('No such container|network .* not found', argv):
             return
         self.docker.on_container(release, 'rm', '-f')
         if release.address:
             self.docker.ensure_network(release.address)
         self.prepare(release)
-        self.host.run(command)
+        self.host.run(argv)
 
     def stop(self, release):
         """Stop it for good: docker's own start must not bring it back beside another, not
@@ -3398,11 +3548,11 @@ class Upstart(Engine):
         """The job's file `.conf` or `.override`."""
         return self.host.path(JOBS, release.app + ending)
 
-    def run_once(self, release, command, each):
+    def run_once(self, release, argv, each):
         """Of the job only its environment is known here."""
         env_file = self.app.release_folder(release.number) + '/env'
         options = ['--env-file=' + env_file]
-        return run_in_image(self.host, release, options, command, each, {}, '/')
+        return run_in_image(self.host, release, options, argv, each, {}, '/')
 
     def place(self, release):
         env = environment_text(release.config, None)
@@ -3437,6 +3587,7 @@ class Upstart(Engine):
         holders = self.docker.inspect(*names) if names else []
         if not holders:
             return
+
         ours = [self.app.load(number).image for number in self.app.numbers()]
         for container in holders:
             if container.get('Image') in ours:
@@ -3490,8 +3641,8 @@ class Upstart(Engine):
         return job_began is None or began < job_began
 
     def logs_command(self, release, lines, *follow):
-        log = self.host.path(JOB_LOGS, release.app + '.log')
-        return ('tail', '-n', lines) + follow + (log,)
+        path = self.host.path(JOB_LOGS, release.app + '.log')
+        return ('tail', '-n', lines) + follow + (path,)
 
 # Who runs a release: the first of these that takes it.
 ENGINES = [Upstart, Containers]
@@ -3508,7 +3659,9 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     container's own ports accept (docker's proxy accepts whatever is behind it)."""
     clock = engine.host.clock
     begun = since = clock.monotonic()
-    identity, deaths, answered = None, 0, None
+    identity = None
+    deaths = 0
+    answered = None
     while True:
         state = engine.state(release)
         refuse_if(state.alive is False, 'it does not run: ' + state.text)
@@ -3517,7 +3670,9 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
         if state.identity != identity:
             if identity is not None:
                 deaths += 1
-            identity, since, answered = state.identity, clock.monotonic(), None
+            identity = state.identity
+            since = clock.monotonic()
+            answered = None
         refuse_if(deaths > 3, 'it keeps dying and being started again')
 
         missing = silent_ports(engine.host, state)
@@ -3541,6 +3696,8 @@ def silent_ports(host, state):
     return ''
 
 # ---- Switching: one function makes the host match a release ----------------------------
+# A deploy, a rollback, a change of config, and putting back are all `apply`. It knows no
+# engine by name. Uses the app, the engines and nginx.
 
 def check_proxy_change(app, release, older=False):
     """Failure where the proxy file of a release cannot be had beside the others.
@@ -3557,7 +3714,8 @@ def apply(app, old, new):
     """Make the host match a release, or put the old one back and raise; a report.
 
     `pending` says what is being switched to; moving `live` is the commit point."""
-    clock, engine = app.host.clock, engine_of(app, new)
+    clock = app.host.clock
+    engine = engine_of(app, new)
     begun = clock.monotonic()
     served = old is not None and not app.is_stopped()
     overlap = served and engine.overlaps(old, new)
@@ -3599,7 +3757,8 @@ def is_pushed(old, new):
 
 def hand_over(app, old, new):
     """Both run for a time, so that no request is lost; gives a Switch."""
-    engine, clock = engine_of(app, new), app.host.clock
+    engine = engine_of(app, new)
+    clock = app.host.clock
     on_trial = old.web and new.web      # the old one answers where the new one fails
     engine.start(new)
     begun = clock.monotonic()
@@ -3622,7 +3781,8 @@ def hand_over(app, old, new):
 
 def stop_then_start(app, old, new):
     """Never two at once: they would share data, a port, or a job. Gives a Switch."""
-    engine, clock = engine_of(app, new), app.host.clock
+    engine = engine_of(app, new)
+    clock = app.host.clock
     stopped = clock.monotonic()
     if old is not None:
         stop_for(app, old, engine)
@@ -3648,12 +3808,14 @@ def latest_tag(app):
 
 def check_or_show_log(app, release, steady=STEADY):
     """The moment of a release's first answer; its log for the pusher if none comes."""
-    engine, lines = engine_of(app, release), []
+    engine = engine_of(app, release)
+    lines = []
     timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
     try:
         return check_health(release, engine, timeout, steady)
     except Failure as error:
         app.host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
+
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
         for port in loopback_ports(app, release):
@@ -3683,7 +3845,8 @@ def take_away(app, release):
 
 def ways_back(app, new, old):
     """What puts the old release back, as [(function, argument...)]."""
-    engine, failed = engine_of(app, old), engine_of(app, new)
+    engine = engine_of(app, old)
+    failed = engine_of(app, new)
     served = not app.is_stopped()
     start = [(engine.start, old)] if served else []
     settle = [(engine.settle, old)] if served else []
@@ -3702,7 +3865,8 @@ def ways_back(app, new, old):
 def put_back(app, new, old, branch_moves=False):
     """Undo a switch, whatever was done of it. Each part that can be put back is.
     branch_moves: as finish has it"""
-    engine, live = engine_of(app, new), app.live()
+    engine = engine_of(app, new)
+    live = app.live()
     put = partial(attempt, 'could not be put back')
     if live is not None and live.number == new.number:
         # A crash after the commit point; and it may be down since a power cut.
@@ -3753,6 +3917,8 @@ def stop_others(app, live):
             engine.stop(release)
 
 # ---- Keeping: what is removed, and when ------------------------------------------------
+# A release that failed leaves its number and why; old ones go. Only what the store names
+# is ours to remove.
 
 def forget(app, release, reason=None):
     """Clean up after a release that did not become live: its number and why remain."""
@@ -3760,6 +3926,7 @@ def forget(app, release, reason=None):
     live = app.live()
     if app.linked('pending') or live is not None and live.number == release.number:
         return                                  # it is not over yet, or it is live
+
     try:
         drop(app, release, '--no-prune')        # the mended push builds on what is there
         if release.plan:
@@ -3806,6 +3973,7 @@ def clean_up_failed(app):
         release = app.load(number)
         if not release.failed:
             continue
+
         if release.image and app.live():
             layers = app.docker.inspect(release.image)
             if not any(layer.get('RepoTags') for layer in layers):
@@ -3829,6 +3997,8 @@ def remove_release(app, release):
         detail('with what it wrote outside volumes: ' + ' '.join(written[:5]))
 
 # ---- Recovering: what a crash left -----------------------------------------------------
+# Every command on an app begins here, under its lock: what was interrupted is finished or
+# undone by the functions of "Switching" and "Keeping".
 
 @contextmanager
 def app_lock(app, purpose, branch_moves=False):
@@ -3839,9 +4009,9 @@ def app_lock(app, purpose, branch_moves=False):
         yield app.live()
 
 @contextmanager
-def live_app(app, command):
+def live_app(app, verb):
     """The same for a command that wants an app that is live."""
-    with app_lock(app, 'dockhand %s %s' % (command, app.name)):
+    with app_lock(app, 'dockhand %s %s' % (verb, app.name)):
         yield app.must_be_live()
 
 def recover_app(app, branch_moves=False):
@@ -3904,7 +4074,8 @@ def bring_back(app, live):
     """Bring back what is gone of a live release: tags, files, its container."""
     engine = engine_of(app, live)
     bring_tags_back(app, live)
-    if live.proxy and not os.path.exists(app.host.path(PROXIES, app.name + '.conf')):
+    proxy_file = app.host.path(PROXIES, app.name + '.conf')
+    if live.proxy and not os.path.exists(proxy_file):
         step('%s: installing its proxy file again', app.name)
         app.nginx.restore(app.name, live.proxy)
 
@@ -3923,6 +4094,7 @@ def bring_tags_back(app, live):
     tags = [image_tag(live), latest_tag(app)]
     if [image['Id'] for image in app.docker.inspect(*tags)] == [live.image] * 2:
         return
+
     for tag in tags:
         if [image['Id'] for image in app.docker.inspect(tag)] == [live.image]:
             continue
@@ -3932,6 +4104,7 @@ def bring_tags_back(app, live):
         app.docker.tag(live.image, tag)
 
 # ---- What the pusher is told -----------------------------------------------------------
+# Texts about releases, and where an app answers. Nothing is changed.
 
 def diff_text(old, new, old_name, new_name):
     """What differs between two texts, as `diff -u` shows it; '' where nothing does."""
@@ -3951,6 +4124,7 @@ def kind_text(release):
     if release.web:
         return ('a web app: nginx passes requests to its port %d (another: dockhand '
                 'config %s port=N)' % (release.port, release.app))
+
     if not release.port:
         return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
     if '.' in release.app:
@@ -3978,6 +4152,7 @@ def address_text(release):
                  if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
         if first.default:
             names.append(os.uname()[1])
+
         if names and first.port:
             names.sort(key=lambda name: '.' not in name)
             return url_text(names[0], first.port)
@@ -3992,7 +4167,8 @@ def url_text(name, port):
 
 def show_address(app, release):
     """Tell where an app answers; a web app's address is fetched through nginx first."""
-    host, address = app.host, address_text(release)
+    host = app.host
+    address = address_text(release)
     match = re.match(r'http://([^:/]+)((?::\d+)?)/', address)
     if not match:
         return step('%s: %s', app.name, address)
@@ -4038,6 +4214,7 @@ def plan_texts(release):
             'ports': ports_text(release), 'image': release.image}
 
 # ---- Deploying: check, build, plan -----------------------------------------------------
+# What a push does as root, up to `apply`. Uses all of the above.
 
 def deploy(app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
@@ -4074,6 +4251,7 @@ def check_is_commit(app, new, ref):
         named = re.search(r'(?m)^tag ([\w./-]+)$', said)
         raise Failure('an annotated tag is no commit, which a branch wants: git push '
                       'REMOTE %s^{}:%s', named.group(1) if named else 'TAG', ref)
+
     refuse_if(kind != 'commit', 'a %s is no commit, which a branch wants: git push REMOTE'
               ' HEAD:%s', printable(kind), ref)
 
@@ -4082,7 +4260,8 @@ def check_race(app, live, branch, old, new):
     part of what is pushed. git moves the branch soon after a push went live; if not, a
     crash came between. Then the branch stays where the pusher saw it, or git could not
     move it after this push; only a refusal sets it to what is live."""
-    ref, clock = 'refs/heads/' + branch, app.host.clock
+    ref = 'refs/heads/' + branch
+    clock = app.host.clock
     tip = app.read_branch(ref)
     if live is not None and live.commit != tip and app.has_history(live.commit):
         deadline = clock.monotonic() + 3
@@ -4110,10 +4289,12 @@ def new_release(app, key, branch, commit, plan=False):
 def make_release(app, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was.
     options: of `docker build`"""
-    clock, images = app.host.clock, app.docker.images_folder()
+    clock = app.host.clock
+    images = app.docker.images_folder()
     app.docker.check_space()
     check_free(app, live, release)
-    begun, free = clock.monotonic(), free_bytes(app.host, images)
+    begun = clock.monotonic()
+    free = free_bytes(app.host, images)
 
     with undone_by(forget, app, release):
         app.save(release)
@@ -4148,6 +4329,7 @@ def check_host_names(app):
     paths = ['/etc/init.d/' + app.name]
     paths += [folder + '/%s.service' % app.name for folder in UNITS]
     paths += [folder + '/%s.conf' % app.name for folder in (JOBS, PROXIES)]
+
     for path in paths:
         text = read_file(app.host.path(path))
         refuse_if(text is not None and not is_ours(text, app.name), '%s is on this '
@@ -4161,6 +4343,7 @@ def check_free(app, live, release):
         names.append(latest_tag(app))
     if not app.docker.inspect(*names):
         return
+
     for name in names:
         refuse_if(app.docker.inspect(name), 'docker has %s already, and not from '
                   'dockhand: rename the app, or remove that', name)
@@ -4183,7 +4366,8 @@ def build_release(app, live, release, options=()):
 
 def build_commit(app, live, release, options):
     """The Release with the files of its commit, its image built from them."""
-    folder, layers = app.build_folder(), []
+    folder = app.build_folder()
+    layers = []
     try:
         app.host.run(['mkdir', folder], account=app.host.account())
         app.git('read-tree', release.commit)
@@ -4260,7 +4444,8 @@ def check_edited(app, live, release):
         text = read_file(app.host.path(path))
         if not ours or text is None or text == ours:
             continue
-        wanted = (new or ours).partition(MARK)[0] + ''.join(ours.partition(MARK)[1:])
+        _, mark, where = ours.partition(MARK)
+        wanted = (new or ours).partition(MARK)[0] + mark + where
         if text == wanted:
             continue
 
@@ -4288,6 +4473,7 @@ def complete_job(app, live, release, settings):
             raise
         step('Note: %s; the next push will be refused for it', error)
         return release
+
     for line, text in doubts:
         step('upstart.conf:%d: %s', line, text)
     return release
@@ -4317,9 +4503,11 @@ def complete_plain(app, live, release, settings):
 
 def tell_taken_names(app, live, release):
     """Say which full names a change of `domains` takes out of another app's wildcard."""
-    files, before = app.nginx.files(), names_of_config(live)
+    files = app.nginx.files()
+    before = names_of_config(live)
     claims = [claim for path in sorted(files) if app_of_file(path) != app.name
               for claim in claims_of(files[path].servers, path)]
+
     for name in names_of_config(release):
         if name in before:
             continue
@@ -4334,7 +4522,9 @@ def complete_proxy(app, release):
     text = (release.proxy or '').partition(MARK)[0]
     if not release.web:
         return text
-    name, version = app.name, app.nginx.version()
+
+    name = app.name
+    version = app.nginx.version()
     if not text:
         domains = release.config.get('domains', '%s %s.*' % (name, name))
         text = MADE % (name, name)
@@ -4350,6 +4540,8 @@ def run_release_command(app, release):
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
+# Where strangers come in: `serve` runs for sshd as the git user, `receive` for the hooks
+# as root. Each takes nothing on trust.
 
 def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git.
@@ -4377,6 +4569,7 @@ def receive_first(host, folder, env):
     from subprocess import call
     status = call(['git', 'receive-pack', folder], env=env,
                   preexec_fn=partial(become, None))
+
     if not holds_anything(folder):
         host.run(['rm', '-rf', '--', folder])
         refuse_if(status, 'nothing came in. (A repository with sha256 ids is not taken '
@@ -4448,12 +4641,13 @@ def hang_up(host):
 
     pid = os.getppid()
     while pid > 1 and 'receive-pack' not in host.text('/proc', str(pid), 'cmdline'):
-        fields = host.text('/proc', str(pid), 'stat').rpartition(')')[2].split()
+        fields = process_fields(host, pid)
         pid = int(fields[1]) if len(fields) > 1 else 0
     if pid > 1:
         os.kill(pid, signal.SIGTERM)
 
 # ---- Installing, and whether all is well -----------------------------------------------
+# Every file that is ours on this machine, and what would keep them from working.
 
 def installed_parts(host):
     """Every file that `install` writes, as [(path, text, mode)]. The launchers neither
@@ -4507,7 +4701,8 @@ def enable_at_boot(host):
     if is_upstart(host) or not has_init_scripts(host):
         return False
 
-    name, before = os.path.basename(BOOT_SCRIPT), enabled_scripts(host)
+    name = os.path.basename(BOOT_SCRIPT)
+    before = enabled_scripts(host)
     if os.path.exists(host.path(ENABLERS[0])):
         host.run(['update-rc.d', name, 'defaults'])
     else:
@@ -4543,13 +4738,15 @@ def requirements(host):
 
 def docker_problems(host, path):
     """What keeps the docker at a path from running apps: rows for `demand`."""
-    rows, bring = [], 'apt-get install docker.io'
+    rows = []
+    bring = 'apt-get install docker.io'
     status, out, err = host.ask(['docker', 'version'])
     if os.path.realpath(path).startswith('/snap'):
         rows.append(('a snap cannot read /var/lib', 'snap remove docker; ' + bring))
     is_podman = 'podman' in (out + err).lower()
     if is_podman:
         rows.append(('docker is podman', bring))
+
     if status != 0:
         rows.append(('docker does not answer: ' + last_line(err),
                      'service docker start || dockerd &'))
@@ -4559,15 +4756,16 @@ def docker_problems(host, path):
 
 def ensure_user(host):
     """Make the git user where there is none; True if there was none."""
-    account, user = host.account(), host.user
+    account = host.account()
+    user = host.user
     if account is None:
         host.run('useradd -m -d /home/{0} -s /bin/sh -p * {0}'.format(user).split())
         tell('made the user ' + user)
         return True
 
-    is_ours = account.uid != 0 and not account.shell.endswith(
-        ('nologin', 'git-shell', 'false'))
-    refuse_if(not is_ours, "the user %s is somebody else's: dockhand.py install --user "
+    has_no_shell = account.shell.endswith(('nologin', 'git-shell', 'false'))
+    refuse_if(has_no_shell or account.uid == 0,
+              "the user %s is somebody else's: dockhand.py install --user "
               'NAME takes another', user)
     return False
 
@@ -4596,8 +4794,10 @@ def disable_default_site(host):
     import hashlib
     query = ['dpkg-query', '-W', '-f', '${Conffiles}\n', 'nginx*']
     for site in ('/etc/nginx/sites-enabled/default', '/etc/nginx/conf.d/default.conf'):
-        text, packaged = host.text(site), site.replace('enabled', 'available')
+        text = host.text(site)
+        packaged = site.replace('enabled', 'available')
         known = '%s %s' % (packaged, hashlib.md5(to_bytes(text)).hexdigest())
+
         if text and known in host.ask(query).out:
             os.rename(host.path(site), host.path(packaged + '.disabled'))
             tell("disabled nginx's default site: it is %s.disabled now", packaged)
@@ -4684,6 +4884,7 @@ def nginx_advice(host):
             'daemon-reload' % (folder, folder))
 
 # ---- Commands: what people run, each with its line of help -----------------------------
+# For root at the server. Each stands under its name and the words that it takes.
 
 # pattern: the words after the name; [X] may be left out, [-x] is a flag, [-x Y] takes a
 # value. Where it begins with APP, the function gets an App, else the Host.
@@ -4731,7 +4932,8 @@ def cmd_install(host, user=None):
 
 def change_keys(host, change):
     """Replace our keys by what a function makes of them."""
-    account, path = host.account(), host.path(host.home(), KEYS)
+    account = host.account()
+    path = host.path(host.home(), KEYS)
     refuse_if(not account, 'dockhand is not installed here: dockhand.py install')
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
         before, keys, after = split_authorized_keys(read_file(path) or '')
@@ -4785,7 +4987,10 @@ def cmd_remove_key(host, name):
     """take the right to push away from a key"""
     known = [key.name for key in read_keys(host)]
     refuse_if(name not in known, 'no key is named "%s": dockhand keys', printable(name))
-    change_keys(host, lambda keys: [key for key in keys if key.name != name])
+
+    def without(keys):
+        return [key for key in keys if key.name != name]
+    change_keys(host, without)
     log('key %s: removed', name)
     tell('%s may push no longer', name)
 
@@ -4844,6 +5049,7 @@ def cmd_start(app):
             engine.stop(live)       # what is left of it holds its port and its name
         engine.place(live)
         engine.start(live)
+
         check_or_show_log(app, live)
         finish(app, live, branch_moves=False)
     tell('%s runs', app.name)
@@ -4857,6 +5063,7 @@ def cmd_releases(app):
     numbers = app.numbers()
     if not numbers:
         tell('%s waits for its first push', app.name)
+
     for number in reversed(numbers):
         release = app.load(number)
         if release.commit:
@@ -4881,6 +5088,7 @@ def cmd_rollback(app, number=None):
         step('Switching from release %d to %d', live.number, release.number)
         report = apply(app, live, release)
         step('Release %d is live again: %s', release.number, report)
+
         log('%s: rolled back from release %d to %d of %s', app.name, live.number,
             release.number, release.commit)
     show_address(app, release)
@@ -4925,6 +5133,7 @@ def cmd_config(app, *changes, **options):
         before = app.config()
         wanted = change_config(before, changes, 'unset' in options)
         changed = sorted(dict(set(before.items()) ^ set(wanted.items())))
+
         if not changed:
             show_config(before, 'values' in options)
         elif live is None:
@@ -4961,6 +5170,7 @@ def change_config(config, changes, unset):
     wanted = dict(config)
     for word in changes:
         key, equals, value = word.partition('=')
+
         if equals:
             if value == '-':
                 value = re.sub(r'\r?\n\Z', '', read_stdin())
@@ -5052,13 +5262,19 @@ def cmd_doctor(host):
     tell('all is well')
 
 # ---- The command line ------------------------------------------------------------------
+# From the words of a process to a function above, and from a Failure to an exit status.
 
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by the pattern of a Verb; or Usage."""
     from getopt import GetoptError, gnu_getopt
     known = dict(re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern))
-    short = ''.join(name + (known[name] and ':') for name in known if len(name) == 1)
-    longer = [name + (known[name] and '=') for name in known if len(name) > 1]
+    short = ''                          # as getopt wants them: `f`, and `n:` with a value
+    longer = []
+    for name in known:
+        if len(name) == 1:
+            short += name + ':' if known[name] else name
+        else:
+            longer.append(name + '=' if known[name] else name)
     try:
         options, given = gnu_getopt(words, short, longer)
     except GetoptError as error:
@@ -5107,18 +5323,19 @@ def main(role, user=None):
     on_signals(leave)
     os.umask(0o022)
     host = Host(user=user or installed_user(Host()))
-    words, status = sys.argv[1:], 0
-    is_for_sshd = role == 'dockhand' and words[:1] == ['serve'] and len(words) > 1
+    words = sys.argv[1:]
+    status = 0
+    is_served = role != 'receive' and words[:1] == ['serve']
     try:
         if role == 'receive':
             receive(host, *words or [''])
-        elif is_for_sshd:
+        elif is_served and len(words) > 1:
             status = serve(host, *words[1:])
         else:
             run_command(host, words)
     except (Failure, Stopped, EnvironmentError) as problem:
         say('dockhand: %s', problem)
-        if role == 'receive' or words[:1] == ['serve']:
+        if role == 'receive' or is_served:
             log('%s: refused: %s', ' '.join(words), problem)
         status = 2 if isinstance(problem, Usage) else 1
 
