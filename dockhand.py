@@ -796,7 +796,7 @@ STANZAS = set('''apparmor author cgroup chdir chroot console debug description e
     expect export instance limit manual nice oom respawn setgid setuid task umask usage
     version'''.split()).union(EXECS, SCRIPTS, CONDITIONS, OTHER_STANZAS)
 
-UPSTART_ONLY = 'note: under Upstart'
+UPSTART_ONLY = 'note: under Upstart'    # how a doubt begins that docker has not
 
 # What kills a deploy, and notes: names of stanzas or options, a pattern of their value
 JOB_CHECKS = [
@@ -809,8 +809,8 @@ JOB_CHECKS = [
      'docker run does not fork, init would wait on; remove it'),
     (SCRIPTS, r'[^\r]*\r', 'sh takes Windows line ends for text; use Unix ones'),
     (['start on'], r'(?s).*filesystem\s+and\s+started\s+docker',
-     'note: under Upstart lost when docker restarts; `start on started docker`, '
-     '`stop on stopping docker` is not'),
+     UPSTART_ONLY + ' lost when docker restarts; `start on started docker`, `stop on '
+     'stopping docker` is not'),
     (['--detach'], r'(?![fF0])', 'a detached container init cannot watch; remove it'),
     (['--interactive', '--tty'], r'(?![fF0])', 'a service has no terminal; remove it'),
     (['--lxc-conf'], '', 'docker has had no such option since 1.10; remove it'),
