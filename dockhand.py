@@ -10,17 +10,25 @@ database. Take it away and every app goes on running and comes back at boot. `do
 alone lists what people run; sshd runs `dockhand serve KEY`, the repositories' hooks
 `sudo receive update ...` and `sudo receive post-receive ...`.
 
-It writes to /usr/local/lib/dockhand, /usr/local/bin, /var/lib/dockhand and /home/git,
-/etc/sudoers.d/dockhand, a boot job, 000-dockhand.conf and one APP.conf each in nginx's
-conf.d, a job each in /etc/init where that is Upstart; to docker: images, containers,
-volumes and one network.
+Whoever may push may become root: a pushed upstart.conf may mount the whole disk or ask
+for --privileged, and where PID 1 is Upstart init runs it as root. Rights to single apps,
+and the rules for proxy files, keep apps from one another by accident, not in a jail.
 
-How to read it. Each section has a banner and uses only those above it. First come the
-tools, then pure functions: what strangers send is read, judged and rendered there, and
-nothing is touched. Then docker, nginx, the app and the two engines, each a class. From
-"Switching" on they act. A push is `serve`, as the git user; then, as root, `receive` and
-`deploy`, which check, build and `apply`. Who decides whether to run this as root reads
-"What is pushed", "Receiving" and "Deploying", and then "Switching".
+It makes the user git, and writes to /usr/local/lib/dockhand, /usr/local/bin, /home/git,
+/var/lib/dockhand, /etc/sudoers.d/dockhand, /run/lock/dockhand; a unit, job or script that
+runs `recover` at boot; 000-dockhand.conf and one APP.conf each in nginx's conf.d, folders
+in /var/cache/nginx; a job each in /etc/init where that is Upstart; ".*.new" files beside
+what it replaces. nginx's own default site, if nobody changed it, becomes *.disabled. To
+docker it gives images, containers, volumes and one network. `recover` starts nginx, and
+restarts docker where docker keeps a port for no container.
+
+How to read it. Each section has a banner and uses those above it (Host alone names two
+classes further down). First come the tools, then pure functions: what strangers send is
+read, judged and rendered there, and nothing is touched. Then docker, nginx, the app and
+the two engines, each a class. From "Switching" on they act. A push is `serve`, as the
+git user; then, as root, `receive` and `deploy`, which check, build and `apply`. Who
+decides whether to run this as root reads "What is pushed", "Receiving" and "Deploying",
+and then "Switching".
 
 Copyright the dockhand authors. MIT licence: do as you like, keep this line, no warranty.
 """
@@ -84,9 +92,9 @@ RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
 DRAIN = 30                          # seconds for requests that were begun
 FILE_LIMIT = 2 ** 18                # bytes of a pushed file
 SPACE = 512                         # MB that are free before a build
-WRITTEN = 2 ** 16                   # bytes that docker's disk must take before a stop
-KEPT = 5                            # releases that one can go back to
-LISTED = 50                         # numbers for which failed ones stay
+WRITTEN = 2 ** 16                   # bytes for a trial of docker's disk, before a stop
+KEPT = 5                            # releases that stay, with the one that is live
+LISTED = 50                         # newer numbers, until a failed one is not listed
 DEFAULT_BRANCHES = ('main', 'master')
 WEB_PORTS = ('80', '8080', '8000', '5000', '3000')      # an EXPOSE of these is for nginx
 HTTP_PORTS = WEB_PORTS + ('443',)
@@ -94,6 +102,8 @@ NETWORK = 'dockhand'                # of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
     '172.%d' % number for number in range(31, 19, -1)]
 
+# For every command. What is checked of a commit must be what is built: git is to know of
+# no replaced objects.
 ENVIRONMENT = {
     'PATH': '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
     'HOME': '/root', 'LC_ALL': 'C', 'GIT_NO_REPLACE_OBJECTS': '1',
@@ -104,7 +114,8 @@ INIT_FOLDERS = ENVIRONMENT['PATH'].split(':') + '''/usr/libexec /usr/libexec/doc
     /usr/lib/docker /usr/local/libexec /usr/local/libexec/docker
     /usr/local/lib/docker'''.split()
 
-# What Dockerfiles start from (such an app would poison their FROM), or the server uses
+# What Dockerfiles often start from (an app of that name would be the image that they get;
+# names of images that are here already are refused besides), or the server uses
 TAKEN_NAMES = set('''almalinux alpine amazonlinux archlinux bash buildpack-deps busybox
     caddy centos clojure composer consul couchdb debian docker dotnet elasticsearch elixir
     erlang fedora gcc ghost golang gradle haproxy haskell httpd influxdb java jetty jruby
@@ -123,6 +134,9 @@ os._exit(dockhand.main({role!r}))
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
+# Of each repository. Refusals are those of our hook, which says what to type (a deletion
+# is one of them); one pack for each push, and small ones joined now and then; nobody
+# fetches or pushes what HELD_REF holds.
 REPOSITORY_CONFIG = '''[core] bare = true
 [core] hooksPath = hooks
 [receive] shallowUpdate = true
@@ -303,7 +317,8 @@ def read_lines(fd, each, silence=20):
             return
 
 class Clock(object):
-    """What time it is, in seconds: since 1970, and since some moment, never backwards."""
+    """What time it is, in seconds: since 1970, and since some moment, never backwards
+    (but with Python 2.7, where it is the same)."""
     monotonic = staticmethod(monotonic)
     sleep = staticmethod(time.sleep)
     time = staticmethod(time.time)
@@ -312,6 +327,8 @@ def open_connection(place, timeout):
     """A socket that is connected to an (address, port); EnvironmentError if none is."""
     import socket
     return socket.create_connection(place, timeout)
+
+NEVER = '(?!)'                      # a pattern that matches nothing
 
 class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
@@ -337,7 +354,7 @@ class Host(object):
 
     def run(self, argv, **options):
         """Run a command that must succeed; its standard output."""
-        return self.tried(argv, '(?!)', options).out
+        return self.tried(argv, NEVER, options).out
 
     def run_unless(self, pattern, argv, **options):
         """Run a command; False where it fails with words that match, as is expected."""
@@ -529,7 +546,7 @@ def undone_by(function, *args):
     try:
         yield
     except BaseException:
-        on_signals(signal.SIG_IGN)
+        on_signals(signal.SIG_IGN)      # for good: to be undone is all that is left
         attempt('while undoing', function, *args)
         raise
 
@@ -756,6 +773,20 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # What stands in a release for that which is known not to be there.
 NOTHING = {'port': 0, 'web': False, 'volumes': [], 'address': '', 'job': '', 'proxy': ''}
 
+# What is written into job and proxy files besides what was pushed
+MARK = '# dockhand: where requests go\n'
+MADE = "# dockhand: %s's proxy file, made at each push; `dockhand proxy %s` prints one\n"
+
+def headed(app, what, text):
+    """A pushed file under our line, which one copied from the server has already."""
+    line = "# dockhand: %s's %s, installed from its repository at each push\n" % (
+        app, what)
+    return text if text.startswith(line) else line + text
+
+def is_ours(text, app):
+    """Whether dockhand wrote this job or proxy file, or None, for this app."""
+    return (text or '').startswith("# dockhand: %s's" % app)
+
 def image_tag(release):
     return '%s:%s' % (release.app, 'plan' if release.plan else release.number)
 
@@ -798,7 +829,8 @@ STANZAS = set('''apparmor author cgroup chdir chroot console debug description e
 
 UPSTART_ONLY = 'note: under Upstart'    # how a doubt begins that docker has not
 
-# What kills a deploy, and notes: names of stanzas or options, a pattern of their value
+# What kills a deploy, and notes: names of stanzas or options, and with which beginning of
+# their value that is so: '' with any, \Z with none, (?![fF0]) with a flag that is not off
 JOB_CHECKS = [
     (['exec'], r'\Z', 'a command is wanted'),
     (['kill timeout'], r'(?!\d+\Z)', 'a number of seconds is wanted'),
@@ -1289,9 +1321,11 @@ def is_image_of(app, image):
 # How docker keeps a job running: what `docker create` gets, and where it is to run.
 Container = namedtuple('Container', 'options image command env folder at_boot grace')
 
+# Options that docker itself makes up for, and commands beside `docker run` that are not
+# run where docker runs the app: it does that by itself, or they have no effect.
 DROPPED = ('attach', 'cidfile', 'detach', 'detach-keys', 'interactive', 'name', 'pull',
            'quiet', 'restart', 'rm', 'sig-proxy', 'tty')
-HARMLESS = ('docker rm', 'docker stop', 'docker kill', 'docker pull', 'true', ':', 'set',
+LEFT_OUT = ('docker rm', 'docker stop', 'docker kill', 'docker pull', 'true', ':', 'set',
             'sleep', 'echo', 'exit')
 
 def container_of(job, app):
@@ -1387,7 +1421,7 @@ def only_run(job, app):
 def check_commands(commands, run):
     """Failure for one that cannot be left out beside the `docker run`."""
     for part in commands:
-        is_known = part is run or part.name in HARMLESS
+        is_known = part is run or part.name in LEFT_OUT
         refuse_here_if(not is_known or part.ending == '|', part.words[0],
                        part.name, 'do it in the Dockerfile or in what it starts')
 
@@ -1410,7 +1444,7 @@ def expand_word(word, env):
     return [word._replace(value=value)]
 
 # ---- Proxy files read as nginx reads them (pure functions) -----------------------------
-# From a text to nginx's own tree of directives. Uses nothing else.
+# From a text to nginx's own tree of directives.
 
 # words: its name and arguments, without their quotes. line: in which it begins, from 1.
 # begin, end: where in the text it stands, its `;` or `}` included. inside: [Directive] of
@@ -1576,7 +1610,9 @@ def flat(directive):
     return directive.words, inside
 
 # ---- Proxy files: what one app's may say beside the others' (pure functions) -----------
-# Rules for what `nginx -t` takes, although it reaches past the app. Uses the reader.
+# Rules for what `nginx -t` takes, although it reaches past the app: one app's file must
+# not change another's by accident. It is no jail: root and alias may serve whatever nginx
+# itself may read, and proxy_pass may reach any port of this machine. Uses the reader.
 
 # place: FILE:LINE; listens: [Listen]; names: in lower case, '' where there is none;
 # block: its Directive
@@ -1637,7 +1673,8 @@ def split_address(where):
         address = '*'
     return address, port
 
-NO_SOCKET_WORDS = ('default_server', 'default', 'ipv6only=on')   # the last is the rule
+DEFAULT = ('default_server', 'default')
+NO_SOCKET_WORDS = DEFAULT + ('ipv6only=on',)            # which is the rule anyway
 
 def read_server_names(arguments):
     """The names of a `server_name`; `.x` means x and *.x. Expressions keep their case."""
@@ -1903,8 +1940,6 @@ def default_problem(block):
             return '`%s` in a default_server holds for all on its port' % words[0]
     return None
 
-DEFAULT = ('default_server', 'default')
-
 def name_problems(directives, others, known):
     """What a file defines that another one, or nginx itself, has under the same name: as
     rule_problems gives it."""
@@ -2029,7 +2064,8 @@ def socket_difference(ours, theirs, version):
     return min(differing) if differing else None
 
 # ---- Host names, as nginx ranks them (pure functions) ----------------------------------
-# Whether one `server_name` would get the requests of another. Uses no section.
+# Whether one `server_name` would get the requests of another. Uses the section above to
+# say whose a file is.
 
 # A server_name, whose it is (a path), and on which port. 80 and 443 count as one.
 Claim = namedtuple('Claim', 'name path port place')
@@ -2183,18 +2219,6 @@ def robbed_text(claim, other, known):
 # The files that we make ourselves, and each file beside all others. Uses the three
 # sections above.
 
-def headed(app, what, text):
-    """A pushed file under our line, which one copied from the server has already."""
-    line = "# dockhand: %s's %s, installed from its repository at each push\n" % (
-        app, what)
-    return text if text.startswith(line) else line + text
-
-def is_ours(text, app):
-    """Whether dockhand wrote this job or proxy file, or None, for this app."""
-    return (text or '').startswith("# dockhand: %s's" % app)
-
-MARK = '# dockhand: where requests go\n'
-MADE = "# dockhand: %s's proxy file, made at each push; `dockhand proxy %s` prints one\n"
 GENERATED = '''server {{
     listen 80{default};
     {more}server_name {names};
@@ -2407,11 +2431,17 @@ def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
 
+LARGE_ROUTE = r'(\w+ )?default|\d+\.0\.0\.0/1 '
+
 def is_routed(host, subnet):
     """Whether a route that is no default (nor half of one, as of a VPN) touches a /16."""
-    found = [host.ask(['ip', '-4', 'route', 'show', how, subnet + '.0.0/16']).out
-             for how in ('root', 'match')]
-    return bool(re.search(r'(?m)^(?!(\w+ )?default|\d+\.0\.0\.0/1 )\S', ''.join(found)))
+    for how in ('root', 'match'):           # routes of parts of it; of all of it
+        shown = host.ask(['ip', '-4', 'route', 'show', how, subnet + '.0.0/16']).out
+        for route in shown.splitlines():
+            # `10.8.0.0/24 dev tun0`, `unreachable default`, `128.0.0.0/1 via 10.8.0.1`
+            if route[:1].isalnum() and not re.match(LARGE_ROUTE, route):
+                return True
+    return False
 
 def host_lock(host, app):
     """What apps share (names, nginx) changes under this lock, taken after the app's."""
@@ -2524,7 +2554,8 @@ class Docker(object):
         return json.loads(described or '[]')
 
     def running(self, image=None, listed='-q'):
-        """Its description of the containers that run (an image, by id), newest first."""
+        """Its description of the containers that run (an image, by id), newest first.
+        listed: `-aq` to ask for those too that `docker ps` shows as running later"""
         ids = self.host.run(['docker', 'ps', listed, '--no-trunc']).split()
         if not ids:
             return []
@@ -3173,7 +3204,7 @@ class App(object):
 
     def linked_number(self, link):
         """The number of the release that `live` or `pending` points to, or None."""
-        name = os.path.basename(os.path.realpath(self.folder(link)))
+        name = os.path.basename(os.path.realpath(self.folder(link)))   # or the link's own
         return int(name) if name.isdigit() else None
 
     def linked(self, link):
@@ -3421,6 +3452,7 @@ class Containers(Engine):
         if not release.job:
             return plain_container(release, env_file)
         job = container_of(job_of(release), release.app)
+        # A job names the file that Upstart's engine writes; each release has its own.
         env_in_force = '%s/apps/%s/env' % (STATE, release.app)
         return job._replace(options=[option.replace(env_in_force, env_file)
                                      for option in job.options])
@@ -3720,11 +3752,12 @@ def apply(app, old, new):
     served = old is not None and not app.is_stopped()
     overlap = served and engine.overlaps(old, new)
 
-    # Another app may have taken one of its names while this one was built.
-    if old is None or not overlap and new.proxy != old.proxy:
+    # Another app may have taken one of its names while this one was built. Where both
+    # overlap that is found when nginx is switched, and nothing is down yet.
+    if old is None or (not overlap and new.proxy != old.proxy):
         check_proxy_change(app, new, was_live(old, new))
-    engine.prepare(new)
-    if not overlap:                 # nothing is stopped yet, and nothing is to be undone
+    engine.prepare(new)             # if it goes no further, `forget` removes that again
+    if not overlap:
         app.docker.check_takes_writes(app.name)
 
     with undone_by(put_back, app, new, old):
@@ -3734,7 +3767,7 @@ def apply(app, old, new):
         else:
             switch = stop_then_start(app, old, new)
         new = app.count_turn(old, new)
-        app.set_link('live', new)
+        app.set_link('live', new)   # put_back asks for it, and then only finishes
 
     switched = clock.monotonic() - begun - switch.checked
     finish(app, new, branch_moves=is_pushed(old, new))
@@ -3746,8 +3779,9 @@ def apply(app, old, new):
     return report
 
 def was_live(old, new):
-    """Whether a release, or what was pushed of it, was live before: a rule for proxy
-    files that is newer than that only warns."""
+    """Whether a release, or its image, was live before: a rule for proxy files that is
+    newer than that only warns. No pushed file slips through, though it may give the same
+    image: build_commit has refused it already."""
     return new.turn is not None or old is not None and new.image == old.image
 
 def is_pushed(old, new):
@@ -3898,7 +3932,7 @@ def finish(app, release, branch_moves):
         if release.seconds is None:
             took = max(0, round(app.host.clock.time() - release.time, 1))
             app.save_record(release._replace(seconds=took))
-        app.save_config(release.config)
+        app.save_config(release.config)     # of a rollback, it goes back with the release
         pending = app.linked('pending')
         if pending is not None and pending.number == release.number:
             remove_file(app.folder('pending'))
@@ -3921,7 +3955,8 @@ def stop_others(app, live):
 # is ours to remove.
 
 def forget(app, release, reason=None):
-    """Clean up after a release that did not become live: its number and why remain."""
+    """Clean up after a release that did not become live: its number and why remain.
+    reason: without one, it is the error that is being undone"""
     why = printable(reason or str(sys.exc_info()[1]), 300)
     live = app.live()
     if app.linked('pending') or live is not None and live.number == release.number:
@@ -3959,7 +3994,7 @@ def clean_up(app, live):
     """Remove what is older than the last releases; only what the store names is ours."""
     if app.linked('pending'):
         return
-    kept = [live.number] + [release.number for release in app.kept()[:KEPT]]
+    kept = [release.number for release in app.kept()[:KEPT]]      # the live one first
     clean_up_failed(app)
     for number in app.numbers():
         release = app.load(number)
@@ -4256,10 +4291,12 @@ def check_is_commit(app, new, ref):
               ' HEAD:%s', printable(kind), ref)
 
 def check_race(app, live, branch, old, new):
-    """Failure where the branch is no longer what the pusher saw, or what is live is no
-    part of what is pushed. git moves the branch soon after a push went live; if not, a
-    crash came between. Then the branch stays where the pusher saw it, or git could not
-    move it after this push; only a refusal sets it to what is live."""
+    """Failure where somebody else's push came first.
+
+    As a rule the branch is at what is live. Just after another push it is not, but git is
+    about to move it: that is waited for. After a crash git never will. Then, if this push
+    contains what is live, the branch stays at `old`, or git could not move it from there;
+    if not, it is set to what is live, and the push refused."""
     ref = 'refs/heads/' + branch
     clock = app.host.clock
     tip = app.read_branch(ref)
@@ -4270,6 +4307,7 @@ def check_race(app, live, branch, old, new):
             tip = app.read_branch(ref)
 
         if tip != live.commit:
+            # A lock that the crash left would keep git from moving it.
             remove_file(os.path.join(app.repository(), ref + '.lock'))
             if not app.is_ancestor(live.commit, new):
                 app.git('update-ref', ref, live.commit)
@@ -4351,7 +4389,7 @@ def check_free(app, live, release):
 def build_release(app, live, release, options=()):
     """The Release with its image, and all checked that can be before a switch."""
     step('Checking %s', release.commit[:10])
-    if release.image:                           # its config is new, no more
+    if release.image:               # of a change of config: that of the live release
         app.docker.tag(release.image, image_tag(release))
     else:
         release = build_commit(app, live, release, options)
@@ -4532,7 +4570,8 @@ def complete_proxy(app, release):
     return text + upstream(name, release.address, release.port, version)
 
 def run_release_command(app, release):
-    """Run what config's `release` says in the new image, with its volumes and network."""
+    """Run what config's `release` says in the new image: with its volumes and its
+    network, but of a job under Upstart nothing but config's variables is known."""
     import shlex
     said = release.config['release']
     step('Running the release command: %s', said)
@@ -4540,8 +4579,9 @@ def run_release_command(app, release):
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
-# Where strangers come in: `serve` runs for sshd as the git user, `receive` for the hooks
-# as root. Each takes nothing on trust.
+# Where strangers come in: `serve` runs for sshd as the git user, and checks a key's
+# rights. `receive` runs as root for the hooks, and believes them which app and key it is
+# about: whoever has a shell as the git user may deploy.
 
 def serve(host, name, *apps):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git.
@@ -4630,13 +4670,15 @@ def after_push(app):
     if live is not None:
         show_address(app, live)
 
+NO_NUMBER = b'\0\0\0\0'           # room for an int, which is 0
+
 def hang_up(host):
     """End git's process for a pusher who takes nothing any more, or it waits for ever.
     The deploy is over; the same push again is accepted, and moves the branch."""
     from termios import FIONREAD
-    unread = fcntl.ioctl(2, FIONREAD, b'none')
+    unread = fcntl.ioctl(2, FIONREAD, NO_NUMBER)
     host.clock.sleep(2 * PATIENCE)
-    if unread == b'\0\0\0\0' or fcntl.ioctl(2, FIONREAD, b'none') != unread:
+    if unread == NO_NUMBER or fcntl.ioctl(2, FIONREAD, NO_NUMBER) != unread:
         return                              # somebody reads after all
 
     pid = os.getppid()
@@ -4651,7 +4693,8 @@ def hang_up(host):
 
 def installed_parts(host):
     """Every file that `install` writes, as [(path, text, mode)]. The launchers neither
-    collect garbage nor take the interpreter down: 7 of a start's 30 ms."""
+    collect garbage nor take the interpreter down, which saves 7 of a start's 30 ms:
+    nothing is lost, since all that is printed was written by os.write."""
     source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
     launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
                        flags='-Es' if PYTHON_2 else '-IS')
@@ -5081,7 +5124,7 @@ def fate_text(release, live):
 
 @command('rollback', 'APP [N]')
 def cmd_rollback(app, number=None):
-    """go back to the release that was live before, or to another that is kept"""
+    """go back to the release that was live before, its config too, or to another kept"""
     with live_app(app, 'rollback') as live:
         release = earlier_release(app, live, number)
         check_edited(app, live, release)
