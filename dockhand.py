@@ -377,6 +377,12 @@ class Host(object):
                 return Account(name, int(uid), int(gid), home, shell or '/bin/sh')
         return None
 
+    def git_account(self):
+        """The same, or Failure: a command without an account would be root's."""
+        account = self.account()
+        refuse_if(account is None, 'there is no user %s: %s', self.user, INSTALL_AGAIN)
+        return account
+
     def home(self):
         account = self.account()
         return account.home if account else '/home/' + self.user
@@ -452,7 +458,7 @@ def replacing(path):
 def replace_file(path, text, mode=0o644, account=None, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
     `check` gets the path of the new file beforehand, to raise if it will not do."""
-    if read_file(path) == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
+    if read_file(path) == text and mode_of(path) == mode:
         remove_file(temporary_of(path))
         return False
 
@@ -468,6 +474,10 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
         if check:
             check(temporary)
     return True
+
+def mode_of(path):
+    """Who may read, write and run a file that is there."""
+    return stat.S_IMODE(os.stat(path).st_mode)
 
 def temporary_of(path):
     """Where a file is written before it gets its name; what a crash may leave."""
@@ -501,13 +511,14 @@ def list_folder(path):
 
 def make_folder(path, mode=0o755, account=None):
     """Make a folder, and those above it that are missing; True if it was not as asked."""
-    if not os.path.isdir(path):
+    made = not os.path.isdir(path)
+    if made:
         os.makedirs(path)
     before = os.stat(path)
     os.chmod(path, mode)
     if account:
         os.chown(path, account.uid, account.gid)
-    return os.stat(path)[:6] != before[:6]
+    return made or os.stat(path)[:6] != before[:6]
 
 @contextmanager
 def locked(path, purpose):
@@ -1822,7 +1833,7 @@ def log_problem(app, name, arguments):
     where = arguments[0] if arguments else ''
     if name == 'access_log' and where == 'off':
         return None
-    if where.startswith('syslog:') and 'unix:' not in where:
+    if where.startswith('syslog:') and 'unix:' not in where.lower():
         return None
 
     # An app may be called access or error: nginx's own logs have these names.
@@ -3120,7 +3131,7 @@ class App(object):
 
     def empty_build_folder(self):
         self.host.run(['rm', '-rf', '--', self.build_folder()],
-                      account=self.host.account())
+                      account=self.host.git_account())
 
     # Its config
 
@@ -3254,7 +3265,7 @@ class App(object):
         for a Result instead, where git may fail"""
         argv = ['git', '--git-dir=' + self.repository()] + list(args)
         act = options.get('act', self.host.run)
-        return act(argv, account=self.host.account())
+        return act(argv, account=self.host.git_account())
 
     def read_branch(self, ref):
         """The commit of a branch, '' where there is none."""
@@ -3426,6 +3437,25 @@ class Engine(object):
         """The command that prints its last lines: so many, a str; `-f` goes on."""
         raise NotImplementedError
 
+# Options of `docker run` that only one container can have at a time
+PLACES = ('--ip', '--ip6', '--link-local-ip', '--mac-address', '--net-alias',
+          '--network-alias', '--publish', '--publish-all')
+
+def without_places(options):
+    """The options for a container beside the app's own: it takes neither port nor address
+    from that, nor its name on the network."""
+    kept = []
+    for option in options:
+        name, equals, value = option.partition('=')
+        if name in PLACES:
+            continue
+        if name in ('--net', '--network'):
+            fields = [field for field in value.split(',')
+                      if not field.startswith(('alias=', 'ip=', 'ip6=', 'mac-address='))]
+            option = name + equals + ','.join(fields)
+        kept.append(option)
+    return kept
+
 LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
 PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
 
@@ -3496,8 +3526,7 @@ class Containers(Engine):
     def run_once(self, release, argv, each):
         """Beside the app: with its volumes and its network, but not its names there."""
         job = self.job(release)
-        options = [option for option in job.options
-                   if not option.startswith(('--ip', '--net-alias', '--publish'))]
+        options = without_places(job.options)
         if release.address:
             self.docker.ensure_network(release.address)
         return run_in_image(self.host, release, options, argv, each, job.env,
@@ -4353,6 +4382,7 @@ def make_release(app, live, release, options=()):
 
 def plan_release(app, live, release):
     """Build a release, say what it would change, and refuse the push."""
+    app.docker.check_space()
     try:
         show_plan(app, live, build_release(app, live, release))
     finally:
@@ -4407,7 +4437,7 @@ def build_commit(app, live, release, options):
     folder = app.build_folder()
     layers = []
     try:
-        app.host.run(['mkdir', folder], account=app.host.account())
+        app.host.run(['mkdir', folder], account=app.host.git_account())
         app.git('read-tree', release.commit)
         app.git('--work-tree=' + folder, 'checkout-index', '-a')
         release = check_files(release, folder)
@@ -5287,14 +5317,14 @@ def cmd_doctor(host):
     demand(requirements(host))
     rows = [
         (not host.account() and 'there is no user ' + host.user, INSTALL_AGAIN),
-        (not host.text(host.home(), KEYS) and 'no key may push',
+        (not read_keys(host) and 'no key may push',
          'dockhand upload-key NAME < id_ed25519.pub'),
         (sudo_problem(host), 'visudo'),
         (host.nginx.problem(), 'edit that file, then nginx -t'),
         (not host.nginx.master() and 'nginx does not run', nginx_advice(host))]
     rows += sshd_problems(host)
-    for path, text, _ in installed_parts(host):
-        if host.text(path) != text:
+    for path, text, mode in installed_parts(host):
+        if host.text(path) != text or mode_of(host.path(path)) != mode:
             rows.append((path + ' is not as installed', INSTALL_AGAIN))
     for name in list_apps(host):
         rows.append(app_problem(App(host, name)))

@@ -1144,6 +1144,7 @@ def test_what_keeps_to_its_own_server_is_taken(text):
     server { access_log /var/log/nginx/$host.log; }    => its place is
     server { access_log /var/log/nginx/shopx.log; }    => its place is
     server { access_log syslog:server=unix:/run/x; }   => its place is
+    server { access_log syslog:server=UNIX:/run/x; }   => its place is
     server { location / { access_log /x; } }   => its place is
     proxy_cache_path /var/cache/nginx/wiki keys_zone=s:1m;     => its place is /var/cache/nginx/shop
     proxy_cache_path /var/cache/nginx/shop/../wiki keys_zone=s:1m; => its place is
@@ -3300,6 +3301,22 @@ def test_a_plan_of_a_plain_app_changes_nothing(plain, capfd):
                      '-    server 10.86.0.2:8000;', '+    server 10.86.0.3:80;'):
             assert '       %s\n' % line in err
 
+def test_a_plan_is_built_where_a_push_would_be_and_nowhere_else(plain):
+    plain.lives(ONE_WEB)
+    plain.app.docker.check_space = lambda: dh.refuse_if(True, 'no space')
+    assert refusal(plain.push, TWO_WEB, 'refs/heads/plan', ZERO) == 'no space'
+    assert not [line for line in plain.done if line.startswith('docker build')]
+
+def test_nothing_is_done_as_root_that_is_the_git_users(plain):
+    """Where there is no such user any more."""
+    plain.lives(ONE_WEB)
+    del plain.done[:]
+    plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
+    for act in (lambda: plain.push(TWO_WEB), plain.app.empty_build_folder,
+                lambda: plain.app.git('gc')):
+        assert 'there is no user git' in refusal(act)
+    assert [line for line in plain.done if line.startswith(('git', 'rm', 'mkdir'))] == []
+
 def test_a_plan_of_a_first_push_leaves_no_trace(plain, capfd):
     plain.nginx()
     plain.host.nginx.restore('blog', None)
@@ -3427,6 +3444,18 @@ def test_a_release_command_of_a_job_app_gets_its_options_but_no_port(machine):
                      'sha256:FROMtwo migrate' % known)
     assert (options[0].get('env'), options[0].get('cwd')) == given
     assert ran
+
+@table('option, kept', """
+    --ipc=host                              => --ipc=host
+    --publish=80:80                         =>
+    --publish-all                           =>
+    --ip=10.86.0.2                          =>
+    --network-alias=blog                    =>
+    --net=dockhand                          => --net=dockhand
+    --network=name=dockhand,alias=blog      => --network=name=dockhand
+    --network=alias=blog,name=dockhand,ip=1 => --network=name=dockhand""")
+def test_a_release_command_takes_no_place_of_the_app(option, kept):
+    assert dh.without_places(['--env=A=1', option]) == ['--env=A=1'] + [kept] * bool(kept)
 
 # ---- A push ends as git will end it ----------------------------------------------------
 
@@ -4290,6 +4319,9 @@ def gone(path):
 def pending(machine):
     os.symlink('releases/1', machine.app.folder('pending'))
 
+def no_longer_run(path):
+    return lambda machine: os.chmod(machine.host.path(path), 0o644)
+
 def dead(machine):
     for each in (machine.containers, machine.jobs):
         each.clear()
@@ -4306,6 +4338,8 @@ def dead(machine):
     (says('sshd', 'authorizedkeysfile /k\n'), 'sshd is /k, without .ssh/authorized_keys',
      'sshd_config'),
     (gone(KEYS_FILE), 'no key may push', 'dockhand upload-key NAME'),
+    (edited(KEYS_FILE, dh.render_authorized_keys('', [], '')), 'no key may push', 'upload'),
+    (no_longer_run(TEMPLATE + '/hooks/update'), 'hooks/update is not as', 'install'),
     (edited('/etc/nginx/conf.d/000-dockhand.conf'), '000-dockhand.conf', 'install'),
     (broken('nginx -t'), 'broken on purpose', 'nginx -t'),
     (gone('/run/nginx.pid'), 'nginx does not run', 'service nginx start'),
