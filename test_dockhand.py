@@ -1941,15 +1941,18 @@ def test_an_nginx_that_does_not_start_is_told_with_its_last_complaint(plain):
     plain.write('/var/log/nginx/error.log', 'x [notice] a\nx [emerg] bind() failed\nb\n')
     assert refusal(plain.host.nginx.reload) == 'nginx does not start: x [emerg] bind() failed'
 
-def test_a_proxy_file_that_has_changed_is_parsed_again_and_no_other(plain, monkeypatch):
-    parsed, parse = [], dh.read_proxy_file
-    monkeypatch.setattr(dh, 'read_proxy_file', lambda *words: parsed.append(1) or parse(*words))
+def test_a_proxy_file_that_has_changed_is_parsed_again_and_no_other(plain):
+    shop, other = '/etc/nginx/conf.d/shop.conf', '/etc/nginx/sites-enabled/else'
+    plain.write(other, 'server { server_name else; }')
+    seen = []
     for name in 'abba':
-        plain.write('/etc/nginx/conf.d/shop.conf', 'server { server_name %s; }' % name)
-        plain.write('/etc/nginx/sites-enabled/else', 'server { server_name else; }')
-        found = sorted(plain.host.nginx.files().items())
-        assert [file.servers[0].names for _, file in found[-2:]] == [[name], ['else']]
-    assert len(parsed) == 3
+        plain.write(shop, 'server { server_name %s; }' % name)
+        files = plain.host.nginx.files()
+        assert files[shop].servers[0].names == [name]
+        seen.append((files[shop], files[other]))
+    a, b, b_again, a_again = seen
+    assert b[0] is b_again[0] and a[0] is a_again[0] and a[0] is not b[0]
+    assert a[1] is b[1] is a_again[1]
 
 def test_a_reload_counts_when_the_earlier_workers_have_gone(plain):
     plain.nginx()
@@ -2529,16 +2532,16 @@ def test_a_stopped_app_stays_stopped_when_a_push_fails(machine):
     assert machine.changed(before) == [] and machine.running() == []
 
 @pytest.mark.parametrize('init', ['none', 'upstart'])
-def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init, monkeypatch):
+def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init):
     machine = Machine(tmpdir, init)
     machine.lives(FILES)
-    before = machine.whole()
+    before, build = machine.whole(), machine.docker_build
 
-    def no_room(name, mode='r', *more):
-        if 'dockhand-blog' in str(name):
-            raise IOError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return open(name, mode, *more)
-    monkeypatch.setattr(dh, 'open', no_room, raising=False)
+    def fill_the_disk(*words):
+        """What is written to this device finds no space left."""
+        os.symlink('/dev/full', machine.host.docker.trial_file('blog'))
+        return build(*words)
+    machine.docker_build = fill_the_disk
     said = refusal(machine.push, FILES_2)
     assert said.startswith('docker could start nothing: ') and 'No space left' in said
     assert machine.changed(before) == []
