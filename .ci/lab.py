@@ -1,8 +1,9 @@
-"""Servers for the tests of the real layer, the apps that they push, and what watches these.
+"""Servers for the tests of the real layer, the apps they push, and what watches these.
 
-Each server is a container that `.ci/server` boots, made ready the way the README says. All
-requests go to ports at 127.0.0.1 or are made inside a server. DOCKHAND_TEST_KEEP=NAME leaves
-the servers for the next run, which uses them again with the dockhand.py of that time.
+Each server is a container that `.ci/server` boots, made ready the way the README says.
+All requests go to ports at 127.0.0.1 or are made inside a server. DOCKHAND_TEST_KEEP=NAME
+leaves the servers for the next run, which uses them again with the dockhand.py of that
+time.
 """
 import functools
 import json
@@ -24,7 +25,8 @@ from collections import Counter, namedtuple
 import pytest
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REAL_FILES = ('dockhand.py', 'configure-system.sh', 'Vagrantfile', 'test_dockhand.py', 'README.md')
+REAL_FILES = ('dockhand.py', 'configure-system.sh', 'Vagrantfile', 'test_dockhand.py',
+              'README.md')
 KINDS = ('systemd', 'none', 'upstart')
 KEEP = os.environ.get('DOCKHAND_TEST_KEEP')
 
@@ -140,9 +142,9 @@ class Server(object):
                 must(['docker', 'cp', '-L', os.path.join(HERE, name),
                       self.name + ':/root/dockhand/'])
         if kept:
-            self.ok('for app in $(ls /var/lib/dockhand/apps); do dockhand destroy $app --force'
-                    ' --volumes; done; /usr/bin/python3 /root/dockhand/dockhand.py install'
-                    ' --user git')
+            self.ok('for app in $(ls /var/lib/dockhand/apps); do '
+                    'dockhand destroy $app --force --volumes; done; '
+                    '/usr/bin/python3 /root/dockhand/dockhand.py install --user git')
         else:
             self.demo = self.ok('sh /root/dockhand/configure-system.sh --demo 2>&1')
         self.ok(TINY)
@@ -172,7 +174,7 @@ class Server(object):
         """What docker says of an app's running container."""
         return self.ok('docker inspect -f "$1" "$2"', template, app.container())
 
-    # ---- ssh, git, http: over one ssh connection a key, since sshd lets few begin at once
+    # ---- ssh, git, http: one ssh connection a key, since sshd lets few begin at once
 
     def connect(self):
         self.outside = dict(
@@ -199,8 +201,8 @@ class Server(object):
         return run(['ssh', '-F', self.config] + list(words))
 
     def git(self, *words, **options):
-        env = dict(os.environ, GIT_SSH_COMMAND='ssh -F ' + self.config, GIT_CONFIG_NOSYSTEM='1',
-                   HOME=self.folder, LC_ALL='C')
+        env = dict(os.environ, GIT_SSH_COMMAND='ssh -F ' + self.config,
+                   GIT_CONFIG_NOSYSTEM='1', HOME=self.folder, LC_ALL='C')
         return run(['git', '-c', 'user.name=test', '-c', 'user.email=test@localhost'] +
                    list(words), env=env, **options)
 
@@ -210,14 +212,15 @@ class Server(object):
             connection = socket.create_connection(('127.0.0.1', self.outside[port]), 10)
             try:
                 connection.sendall(request.encode())
-                return b''.join(iter(lambda: connection.recv(65536), b'')).decode().strip()
+                parts = iter(lambda: connection.recv(65536), b'')
+                return b''.join(parts).decode().strip()
             finally:
                 connection.close()
         except (EnvironmentError, socket.error) as error:
             return str(error)
 
     def get(self, name):
-        """What nginx answers to that Host: the body, or the status where it is not 200."""
+        """What nginx answers to that Host: the body, or the status if not 200."""
         answer = self.hear(80, 'GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % name)
         head, _, body = answer.partition('\r\n\r\n')
         return body if ' 200 ' in head[:15] else head[9:12]
@@ -256,19 +259,21 @@ class Server(object):
 
     def import_image(self, system, tag):
         """Make an image offline, of a system that .ci/server bootstraps from packages."""
-        with open(must(['sh', os.path.join(HERE, '.ci', 'server'), system]), 'rb') as source:
-            subprocess.check_call(['docker', 'exec', '-i', self.name, 'docker', 'import', '-',
-                                   tag], stdin=source, stdout=subprocess.DEVNULL)
+        path = must(['sh', os.path.join(HERE, '.ci', 'server'), system])
+        with open(path, 'rb') as source:
+            subprocess.check_call(['docker', 'exec', '-i', self.name, 'docker', 'import',
+                                   '-', tag], stdin=source, stdout=subprocess.DEVNULL)
 
     def bases(self):
-        """The images that people's Dockerfiles start from, as far as these here need them."""
+        """The images that people's Dockerfiles start from, as far as needed here."""
         if self.run('docker', 'inspect', *BASES).status != 0:
             self.import_image('bases', 'bases:1')
             for name in sorted(BASES):
-                self.ok('docker build -q -t $1 -', name, stdin='FROM bases:1\n' + BASES[name])
+                self.ok('docker build -q -t $1 -', name,
+                        stdin='FROM bases:1\n' + BASES[name])
 
     def apache(self):
-        """The example of 2014, its base image made offline under the name it starts from."""
+        """The example of 2014, its base image made offline under the name it names."""
         if 'apache-example' not in self.apps:
             self.import_image('apache', 'ubuntu:12.04')
             app = self.apps['apache-example'] = App(self, 'apache-example')
@@ -315,21 +320,24 @@ class App(object):
 
     def push(self, *words):
         """git push; the Outcome, in `out` what dockhand said, line by line."""
-        outcome = self.server.git('push', self.remote, *(words or ('main',)), cwd=self.folder)
+        outcome = self.server.git('push', self.remote, *(words or ('main',)),
+                                  cwd=self.folder)
         said = re.findall(r'(?m)^remote: (.*?) *$', outcome.err)
         return outcome._replace(out=[
             line for line in said if not line.startswith('error: hook declined')])
 
     def hear(self, pattern, options=''):
-        """Begin a push until it says this: its process, in a group of its own, and the text."""
+        """Begin a push until it says this: its process, which leads a group; the text."""
         env = dict(os.environ, LC_ALL='C',
                    GIT_SSH_COMMAND='ssh -F %s %s' % (self.server.config, options))
         process = subprocess.Popen(['git', 'push', self.remote, 'main'], cwd=self.folder,
-                                   env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   bufsize=0, preexec_fn=os.setpgrp)
+                                   env=env, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, bufsize=0,
+                                   preexec_fn=os.setpgrp)
         heard, deadline = b'', time.time() + 60
         while not re.search(pattern.encode(), heard):
-            readable = select.select([process.stdout], [], [], max(0, deadline - time.time()))[0]
+            readable = select.select([process.stdout], [], [],
+                                     max(0, deadline - time.time()))[0]
             data = readable and process.stdout.read(65536)
             if not data:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -365,7 +373,8 @@ class App(object):
 
     def container(self):
         """The running container of what is live."""
-        return self.server.ok('docker ps -q --no-trunc --filter ancestor=%s:latest' % self.name)
+        return self.server.ok('docker ps -q --no-trunc --filter ancestor=%s:latest' %
+                              self.name)
 
 REAL_WEB = 'FROM tiny:1\nCOPY www /www\n'
 STANZAS = 'start on started docker\nstop on stopping docker\nrespawn\n'
@@ -400,7 +409,7 @@ APACHE = {
                         '    location / { proxy_pass http://127.0.0.1:8000; }\n}\n'}
 
 # What is in the official images of these names, and Dockerfiles rely on, made of Debian's
-# packages. Postgres's entrypoint is theirs in short: the folder is made at the first start.
+# packages. Postgres's entrypoint is theirs in short: a first start makes the folder.
 BASES = {
     'nginx': r'''
 RUN rm /etc/nginx/sites-enabled/default && mkdir -p /usr/share/nginx/html && \
@@ -436,8 +445,8 @@ def demand_engine():
                if not any(os.access(os.path.join(folder, name), os.X_OK)
                           for folder in os.environ['PATH'].split(':'))]
     reason = ('no ' + ', '.join(missing) if missing else 'root only' if os.geteuid()
-              else 'no docker engine answers: .ci/server engine' if run(['docker', 'ps']).status
-              else '')
+              else 'no docker engine answers: .ci/server engine'
+              if run(['docker', 'ps']).status else '')
     if reason:
         (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
@@ -480,7 +489,8 @@ def drill(kind, short=0, whole=0):
             print('%.0f s, seed %d: %s' % (seconds, SEED, figures))
             if error:
                 raise error
-        on_one.__name__, on_one.__doc__, on_one.drill = work.__name__, work.__doc__, (kind, work)
+        on_one.__name__, on_one.__doc__ = work.__name__, work.__doc__
+        on_one.drill = (kind, work)
         return on_one
     return as_test
 
@@ -511,11 +521,13 @@ class Marked(App):
                "httpd -f -h /www & wait")
 
     def files(self, mark, slow=''):
-        files = web_files(self.name, self.port, '--rm --init -e JOB=' + mark, self.COMMAND)
+        files = web_files(self.name, self.port, '--rm --init -e JOB=' + mark,
+                          self.COMMAND)
         proxy = files['nginx-proxy.conf'].replace(
             'location', 'add_header X-Release %s always;\n    location' % mark)
-        return dict(files, **{'nginx-proxy.conf': proxy, 'www/mark': self.name + ' ' + mark,
-                              'Dockerfile': files['Dockerfile'].replace('CMD', slow + 'CMD')})
+        return dict(files, **{
+            'nginx-proxy.conf': proxy, 'www/mark': self.name + ' ' + mark,
+            'Dockerfile': files['Dockerfile'].replace('CMD', slow + 'CMD')})
 
     def release(self, mark):
         """Push a release and see it answer."""
@@ -523,8 +535,9 @@ class Marked(App):
         self.check_whole(mark)
 
     def mark(self):
-        """The release that answers, '' where none does, the answer where it is not whole."""
-        answer = self.server.hear(80, 'GET / HTTP/1.0\r\nHost: %s.test\r\n\r\n' % self.name)
+        """The release that answers, '' if none does, the answer if it is not whole."""
+        answer = self.server.hear(
+            80, 'GET / HTTP/1.0\r\nHost: %s.test\r\n\r\n' % self.name)
         head, _, body = answer.partition('\r\n\r\n')
         if not body or re.match(r'HTTP/1.1 50[234] ', head):
             return ''
@@ -532,10 +545,11 @@ class Marked(App):
         return mark if body == '%s %s %s' % (self.name, mark, mark) else answer
 
     def check_whole(self, *marks):
-        """One of these releases answers, nothing else is left of others; the one that does."""
+        """One of these releases answers, nothing is left of others; which one."""
         until(lambda: self.mark() in marks, True, 60)
         assert self.mark() in marks
-        self.server.ok('nginx -t -q && ! ls /var/lib/dockhand/apps/%s/pending' % self.name)
+        self.server.ok('nginx -t -q && ! ls /var/lib/dockhand/apps/%s/pending' %
+                       self.name)
         assert len(self.container().split()) == 1       # of the image APP:latest
         return self.mark()
 
@@ -572,7 +586,7 @@ class Watch(object):
             thread.join()
 
     def figures(self):
-        """What was heard, in words; nothing but whole answers of the app that was asked."""
+        """What was heard, in words: whole answers of the app that was asked alone."""
         tests = self.server.ok('cat /root/tests').splitlines()
         wrong = [mark for marks in self.heard.values() for mark in marks
                  if not re.match(r'\w*\Z', mark)]
@@ -583,7 +597,8 @@ class Watch(object):
                 'nginx -t passed %d times' % len(tests)])
 
 DATABASE = {'Dockerfile': 'FROM postgres\nCOPY mark /mark\n'
-                          'HEALTHCHECK --interval=1s --retries=60 CMD pg_isready -U postgres\n'}
+                          'HEALTHCHECK --interval=1s --retries=60 '
+                          'CMD pg_isready -U postgres\n'}
 WRITER = {'Dockerfile': 'FROM python:3\nCOPY write.py /\nVOLUME /acknowledged\n'
                         'CMD ["python3", "/write.py"]\n', 'write.py': '''
 import os, psycopg2, time
@@ -614,12 +629,12 @@ class Database(App):
         self.check(0)
 
     def acknowledged(self):
-        return self.server.ok('docker exec $1 cat /acknowledged/rows', self.writer.container()
-                              ).split()
+        return self.server.ok('docker exec $1 cat /acknowledged/rows',
+                              self.writer.container()).split()
 
     def rows(self):
-        return self.server.ok('docker exec $1 psql -U postgres -Atc "SELECT row FROM rows"',
-                              self.container()).split()
+        query = 'docker exec $1 psql -U postgres -Atc "SELECT row FROM rows"'
+        return self.server.ok(query, self.container()).split()
 
     def check(self, before):
         """Every acknowledged row is there, and 20 more than before; how many."""
@@ -643,8 +658,9 @@ class Plain(Marked):
                      'www/index.html': '%s %s' % (self.name, mark)}, **more)
 
     def mark(self):
-        """The release that answers, '' where none does, the answer where it is another's."""
-        answer = self.server.hear(80, 'GET / HTTP/1.0\r\nHost: %s.test\r\n\r\n' % self.name)
+        """The release that answers, '' if none does, the answer if it is another's."""
+        answer = self.server.hear(
+            80, 'GET / HTTP/1.0\r\nHost: %s.test\r\n\r\n' % self.name)
         body = answer.partition('\r\n\r\n')[2]
         if not body or re.match(r'HTTP/1.1 50[234] ', answer):
             return ''
@@ -663,7 +679,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(5 if self.path == '/slow' else 0)
         self.answer(MARK)
     def do_POST(self):
-        self.answer('%d %s' % (len(self.rfile.read(int(self.headers['Content-Length']))), MARK))
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        self.answer('%d %s' % (len(body), MARK))
     def answer(self, text):
         self.send_response(200)
         self.send_header('Content-Length', str(len(text)))
@@ -695,7 +712,8 @@ class Busy(Plain):
 # Runs in a server while /root/load is there; prints {kind: {what came of it: how often}}.
 LOADING = r'''
 import collections, http.client, json, os, random, select, sys, threading, time
-name, kinds, came = sys.argv[1], sys.argv[2].split(), collections.defaultdict(collections.Counter)
+name, kinds = sys.argv[1], sys.argv[2].split()
+came = collections.defaultdict(collections.Counter)
 going = lambda: os.path.exists('/root/load')
 longest = {}
 
@@ -727,7 +745,8 @@ def outcome(connection):
     return '' if right else '%d %s' % (answer.status, body[:80])
 
 def once(kind, act):
-    begun, connection = time.time(), http.client.HTTPConnection('127.0.0.1', 80, timeout=60)
+    begun = time.time()
+    connection = http.client.HTTPConnection('127.0.0.1', 80, timeout=60)
     try:
         act(connection)
         came[kind][outcome(connection)] += 1
@@ -737,7 +756,7 @@ def once(kind, act):
     longest[kind] = max(longest.get(kind, 0), time.time() - begun)
 
 def kept(kind):
-    """Requests on one connection, until nginx closes it: a new one, where that was seen."""
+    """Requests on one connection, until nginx closes it: a new one if that was seen."""
     connection, sent = http.client.HTTPConnection('127.0.0.1', 80, timeout=60), 0
     while going():
         time.sleep(random.random() / 50)
@@ -749,12 +768,13 @@ def kept(kind):
             request(connection, path)
             came[kind][outcome(connection)] += 1
         except Exception as error:
-            came[kind]['%s %s %s' % ('fresh' if fresh else 'used', path, type(error).__name__)] += 1
+            came[kind]['%s %s %s' % (
+                'fresh' if fresh else 'used', path, type(error).__name__)] += 1
             connection.close()
 
 def work(kind):
-    act, pause = dict(new=(request, 0.01), slow=(slow, 0), upload=(upload, 0), late=(late, 0),
-                      kept=(None, 0))[kind]
+    act, pause = dict(new=(request, 0.01), slow=(slow, 0), upload=(upload, 0),
+                      late=(late, 0), kept=(None, 0))[kind]
     if kind == 'kept':
         return kept(kind)
     while going():
@@ -772,14 +792,14 @@ print(json.dumps({'came': came, 'longest': longest}))
 '''
 
 class Load(object):
-    """Requests to an app, made inside its server, inside a `with`; then what came of them."""
+    """Requests to an app, made in its server, inside a `with`; what came of them."""
 
     def __init__(self, app, **threads):
         self.app = app
         kinds = ' '.join(kind for kind in sorted(threads) for _ in range(threads[kind]))
         self.process = subprocess.Popen(
-            ['docker', 'exec', app.server.name, 'python3', '-c', LOADING, app.name, kinds],
-            stdout=subprocess.PIPE)
+            ['docker', 'exec', app.server.name, 'python3', '-c', LOADING, app.name,
+             kinds], stdout=subprocess.PIPE)
 
     def __enter__(self):
         assert self.process.stdout.readline() == b'begun\n'
@@ -791,8 +811,8 @@ class Load(object):
         self.came, self.longest = result['came'], result['longest']
 
     def check(self, dying=False):
-        """No error, but for those that have their known cause: on kept connections, and in
-        answers of an app that died in their midst; how many requests there were, in words."""
+        """No error, but for those that have their known cause: on kept connections, and
+        in answers of an app that died in their midst; how many requests there were."""
         counts, raced, cut = [], 0, 0
         for kind, outcomes in sorted(self.came.items()):
             counts.append('%d %s' % (sum(outcomes.values()), kind))
@@ -800,23 +820,27 @@ class Load(object):
                 broke_off = dying and error.startswith('IncompleteRead')
                 raced += kind == 'kept' and bool(error)
                 cut += times * broke_off
-                assert not error or broke_off or kind == 'kept' and self.is_race(error), outcomes
+                assert (not error or broke_off
+                        or kind == 'kept' and self.is_race(error)), outcomes
         assert cut <= (dying and self.broken_off())
-        return 'requests: %s; the longest new one took %.2f s; kept ones that met the end of ' \
-               'their connection: %d%s' % (', '.join(counts), self.longest.get('new', 0), raced,
-                                           '; answers that broke off: %d' % cut if dying else '')
+        return ('requests: %s; the longest new one took %.2f s; kept ones that met the '
+                'end of their connection: %d%s') % (
+                    ', '.join(counts), self.longest.get('new', 0), raced,
+                    '; answers that broke off: %d' % cut if dying else '')
 
     def broken_off(self):
         """The answers that ended with the app that had begun them, as nginx tells."""
         return int(self.app.server.ok(
-            'grep -c "while reading upstream,.*host: .%s.test" /var/log/nginx/error.log || :'
-            % self.app.name))
+            'grep -c "while reading upstream,.*host: .%s.test" '
+            '/var/log/nginx/error.log || :' % self.app.name))
 
     def is_race(self, error):
-        """Whether nginx closed an idle connection of an old worker as the next request was
-        on its way: it was used before, brought no byte, and no worker has read the request."""
-        match = re.match(r'used (\S+) (RemoteDisconnected|ConnectionResetError|BrokenPipeError)$',
-                         error)
+        """Whether nginx closed an idle connection of an old worker as the next request
+        was on its way: it was used before, brought no byte, no worker has read the
+        request."""
+        match = re.match(
+            r'used (\S+) (RemoteDisconnected|ConnectionResetError|BrokenPipeError)$',
+            error)
         return match and self.app.server.run('grep', '-qF', match.group(1) + ' ',
                                              '/var/log/nginx/access.log').status == 1
 
@@ -829,10 +853,11 @@ ALL_THERE = '''
 
 # Whether containerd does too, nginx is there and dockhand is done
 BACK_AGAIN = ALL_THERE + '''&& docker top $(docker ps -q | head -n 1) &&
-[ "$(cat /proc/$(cat /run/nginx.pid)/comm)" = nginx ] && ! pgrep -f '/dockhand recover$' '''
+[ "$(cat /proc/$(cat /run/nginx.pid)/comm)" = nginx ] &&
+! pgrep -f '/dockhand recover$' '''
 
 class Crowd(object):
-    """Apps, each asked all the time inside a `with`: since when it has answered as itself."""
+    """Apps, each asked all the time inside a `with`: since when it answers as itself."""
 
     STEADY, BOUND = 3, 60               # seconds
 
@@ -862,11 +887,13 @@ class Crowd(object):
         return sorted(app.name for app, since in self.since.items() if since is None)
 
     def doubled(self):
-        """Those of which more than one container runs; a job's has no name of dockhand's."""
+        """Those with two containers that run; a job's has no name of dockhand's."""
         counted = Counter()
-        for line in self.server.ok("docker ps --format '{{.Names}} {{.Image}}'").splitlines():
+        listed = self.server.ok("docker ps --format '{{.Names}} {{.Image}}'")
+        for line in listed.splitlines():
             name, image = line.split()
-            counted[name.partition('--')[0] if '--' in name else image.partition(':')[0]] += 1
+            counted[name.partition('--')[0] if '--' in name
+                    else image.partition(':')[0]] += 1
         return sorted(app.name for app in self.since if counted[app.name] > 1)
 
     def is_back(self):
@@ -877,7 +904,7 @@ class Crowd(object):
         return self.server.run('sh', '-c', BACK_AGAIN).status == 0
 
     def missing(self, begun):
-        """What is not back BOUND seconds after a moment, or doubled; '' if all is well."""
+        """What is not back BOUND seconds after a moment, or doubled; '' if all is."""
         if until(self.is_back, True, begun + self.BOUND - time.time()):
             doubled = self.doubled()
             return 'two containers of ' + ' '.join(doubled) if doubled else ''
@@ -889,7 +916,7 @@ class Crowd(object):
         return 'all answer, but after %d s: %s' % (time.time() - begun, said[-1])
 
     def mend(self):
-        """What a person would do, so that the next kill finds all well; what is still missing."""
+        """What a person would do, for the next kill to find all well; what is missing."""
         self.server.run('sh', '-c', 'timeout 30 service docker start; '
                         'timeout 30 service nginx start; pkill -P 1 -f "^nginx: worker"')
         said = self.server.run('timeout', '60', 'dockhand', 'recover')
@@ -897,19 +924,20 @@ class Crowd(object):
         return missing and '; nor is it mended: %s (%s)' % (missing, said.err)
 
 class Worker(Plain):
-    """No web app; it ignores SIGTERM, and its command line says of which release it is."""
+    """No web app; it ignores SIGTERM, and its command line says its release."""
 
     # What runs, 20 times a second
     LOOP = (r"touch /root/watch; while [ -e /root/watch ]; do echo $(date +%s.%N) "
-            r"$(ps -eo args= | grep -o '[w]orked-[a-z0-9]*' | sort -u); sleep 0.05; done >/root/ran")
+            r"$(ps -eo args= | grep -o '[w]orked-[a-z0-9]*' | sort -u); "
+            'sleep 0.05; done >/root/ran')
     STOPPING = r'''
 stops() { pgrep -f '^docker stop .*worker--'; }
 for _ in $(seq 3000); do ! stops || break; sleep 0.01; done
 sleep "$1"; stops && kill -9 $(cat /run/docker.pid)'''
 
     def files(self, mark):
-        return {'Dockerfile': 'FROM tiny:1\nCMD ["sh", "-c", "trap \'\' TERM; while :; do '
-                              'sleep 1; done", "worked-%s"]\n' % mark}
+        return {'Dockerfile': 'FROM tiny:1\nCMD ["sh", "-c", "trap \'\' TERM; '
+                              'while :; do sleep 1; done", "worked-%s"]\n' % mark}
 
     def mark(self):
         """The releases of which a worker runs, in words."""

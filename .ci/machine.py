@@ -1,4 +1,4 @@
-"""A machine in a folder: what docker, nginx, git and init do, in small, without any of them.
+"""A machine in a folder: what docker, nginx, git and init do, in small, without them.
 
 Machine is the double that dockhand's Host gets in the tests of its middle layer. After it
 come the repositories that these push, and an app that a crash has left half deployed.
@@ -34,13 +34,13 @@ USER, GROUP = os.getuid() or 12345, os.getgid() or 12345
 def mode_in(found):
     return '%o' % stat.S_IMODE(found.st_mode)
 
-QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'ip', 'hostname',
-           'docker version', 'docker logs', 'docker diff', 'nginx -v',
+QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps',
+           'ip', 'hostname', 'docker version', 'docker logs', 'docker diff', 'nginx -v',
            'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
 
 SS_HEAD = 'State Recv-Q Send-Q Local Address:Port Peer Address:PortProcess \n'
 MAIN = 'refs/heads/main'
-PACE = 50                           # how often faster the time of a Machine goes in waiting
+PACE = 50                       # how often faster the time of a Machine goes in waiting
 
 class Clock(object):
     """The time on a Machine, where waiting takes less of it."""
@@ -70,8 +70,8 @@ def is_shown(how, network, route):
         length >= longest if how == 'root' else length <= longest)
 
 class NginxConnection(object):
-    """A request to a Machine's nginx: 200, but for the host names in its `answers`, and for
-    all of them what the text `deny all` outside of a server makes of them."""
+    """A request to a Machine's nginx: 200, but for the host names in its `answers`, and
+    for all of them what the text `deny all` outside of a server makes of them."""
     def __init__(self, machine):
         self.machine, self.status = machine, None
 
@@ -80,11 +80,13 @@ class NginxConnection(object):
 
     def sendall(self, data):
         name = re.search(r'Host: (\S+)', dh.to_text(data)).group(1)
-        denied = re.search('(?m)^deny all', str(list((self.machine.served or {}).values())))
+        denied = re.search('(?m)^deny all',
+                           str(list((self.machine.served or {}).values())))
         self.status = '403' if denied else self.machine.answers.get(name, '200')
 
     def recv(self, size):
-        return dh.to_bytes('HTTP/1.1 %s\r\n' % self.status if self.status.isdigit() else '')
+        line = 'HTTP/1.1 %s\r\n' % self.status if self.status.isdigit() else ''
+        return dh.to_bytes(line)
 
     def close(self):
         pass
@@ -104,16 +106,18 @@ class Machine(object):
         self.sockets = SS_HEAD
         self.done, self.broken, self.count, self.shares = [], {}, 100, False
         self.images, self.containers, self.jobs = {}, {}, {}
-        self.volumes, self.networks, self.routes = [], {}, 'default via 192.0.2.9 dev eth0\n'
+        self.volumes, self.networks = [], {}
+        self.routes = 'default via 192.0.2.9 dev eth0\n'
         self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
         self.history, self.named, self.answers = set(), SHA, {}
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         self.kinds = {}             # of what is pushed and is no commit: {id: kind}
         self.write('/usr/bin/docker-init', '')
-        folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run /var/lib/docker
-            /usr/local/bin /etc/sudoers.d /etc/init'''.split() + {
-                'systemd': ['/run/systemd/system', os.path.dirname(dh.UNIT_ENABLED[0]), os.path.dirname(dh.UNIT_ENABLED[1])],
+        folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run
+            /var/lib/docker /usr/local/bin /etc/sudoers.d /etc/init'''.split() + {
+                'systemd': ['/run/systemd/system', os.path.dirname(dh.UNIT_ENABLED[0]),
+                            os.path.dirname(dh.UNIT_ENABLED[1])],
                 'upstart': ['/sbin/initctl'], 'none': []}[init]
         for folder in folders:
             dh.make_folder(self.host.path(folder))
@@ -241,7 +245,7 @@ class Machine(object):
         if address and network and not network['IPAM']['Config'][0]['Subnet'].startswith(
                 address.rsplit('.', 2)[0] + '.'):
             raise AssertionError('no configured subnet contains ' + address)
-        there = network['Id'] if network else options.get('--net')     # or no start will do
+        there = network['Id'] if network else options.get('--net')  # or no start will do
         return {'volumes': volumes, 'network': there, 'address': address,
                 'env': env and dh.read_file(env)}
 
@@ -354,7 +358,8 @@ class Machine(object):
         assert self.read('/etc/init/%s.override' % app) == 'manual\n'
         known = self.read('/etc/init/%s.conf' % app) is not None
         if app not in self.jobs:
-            return Result(1, '', 'stop: Unknown %s\n' % ('instance: ' if known else 'job: ' + app))
+            return Result(1, '', 'stop: Unknown %s\n' % (
+                'instance: ' if known else 'job: ' + app))
         if 'deaf' not in self.containers[self.jobs[app]]['Image']:
             del self.containers[self.jobs[app]]
         del self.jobs[app]
@@ -398,7 +403,8 @@ class Machine(object):
 
     def nginx_t(self, t, q, c='-c', path='/etc/nginx/nginx.conf'):
         names = re.findall(r'include (/etc/nginx/\S*[^*\s]);', self.read(path))
-        known = re.findall('upstream (.*) {', '\n'.join(self.read(name) or '' for name in names))
+        known = re.findall('upstream (.*) {',
+                           '\n'.join(self.read(name) or '' for name in names))
         for name in [name for name in names if name.endswith('.new')]:
             found, told = self.read(name), []
             told += re.findall('broken', found)
@@ -421,7 +427,8 @@ class Machine(object):
     # git and files
 
     def git(self, folder, verb, *words):
-        assert re.match(re.escape('--git-dir=' + self.host.path('/home/git/')) + r'[a-z]+\.git\Z', folder)
+        assert re.match(re.escape('--git-dir=' + self.host.path('/home/git/')) +
+                        r'[a-z]+\.git\Z', folder)
         if verb == 'read-tree':
             self.index = self.commits[words[0]]
         if verb.startswith('--work-tree='):
@@ -625,9 +632,9 @@ OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'address': ''}
 
 def release(**changes):
     """The dh.Release of a plain web app, changed by keywords."""
-    fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', key='anna', time=1,
-                  seconds=None, failed=None, image='sha256:x', config={}, port=8000,
-                  web=True, volumes=[], address='10.86.0.2', job='', proxy='')
+    fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', key='anna',
+                  time=1, seconds=None, failed=None, image='sha256:x', config={},
+                  port=8000, web=True, volumes=[], address='10.86.0.2', job='', proxy='')
     return dh.Release(**dict(fields, **changes))
 
 def half_deployed(machine, steps=99, files=None):
@@ -646,4 +653,5 @@ def an_app(name, more='EXPOSE 8000', proxy=None):
     return dict(files, **{'nginx-proxy.conf': proxy} if proxy else {})
 
 ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
-ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data') for name in ('one', 'two')]
+ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data')
+                      for name in ('one', 'two')]

@@ -36,8 +36,8 @@ FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir',
 TWICE = 'docker (build|start)|timeout|nginx'
 MOST = 8                            # processes at a time
 
-# (files of release 1, of release 2): of a job app, of a web app that is handed over, of one
-# that is stopped first for its VOLUME, of a job app that becomes a plain one
+# (files of release 1, of release 2): of a job app, of a web app that is handed over, of
+# one that is stopped first for its VOLUME, of a job app that becomes a plain one
 KINDS_OF_APP = {'job': (FILES, FILES_2), 'web': (ONE_WEB, TWO_WEB),
                 'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB)}
 
