@@ -904,7 +904,7 @@ class Crowd(object):
         return self.server.run('sh', '-c', BACK_AGAIN).status == 0
 
     def missing(self, begun):
-        """What is not back BOUND seconds after a moment, or doubled; '' if all is."""
+        """What is not back BOUND seconds after a moment, or doubled; '' if nothing."""
         if until(self.is_back, True, begun + self.BOUND - time.time()):
             doubled = self.doubled()
             return 'two containers of ' + ' '.join(doubled) if doubled else ''
