@@ -3656,6 +3656,11 @@ def test_a_first_push_says_what_the_app_is(plain, capfd, more, said, port, addre
     assert plain.running() == ['sha256:FROMone']
     assert not re.search(r"'[^']*pending|build/blog|\.new", str(sorted(plain.files())))
 
+def test_a_service_with_a_dot_in_its_name_is_told_that_nobody_can_ask_for_it():
+    service = release(app='my.db', web=False, port=5432)
+    assert dh.kind_text(service) == (
+        'a service on port 5432 that no other app can reach by its name, for the dot in it')
+
 def test_volumes_of_an_earlier_app_of_that_name_are_told(plain, capfd):
     plain.nginx()
     plain.volumes = ['blog--data', 'blogs--data', 'blog', 'x-blog--data', 'blog--old']
