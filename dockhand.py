@@ -12,15 +12,16 @@ alone lists what people run; sshd runs `dockhand serve KEY`, the repositories' h
 
 Whoever may push may become root: a pushed upstart.conf may mount the whole disk or ask
 for --privileged, and where PID 1 is Upstart init runs it as root. Rights to single apps,
-and the rules for proxy files, keep apps from one another by accident, not in a jail.
+and the rules for proxy files, are against accidents; they are no jail.
 
 It makes the user git, and writes to /usr/local/lib/dockhand, /usr/local/bin, /home/git,
 /var/lib/dockhand, /etc/sudoers.d/dockhand, /run/lock/dockhand; a unit, job or script that
 runs `recover` at boot; 000-dockhand.conf and one APP.conf each in nginx's conf.d, folders
 in /var/cache/nginx; a job each in /etc/init where that is Upstart; ".*.new" files beside
-what it replaces. nginx's own default site, if nobody changed it, becomes *.disabled. To
-docker it gives images, containers, volumes and one network. `recover` starts nginx, and
-restarts docker where docker keeps a port for no container.
+what it replaces, and one in docker's folder, to see that it can be written. nginx's own
+default site, if nobody changed it, becomes *.disabled. To docker it gives images,
+containers, volumes and one network. Where nginx does not run, what wants it to reload
+starts it; `recover` restarts docker where docker keeps a port for no container.
 
 How to read it. Each section has a banner and uses those above it (Host alone names two
 classes further down). First come the tools, then pure functions: what strangers send is
@@ -94,7 +95,7 @@ FILE_LIMIT = 2 ** 18                # bytes of a pushed file
 SPACE = 512                         # MB that are free before a build
 WRITTEN = 2 ** 16                   # bytes for a trial of docker's disk, before a stop
 KEPT = 5                            # releases that stay, with the one that is live
-LISTED = 50                         # newer numbers, until a failed one is not listed
+LISTED = 50                         # newer ones, then a failed release's record goes
 DEFAULT_BRANCHES = ('main', 'master')
 WEB_PORTS = ('80', '8080', '8000', '5000', '3000')      # an EXPOSE of these is for nginx
 HTTP_PORTS = WEB_PORTS + ('443',)
@@ -795,7 +796,8 @@ def headed(app, what, text):
     return text if text.startswith(line) else line + text
 
 def is_ours(text, app):
-    """Whether dockhand wrote this job or proxy file, or None, for this app."""
+    """Whether this text of a job or proxy file is one that dockhand wrote for this app;
+    no text, None, is not."""
     return (text or '').startswith("# dockhand: %s's" % app)
 
 def image_tag(release):
@@ -813,7 +815,8 @@ def is_made(release):
     return (release.proxy or '').startswith(MADE % (release.app, release.app))
 
 def names_of_config(release):
-    """The host names that root gave an app: they may be taken out of a wildcard."""
+    """The host names that root set in `domains`, [] where the proxy file was pushed: one
+    of these may be a name that another app's wildcard gets now."""
     return release.config.get('domains', '').split() if is_made(release) else []
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
@@ -838,7 +841,7 @@ STANZAS = set('''apparmor author cgroup chdir chroot console debug description e
     expect export instance limit manual nice oom respawn setgid setuid task umask usage
     version'''.split()).union(EXECS, SCRIPTS, CONDITIONS, OTHER_STANZAS)
 
-UPSTART_ONLY = 'note: under Upstart'    # how a doubt begins that docker has not
+UPSTART_ONLY = 'note: under Upstart'    # how a doubt begins that is none in docker
 
 # What kills a deploy, and notes: names of stanzas or options, and with which beginning of
 # their value that is so: '' with any, \Z with none, (?![fF0]) with a flag that is not off
@@ -1253,7 +1256,8 @@ def port_problems(options, proxied):
 
 def open_port(value):
     """(port of the host, port of the container) of `-p [PORT:]PORT[/tcp]`, '' for what
-    is not given; both are '' for a port of one address, or of another protocol."""
+    is not given; both are '' where an address is named, `0.0.0.0:` too: who writes that
+    means it; and for another protocol."""
     outside, _, inside = value.rpartition(':')
     port, slash, protocol = inside.partition('/')
     if ':' in outside or (slash and protocol != 'tcp'):
@@ -1261,7 +1265,7 @@ def open_port(value):
     return outside, port
 
 def image_problems(options, image, app, volumes):
-    """[(Word, text)] for another image than the app's, or data that no stop outlives.
+    """[(Word, text)] for another image than the app's, or data that outlives no stop.
     image: the Word; volumes: the VOLUMEs of the app's image"""
     if not is_image_of(app, image.value):
         return [(image, 'warning: it runs the image `%s`, not what this repository '
@@ -1318,7 +1322,7 @@ def foreign_names(options, app):
 
     if not joins_ours:
         return []
-    if '.' in app:
+    if '.' in app:                  # not even its own: see plain_container
         return answers_to
     return [(word, value) for word, value in answers_to if value != app]
 
@@ -1512,6 +1516,7 @@ class NginxReader(object):
             match = token.match(self.text, at)
             if match is None:
                 return self.stop(line, 'a quote or a word that does not end')
+            # (take_mark refuses the `}`.)
             if after_quote and self.text[at] not in ' \t\r\n;{)}':
                 return self.stop(line, 'something directly behind a closing quote')
 
@@ -1908,7 +1913,7 @@ def size_problems(directives):
             yield directive, 'more than %d of these in a file' % limits[kind]
             return
 
-# Of the server that is the default one of a port nginx takes these for all on that port.
+# What nginx takes from the default server of a port for every server on that port
 OF_A_PORT = '''client_header_buffer_size client_header_timeout ignore_invalid_headers
     large_client_header_buffers underscores_in_headers'''.split()
 
@@ -2107,7 +2112,9 @@ def takes_from(name, other):
 
     rank = rank_of(name)
     rank_below = rank_of(other)
-    if rank == 3:                   # of two expressions the first has a request: see robs
+    # An expression is asked last, but may listen where the other does not: it is refused
+    # if it matches at all. (Of two expressions the first has a request: see robs.)
+    if rank == 3:
         return rank_below < 3 and expression_matches(name, other.replace('*', 'x'))
     if rank > rank_below or rank == rank_below == 0:
         return False
@@ -2298,9 +2305,10 @@ def server_claims(server):
                 yield claim, server.place
 
 def check_proxy(servers, others, known=None):
-    """Failure where these take what others have, or one of them gets no request, since
-    000-dockhand.conf answers to unknown names, or all of an address: it does, whatever
-    its name, if it alone has the address and another has the port.
+    """Failure where one of these servers takes what others have; where it gets no
+    request, since it has no name and 000-dockhand.conf answers to unknown ones; or where
+    it would get every request to an address, whatever the name, as the only one that
+    listens on that address while others listen on the port.
     servers, others: [Server]; known: as owner_text wants it"""
     taken = dict(claim for other in others for claim in server_claims(other))
     shared_ports = set(listen.port for other in others for listen in other.listens
@@ -2371,7 +2379,9 @@ def stage_nginx_conf(text, catch_all, paths):
     refuse_if(not count, '/etc/nginx/nginx.conf does not `include /etc/nginx/conf.d/'
               '*.conf;`: add it to its http block')
 
-    without_pid = re.sub(r'(?m)^\s*pid\s[^;]*;', '', staged)
+    # nginx opens its pid file for a test too: not that of the master that runs. All stays
+    # in its line, for what nginx says of it.
+    without_pid = re.sub(r'(?m)^[ \t]*pid\s[^;]*;', '', staged)
     return 'pid /dev/null; ' + without_pid
 
 # What an nginx file says. servers: [Server]; directives: of conf.d or of nginx.conf's
@@ -2516,7 +2526,8 @@ class Docker(object):
 
     def kept_ports(self):
         """{(docker-proxy's process id, port)} that docker keeps for no running container.
-        All are inspected: docker tells of one that is being started when that is done."""
+        `docker ps -q` does not list one that is just being started; to inspect all of
+        them waits until that is done."""
         proxies = children(self.host, self.host.text('/run/docker.pid').strip())
         kept = set((pid, port) for pid, title in proxies.items()
                    for port in re.findall(r'docker-proxy\0.*-host-port\0(\d+)', title))
@@ -3004,8 +3015,8 @@ class Nginx(object):
             host.clock.sleep(0.01)
 
     def start(self, wait=True):
-        """Start nginx by whatever init is there. wait: not in `recover`, for which
-        systemd holds nginx back at boot: neither would ever end."""
+        """Start nginx by whatever init is there. While systemd boots it does that itself,
+        once `recover` has ended. wait: not in `recover`, for which nginx may wait."""
         host = self.host
         self.end_orphans()
         argv = ['service', 'nginx', 'start']
@@ -3214,8 +3225,9 @@ class App(object):
     # What is live, and what is being switched to
 
     def linked_number(self, link):
-        """The number of the release that `live` or `pending` points to, or None."""
-        name = os.path.basename(os.path.realpath(self.folder(link)))   # or the link's own
+        """The number of the release that `live` or `pending` points to, or None. (Where
+        there is no such link, what is resolved is its own name.)"""
+        name = os.path.basename(os.path.realpath(self.folder(link)))
         return int(name) if name.isdigit() else None
 
     def linked(self, link):
@@ -3241,7 +3253,8 @@ class App(object):
         replace_link(self.folder(link), 'releases/%d' % release.number)
 
     def is_stopped(self):
-        """Whether a person said `dockhand stop`; it lasts until a start or a push."""
+        """Whether a person said `dockhand stop`; it lasts until a start, or until `apply`
+        makes any release live."""
         return os.path.exists(self.folder('stopped'))
 
     def is_waiting(self):
@@ -3789,7 +3802,7 @@ def apply(app, old, new):
     if not overlap:
         app.docker.check_takes_writes(app.name)
 
-    with undone_by(put_back, app, new, old):
+    with undone_by(put_back, app, old, new):
         app.set_link('pending', new)
         if overlap:
             switch = hand_over(app, old, new)
@@ -3809,12 +3822,13 @@ def apply(app, old, new):
 
 def was_live(old, new):
     """Whether a release, or its image, was live before: a rule for proxy files that is
-    newer than that only warns. No pushed file slips through, though it may give the same
-    image: build_commit has refused it already."""
+    newer than that only warns. (A push that changes the proxy file alone may give the
+    live image; build_commit has held its file against all rules before.)"""
     return new.turn is not None or old is not None and new.image == old.image
 
 def is_pushed(old, new):
-    """Whether git moves the branch by itself, once this push is over."""
+    """Whether a release comes from a push: it is new, and of another commit than what was
+    live. Then git moves the branch; after anything else `finish` does."""
     is_new = new.seconds is None
     return is_new and not (old is not None and old.commit == new.commit)
 
@@ -3906,7 +3920,7 @@ def take_away(app, release):
         (engine.withdraw, release),
         (app.docker.untag, latest_tag(app))]
 
-def ways_back(app, new, old):
+def ways_back(app, old, new):
     """What puts the old release back, as [(function, argument...)]."""
     engine = engine_of(app, old)
     failed = engine_of(app, new)
@@ -3925,7 +3939,7 @@ def ways_back(app, new, old):
     stop = again + [(stop_for, app, new, engine)]
     return stop + tag + [(engine.place, old)] + proxy + start + settle
 
-def put_back(app, new, old, branch_moves=False):
+def put_back(app, old, new, branch_moves=False):
     """Undo a switch, whatever was done of it. Each part that can be put back is.
     branch_moves: as finish has it"""
     engine = engine_of(app, new)
@@ -3937,7 +3951,7 @@ def put_back(app, new, old, branch_moves=False):
         put(engine.start, new)
         return finish(app, new, branch_moves)
 
-    ways = take_away(app, new) if old is None else ways_back(app, new, old)
+    ways = take_away(app, new) if old is None else ways_back(app, old, new)
     done = [put(*way) for way in ways]
     if not all(done):
         return say('dockhand: mend that, then: sudo dockhand recover')
@@ -4014,7 +4028,7 @@ def drop(app, release, *options):
 
 def remove_records(app):
     """Remove what the store has of an app without a release, but for its config."""
-    parts = ['']
+    parts = ['']                    # all of the app's folder
     if app.config():
         parts = ['releases', 'env', 'live']
     app.host.run(['rm', '-rf', '--'] + [app.folder(part) for part in parts])
@@ -4085,7 +4099,7 @@ def recover_app(app, branch_moves=False):
     if pending is not None:
         step('%s: the switch to release %d was interrupted', app.name, pending.number)
         live = app.live()
-        put_back(app, pending, live, branch_moves)
+        put_back(app, live, pending, branch_moves)
         is_live = live is not None and live.number == pending.number
         if pending.seconds is None and not is_live:
             forget(app, pending, 'interrupted')
@@ -5107,7 +5121,7 @@ def cmd_restart(app):
 
 @command('stop', 'APP')
 def cmd_stop(app):
-    """stop an app; it stays so over a reboot, until a start or a push"""
+    """stop an app; it stays so over a reboot, until a start, a push or another release"""
     with live_app(app, 'stop') as live:
         replace_file(app.folder('stopped'), '')
         engine_of(app, live).stop(live)
