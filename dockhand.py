@@ -135,9 +135,9 @@ os._exit(dockhand.main({role!r}))
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
-# Of each repository. Refusals are those of our hook, which says what to type (a deletion
-# is one of them); one pack for each push, and small ones joined now and then; nobody
-# fetches or pushes what HELD_REF holds.
+# Of each new repository. Refusals are those of our hook, which says what to type (a
+# deletion is one of them); one pack for each push, and small ones joined now and then;
+# nobody fetches or pushes refs/dockhand, which keeps the commits of releases.
 REPOSITORY_CONFIG = '''[core] bare = true
 [core] hooksPath = hooks
 [receive] shallowUpdate = true
@@ -2111,22 +2111,22 @@ def takes_from(name, other):
         return False
 
     rank = rank_of(name)
-    rank_below = rank_of(other)
+    others_rank = rank_of(other)    # nginx asks the lower rank first
     # An expression is asked last, but may listen where the other does not: it is refused
     # if it matches at all. (Of two expressions the first has a request: see robs.)
     if rank == 3:
-        return rank_below < 3 and expression_matches(name, other.replace('*', 'x'))
-    if rank > rank_below or rank == rank_below == 0:
+        return others_rank < 3 and expression_matches(name, other.replace('*', 'x'))
+    if rank > others_rank or rank == others_rank == 0:
         return False
-    if rank_below == 3:
+    if others_rank == 3:
         return may_match(other, name)
     if rank == 0:
         return is_covered(name, other)
 
     # Of two wildcards of one kind the longer one has a request.
-    if rank == rank_below == 1:
+    if rank == others_rank == 1:
         return name != other and name.endswith(other[1:])
-    if rank == rank_below == 2:
+    if rank == others_rank == 2:
         return name != other and name.startswith(other[:-1])
     return True                     # some host is below x and begins with y: *.x has it
 
@@ -2167,7 +2167,10 @@ def plain_ends(expression):
     ends = ''
     match = re.search(r'((?:[a-z0-9-]|\\\.)*)\$\Z', text)
     if match:
-        ends = match.group(1).replace('\\', '')
+        ends = match.group(1)
+        if text[:match.start()].endswith('\\'):     # it begins within \d, or \x41
+            ends = re.sub(r'^[a-z0-9]+', '', ends)
+        ends = ends.replace('\\', '')
     return begins, ends
 
 def may_match(expression, name):
@@ -2464,13 +2467,14 @@ def is_routed(host, subnet):
                 return True
     return False
 
-def host_lock(host, app):
-    """What apps share (names, nginx) changes under this lock, taken after the app's."""
-    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + app)
+def host_lock(host, who):
+    """What apps share (names, nginx) changes under this lock, taken after the app's.
+    who: the app's name, or the command's"""
+    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + who)
 
 def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
     """What nginx on this machine, or what is at an address, answers to a request for a
-    host name: `200`, or `nothing`."""
+    host name: `200`, or `nothing`, with a reason if there is one."""
     try:
         connection = host.connect((address, port), timeout)
         connection.settimeout(timeout)
@@ -2798,8 +2802,12 @@ class Nginx(object):
         """Failure where a release's proxy file clashes with another, or nginx refuses it.
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
         is newer only warns; known: the apps that the asker may know of, None for all"""
+        own = PROXIES + '/%s.conf' % release.app
+        there = read_file(self.host.path(own))
+        refuse_if(there is not None and not is_ours(there, release.app), '%s is not from '
+                  'dockhand: to let the app have its own, move it away', own)
         others = dict(files)
-        others.pop(PROXIES + '/%s.conf' % release.app, None)
+        others.pop(own, None)
         pushed = read_proxy_file(pushed_part(release))
 
         for problem in self.rules_broken(release, pushed, others, known):
@@ -3372,7 +3380,8 @@ class Engine(object):
 
     @classmethod
     def takes(cls, host, release):
-        """Whether it is this engine that runs a release on this server."""
+        """Whether this engine can run a release on this server. The first of ENGINES that
+        can does."""
         raise NotImplementedError
 
     def check(self, release):
@@ -3503,6 +3512,7 @@ class Containers(Engine):
     def check(self, release):
         if release.job:
             self.job(release)
+        # With another init `install` has asked for that already.
         refuse_if(is_upstart(self.host) and self.docker.version() < (1, 11),
                   'without an upstart.conf an app wants docker 1.11 or later')
 
@@ -3812,7 +3822,7 @@ def apply(app, old, new):
         app.set_link('live', new)   # put_back asks for it, and then only finishes
 
     switched = clock.monotonic() - begun - switch.checked
-    finish(app, new, branch_moves=is_pushed(old, new))
+    finish(app, new, git_moves_branch=is_pushed(old, new))
     report = 'switched in %.1f s, checked in %.1f s' % (switched, switch.checked)
     if overlap:
         return report + ', no gap'
@@ -3922,26 +3932,26 @@ def take_away(app, release):
 
 def ways_back(app, old, new):
     """What puts the old release back, as [(function, argument...)]."""
-    engine = engine_of(app, old)
-    failed = engine_of(app, new)
+    old_engine = engine_of(app, old)
+    new_engine = engine_of(app, new)
     served = not app.is_stopped()
-    start = [(engine.start, old)] if served else []
-    settle = [(engine.settle, old)] if served else []
+    start = [(old_engine.start, old)] if served else []
+    settle = [(old_engine.settle, old)] if served else []
     tag = [(app.docker.tag, image_tag(old), latest_tag(app))]
     proxy = [(app.nginx.restore, app.name, old.proxy)]
 
-    if served and failed.overlaps(old, new):
-        stop = [(app.nginx.drain, failed.address(new)), (failed.stop, new)]
+    if served and new_engine.overlaps(old, new):
+        stop = [(app.nginx.drain, new_engine.address(new)), (new_engine.stop, new)]
         return start + proxy + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
-    again = [(engine.stop, old)] if served else []
-    stop = again + [(stop_for, app, new, engine)]
-    return stop + tag + [(engine.place, old)] + proxy + start + settle
+    again = [(old_engine.stop, old)] if served else []
+    stop = again + [(stop_for, app, new, old_engine)]
+    return stop + tag + [(old_engine.place, old)] + proxy + start + settle
 
-def put_back(app, old, new, branch_moves=False):
+def put_back(app, old, new, git_moves_branch=False):
     """Undo a switch, whatever was done of it. Each part that can be put back is.
-    branch_moves: as finish has it"""
+    git_moves_branch: as finish has it"""
     engine = engine_of(app, new)
     live = app.live()
     put = partial(attempt, 'could not be put back')
@@ -3949,7 +3959,7 @@ def put_back(app, old, new, branch_moves=False):
         # A crash after the commit point; and it may be down since a power cut.
         put(engine.place, new)
         put(engine.start, new)
-        return finish(app, new, branch_moves)
+        return finish(app, new, git_moves_branch)
 
     ways = take_away(app, new) if old is None else ways_back(app, old, new)
     done = [put(*way) for way in ways]
@@ -3962,13 +3972,13 @@ def put_back(app, old, new, branch_moves=False):
         if attempt(title, check_health, old, engine_of(app, old), HEALTH_TIMEOUT, 0):
             step('Release %d runs as before', old.number)
 
-def finish(app, release, branch_moves):
-    """What follows the commit point. branch_moves: by git, when this push is over"""
+def finish(app, release, git_moves_branch):
+    """What follows the commit point. git_moves_branch: when this push is over"""
     try:
         remove_file(app.folder('stopped'))
         engine_of(app, release).settle(release)
         stop_others(app, release)
-        if not branch_moves and app.has_history(release.commit):
+        if not git_moves_branch and app.has_history(release.commit):
             branch = 'refs/heads/' + release.branch
             app.git('update-ref', branch, release.commit)
 
@@ -4079,11 +4089,11 @@ def remove_release(app, release):
 # undone by the functions of "Switching" and "Keeping".
 
 @contextmanager
-def app_lock(app, purpose, branch_moves=False):
+def app_lock(app, purpose, git_moves_branch=False):
     """Hold an app's lock, what a crash left put right; gives the live Release or None.
-    branch_moves: by git, at the end of a push; else it is set to what is live"""
+    git_moves_branch: it may, at the end of this push; else it is set to what is live"""
     with locked(app.host.path(LOCKS, check_app_name(app.name)), purpose):
-        recover_app(app, branch_moves)
+        recover_app(app, git_moves_branch)
         yield app.live()
 
 @contextmanager
@@ -4092,14 +4102,14 @@ def live_app(app, verb):
     with app_lock(app, 'dockhand %s %s' % (verb, app.name)):
         yield app.must_be_live()
 
-def recover_app(app, branch_moves=False):
+def recover_app(app, git_moves_branch=False):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     sweep(app)
     pending = app.linked('pending')
     if pending is not None:
         step('%s: the switch to release %d was interrupted', app.name, pending.number)
         live = app.live()
-        put_back(app, live, pending, branch_moves)
+        put_back(app, live, pending, git_moves_branch)
         is_live = live is not None and live.number == pending.number
         if pending.seconds is None and not is_live:
             forget(app, pending, 'interrupted')
@@ -4297,7 +4307,7 @@ def plan_texts(release):
 def deploy(app, key, ref, old, new):
     """Decide about one pushed ref and deploy it; Failure refuses it."""
     purpose = 'a push of %s by %s' % (app.name, key)
-    with app_lock(app, purpose, branch_moves=True) as live:
+    with app_lock(app, purpose, git_moves_branch=True) as live:
         branch = app.config().get('branch', live.branch if live else None)
         verdict = judge_ref(ref, new, branch)
         if verdict == 'store':
@@ -4338,7 +4348,7 @@ def check_race(app, live, branch, old, new):
 
     As a rule the branch is at what is live. Just after another push it is not, but git is
     about to move it: that is waited for. After a crash git never will. Then, if this push
-    contains what is live, the branch stays at `old`, or git could not move it from there;
+    contains what is live, the branch stays at `old`, since git moves it from there alone;
     if not, it is set to what is live, and the push refused."""
     ref = 'refs/heads/' + branch
     clock = app.host.clock
@@ -4524,6 +4534,9 @@ def check_edited(app, live, release):
     for name, folder, ours, new in installed:
         path = '%s/%s.conf' % (folder, app.name)
         text = read_file(app.host.path(path))
+        if new and text is not None and not ours and not is_ours(text, app.name):
+            raise Failure('%s is not from dockhand: to let the app have its own, move it '
+                          'away', path)
         if not ours or text is None or text == ours:
             continue
         _, mark, where = ours.partition(MARK)
@@ -4550,7 +4563,8 @@ def complete_job(app, live, release, settings):
     volumes = settings.get('Volumes') or {}
     try:
         doubts = engine_of(app, release).doubts(release, ports, volumes)
-    except Failure as error:        # a rule that is newer than the release binds pushes
+    except Failure as error:
+        # A newer rule binds pushes alone; check_files has held a pushed job against all.
         if live is None or live.image != release.image:
             raise
         step('Note: %s; the next push will be refused for it', error)
@@ -4679,7 +4693,8 @@ def make_repository(host, folder):
         host.run(['rm', '-rf', '--', temporary])
 
 def receive(host, hook, app_name='', key='', *arguments):
-    """Run as root by a repository's hooks: sudo receive update|post-receive|check.
+    """Run as root by a repository's hooks, `update` and `post-receive`; `check` is how
+    sudo_problem tries sudo.
     arguments: of the update hook, a ref and its old and new commit"""
     if hook == 'check':
         return
@@ -4714,15 +4729,15 @@ def after_push(app):
     if live is not None:
         show_address(app, live)
 
-NO_NUMBER = b'\0\0\0\0'           # room for an int, which is 0
+ZERO_INT = b'\0\0\0\0'            # for ioctl to fill; as an answer: nothing is unread
 
 def hang_up(host):
     """End git's process for a pusher who takes nothing any more, or it waits for ever.
     The deploy is over; the same push again is accepted, and moves the branch."""
     from termios import FIONREAD
-    unread = fcntl.ioctl(2, FIONREAD, NO_NUMBER)
+    unread = fcntl.ioctl(2, FIONREAD, ZERO_INT)
     host.clock.sleep(2 * PATIENCE)
-    if unread == NO_NUMBER or fcntl.ioctl(2, FIONREAD, NO_NUMBER) != unread:
+    if unread == ZERO_INT or fcntl.ioctl(2, FIONREAD, ZERO_INT) != unread:
         return                              # somebody reads after all
 
     pid = os.getppid()
@@ -4758,7 +4773,7 @@ def installed_parts(host):
         parts.append((BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
 
     folders = [TEMPLATE]
-    for name in list_apps(host):
+    for name in all_apps(host):
         if os.path.isdir(App(host, name).repository()):
             folders.append('%s/%s.git' % (host.home(), name))
     hooks = [(folder + '/hooks/' + name, text, 0o755)
@@ -4992,6 +5007,7 @@ def cmd_install(host, user=None):
     """make this machine ready, or bring it up to date"""
     import py_compile
     if user is not None:
+        # The rules for apps will do, and keep out names that services have.
         host.user = user if user == 'git' else check_app_name(user)
     demand(requirements(host))
 
@@ -5000,8 +5016,9 @@ def cmd_install(host, user=None):
     if not os.path.isdir(host.path('/var/cache/nginx')):
         changes.append(make_folder(host.path('/var/cache/nginx')))
     changes.append(disable_default_site(host))
-    for name, text, mode in installed_parts(host):
-        changes.append(install_part(host, name, text, mode))
+    with host_lock(host, 'install'):        # one of them is nginx's, for all apps
+        for name, text, mode in installed_parts(host):
+            changes.append(install_part(host, name, text, mode))
     changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
     changes.append(enable_at_boot(host))
     script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
@@ -5138,7 +5155,7 @@ def cmd_start(app):
         engine.start(live)
 
         check_or_show_log(app, live)
-        finish(app, live, branch_moves=False)
+        finish(app, live, git_moves_branch=False)
     tell('%s runs', app.name)
 
 # Its releases

@@ -1291,6 +1291,9 @@ def test_who_may_not_know_of_an_app_is_not_told_its_name():
     *.org             => ~^(.+)\\.org$    => yes
     *.a.org           => ~^(?<x>.+)\\.org$ => yes
     ~^shop\\.         => shop.*           => yes
+    *.b               => ~^shop\\.\\w$    => yes
+    *.b               => ~^shop\\.\\x62$  => yes
+    *.b               => ~^shop\\.c$      => no
     ~^wiki\\.         => shop.*           => no
     ~.                => shop             => yes
     ~^(?<a>.+)$       => shop             => yes
@@ -1331,6 +1334,10 @@ def test_of_two_expressions_the_one_that_is_read_first_has_a_request():
     assert taken('{~^a}', '{~^b}', path='/etc/nginx/conf.d/wiki.conf') is None
     assert taken(r'{~^(.+)\.a\.org$}', r'{~^(.+)\.b\.org$}') is None
     assert taken(r'{~^(.+)\.a\.org$}', r'{~^(.+)\.org$}')
+
+def test_an_expression_that_ends_in_an_escape_may_match_what_another_does():
+    assert dh.may_both_match(r'~^app\d\.example\.com$', r'~^\w*1\.example\.com$')
+    assert not dh.may_both_match(r'~^app\d\.example\.com$', r'~^\w*1\.example\.net$')
 
 def test_the_first_file_of_a_port_keeps_the_requests_for_unknown_names():
     without = 'server { listen 9000; }'
@@ -4171,6 +4178,23 @@ def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
     before, containers = plain.whole(), str(plain.containers)
     assert said in refusal(lambda: dh.cmd_config(plain.app, *words, **unset))
     assert plain.changed(before) == [] and str(plain.containers) == containers
+
+def test_a_file_that_somebody_wrote_for_a_worker_is_not_overwritten_when_it_gets_a_port(plain):
+    plain.lives(an_app('one', ''))
+    mine, path = 'server { server_name mine; }', '/etc/nginx/conf.d/blog.conf'
+    plain.write(path, mine)
+    before = plain.whole()
+    for act in (lambda: plain.push(ONE_WEB), lambda: dh.cmd_config(plain.app, 'port=80')):
+        assert 'conf.d/blog.conf is not from dockhand' in refusal(act)
+        assert plain.read(path) == mine and plain.app.live().number == 1
+        assert plain.running() == before['running']
+
+def test_a_job_that_somebody_wrote_is_not_overwritten_when_an_app_gets_one(tmpdir):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(an_app('one', ''))
+    machine.write('/etc/init/blog.conf', 'exec mine')
+    assert 'init/blog.conf is not from dockhand' in refusal(machine.push, FILES)
+    assert machine.read('/etc/init/blog.conf') == 'exec mine'
 
 @pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
 def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
