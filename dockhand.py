@@ -302,6 +302,7 @@ def read_lines(fd, each, silence=20):
         if not select.select([fd], [], [], silence)[0]:
             each('... still busy after %d s' % (monotonic() - begun))
             continue
+
         data = os.read(fd, 65536)
         heard = (rest + data).replace(b'\r\n', b'\n')
         undecided = b''                     # the LF of a CR may be in what comes next
@@ -1168,8 +1169,11 @@ def job_of(release):
 
 def modernize_job(text):
     """(text, [old words]): docker's old single-dash options get their second dash."""
-    old = [option.word for option in options_of(parse_job(text))
-           if option.name in SINGLE_DASH and not option.word.value.startswith('--')]
+    old = []
+    for option in options_of(parse_job(text)):
+        word = option.word
+        if option.name in SINGLE_DASH and not word.value.startswith('--'):
+            old.append(word)
 
     parts = []
     end = 0
@@ -1238,8 +1242,10 @@ def taken_name_problems(options, removed):
     may_remove_any = any('$' in name for name in removed)
     if removes_itself or may_remove_any:
         return []
+
+    names = [(value, word) for name, value, word in options if name == 'name']
     return [(word, 'without --rm the next start finds this name taken; add --rm')
-            for name, value, word in options if name == 'name' and value not in removed]
+            for value, word in names if value not in removed]
 
 def port_problems(options, proxied):
     """[(Word, text)] for each port of a web server that the whole world reaches."""
@@ -1285,8 +1291,9 @@ def mounted_path(name, value):
     path = None
     if name == 'volume':
         parts = value.split(':')
-        has_source = parts[1:] and parts[1].startswith('/')
+        has_source = len(parts) > 1 and parts[1].startswith('/')
         path = parts[1] if has_source else parts[0]
+
     elif name == 'tmpfs':
         path = value.partition(':')[0]
     elif name == 'mount':
@@ -1315,8 +1322,10 @@ def foreign_names(options, app):
             fields = [field.partition('=') for field in value.split(',')]
             network = dict((key, said) for key, _, said in fields).get('name', value)
             joins_ours = joins_ours or network == NETWORK
-            answers_to.extend((word, said) for key, equals, said in fields
-                              if equals and key in ('alias', 'ip'))
+            for key, equals, said in fields:
+                if equals and key in ('alias', 'ip'):
+                    answers_to.append((word, said))
+
         elif name in NAMING:
             answers_to.append((word, value))
 
@@ -1393,8 +1402,8 @@ def plain_container(release, env_file):
 def read_image(settings, config, proxied):
     """(port or 0, whether it is for nginx, [volume path]) by the Config of an image.
     proxied: the app's own proxy file, if it has one"""
-    exposed = [port.split('/')[0] for port in settings.get('ExposedPorts') or {}
-               if port.endswith('/tcp')]
+    listed = settings.get('ExposedPorts') or {}
+    exposed = [port.split('/')[0] for port in listed if port.endswith('/tcp')]
     web_ports = [port for port in WEB_PORTS if port in exposed]
     exposed = sorted(int(port) for port in exposed)
 
@@ -1643,7 +1652,11 @@ def servers_of(text, path='nginx-proxy.conf'):
 
 def servers_in(directives, path):
     """The [Server] among the directives of a file."""
-    return [read_server(directive, path) for directive in directives
+    return [read_server(block, path) for block in server_blocks(directives)]
+
+def server_blocks(directives):
+    """The `server` blocks among some directives, as [Directive]."""
+    return [directive for directive in directives
             if directive.words == ['server'] and directive.inside is not None]
 
 def read_server(block, path):
@@ -1754,6 +1767,7 @@ def shared_names(directives, path):
         else:
             kind = keyword
             names = words[where:][:1]
+
         found.extend(SharedName(kind, name, directive, path) for name in names)
     return found
 
@@ -1771,9 +1785,12 @@ CAPTURE = r"""\(\?P?[<']([A-Za-z_]\w*)[>']"""
 def captured_variables(directives):
     """[(variable, Directive)] of the named groups in the expressions of a file: nginx
     knows one variable of a name, whichever file it is from."""
-    everything = all_directives(directives)
-    return [('$' + name.lower(), directive) for directive in everything
-            for word in table_words(directive) for name in re.findall(CAPTURE, word)]
+    captured = []
+    for directive in all_directives(directives):
+        for word in table_words(directive):
+            for name in re.findall(CAPTURE, word):
+                captured.append(('$' + name.lower(), directive))
+    return captured
 
 def table_words(directive):
     """A directive's words, with those of its lines where it is a table like `map`."""
@@ -1881,6 +1898,7 @@ def rule_problems(app, directives, others, version, known=None):
         if directive.words != ['server'] and directive.words[0] not in SHARED_NAMES:
             found.append((directive, 'outside of `server { }` it holds for every app: '
                           'write it inside'))
+
     for directive in all_directives(directives):
         problem = file_problem(app, directive) or word_problem(directive)
         if problem:
@@ -2030,6 +2048,7 @@ def listen_problems(app, directives, others, version):
             found.append((directive, '`%s` would hold for all on port %s, or theirs for '
                           'this: leave it as they have it, or take another port'
                           % (word, listen.port)))
+
         if becomes_default(app, listen, others):
             found.append((directive, 'another file has port %s, and would lose the '
                           'requests for unknown names: take another port' % listen.port))
@@ -2050,14 +2069,15 @@ def becomes_default(app, listen, others):
     is ours of 000-dockhand.conf."""
     if listen.port in ('80', '443'):
         return False
+
     paths = []                          # of the files that have this port
     for path, directives in others:
         for server in servers_in(directives, path):
-            for other in server.listens:
-                if other.port == listen.port:
-                    if other.default:
-                        return False
-                    paths.append(path)
+            there = [other for other in server.listens if other.port == listen.port]
+            if any(other.default for other in there):
+                return False
+            if there:
+                paths.append(path)
     if not paths:
         return False
 
@@ -2066,10 +2086,12 @@ def becomes_default(app, listen, others):
 
 def listen_directives(directives):
     """Every `listen` Directive of the servers of a file."""
-    servers = [block for block in directives if block.words == ['server']]
-    inside = [directive for block in servers for directive in block.inside or ()]
-    return [directive for directive in inside
-            if directive.words[0] == 'listen' and len(directive.words) > 1]
+    listens = []
+    for block in server_blocks(directives):
+        for directive in block.inside:
+            if directive.words[0] == 'listen' and len(directive.words) > 1:
+                listens.append(directive)
+    return listens
 
 def socket_difference(ours, theirs, version):
     """A word of two `listen` of one port that both must have, or neither, or None. With
@@ -2314,9 +2336,10 @@ def check_proxy(servers, others, known=None):
     listens on that address while others listen on the port.
     servers, others: [Server]; known: as owner_text wants it"""
     taken = dict(claim for other in others for claim in server_claims(other))
-    shared_ports = set(listen.port for other in others for listen in other.listens
-                       if listen.address in ALL)
-    shared_ports.add('80')
+    shared_ports = set(['80'])
+    for other in others:
+        shared_ports.update(listen.port for listen in other.listens
+                            if listen.address in ALL)
 
     for server in servers:
         check_is_reached(server)
@@ -2325,6 +2348,7 @@ def check_proxy(servers, others, known=None):
                       '%s: `listen %s:%s` would take all requests to that address: write '
                       '`listen %s;`', listen.place, listen.address, listen.port,
                       listen.port)
+
         for claim, place in server_claims(server):
             if claim in taken:
                 raise Failure('%s: %s, by %s: change one of the two', place,
@@ -2405,14 +2429,19 @@ def plain_place(servers):
     """(host name, port) by which nginx on this machine can be asked for the first of some
     [Server] without TLS, or None."""
     for server in servers:
-        names = [name.replace('*', 'any.example') for name in server.names
-                 if name not in ('', '_') and name[0] != '~']
-        ports = [listen.port for listen in server.listens
-                 if listen.address in ('*', '127.0.0.1') and not listen.words]
-
+        names = [name for name in server.names if is_host(name)]
+        ports = [listen.port for listen in server.listens if is_plain_here(listen)]
         if names and ports and ports[0]:
-            return names[0], int(ports[0])
+            return names[0].replace('*', 'any.example'), int(ports[0])
     return None
+
+def is_host(name):
+    """Whether a server_name is the name of a host, or a wildcard."""
+    return name not in ('', '_') and not name.startswith('~')
+
+def is_plain_here(listen):
+    """Whether this machine itself can ask without TLS what has this Listen."""
+    return listen.address in ('*', '127.0.0.1') and not listen.words
 
 def proxy_doubts(directives):
     """[(line, text)] of what will do, but only while a name can be looked up: nginx with
@@ -2447,6 +2476,12 @@ def is_upstart(host):
         there = not is_systemd(host) and os.path.exists(host.path('/sbin/initctl'))
         host.upstart = there and 'upstart' in host.ask(['initctl', 'version']).out
     return host.upstart
+
+def check_not_foreign(host, path, app):
+    """Failure where a file is there that dockhand did not write for this app."""
+    text = read_file(host.path(path))
+    refuse_if(text is not None and not is_ours(text, app), '%s is on this server '
+              'already, and not from dockhand: rename the app, or that', path)
 
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
@@ -2585,9 +2620,12 @@ class Docker(object):
         ids = self.host.run(['docker', 'ps', listed, '--no-trunc']).split()
         if not ids:
             return []
-        running = [container for container in self.inspect(*ids)
-                   if container['State']['Running']
-                   and image in (None, container['Image'])]
+        containers = self.inspect(*ids)
+        if image is not None:
+            containers = [container for container in containers
+                          if container['Image'] == image]
+        running = [container for container in containers
+                   if container['State']['Running']]
         return sorted(running, reverse=True,
                       key=lambda container: container['State']['StartedAt'])
 
@@ -2803,9 +2841,7 @@ class Nginx(object):
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
         is newer only warns; known: the apps that the asker may know of, None for all"""
         own = PROXIES + '/%s.conf' % release.app
-        there = read_file(self.host.path(own))
-        refuse_if(there is not None and not is_ours(there, release.app), '%s is not from '
-                  'dockhand: to let the app have its own, move it away', own)
+        check_not_foreign(self.host, own, release.app)
         others = dict(files)
         others.pop(own, None)
         pushed = read_proxy_file(pushed_part(release))
@@ -2891,8 +2927,8 @@ class Nginx(object):
 
         parsed = read_proxy_file(text)
         files = dict(files, **{own: parsed})
-        paths = [candidate if path == own else path for path in sorted(files)
-                 if path.startswith(PROXIES)]
+        paths = [path for path in sorted(files) if path.startswith(PROXIES)]
+        paths[paths.index(own)] = candidate
         conf = stage_nginx_conf(host.text(whole), self.catch_all_text(files), paths)
         new = [path for path in files_made(parsed.directives)
                if not os.path.lexists(host.path(path))]
@@ -3149,8 +3185,9 @@ class App(object):
         return self.host.path(STATE, 'build', self.name)
 
     def empty_build_folder(self):
+        """As the git user. Where there is none any more root may: rm follows no link."""
         self.host.run(['rm', '-rf', '--', self.build_folder()],
-                      account=self.host.git_account())
+                      account=self.host.account())
 
     # Its config
 
@@ -3530,7 +3567,9 @@ class Containers(Engine):
     def overlaps(self, old, new):
         """Both are plain apps, and web apps without data, or config says that they may:
         two that share a volume destroy it."""
-        if not (old and new and old.address and new.address):
+        if old is None or new is None:
+            return False
+        if not old.address or not new.address:
             return False
         both_safe = all(release.web and not release.volumes for release in (old, new))
         return new.config.get('overlap', 'yes' if both_safe else 'no') == 'yes'
@@ -3637,6 +3676,10 @@ class Upstart(Engine):
         env_file = self.app.release_folder(release.number) + '/env'
         options = ['--env-file=' + env_file]
         return run_in_image(self.host, release, options, argv, each, {}, '/')
+
+    def prepare(self, release):
+        """Failure where somebody else's job has the name, before anything is stopped."""
+        check_not_foreign(self.host, '%s/%s.conf' % (JOBS, release.app), release.app)
 
     def place(self, release):
         env = environment_text(release.config, None)
@@ -4012,13 +4055,15 @@ def forget(app, release, reason=None):
     reason: without one, it is the error that is being undone"""
     why = printable(reason or str(sys.exc_info()[1]), 300)
     live = app.live()
-    if app.linked('pending') or live is not None and live.number == release.number:
-        return                                  # it is not over yet, or it is live
+    is_live = live is not None and live.number == release.number
+    if is_live or app.linked('pending'):
+        return                                  # or it is not over yet
 
     try:
         drop(app, release, '--no-prune')        # the mended push builds on what is there
         if release.plan:
             return
+
         app.save(app.load(release.number)._replace(
             failed=why, job='', proxy='', config={}, address=''))
         if live is None:
@@ -4033,7 +4078,8 @@ def drop(app, release, *options):
     engine_of(app, release).remove(release)
     if not app.docker.untag(image_tag(release), *options):
         return False
-    app.git('update-ref', '-d', HELD_REF % release.number, act=app.host.ask)
+    if app.host.account() is not None:          # else nobody has the repository any more
+        app.git('update-ref', '-d', HELD_REF % release.number, act=app.host.ask)
     return True
 
 def remove_records(app):
@@ -4047,7 +4093,8 @@ def clean_up(app, live):
     """Remove what is older than the last releases; only what the store names is ours."""
     if app.linked('pending'):
         return
-    kept = [release.number for release in app.kept()[:KEPT]]      # the live one first
+    kept = set(release.number for release in app.kept()[:KEPT])
+    kept.add(live.number)           # where its record was not finished, it is not yet
     clean_up_failed(app)
     for number in app.numbers():
         release = app.load(number)
@@ -4145,8 +4192,8 @@ def put_right(app):
     with app_lock(app, 'dockhand recover') as live:
         refuse_if(app.linked('pending'), 'it could not be put back')
         if live is not None:
-            mend_commit(app, live)
             bring_back(app, live)
+            mend_commit(app, live)
 
 def mend_commit(app, live):
     """Where the live commit is none but an annotated tag, which older versions took: git
@@ -4423,9 +4470,7 @@ def check_host_names(app):
     paths += [folder + '/%s.conf' % app.name for folder in (JOBS, PROXIES)]
 
     for path in paths:
-        text = read_file(app.host.path(path))
-        refuse_if(text is not None and not is_ours(text, app.name), '%s is on this '
-                  'server already, and not from dockhand: rename the app, or that', path)
+        check_not_foreign(app.host, path, app.name)
 
 def check_free(app, live, release):
     """Failure where docker has something of a name that this release needs."""
@@ -4466,6 +4511,7 @@ def build_commit(app, live, release, options):
         app.git('--work-tree=' + folder, 'checkout-index', '-a')
         release = check_files(release, folder)
         engine_of(app, release).check(release)
+
         if live is not None:
             check_edited(app, live, release)
         check_proxy_change(app, release)
@@ -4534,11 +4580,9 @@ def check_edited(app, live, release):
     for name, folder, ours, new in installed:
         path = '%s/%s.conf' % (folder, app.name)
         text = read_file(app.host.path(path))
-        if new and text is not None and not ours and not is_ours(text, app.name):
-            raise Failure('%s is not from dockhand: to let the app have its own, move it '
-                          'away', path)
         if not ours or text is None or text == ours:
             continue
+
         _, mark, where = ours.partition(MARK)
         wanted = (new or ours).partition(MARK)[0] + mark + where
         if text == wanted:
@@ -4601,8 +4645,10 @@ def tell_taken_names(app, live, release):
     """Say which full names a change of `domains` takes out of another app's wildcard."""
     files = app.nginx.files()
     before = names_of_config(live)
-    claims = [claim for path in sorted(files) if app_of_file(path) != app.name
-              for claim in claims_of(files[path].servers, path)]
+    claims = []
+    for path in sorted(files):
+        if app_of_file(path) != app.name:
+            claims.extend(claims_of(files[path].servers, path))
 
     for name in names_of_config(release):
         if name in before:
@@ -4653,6 +4699,7 @@ def serve(host, name, *apps):
     folder = app.repository()
     env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app_name, DOCKHAND_KEY=name,
                GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
+
     if not os.path.isdir(folder):
         if verb == 'upload-pack':
             raise Failure('no app %s here; a first push makes it', app_name)
@@ -4765,6 +4812,7 @@ def installed_parts(host):
         (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
         (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
         (CATCH_ALL, host.nginx.catch_all_text(host.nginx.files()), 0o644)]
+
     if is_systemd(host):
         parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
@@ -4814,9 +4862,9 @@ def enable_at_boot(host):
 def enabled_scripts(host):
     """The links that have our script run, in each folder of a runlevel."""
     folders = ['/etc/rc%s.d' % level for level in '0123456S'] + ['/etc/runlevels/default']
-    return [(folder, name) for folder in folders
-            for name in list_folder(host.path(folder))
-            if name.endswith('dockhand-recover')]
+    links = [os.path.join(folder, name) for folder in folders
+             for name in list_folder(host.path(folder))]
+    return [link for link in links if link.endswith('dockhand-recover')]
 
 PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
@@ -5200,8 +5248,9 @@ def cmd_rollback(app, number=None):
 def earlier_release(app, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more.
     number: a str, or None for the one before"""
-    releases = [release for release in app.kept() if release.number != live.number
-                and number in (None, str(release.number))]
+    releases = [release for release in app.kept() if release.number != live.number]
+    if number is not None:
+        releases = [release for release in releases if str(release.number) == number]
     wanted = 'release ' + printable(number) if number else 'other release'
     refuse_if(not releases, 'no %s to go back to: see dockhand releases %s', wanted,
               live.app)
@@ -5316,6 +5365,7 @@ def remove_app(app, live):
         app.nginx.remove(app.name)
         engine.withdraw(live)
         app.docker.untag(latest_tag(app))
+
     for link in ('live', 'pending'):
         remove_file(app.folder(link))
     for number in app.numbers():
@@ -5354,6 +5404,7 @@ def cmd_doctor(host):
         (host.nginx.problem(), 'edit that file, then nginx -t'),
         (not host.nginx.master() and 'nginx does not run', nginx_advice(host))]
     rows += sshd_problems(host)
+
     for path, text, mode in installed_parts(host):
         if host.text(path) != text or mode_of(host.path(path)) != mode:
             rows.append((path + ' is not as installed', INSTALL_AGAIN))
@@ -5379,6 +5430,7 @@ def parse_arguments(pattern, words):
             short += name + ':' if known[name] else name
         else:
             longer.append(name + '=' if known[name] else name)
+
     try:
         options, given = gnu_getopt(words, short, longer)
     except GetoptError as error:
@@ -5389,6 +5441,7 @@ def parse_arguments(pattern, words):
     too_many = len(given) > len(most) and '...' not in pattern
     if len(given) < len(least) or too_many:
         raise Usage('wanted: ' + (pattern or 'no words'))
+
     values = {}
     for option, value in options:
         name = option.lstrip('-')
@@ -5430,6 +5483,7 @@ def main(role, user=None):
     words = sys.argv[1:]
     status = 0
     is_served = role != 'receive' and words[:1] == ['serve']
+
     try:
         if role == 'receive':
             receive(host, *words or [''])

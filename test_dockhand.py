@@ -3338,10 +3338,27 @@ def test_nothing_is_done_as_root_that_is_the_git_users(plain):
     plain.lives(ONE_WEB)
     del plain.done[:]
     plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
-    for act in (lambda: plain.push(TWO_WEB), plain.app.empty_build_folder,
-                lambda: plain.app.git('gc')):
+    for act in (lambda: plain.push(TWO_WEB), lambda: plain.app.git('gc')):
         assert 'there is no user git' in refusal(act)
-    assert [line for line in plain.done if line.startswith(('git', 'rm', 'mkdir'))] == []
+    assert [line for line in plain.done if line.startswith(('git', 'mkdir'))] == []
+
+def test_an_app_comes_back_and_goes_though_the_git_user_is_no_more(plain, capfd):
+    plain.lives(ONE_WEB)
+    plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
+    plain.containers['blog--1']['State']['Running'] = False
+    refusal(dh.cmd_recover, plain.host)
+    assert plain.running() == ['sha256:FROMone']
+    assert 'blog: there is no user git' in capfd.readouterr().err
+    dh.cmd_destroy(plain.app, force=True)
+    assert plain.containers == {} and plain.served == {} and 'blog:1' not in plain.images
+    assert not os.path.exists(plain.app.folder())
+
+def test_a_live_release_whose_record_was_not_finished_is_never_too_old(plain):
+    pushed(plain, SHA_2)
+    live = plain.app.live()
+    plain.app.save_record(live._replace(seconds=None))
+    dh.clean_up(plain.app, live)
+    assert plain.app.live().number == 2 and 'blog:2' in plain.images
 
 def test_a_plan_of_a_first_push_leaves_no_trace(plain, capfd):
     plain.nginx()
@@ -4185,7 +4202,7 @@ def test_a_file_that_somebody_wrote_for_a_worker_is_not_overwritten_when_it_gets
     plain.write(path, mine)
     before = plain.whole()
     for act in (lambda: plain.push(ONE_WEB), lambda: dh.cmd_config(plain.app, 'port=80')):
-        assert 'conf.d/blog.conf is not from dockhand' in refusal(act)
+        assert 'conf.d/blog.conf is on this server already' in refusal(act)
         assert plain.read(path) == mine and plain.app.live().number == 1
         assert plain.running() == before['running']
 
@@ -4193,7 +4210,7 @@ def test_a_job_that_somebody_wrote_is_not_overwritten_when_an_app_gets_one(tmpdi
     machine = Machine(tmpdir, 'upstart')
     machine.lives(an_app('one', ''))
     machine.write('/etc/init/blog.conf', 'exec mine')
-    assert 'init/blog.conf is not from dockhand' in refusal(machine.push, FILES)
+    assert 'init/blog.conf is on this server already' in refusal(machine.push, FILES)
     assert machine.read('/etc/init/blog.conf') == 'exec mine'
 
 @pytest.mark.parametrize('exposed', ['EXPOSE 9000', 'CMD x'])
