@@ -70,6 +70,8 @@ OLDER_NAME = '/usr/local/bin/gitreceive'
 RECEIVE = LIBRARY + '/receive'
 TEMPLATE = LIBRARY + '/template'
 USER_FILE = LIBRARY + '/user'       # the name of the git user
+TOKEN_FILE = LIBRARY + '/token'     # what tells this server's answers from those of others
+TOKEN_PATH = '/.well-known/dockhand'
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 LOCKS = '/run/lock/dockhand'
 SUDOERS = '/etc/sudoers.d/dockhand'
@@ -94,7 +96,8 @@ DRAIN = 30                          # seconds for requests that were begun
 FILE_LIMIT = 2 ** 18                # bytes of a pushed file
 SPACE = 512                         # MB that are free before a build
 WRITTEN = 2 ** 16                   # bytes for a trial of docker's disk, before a stop
-KEPT = 5                            # releases that stay, with the one that is live
+KEPT = 5                            # images of which releases stay; the live one's is one
+KEPT_ALIKE = 2                      # releases of one image that do
 LISTED = 50                         # newer ones, then a failed release's record goes
 DEFAULT_BRANCHES = ('main', 'master')
 WEB_PORTS = ('80', '8080', '8000', '5000', '3000')      # an EXPOSE of these is for nginx
@@ -115,6 +118,10 @@ INIT_FOLDERS = ENVIRONMENT['PATH'].split(':') + '''/usr/libexec /usr/libexec/doc
     /usr/lib/docker /usr/local/libexec /usr/local/libexec/docker
     /usr/local/lib/docker'''.split()
 
+# Where it looks for buildx
+PLUGIN_FOLDERS = [folder + '/docker/cli-plugins' for folder in '''/usr/libexec /usr/lib
+    /usr/local/libexec /usr/local/lib'''.split()] + ['/root/.docker/cli-plugins']
+
 # What Dockerfiles often start from (an app of that name would be the image that they get;
 # names of images that are here already are refused besides), or the server uses
 TAKEN_NAMES = set('''almalinux alpine amazonlinux archlinux bash buildpack-deps busybox
@@ -132,9 +139,9 @@ sys.path.insert(0, '{library}')
 import dockhand
 os._exit(dockhand.main({role!r}))
 '''
-HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY"%s\n'
-HOOKS = [('update', HOOK % (RECEIVE, 'update', ' "$@"')),
-         ('post-receive', HOOK % (RECEIVE, 'post-receive', ''))]
+HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY" %s\n'
+HOOKS = [('update', HOOK % (RECEIVE, 'update', '"$@"')),
+         ('post-receive', HOOK % (RECEIVE, 'post-receive', '"$SSH_CONNECTION"'))]
 # Of each new repository. Refusals are those of our hook, which says what to type (a
 # deletion is one of them); one pack for each push, and small ones joined now and then;
 # nobody fetches or pushes refs/dockhand, which keeps the commits of releases.
@@ -185,7 +192,12 @@ KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
-KEY_LINE = r'command="\S+ serve ([^"\s]+)([^"]*)",\S+ (\S+) (\S+)'
+# A line of authorized_keys with options, as sshd reads it: they end at the first blank that
+# is in no quotes; the names of options have no case
+KEY_LINE = r'''(?x) [ \t]*
+    (?P<options>(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^ \t"\\])+)
+    [ \t]+ (?P<type>\S+) [ \t]+ (?P<blob>\S+)'''
+FORCED = r'(?i)(?:\A|,)command="((?:\\"|\\(?!")|[^"\\])*)"'
 
 # ---- The little OS layer ---------------------------------------------------------------
 # What to say, commands, files, locks, undoing: tools for all that follows, and Host, the
@@ -293,6 +305,37 @@ def become(account):
         os.initgroups(account.name, account.gid)
         os.setuid(account.uid)
 
+def with_rights_of(account, function, *args):
+    """Call a function in a process that has an Account's rights alone; what it gives, or
+    what it raises as a Failure."""
+    import marshal
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            become(account)
+            with os.fdopen(theirs, 'wb') as answer:
+                answer.write(marshal.dumps(answer_of(function, *args)))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(0)
+
+    os.close(theirs)
+    with os.fdopen(ours, 'rb') as answer:
+        data = answer.read()
+    os.waitpid(child, 0)
+    result, problem = marshal.loads(data)
+    refuse_if(problem, 'as the user %s: %s', account.name, problem)
+    return result
+
+def answer_of(function, *args):
+    """(what a function gives, None), or (None, what it says is wrong)."""
+    try:
+        return function(*args), None
+    except (Failure, EnvironmentError) as error:
+        return None, str(error)
+
 def read_lines(fd, each, silence=20):
     """Give each line that comes from a pipe to `each`; a sign of life when none does.
     A CR ends a line too: that is how progress is shown. CR and LF are one end."""
@@ -389,6 +432,14 @@ class Host(object):
         account = self.account()
         return account.home if account else '/home/' + self.user
 
+    def as_git(self, function, *args):
+        """Call a function with the git user's rights alone; what it gives. Whatever lies
+        below that user's home may be a link to anywhere: root changes nothing there."""
+        account = self.account()
+        if account is None or os.geteuid() == account.uid:
+            return function(*args)
+        return with_rights_of(account, function, *args)
+
 def last_line(text):
     """The last line that a command said: docker repeats itself for each name, and what
     its runtime says may end in a line of its own."""
@@ -457,7 +508,7 @@ def replacing(path):
     finally:
         remove_file(temporary)
 
-def replace_file(path, text, mode=0o644, account=None, check=None):
+def replace_file(path, text, mode=0o644, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
     `check` gets the path of the new file beforehand, to raise if it will not do."""
     if read_file(path) == text and mode_of(path) == mode:
@@ -470,8 +521,6 @@ def replace_file(path, text, mode=0o644, account=None, check=None):
             target.write(to_bytes(text))
             target.flush()
             os.fchmod(fd, mode)
-            if account:
-                os.fchown(fd, account.uid, account.gid)
             os.fsync(fd)
         if check:
             check(temporary)
@@ -619,6 +668,47 @@ def parse_ssh_command(text):
         path = path[:-len('.git')]
     return verb, check_app_name(path)
 
+# Addresses of whoever came by ssh, and of this server, where it came to
+Connection = namedtuple('Connection', 'client server')
+
+def parse_connection(text):
+    """The Connection of sshd's SSH_CONNECTION, `ADDRESS PORT ADDRESS PORT`; None for
+    anything else."""
+    fields = text.split(' ')
+    if len(fields) != 4 or not is_address(fields[0]) or not is_address(fields[2]):
+        return None
+    return Connection(fields[0], fields[2])
+
+def is_address(text):
+    """Whether a text is an IPv4 or IPv6 address."""
+    import socket
+    family = socket.AF_INET6 if ':' in text else socket.AF_INET
+    try:
+        socket.inet_pton(family, text)
+    except (EnvironmentError, ValueError):
+        return False
+    return True
+
+def is_private(address):
+    """Whether an address is one that only neighbours reach: of RFC 1918, 6598 or 4193,
+    loopback or link-local."""
+    if ':' in address:
+        first = int(address.partition(':')[0] or '0', 16)
+        return address == '::1' or first >> 9 == 0xfc00 >> 9 or first >> 6 == 0xfe80 >> 6
+
+    first, second = [int(part) for part in address.split('.')[:2]]
+    middle = {100: range(64, 128), 169: [254], 172: range(16, 32), 192: [168]}
+    return first in (10, 127) or second in middle.get(first, [])
+
+def web_address(connection):
+    """The address of this server that a Connection's client can ask too; None where none
+    is known, as of a server whose public address is a router's."""
+    if connection is None:
+        return None
+    if is_private(connection.server) and not is_private(connection.client):
+        return None
+    return connection.server
+
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
     if ref.startswith('refs/tags/'):
@@ -659,43 +749,74 @@ def parse_public_keys(text):
         if match is None:
             raise Failure('"%s" is no public key: a line of TYPE BASE64 COMMENT is, as '
                           'in id_ed25519.pub', printable(line, 40))
+        if re.search(r'\sAAAA[A-Za-z0-9+/]{16}', line[match.end(2):]):
+            raise Failure('"%s": two keys on one line: write each on a line of its own',
+                          printable(line, 40))
         keys.append(match.groups())
     return keys
 
-def split_authorized_keys(text):
-    """(text before our marks, our keys, text after) of an authorized_keys file. Ours end
-    at the first line that we did not write, where somebody removed the second mark."""
-    if text and not text.endswith('\n'):
-        text += '\n'
-    before, _, rest = text.partition(KEYS_BEGIN + '\n')
+# A line of authorized_keys. key: the Key of one by which somebody reaches `dockhand serve`,
+# None of all others; forced: the command of such a line
+KeyLine = namedtuple('KeyLine', 'text key forced')
 
-    keys = []
-    lines = rest.split('\n')
-    for line in lines:
-        match = re.match(KEY_LINE, line)
-        if match is None:
-            break
-        name, apps, kind, blob = match.groups()
-        keys.append(Key(kind, blob, name, tuple(apps.split())))
+def read_authorized_keys(text):
+    """[KeyLine] of an authorized_keys file (sshd(8)). What reaches `dockhand serve` is
+    ours, wherever it stands and whoever wrote it."""
+    lines = text.split('\n')
+    if not lines[-1]:
+        lines.pop()
+    return [read_key_line(line) for line in lines]
 
-    after = '\n'.join(lines[len(keys):])
-    return before, keys, after.replace(KEYS_END + '\n', '')
+def read_key_line(text):
+    """The KeyLine of one line."""
+    match = re.match(KEY_LINE, text)
+    forced = re.search(FORCED, match.group('options')) if match else None
+    if forced is None:
+        return KeyLine(text, None, None)
 
-def render_authorized_keys(before, keys, after):
-    """The file anew: who has a key of ours reaches `dockhand serve`, no shell."""
-    lines = [KEYS_BEGIN]
-    for key in keys:
-        forced = ' '.join((PROGRAM, 'serve', key.name) + key.apps)
-        line = 'command="%s",%s %s %s %s' % (
-            forced, KEY_OPTIONS, key.type, key.blob, key.name)
+    command = forced.group(1)
+    words = command.split()
+    for at, word in enumerate(words[:-2]):
+        is_ours = os.path.basename(word) in ('dockhand', 'gitreceive')
+        if is_ours and words[at + 1] == 'serve':
+            key = Key(match.group('type'), match.group('blob'), words[at + 2],
+                      tuple(words[at + 3:]))
+            return KeyLine(text, key, command)
+    return KeyLine(text, None, None)
 
-        if len(line) > 8000:
-            raise Failure('too many apps for one key: sshd reads lines of up to 8192 '
-                          'bytes')
-        lines.append(line)
+def make_key_line(key):
+    """The KeyLine of a Key: who has it reaches `dockhand serve`, no shell."""
+    command = forced_command(key)
+    text = 'command="%s",%s %s %s %s' % (command, KEY_OPTIONS, key.type, key.blob,
+                                         key.name)
+    return check_length(KeyLine(text, key, command))
 
-    lines.append(KEYS_END)
-    return before + '\n'.join(lines) + '\n' + after
+def change_rights(line, apps):
+    """The KeyLine with a right to other apps; other options that somebody gave it, as
+    `from=`, stay."""
+    if line.key.apps == apps:
+        return line
+    key = line.key._replace(apps=apps)
+    command = forced_command(key)
+    text = line.text.replace('"%s"' % line.forced, '"%s"' % command, 1)
+    return check_length(KeyLine(text, key, command))
+
+def forced_command(key):
+    return ' '.join((PROGRAM, 'serve', key.name) + key.apps)
+
+def check_length(line):
+    """The KeyLine as it is, or Failure."""
+    if len(line.text) > 8000:
+        raise Failure('too many apps for one key: sshd reads lines of up to 8192 bytes')
+    return line
+
+def keys_in(lines):
+    """The [Key] in some [KeyLine]."""
+    return [line.key for line in lines if line.key is not None]
+
+def render_authorized_keys(lines):
+    """The text of an authorized_keys file."""
+    return ''.join(line.text + '\n' for line in lines)
 
 def apps_of(keys, name):
     """The apps that the keys of a name may reach, as [app]; None where that is all."""
@@ -704,24 +825,52 @@ def apps_of(keys, name):
         return None
     return [app for key in named for app in key.apps]
 
-def add_keys(keys, uploaded, name, apps):
-    """The keys with those uploaded under a name, whose rights all keys of that name get;
-    Failure if one of them has another name. uploaded: as parse_public_keys gives it"""
-    for key in keys:
+def add_keys(lines, uploaded, name, apps):
+    """The [KeyLine] with keys uploaded under a name, whose rights all keys of that name
+    get; Failure if one of them has another name. Those of others stay as they are.
+    uploaded: as parse_public_keys gives it"""
+    for key in keys_in(lines):
         if key.name != name and (key.type, key.blob) in uploaded:
             raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
                           'go on using it', key.name, key.name)
 
     result = []
-    for key in keys:
-        if key.name == name:
-            key = key._replace(apps=apps)
-        result.append(key)
+    for line in lines:
+        if line.key is not None and line.key.name == name:
+            line = change_rights(line, apps)
+        result.append(line)
+
+    known = keys_in(result)
+    new = []
     for kind, blob in uploaded:
         key = Key(kind, blob, name, apps)
-        if key not in result:
-            result.append(key)
-    return result
+        if key not in known:
+            known.append(key)
+            new.append(make_key_line(key))
+    return insert_keys(result, new)
+
+def insert_keys(lines, new):
+    """The [KeyLine] with new ones before the second of our marks; both are made at the end
+    where there is none."""
+    begin, end = [KeyLine(text, None, None) for text in (KEYS_BEGIN, KEYS_END)]
+    if not new:
+        return lines
+    if end not in lines:
+        return lines + [begin] + new + [end]
+    at = lines.index(end)
+    return lines[:at] + new + lines[at:]
+
+def remove_keys(lines, name):
+    """The [KeyLine] without the keys of a name."""
+    return [line for line in lines if line.key is None or line.key.name != name]
+
+def lines_that_log_in(lines, keys):
+    """Which lines, counted from 1, are not ours and hold one of some [Key] still: it logs
+    in by them, to whatever they say."""
+    blobs = [key.blob for key in keys]
+    return [number for number, line in enumerate(lines, 1)
+            if line.key is None and not line.text.lstrip().startswith('#')
+            and any(word in blobs for word in line.text.split())]
 
 # ---- Config, and the record of a release (pure functions) ------------------------------
 # What the server knows of an app, and what it writes down of each release.
@@ -761,20 +910,23 @@ def environment_text(config, port):
     return ''.join('%s=%s\n' % (name, variables[name]) for name in names)
 
 Release = namedtuple('Release', '''
-    app number plan commit branch key time seconds failed turn
-    image config port web volumes address job proxy''')
+    app number plan commit branch by how time seconds failed turn again
+    image layers config port web volumes address job proxy''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
 # A numbered deployment of an app. What is None is not known yet, or not written down.
 #
 # number    from 1, never used again
 # plan      whether it only shows what a push would change: it is never saved
-# commit, branch, key     what was pushed, where to, and by whom
-# time      of its push, in seconds since 1970
+# commit, branch          what was pushed, and where to
+# by, how   who made it: a key, or somebody at the server; `push`, `rebuild`, `config KEY...`
+# time      when, in seconds since 1970
 # seconds   that the deploy took; None until it is through
 # failed    why it never was live
 # turn      higher, the later it became live; not in records of older versions
-# image     the id of its image; of a failed one, that of the last layer that was made
+# again     [who, when] of the rollback that made it live the last time
+# image     the id of its image
+# layers    [id] of what its build made, or used again, on the way: see Docker.build
 # config    what the host knew of the app then, {key: value}
 # port      of a plain app, which it listens on; 0: it is a worker, or a job
 # web       whether nginx passes requests to that port
@@ -1774,7 +1926,8 @@ def shared_names(directives, path):
 # Variables that nginx makes itself and would let a file make anew, for every app.
 OWN_VARIABLES = r'''(?xi)
     (http | sent_http | sent_trailer | upstream | arg | cookie | ssl | uid | geoip
-        | realip | connections | jwt | proxy_internal | proxy_protocol | session_log)_
+        | realip | connections | jwt | proxy_internal | proxy_protocol | session_log
+        | dockhand)_
     | (args | limit_rate | limit_req_status | limit_conn_status | proxy_host | proxy_port
         | proxy_add_x_forwarded_for | fastcgi_script_name | fastcgi_path_info
         | gzip_ratio | memcached_key | secure_link | secure_link_expires | slice_range
@@ -2371,8 +2524,17 @@ def place_text(place, known):
 
 CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
 
-def render_catch_all(servers, version, ipv6):
-    """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake.
+ALWAYS = (1, 7, 5)                  # of nginx: from there on with a 404 too
+TOKEN_HEADER = '''map $uri $dockhand_token {{
+    default "";
+    {path} {token};
+}}
+add_header X-Dockhand $dockhand_token always;
+'''
+
+def render_catch_all(servers, version, ipv6, token=''):
+    """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake; and
+    one path, of any host name, by which a push knows that it reached this server.
     servers: those of nginx's other files; version: nginx's, as a tuple"""
     listens = [listen for server in servers for listen in server.listens]
     used = set((listen.address, listen.port) for listen in listens)
@@ -2393,6 +2555,8 @@ def render_catch_all(servers, version, ipv6):
         secure += '    listen [::]:443 ssl;\n'
 
     text = '# dockhand: what no app answers to; written anew when the apps change\n'
+    if token and version >= ALWAYS:
+        text += TOKEN_HEADER.format(path=TOKEN_PATH, token=token)
     text += CATCH % (plain, 'return 404')
     if secure and version >= (1, 19, 4):
         text += CATCH % (secure, 'ssl_reject_handshake on')
@@ -2511,18 +2675,33 @@ def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
     """What nginx on this machine, or what is at an address, answers to a request for a
     host name: `200`, or `nothing`, with a reason if there is one."""
     try:
-        connection = host.connect((address, port), timeout)
-        connection.settimeout(timeout)
-        connection.sendall(to_bytes('GET / HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand'
-                                    '\r\nConnection: close\r\n\r\n' % name))
-        answer = to_text(connection.recv(100)).split()
-        connection.close()
+        return status_in(fetch_head(host, name, port, timeout, address))
     except EnvironmentError as error:
         return 'nothing (%s)' % error
 
-    if answer[1:] and answer[0].startswith('HTTP/'):
-        return answer[1]
+def status_in(head):
+    """The status in the head of an answer; `nothing` where it is none."""
+    words = head[:100].split()
+    if words[1:] and words[0].startswith('HTTP/'):
+        return words[1]
     return 'nothing'
+
+def fetch_head(host, name, port, timeout, address, path='/'):
+    """The head of what an address answers to a request for a host name, up to 16 KB."""
+    connection = host.connect((address, port), timeout)
+    connection.settimeout(timeout)
+    connection.sendall(to_bytes('GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand\r\n'
+                                'Connection: close\r\n\r\n' % (path, name)))
+
+    deadline = host.clock.monotonic() + timeout
+    head = b''
+    while len(head) < 16384 and host.clock.monotonic() < deadline:
+        data = connection.recv(4096)
+        head += data
+        if not data or b'\r\n\r\n' in head:
+            break
+    connection.close()
+    return to_text(head)
 
 # ---- Docker ----------------------------------------------------------------------------
 # Everything that is asked of docker and is not about one engine's way to run an app.
@@ -2533,6 +2712,53 @@ BUILD_TROUBLE = [
     ('exec format error', 'exec format error: an image for another kind of processor'),
     ('no space left', 'no space left on device; nothing has changed'),
     ('', 'nothing has changed; mend it and push again')]
+
+# What nobody misses of a container that goes: a `/` is behind the path
+PASSING = r'''(?x)
+    /(dev|proc|run|sys|tmp|var/run|var/tmp|var/cache)/
+  | (/usr)?/sbin/docker-init/
+  | /\.dockerenv/
+  | /etc/(hosts|hostname|resolv\.conf|mtab)/
+  | .*/(__pycache__|\.cache)/'''
+
+class StageReader(object):
+    """Finds in what the older builder prints what it made, or used again, on the way.
+
+    `Step 3/12 : FROM tools AS build` begins a stage. The first `--->` after that says what
+    the stage starts from, each later ` ---> ID` is one of its layers. The last of them
+    holds the others; of all stages but the last one docker keeps it without a name.
+    """
+    def __init__(self):
+        self.layers = []        # the last one of each stage
+        self.is_new = True      # whether a stage has no layer yet
+        self.starts = False     # whether what it starts from comes next
+
+    def hear(self, line):
+        if re.match('(?i)Step [0-9/]+ : FROM ', line):
+            self.is_new = True
+            self.starts = True
+            return
+        if not line.startswith(' --->'):
+            return
+
+        layer = re.match(r' ---> ([0-9a-f]{12})\Z', line)
+        if layer and not self.starts:
+            if not self.is_new:
+                self.layers.pop()
+            self.layers.append(layer.group(1))
+            self.is_new = False
+        self.starts = False
+
+def read_build_cache(text):
+    """{id: how often it was used} of what `docker buildx du --verbose` prints: paragraphs
+    of lines, `ID: 25 letters or digits` and `Usage count: 3` among them."""
+    cache = {}
+    for paragraph in text.split('\n\n'):
+        name = re.search(r'(?m)^ID:\s+(\w+)', paragraph)
+        used = re.search(r'(?m)^Usage count:\s+(\d+)', paragraph)
+        if name and used:
+            cache[name.group(1)] = int(used.group(1))
+    return cache
 
 class Docker(object):
     """The docker engine of this machine, by its own command."""
@@ -2635,15 +2861,20 @@ class Docker(object):
         return self.host.run_unless('No such container', argv)
 
     def written_files(self, container):
-        """What a container wrote outside its volumes, as [path], but what is passing."""
+        """What a container wrote outside its volumes, as [path], but what is passing, and
+        what docker itself makes."""
+        described = self.inspect(container)
+        if not described:
+            return []
+        mounted = [mount['Destination'].rstrip('/') + '/'
+                   for mount in described[0].get('Mounts') or []]
         lines = self.host.ask(['docker', 'diff', container]).out.splitlines()
         paths = sorted(line[2:] + '/' for line in lines)
-        passing = r'/(dev|proc|run|sys|tmp|var/run|var/tmp|\.dockerenv|sbin/docker-init)/'
 
         written = []
         for path, following in zip(paths, paths[1:] + ['']):
             is_parent = following.startswith(path)      # it only holds what is new
-            if not is_parent and not re.match(passing, path):
+            if not is_parent and path not in mounted and not re.match(PASSING, path):
                 written.append(path[:-1])
         return written
 
@@ -2651,17 +2882,26 @@ class Docker(object):
 
     def build(self, folder, tag, layers, *options):
         """Build an image from a folder; the output goes to the pusher as it comes.
-        layers: a list, gets the ids of what the older builder makes on the way"""
+        layers: a list, gets the ids of what it made, or used again, on the way: of images
+        with the older builder, of what buildx keeps with that"""
         heard = deque(maxlen=200)
+        stages = StageReader()
+        before = self.build_cache()
 
         def hear(line):
-            layers.extend(re.findall(r'^ ---> ([0-9a-f]{12})$', line))
+            stages.hear(line)
             is_advice = line.startswith(('DEPRECATED', '            Install the buildx'))
             if line and not is_advice:
                 heard.append(line)
                 detail(line)
         argv = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
-        status = self.host.ask(argv, each=hear).status
+        try:
+            status = self.host.ask(argv, each=hear).status
+        finally:
+            after = self.build_cache()
+            layers.extend(stages.layers)
+            layers.extend(name for name in sorted(after)
+                          if after[name] != before.get(name))
         if status == 0:
             return
 
@@ -2682,6 +2922,27 @@ class Docker(object):
         if self.host.run_unless('no such image|container', argv):
             return True
         return not self.inspect(tag)
+
+    def build_cache(self):
+        """{id: how often it was used} of all that buildx keeps; {} where it is not."""
+        if not any(os.path.exists(self.host.path(folder, 'docker-buildx'))
+                   for folder in PLUGIN_FOLDERS):
+            return {}
+        return read_build_cache(self.host.ask(['docker', 'buildx', 'du', '--verbose']).out)
+
+    def remove_layers(self, layers):
+        """Remove what builds have made on the way, [id], but for what has a name, is used
+        by a container, or is part of something that stays."""
+        cached = [layer for layer in layers if re.match(r'[0-9a-z]{25}\Z', layer)]
+        if cached:
+            which = 'id=/(%s)/' % '|'.join(cached)
+            self.host.ask(['docker', 'builder', 'prune', '-f', '--filter', which])
+
+        images = [layer for layer in layers if layer not in cached]
+        found = self.inspect(*images) if images else []
+        nameless = [image['Id'] for image in found if not image.get('RepoTags')]
+        if nameless:        # a stage may begin with an earlier one
+            self.host.ask(['docker', 'rmi'] + nameless[::-1])
 
     # The network, and volumes
 
@@ -2832,7 +3093,12 @@ class Nginx(object):
 
     def catch_all_text(self, files):
         """What 000-dockhand.conf is to hold beside these files, {path: ProxyFile}."""
-        return render_catch_all(all_servers(files), self.version(), has_ipv6(self.host))
+        return render_catch_all(all_servers(files), self.version(), has_ipv6(self.host),
+                                self.token())
+
+    def token(self):
+        """What nginx here says at TOKEN_PATH; '' before it was installed."""
+        return self.host.text(TOKEN_FILE).strip()
 
     # What an app's file may say beside them
 
@@ -3213,9 +3479,11 @@ class App(object):
     def load(self, number):
         """A Release from the store."""
         folder = self.release_folder(number)
-        record = dict({'config': {}}, **read_json(folder + '/release.json'))
+        record = dict({'config': {}, 'layers': []}, **read_json(folder + '/release.json'))
         if is_finished_older(record) and self.linked_number('pending') != number:
             record['seconds'] = 0
+        if 'key' in record:             # older versions wrote down only whose push it was
+            record.update(by=record['key'], how='push')
         record.update(app=self.name, number=number, plan=False,
                       job=read_file(folder + '/upstart.conf'),
                       proxy=read_file(folder + '/nginx-proxy.conf'))
@@ -3324,6 +3592,12 @@ class App(object):
         argv = ['git', '--git-dir=' + self.repository()] + list(args)
         act = options.get('act', self.host.run)
         return act(argv, account=self.host.git_account())
+
+    def remove_git_file(self, name):
+        """Remove a file of the repository, if it is there."""
+        path = os.path.join(self.repository(), name)
+        if os.path.lexists(path):
+            self.host.as_git(remove_file, path)
 
     def read_branch(self, ref):
         """The commit of a branch, '' where there is none."""
@@ -4093,28 +4367,66 @@ def clean_up(app, live):
     """Remove what is older than the last releases; only what the store names is ours."""
     if app.linked('pending'):
         return
-    kept = set(release.number for release in app.kept()[:KEPT])
+    kept = set(release.number for release in worth_keeping(app.kept()))
     kept.add(live.number)           # where its record was not finished, it is not yet
+    clean_up_layers(app, live)
     clean_up_failed(app)
     for number in app.numbers():
         release = app.load(number)
         if not release.failed and number not in kept:
             remove_release(app, release)
 
-def clean_up_failed(app):
-    """Remove what failed releases left as a cache, and the record of those long ago."""
-    numbers = app.numbers()
-    for number in numbers:
-        release = app.load(number)
-        if not release.failed:
-            continue
+def worth_keeping(releases):
+    """Those of the last images, and of one image the newest alone, so that changes of
+    config do not push the way back out. releases: [Release] in the order of `kept`"""
+    images = []                     # in the order in which they were live last
+    kept = []
+    for release in releases:
+        if release.image not in images:
+            images.append(release.image)
 
-        if release.image and app.live():
-            layers = app.docker.inspect(release.image)
-            if not any(layer.get('RepoTags') for layer in layers):
-                app.host.ask(['docker', 'rmi', release.image])
-            app.save_record(release._replace(image=None))
-        if number in numbers[:-LISTED]:
+        alike = [other for other in kept if other.image == release.image]
+        if release.image in images[:KEPT] and len(alike) < KEPT_ALIKE:
+            kept.append(release)
+    return kept
+
+def clean_up_layers(app, live):
+    """Remove what builds have made on the way, failed ones too. The live release's stays:
+    the next build begins there."""
+    spent = [release for release in map(app.load, app.numbers())
+             if release.number != live.number and layers_of(release)]
+    for release in spent:
+        remove_layers(app, layers_of(release))
+        without = release._replace(layers=[])
+        if release.failed:
+            without = without._replace(image=None)
+        app.save_record(without)
+
+def layers_of(release):
+    """[id] of what builds made for a release and is not its image, which goes with it. The
+    image of one that failed has lost its name already."""
+    if release.failed and release.image:
+        return release.layers + [release.image]
+    return release.layers
+
+def remove_layers(app, layers):
+    """Remove what builds of an app made on the way, [id], but for what its live release
+    has, or that of another app, which may be built alike."""
+    if not layers:
+        return
+    needed = set()
+    for name in list_apps(app.host):
+        live = App(app.host, name).live()
+        if live is not None:
+            needed.update(live.layers)
+    app.docker.remove_layers([layer for layer in layers if layer not in needed])
+
+def clean_up_failed(app):
+    """Remove the records of releases that failed long ago."""
+    for number in app.numbers()[:-LISTED]:
+        release = app.load(number)
+        if release.failed:
+            remove_layers(app, layers_of(release))
             remove_release(app, release)
 
 def remove_release(app, release):
@@ -4182,7 +4494,7 @@ def sweep(app):
         remove_file(temporary_of(path))
 
     remove_file(app.docker.trial_file(app.name))
-    remove_file(app.repository() + '/index.lock')
+    app.remove_git_file('index.lock')
     if os.path.lexists(app.build_folder()):
         app.empty_build_folder()
         app.docker.untag(app.name + ':plan')
@@ -4268,30 +4580,58 @@ def kind_text(release):
     return 'a service that other apps reach as %s:%d, and nginx does not' % (
         release.app, release.port)
 
-def origin_text(release):
-    """Which commit, since when, by whom: columns of a table."""
-    return '%s  %s  %-10s' % (release.commit[:10], time_text(release), release.key)
+def origin_text(commit, by, when):
+    """Which commit, when, by whom: columns of a table."""
+    return '%s  %s  %-10s' % (commit[:10], time_text(when), by)
+
+def made_live(live):
+    """(by whom, when) a release was made live the last time."""
+    return live.again or (live.by, live.time)
 
 def live_text(live):
-    """The same in a sentence."""
-    return '%s is live since %s, by %s' % (live.commit[:10], time_text(live), live.key)
+    by, since = made_live(live)
+    return '%s is live since %s, by %s' % (live.commit[:10], time_text(since), by)
 
-def time_text(release):
-    return time.strftime('%Y-%m-%d %H:%M', time.localtime(release.time))
+def time_text(seconds):
+    """A moment, in seconds since 1970, to the minute."""
+    return time.strftime('%Y-%m-%d %H:%M', time.localtime(seconds))
 
-def address_text(release):
-    """The address that a person would type for a web app; of another app, its ports."""
+# Where a web app answers. name: a full host name, `NAME.*` for NAME in every domain, or ''
+# for every name; port: a str
+Site = namedtuple('Site', 'name port')
+
+def site_of(release):
+    """The Site of an app that says most, or None."""
     for server in servers_of(release.proxy or ''):
         first = server.listens[0]
-        names = [name.replace('*', 'ANY.DOMAIN') for name in server.names
+        names = [name for name in server.names
                  if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
         if first.default:
-            names.append(os.uname()[1])
-
+            names.append('')
         if names and first.port:
-            names.sort(key=lambda name: '.' not in name)
-            return url_text(names[0], first.port)
-    return 'ports ' + ports_text(release) if release.job else kind_text(release)
+            return Site(min(names, key=vagueness), first.port)
+    return None
+
+def vagueness(name):
+    """Orders the names of a server: those that can stand in DNS as they are come first, a
+    mere `NAME` last."""
+    if name.endswith('*'):
+        return 2
+    if not name:
+        return 1
+    return 0 if '.' in name else 3
+
+def address_text(release, address):
+    """The address that a person would type for a web app; of another app, its ports.
+    address: of this server"""
+    site = site_of(release)
+    if site is None:
+        return 'ports ' + ports_text(release) if release.job else kind_text(release)
+    if vagueness(site.name) == 0:
+        return url_text(site.name, site.port)
+    if not site.name:
+        return url_text(in_url(address), site.port)
+    return curl_text(site, address)
 
 def url_text(name, port):
     if port == '80':
@@ -4300,30 +4640,88 @@ def url_text(name, port):
         return 'https://%s/' % name
     return 'http://%s:%s/' % (name, port)
 
-def show_address(app, release):
-    """Tell where an app answers; a web app's address is fetched through nginx first."""
+def in_url(address):
+    """An address as it stands in a URL."""
+    return '[%s]' % address if ':' in address else address
+
+def curl_text(site, address):
+    """How to ask an address for a Site whose name does not lead there."""
+    return "curl -H 'Host: %s' %s" % (bare_name(site), url_text(in_url(address), site.port))
+
+def bare_name(site):
+    """A host name that a Site answers to."""
+    return site.name[:-len('.*')] if site.name.endswith('.*') else site.name
+
+def show_address(app, release, connection):
+    """Tell where an app answers; it is asked through nginx first. connection: that of
+    whoever pushed, None where it is not known"""
+    address = web_address(connection)
+    site = site_of(release)
+    if site is None or site.port == '443':
+        return step('%s: %s', app.name, address_text(release, address or 'HOST'))
+    if vagueness(site.name) == 0:
+        return show_name(app, release, site, address)
+
+    name = bare_name(site) or address or 'localhost'
+    status = fetch_status(app.host, name, int(site.port))
+    if site.name.endswith('.*') and address:
+        link = link_name(app.host, bare_name(site), address)
+        found = fetch_status(app.host, link, int(site.port), 3, address) if link else ''
+        if found.isdigit():
+            return step('%s: %s answers %s', app.name, url_text(link, site.port), found)
+
+    step('%s answers %s: %s', app.name, status, address_text(release, address or 'HOST'))
+    if site.name and is_made(release):
+        detail('for a browser, a name that leads here: sudo dockhand config %s '
+               'domains="NAME"', app.name)
+
+def show_name(app, release, site, address):
+    """The same for a Site with a full host name: does that lead here?"""
+    status = fetch_status(app.host, site.name, int(site.port))
+    elsewhere = where_it_leads(app, release, site)
+    if not elsewhere:
+        return step('%s: %s answers %s', app.name, url_text(site.name, site.port), status)
+
+    step('%s answers %s: %s', app.name, status, curl_text(site, address or 'HOST'))
+    detail('%s leads %s: point it here in DNS', site.name, elsewhere)
+
+def where_it_leads(app, release, site):
+    """Where the host name of a Site leads, in words; '' where that is this nginx, perhaps
+    by way of a router or a cache, or may be: one that answers by https alone."""
     host = app.host
-    address = address_text(release)
-    match = re.match(r'http://([^:/]+)((?::\d+)?)/', address)
-    if not match:
-        return step('%s: %s', app.name, address)
+    address = resolve(host, site.name)
+    if not address:
+        return 'nowhere yet'
+    if address in host.ask(['hostname', '-I']).out.split():
+        return ''
 
-    name, port = match.groups()
-    status = fetch_status(host, name, int(port[1:] or 80))
-    there = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()[:1]
-    own = host.ask(['hostname', '-I']).out.split() or os.uname()[1:2]
-    if there and there[0] in own:
-        return step('%s: %s answers %s', app.name, address, status)
+    try:
+        head = fetch_head(host, site.name, int(site.port), 3, address, TOKEN_PATH)
+    except EnvironmentError:
+        return 'to ' + address
+    token = app.nginx.token()
+    said = re.search(r'(?im)^x-dockhand:\s*(\w+)', head)
+    if token and said and said.group(1) == token:
+        return ''
 
-    here = '[%s]' % own[0] if ':' in own[0] else own[0]
-    step("%s answers %s: curl -H 'Host: %s' http://%s/", app.name, status, name,
-         here + port)
-    leads = 'to ' + there[0] if there else 'nowhere yet'
-    remedy = 'take every name with `listen 80 default_server;`'
-    if is_made(release):
-        remedy = ('sudo dockhand config %s domains="NAME..." (domains=_ takes every name)'
-                  % app.name)
-    detail('%s leads %s: point it here in DNS, or %s', name, leads, remedy)
+    # Its own add_header, in a server or a location, takes the place of ours.
+    names = [directive.words[0]
+             for directive in all_directives(NginxReader(release.proxy).directives)]
+    is_told = token and app.nginx.version() >= ALWAYS and 'add_header' not in names
+    if status_in(head).startswith('3') or (not is_told and status_in(head).isdigit()):
+        return ''
+    return 'to ' + address
+
+def resolve(host, name):
+    """The first address of a host name, '' where it has none."""
+    found = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()
+    return found[0] if found else ''
+
+def link_name(host, name, address):
+    """NAME in a domain that leads to an address, by sslip.io: a public service, which
+    answers each such name with the address in it. '' where that cannot be asked."""
+    link = '%s.%s.sslip.io' % (name, re.sub('[.:]', '-', address))
+    return link if resolve(host, link) == address else ''
 
 def show_plan(app, live, release):
     """What a push of this would change, beside what is live, if anything is."""
@@ -4363,10 +4761,10 @@ def deploy(app, key, ref, old, new):
         branch = branch or ref[len('refs/heads/'):]
         check_is_commit(app, new, ref)
         if verdict == 'plan':
-            plan_release(app, live, new_release(app, key, branch, new, plan=True))
+            plan_release(app, live, new_release(app, branch, new, key, plan=True))
         elif live is None or live.commit != new:
             check_race(app, live, branch, old, new)
-            make_release(app, live, new_release(app, key, branch, new))
+            make_release(app, live, new_release(app, branch, new, key))
 
 def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
@@ -4408,7 +4806,7 @@ def check_race(app, live, branch, old, new):
 
         if tip != live.commit:
             # A lock that the crash left would keep git from moving it.
-            remove_file(os.path.join(app.repository(), ref + '.lock'))
+            app.remove_git_file(ref + '.lock')
             if not app.is_ancestor(live.commit, new):
                 app.git('update-ref', ref, live.commit)
                 tip = live.commit
@@ -4418,11 +4816,12 @@ def check_race(app, live, branch, old, new):
         raise Failure('another push went live: pull, then push again (%s)',
                       live_text(live) if live else 'the branch is at %s' % tip[:10])
 
-def new_release(app, key, branch, commit, plan=False):
+def new_release(app, branch, commit, by, how='push', plan=False):
     """The next Release of an app, as far as it is known before the build."""
     last = max([0] + app.numbers())
     return Release(app=app.name, number=last + 1, plan=plan, commit=commit, branch=branch,
-                   key=key, time=round(app.host.clock.time(), 2), config=app.config())
+                   by=by, how=how, time=round(app.host.clock.time(), 2), layers=[],
+                   config=app.config())
 
 def make_release(app, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was.
@@ -4448,16 +4847,18 @@ def make_release(app, live, release, options=()):
     step('Release %d is live: built in %.1f s, %s', release.number, built, report)
     used = free - free_bytes(app.host, images)
     detail('disk: %.1f MB %s', abs(used) / 1e6, 'more' if used > 0 else 'less')
-    log('%s: release %d of %s by %s is live', app.name, release.number, release.commit,
-        release.key)
+    log('%s: release %d of %s is live: %s by %s', app.name, release.number,
+        release.commit, release.how, release.by)
 
 def plan_release(app, live, release):
     """Build a release, say what it would change, and refuse the push."""
     app.docker.check_space()
     try:
-        show_plan(app, live, build_release(app, live, release))
+        release = build_release(app, live, release)
+        show_plan(app, live, release)
     finally:
         app.docker.untag(image_tag(release))
+        remove_layers(app, release.layers)
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
 
@@ -4520,10 +4921,12 @@ def build_commit(app, live, release, options):
 
         step('Building %s', image_tag(release))
         app.docker.build(folder, image_tag(release), layers, *options)
-        return release
+        return release._replace(layers=layers)
     except (Failure, Stopped):
-        if layers and not release.plan:         # the mended push goes on from there
-            app.save(release._replace(image=layers[-1]))
+        if release.plan:
+            remove_layers(app, layers)
+        elif layers:                    # the mended push goes on from there
+            app.save(release._replace(layers=layers))
         raise
     finally:
         app.empty_build_folder()
@@ -4697,8 +5100,9 @@ def serve(host, name, *apps):
 
     app = App(host, app_name)
     folder = app.repository()
-    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app_name, DOCKHAND_KEY=name,
-               GIT_PROTOCOL=os.environ.get('GIT_PROTOCOL', ''))
+    env = dict(ENVIRONMENT, HOME=host.home(), DOCKHAND_APP=app_name, DOCKHAND_KEY=name)
+    for variable in ('GIT_PROTOCOL', 'SSH_CONNECTION'):
+        env[variable] = os.environ.get(variable, '')
 
     if not os.path.isdir(folder):
         if verb == 'upload-pack':
@@ -4742,7 +5146,8 @@ def make_repository(host, folder):
 def receive(host, hook, app_name='', key='', *arguments):
     """Run as root by a repository's hooks, `update` and `post-receive`; `check` is how
     sudo_problem tries sudo.
-    arguments: of the update hook, a ref and its old and new commit"""
+    arguments: of the update hook, a ref and its old and new commit; of the other one, the
+    addresses of the ssh connection (older hooks have none)"""
     if hook == 'check':
         return
     if not app_name or not key:
@@ -4750,8 +5155,8 @@ def receive(host, hook, app_name='', key='', *arguments):
     check_app_name(app_name)
     check_key_name(key)
 
-    if hook == 'post-receive' and not arguments:
-        after_push(App(host, app_name))
+    if hook == 'post-receive' and len(arguments) <= 1:
+        after_push(App(host, app_name), parse_connection(''.join(arguments)))
         return
     if hook != 'update' or len(arguments) != 3:
         raise Failure('this is for the hooks of a repository')
@@ -4763,18 +5168,18 @@ def receive(host, hook, app_name='', key='', *arguments):
 
 def read_keys(host):
     """[Key] of those that are ours in the git user's authorized_keys."""
-    _, keys, _ = split_authorized_keys(host.text(host.home(), KEYS))
-    return keys
+    text = host.as_git(read_file, host.path(host.home(), KEYS))
+    return keys_in(read_authorized_keys(text or ''))
 
-def after_push(app):
+def after_push(app, connection):
     """Remove what is too old, say where the app answers. Nothing depends on it: git does
-    not run it when the pusher is gone."""
+    not run it when the pusher is gone. connection: as show_address wants it"""
     with app_lock(app, 'the clean-up of ' + app.name) as live:
         if live is not None:
             app.git('symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
             clean_up(app, live)
     if live is not None:
-        show_address(app, live)
+        show_address(app, live, connection)
 
 ZERO_INT = b'\0\0\0\0'            # for ioctl to fill; as an answer: nothing is unread
 
@@ -4919,6 +5324,14 @@ def ensure_user(host):
               'NAME takes another', user)
     return False
 
+def ensure_token(host):
+    """Make this server's token where there is none; True if there was none."""
+    import binascii
+    if host.nginx.token():
+        return False
+    return install_file(host.path(TOKEN_FILE),
+                        to_text(binascii.hexlify(os.urandom(8))) + '\n', 0o644)
+
 def install_part(host, name, text, mode):
     """Write a file, the git user's under its home, after those who read it found nothing
     wrong with it; True if it changed."""
@@ -4929,14 +5342,20 @@ def install_part(host, name, text, mode):
             wrong = host.nginx.test('dockhand', '', host.nginx.files())
             refuse_if(wrong, "nginx's configuration is broken, mend it first: %s", wrong)
 
-    folder = os.path.dirname(host.path(name))
+    if name.startswith(host.home() + '/'):
+        changed = host.as_git(install_file, host.path(name), text, mode)
+    else:
+        changed = install_file(host.path(name), text, mode, check)
+    if changed:
+        tell('wrote ' + name)
+    return changed
+
+def install_file(path, text, mode, check=None):
+    """Write a file, as replace_file does, and the folder that it is in."""
+    folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         make_folder(folder)
-    owner = host.account() if name.startswith(host.home() + '/') else None
-    if not replace_file(host.path(name), text, mode, owner, check):
-        return False
-    tell('wrote ' + name)
-    return True
+    return replace_file(path, text, mode, check)
 
 def disable_default_site(host):
     """Move the distribution's default site, which claims `default_server`, out of the way
@@ -5048,6 +5467,17 @@ def command(name, pattern=''):
         return function
     return enlist
 
+def person():
+    """Who runs a command at the server: the user of sudo or doas, or else root."""
+    for variable in ('SUDO_USER', 'DOAS_USER'):
+        if os.environ.get(variable):
+            return printable(os.environ[variable])
+    return 'root'
+
+def own_connection():
+    """The Connection by which root came here, if sshd says so: sudo does not."""
+    return parse_connection(os.environ.get('SSH_CONNECTION', ''))
+
 # Installing, and keys
 
 @command('install', '[--user NAME]')
@@ -5059,7 +5489,7 @@ def cmd_install(host, user=None):
         host.user = user if user == 'git' else check_app_name(user)
     demand(requirements(host))
 
-    changes = [ensure_user(host), make_folder(host.path(STATE, 'apps')),
+    changes = [ensure_user(host), ensure_token(host), make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account())]
     if not os.path.isdir(host.path('/var/cache/nginx')):
         changes.append(make_folder(host.path('/var/cache/nginx')))
@@ -5083,15 +5513,15 @@ def cmd_install(host, user=None):
          '"sudo dockhand upload-key NAME"' if changed else 'nothing changed')
 
 def change_keys(host, change):
-    """Replace our keys by what a function makes of them."""
-    account = host.account()
+    """Make of the lines of authorized_keys what a function makes of them; they are given
+    as [KeyLine]."""
     path = host.path(host.home(), KEYS)
-    refuse_if(not account, 'dockhand is not installed here: dockhand.py install')
+    refuse_if(not host.account(), 'dockhand is not installed here: dockhand.py install')
     with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        before, keys, after = split_authorized_keys(read_file(path) or '')
-        text = render_authorized_keys(before, change(keys), after)
-        make_folder(os.path.dirname(path), 0o700, account)
-        replace_file(path, text, 0o600, account)
+        lines = change(read_authorized_keys(host.as_git(read_file, path) or ''))
+        host.as_git(make_folder, os.path.dirname(path), 0o700)
+        host.as_git(replace_file, path, render_authorized_keys(lines), 0o600)
+    return lines
 
 def read_stdin():
     """What is piped in, '' from a terminal; Failure where it is too much."""
@@ -5111,11 +5541,11 @@ def cmd_upload_key(host, name, *apps):
                   'knows: make one with ssh-keygen -t ecdsa',
                   printable(kind + ' ' + blob, 40))
 
-    change_keys(host, lambda keys: add_keys(keys, uploaded, name, apps))
+    change_keys(host, lambda lines: add_keys(lines, uploaded, name, apps))
     where = ', '.join(apps) or 'every app'
     for kind, blob in uploaded:
         tell('%s %s %s may push %s', name, kind, fingerprint(host, kind, blob), where)
-    log('key %s: may push %s', name, where)
+    log('key %s: may push %s: upload-key by %s', name, where, person())
 
 def fingerprint(host, kind, blob):
     """A key's, by this server's own ssh-keygen; '' where its sshd will not know it."""
@@ -5132,19 +5562,21 @@ def cmd_keys(host):
     for key in read_keys(host):
         where = ' '.join(key.apps) or '(every app)'
         shown = fingerprint(host, key.type, key.blob) or '(unknown to OpenSSH here)'
-        tell('%-20s %-20s %s %s', key.name, key.type, shown, where)
+        tell('%-20s %-20s %s %s', printable(key.name), printable(key.type), shown,
+             printable(where, 8000))
 
 @command('remove-key', 'NAME')
 def cmd_remove_key(host, name):
     """take the right to push away from a key"""
-    known = [key.name for key in read_keys(host)]
-    refuse_if(name not in known, 'no key is named "%s": dockhand keys', printable(name))
+    keys = [key for key in read_keys(host) if key.name == name]
+    refuse_if(not keys, 'no key is named "%s": dockhand keys', printable(name))
 
-    def without(keys):
-        return [key for key in keys if key.name != name]
-    change_keys(host, without)
-    log('key %s: removed', name)
+    lines = change_keys(host, lambda lines: remove_keys(lines, name))
+    log('key %s: remove-key by %s', name, person())
     tell('%s may push no longer', name)
+    for number in lines_that_log_in(lines, keys):
+        tell('but %s:%d is not of dockhand, and lets the same key log in as %s',
+             host.home() + '/' + KEYS, number, host.user)
 
 # What runs
 
@@ -5157,8 +5589,9 @@ def cmd_apps(host):
         if live is None:
             tell('%-16s %-8s %s', name, 'waiting', app.waiting_text())
         else:
-            tell('%-16s %-8s %s %s', name, state_text(app, live), origin_text(live),
-                 address_text(live))
+            tell('%-16s %-8s %s %s', name, state_text(app, live),
+                 origin_text(live.commit, *made_live(live)),
+                 address_text(live, web_address(own_connection()) or '127.0.0.1'))
 
 def state_text(app, live):
     """Whether a live app runs, in a word."""
@@ -5181,6 +5614,7 @@ def cmd_logs(app, n='100', f=False):
 def cmd_restart(app):
     """stop an app and start it again"""
     with live_app(app, 'restart') as live:
+        log('%s: restart by %s', app.name, person())
         engine_of(app, live).stop(live)
     cmd_start(app)
 
@@ -5188,6 +5622,7 @@ def cmd_restart(app):
 def cmd_stop(app):
     """stop an app; it stays so over a reboot, until a start, a push or another release"""
     with live_app(app, 'stop') as live:
+        log('%s: stop by %s', app.name, person())
         replace_file(app.folder('stopped'), '')
         engine_of(app, live).stop(live)
     tell('%s is stopped', app.name)
@@ -5196,6 +5631,7 @@ def cmd_stop(app):
 def cmd_start(app):
     """start an app that was stopped"""
     with live_app(app, 'start') as live:
+        log('%s: start by %s', app.name, person())
         engine = engine_of(app, live)
         if not engine.state(live).alive:
             engine.stop(live)       # what is left of it holds its port and its name
@@ -5210,7 +5646,7 @@ def cmd_start(app):
 
 @command('releases', 'APP')
 def cmd_releases(app):
-    """list an app's releases: commit, when, by whom, how long it took, live or not"""
+    """list an app's releases: commit, when, who and what made it, how long, live or not"""
     live = None if app.is_waiting() else app.must_be_live()
     numbers = app.numbers()
     if not numbers:
@@ -5220,13 +5656,17 @@ def cmd_releases(app):
         release = app.load(number)
         if release.commit:
             took = '%.1f s' % release.seconds if release.seconds else '-'
-            tell('%4d  %s %8s  %s', number, origin_text(release), took,
+            origin = origin_text(release.commit, release.by, release.time)
+            tell('%4d  %s  %-8s %8s  %s', number, origin, release.how, took,
                  fate_text(release, live))
 
 def fate_text(release, live):
     """What became of a release. live: the Release that is, or None"""
     if live is not None and release.number == live.number:
-        return 'live'
+        if not live.again:
+            return 'live'
+        by, since = live.again
+        return 'live again since %s: rollback by %s' % (time_text(since), by)
     if release.failed:
         return 'failed: ' + release.failed
     return 'kept' if release.seconds is not None else 'under way'
@@ -5238,12 +5678,13 @@ def cmd_rollback(app, number=None):
         release = earlier_release(app, live, number)
         check_edited(app, live, release)
         step('Switching from release %d to %d', live.number, release.number)
-        report = apply(app, live, release)
+        again = [person(), round(app.host.clock.time(), 2)]
+        report = apply(app, live, release._replace(again=again))
         step('Release %d is live again: %s', release.number, report)
 
-        log('%s: rolled back from release %d to %d of %s', app.name, live.number,
-            release.number, release.commit)
-    show_address(app, release)
+        log('%s: release %d of %s is live again: rollback from %d by %s', app.name,
+            release.number, release.commit, live.number, person())
+    show_address(app, release, own_connection())
 
 def earlier_release(app, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more.
@@ -5265,9 +5706,9 @@ def earlier_release(app, live, number):
 def cmd_rebuild(app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
     with live_app(app, 'rebuild') as live:
-        release = new_release(app, live.key, live.branch, live.commit)
+        release = new_release(app, live.branch, live.commit, person(), 'rebuild')
         make_release(app, live, release, ['--pull'] if pull else [])
-    after_push(app)
+    after_push(app, own_connection())
 
 # What only this server knows
 
@@ -5291,6 +5732,7 @@ def cmd_config(app, *changes, **options):
             show_config(before, 'values' in options)
         elif live is None:
             app.save_config(wanted)
+            log('%s: config %s by %s', app.name, ' '.join(changed), person())
             tell('%s: noted for its first push', app.name)
         else:
             release_config(app, live, wanted, changed)
@@ -5312,11 +5754,12 @@ def release_config(app, live, wanted, changed):
     branch = wanted.get('branch', live.branch)
     if 'branch' in changed and 'branch' not in wanted:
         branch = DEFAULT_BRANCHES[0]
-    release = new_release(app, live.key, branch, live.commit)
+    release = new_release(app, branch, live.commit, person(),
+                          'config ' + ' '.join(changed))
     make_release(app, live, release._replace(
-        config=wanted, image=live.image, job=live.job, proxy=live.proxy))
+        config=wanted, image=live.image, layers=live.layers, job=live.job,
+        proxy=live.proxy))
     clean_up(app, app.live())
-    log('%s: config changed: %s', app.name, ' '.join(changed))
 
 def change_config(config, changes, unset):
     """What words, KEY=VALUE or, to unset one, KEY, make of a config: a new one."""
@@ -5353,6 +5796,7 @@ def cmd_destroy(app, force=False, volumes=False):
         kept = app.docker.volumes_of(app.name)
         if kept and volumes:
             app.host.run(['docker', 'volume', 'rm'] + kept)
+        log('%s: destroy by %s', app.name, person())
     tell('%s is removed', app.name)
     for name in kept:
         tell('removed volume %s' if volumes else 'kept: docker volume rm %s', name)
@@ -5368,10 +5812,15 @@ def remove_app(app, live):
 
     for link in ('live', 'pending'):
         remove_file(app.folder(link))
+    layers = []
     for number in app.numbers():
-        drop(app, app.load(number))
+        release = app.load(number)
+        layers.extend(layers_of(release))
+        drop(app, release)
+    remove_layers(app, layers)
     app.docker.untag(app.name + ':plan')
-    app.host.run(['rm', '-rf', '--', app.folder(), app.repository(),
+    app.host.run(['rm', '-rf', '--', app.repository()], account=app.host.account())
+    app.host.run(['rm', '-rf', '--', app.folder(),
                   app.host.path('/var/cache/nginx', app.name)])
 
     others = [App(app.host, name) for name in list_apps(app.host)]

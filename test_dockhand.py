@@ -41,8 +41,8 @@ from lab import (
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
-    USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image, mode_in,
-    release, switch_steps)
+    USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
+    keys_text, mode_in, release, switch_steps)
 from moments import ACTS, RUNS, about_to, standing, trials, wrong
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
@@ -300,37 +300,84 @@ ssh-rsa BBBB another
 KEYS = [Key(*ONE + ('anna', ())), Key(*TWO + ('bob', ('blog', 'wiki')))]
 
 def test_authorized_keys_are_written_between_two_marks_and_read_again():
-    parts = ("ssh-rsa AAAA admin's own\n", KEYS, 'ssh-rsa BBBB another\n')
-    assert dh.render_authorized_keys(*parts) == KEYS_TEXT
-    assert dh.split_authorized_keys(KEYS_TEXT) == parts
+    lines = dh.read_authorized_keys(KEYS_TEXT)
+    assert dh.keys_in(lines) == KEYS
+    assert dh.render_authorized_keys(lines) == KEYS_TEXT
+    own = "ssh-rsa AAAA admin's own\n"
+    assert own + keys_text(*KEYS) + 'ssh-rsa BBBB another\n' == KEYS_TEXT
 
 @pytest.mark.parametrize('text', [
-    'ssh-rsa AAAA me\n\n# x\n', dh.to_text(b'# a\xe2\x80\xa8b\n'), '# a\x0cb\r\n'])
-def test_lines_outside_the_marks_are_left_alone(text):
-    before, keys, after = dh.split_authorized_keys(text)
-    assert dh.render_authorized_keys(before, keys, after).startswith(text)
-    cut = KEYS_TEXT.replace('# dockhand: end of keys\n', '') + text
-    assert dh.split_authorized_keys(cut)[1:] == (
-        KEYS, 'ssh-rsa BBBB another\n' + text)
-    assert dh.split_authorized_keys(text[:-1])[0] == text
+    'ssh-rsa AAAA me\n\n# x\n', dh.to_text(b'# a\xe2\x80\xa8b\n'), '# a\x0cb\r\n', ''])
+def test_lines_of_others_are_left_alone_wherever_they_stand(text):
+    for whole in (text, KEYS_TEXT + text, KEYS_TEXT.replace('command=', text + 'command=')):
+        lines = dh.read_authorized_keys(whole)
+        assert dh.render_authorized_keys(lines) == whole
+        added = dh.render_authorized_keys(dh.add_keys(lines, [THREE], 'carl', ()))
+        assert added.replace(keys_text(Key(*THREE + ('carl', ()))), '') == whole or (
+            added.replace(dh.make_key_line(Key(*THREE + ('carl', ()))).text + '\n', '')
+            == whole)
+    assert dh.render_authorized_keys(dh.read_authorized_keys(text + 'x')) == text + 'x\n'
+
+SERVES_BOB = 'command="/usr/local/bin/dockhand serve bob",no-pty ssh-rsa BBBB x'
+
+@pytest.mark.parametrize('line', [
+    SERVES_BOB, '\t ' + SERVES_BOB, 'no-pty,' + SERVES_BOB,
+    'from="192.0.2.1",' + SERVES_BOB, r'environment="A=\"x, y",' + SERVES_BOB,
+    'from="10.0.0.1, 10.0.0.2",COMMAND="exec /usr/local/bin/gitreceive serve bob" '
+    'ssh-rsa BBBB'])
+def test_a_line_that_reaches_serve_is_ours_wherever_it_stands(line):
+    for text in (line + '\n' + KEYS_TEXT, KEYS_TEXT + line + '\n',
+                 KEYS_TEXT.replace('command=', 'ssh-rsa CCCC x\n%s\ncommand=' % line, 1)):
+        lines = dh.read_authorized_keys(text)
+        assert Key('ssh-rsa', 'BBBB', 'bob', ()) in dh.keys_in(lines)
+        left = dh.render_authorized_keys(dh.remove_keys(lines, 'bob'))
+        assert 'serve bob' not in left and 'serve anna' in left
+
+@pytest.mark.parametrize('line', [
+    '# ' + SERVES_BOB, 'ssh-rsa BBBB command="/usr/local/bin/dockhand serve bob"',
+    'environment="command=/usr/local/bin/dockhand serve bob" ssh-rsa BBBB x',
+    'command="/usr/bin/other serve bob" ssh-rsa BBBB x',
+    'command="/usr/local/bin/dockhand serve" ssh-rsa BBBB x',
+    'command="/usr/local/bin/dockhand serve bob ssh-rsa BBBB x'])
+def test_a_line_that_does_not_reach_serve_is_not_ours(line):
+    assert dh.keys_in(dh.read_authorized_keys(line)) == []
+
+def test_other_options_of_a_line_stay_when_its_rights_change():
+    lines = dh.read_authorized_keys('from="192.0.2.1",' + SERVES_BOB)
+    assert dh.render_authorized_keys(dh.add_keys(lines, [], 'bob', ('blog', 'wiki'))) == (
+        'from="192.0.2.1",%s\n' % SERVES_BOB.replace(
+            'serve bob', 'serve bob blog wiki'))
+
+def test_a_key_that_logs_in_by_another_line_is_told():
+    text = '# ssh-rsa BBBB\nssh-rsa BBBB mine\n%s\n' % SERVES_BOB
+    lines = dh.read_authorized_keys(text)
+    assert dh.lines_that_log_in(lines, dh.keys_in(lines)) == [2]
+
+def added(*args):
+    return dh.keys_in(dh.add_keys(*args))
+
+def lines_of(keys):
+    return dh.read_authorized_keys(keys_text(*keys))
 
 def test_a_key_is_added_once():
-    once = dh.add_keys([], [ONE, ONE, TWO], 'anna', ())
+    once = added([], [ONE, ONE, TWO], 'anna', ())
     assert once == [Key(*ONE + ('anna', ())), Key(*TWO + ('anna', ()))]
-    assert dh.add_keys(once, [TWO], 'anna', ()) == once
+    assert added(lines_of(once), [TWO], 'anna', ()) == once
 
 def test_a_key_that_has_another_name_is_refused_with_that_name():
     assert 'known as "anna": dockhand remove-key anna' in refusal(
-        dh.add_keys, KEYS, [ONE], 'carl', ())
+        dh.add_keys, lines_of(KEYS), [ONE], 'carl', ())
 
 def test_new_rights_are_those_of_every_key_of_the_name():
-    keys = dh.add_keys(KEYS, [THREE], 'bob', ('blog',))
+    keys = added(lines_of(KEYS), [THREE], 'bob', ('blog',))
     assert [(key.name, key.apps) for key in keys] == [
         ('anna', ()), ('bob', ('blog',)), ('bob', ('blog',))]
 
 def test_rights_longer_than_sshd_reads_are_refused():
-    key = Key('ssh-rsa', RSA, 'anna', ('a' * 40,) * 200)
-    assert 'too many apps' in refusal(dh.render_authorized_keys, '', [key], '')
+    assert 'too many apps' in refusal(
+        dh.add_keys, [], [('ssh-rsa', RSA)], 'anna', ('a' * 40,) * 200)
+    lines = [dh.make_key_line(Key('ssh-rsa', RSA, 'anna', ()))]
+    assert 'too many apps' in refusal(dh.add_keys, lines, [], 'anna', ('a' * 40,) * 200)
 
 def test_a_file_copied_from_the_server_gets_no_second_header():
     text = dh.headed('blog', 'job', 'exec x\n')
@@ -1390,6 +1437,13 @@ REJECT = '''server {
 }
 '''
 PLAIN_ALL, OLD_ALL = CATCH_ALL % ('', ''), CATCH_ALL % (' default_server', '')
+HEAD, _, REST = PLAIN_ALL.partition('server')
+TOLD_ALL = HEAD + '''map $uri $dockhand_token {
+    default "";
+    /.well-known/dockhand abcd1234;
+}
+add_header X-Dockhand $dockhand_token always;
+server''' + REST
 V6 = '\n    listen [::]:80%s;'
 
 @pytest.mark.parametrize('text, version, ipv6, expected', [
@@ -1409,27 +1463,34 @@ V6 = '\n    listen [::]:80%s;'
 def test_the_catch_all_listens_where_the_apps_do(text, version, ipv6, expected):
     assert dh.render_catch_all(dh.servers_of(blocks(text)), version, ipv6) == expected
 
+@pytest.mark.parametrize('version, text', [
+    ((1, 24, 0), TOLD_ALL), ((1, 7, 5), TOLD_ALL), ((1, 7, 4), PLAIN_ALL)])
+def test_the_catch_all_tells_this_server_from_others_where_nginx_can(version, text):
+    assert dh.render_catch_all([], version, False, 'abcd1234') == text
+
 @table('text, address', r'''
     {Blog.org 80}         => http://blog.org/
-    {a 443 ssl}           => https://a/
-    {a 8081}              => http://a:8081/
-    {_ 80 default_server} => http://{HOST}/
-    {*.a}\n{b}            => http://b/
+    {a.org 443 ssl}       => https://a.org/
+    {a.org 8081}          => http://a.org:8081/
+    {_ 80 default_server} => http://192.0.2.2/
+    {a 81}                => curl -H 'Host: a' http://192.0.2.2:81/
+    {*.a}\n{b}            => curl -H 'Host: b' http://192.0.2.2/
     {~^w+$}               => ports 25:25
     {a unix:/x}           => ports 25:25
     {.a.org}              => http://a.org/
-    {_}                   => ports 25:25'''.replace('{HOST}', os.uname()[1]))
+    {_}                   => ports 25:25''')
 def test_the_address_is_what_a_person_would_type(text, address):
     job = '#\nexec docker run -p 25:25 a'
-    assert dh.address_text(release(job=job, proxy=blocks(text), **OF_A_JOB)) == address
+    made = release(job=job, proxy=blocks(text), **OF_A_JOB)
+    assert dh.address_text(made, '192.0.2.2') == address
 
 @table('domains, address', '''
-    blog blog.*          => http://blog.ANY.DOMAIN/
+    blog blog.*          => curl -H 'Host: blog' http://[::1]/
     blog blog.org *.org  => http://blog.org/
     www.blog.org blog.*  => http://www.blog.org/''')
 def test_the_address_is_one_that_may_lead_somewhere(domains, address):
     proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
-    assert dh.address_text(release(proxy=proxy)) == address
+    assert dh.address_text(release(proxy=proxy), '::1') == address
 
 GENERATED = '''server {{
     listen 80{2};{3}
@@ -1517,12 +1578,12 @@ def owner_of(path):
 
 def test_a_file_is_replaced_whole_and_only_when_it_differs(tmpdir):
     path = str(tmpdir.join('x.conf'))
-    assert dh.replace_file(path, 'one', 0o640, OWN) is True
-    assert (mode_of(path), owner_of(path)) == ('640', (USER, GROUP))
+    assert dh.replace_file(path, 'one', 0o640) is True
+    assert mode_of(path) == '640'
     first = os.stat(path).st_ino
-    assert dh.replace_file(path, 'one', 0o640, OWN) is False
+    assert dh.replace_file(path, 'one', 0o640) is False
     assert os.stat(path).st_ino == first
-    assert dh.replace_file(path, 'one', 0o600, OWN) is True and mode_of(path) == '600'
+    assert dh.replace_file(path, 'one', 0o600) is True and mode_of(path) == '600'
     with open(path) as kept:
         assert dh.replace_file(path, 'two') is True and mode_of(path) == '644'
         assert kept.read() == 'one' and dh.read_file(path) == 'two'
@@ -1536,7 +1597,7 @@ def test_a_file_is_checked_before_it_takes_the_place_of_the_old(tmpdir):
         assert not new.endswith('.conf') and os.path.dirname(new) == str(tmpdir)
         raise Failure('no')
     dh.replace_file(path, 'one')
-    assert refusal(dh.replace_file, path, 'two', 0o440, None, check) == 'no'
+    assert refusal(dh.replace_file, path, 'two', 0o440, check) == 'no'
     assert seen == [('two', 'one', '440')]
     assert dh.read_file(path) == 'one' and os.listdir(str(tmpdir)) == ['x.conf']
 
@@ -2230,15 +2291,19 @@ ERAS = {
     '1535d37': (OLDEST, PROXY_HEADER, False),
     'e130873': (OLDEST + ' seconds failed', PROXY_HEADER, True),
     '5d7cafb': (OLDEST + ' seconds failed config port web volumes address',
+                PROXY_HEADER, True),
+    'fa6cd42': (OLDEST + ' seconds failed turn config port web volumes address',
                 PROXY_HEADER, True)}
 RECORD = '/var/lib/dockhand/apps/blog/releases/%d/release.json'
-in_each_era = pytest.mark.parametrize('era', ['5e9521c', '1535d37', 'e130873', '5d7cafb'])
+in_each_era = pytest.mark.parametrize('era', [
+    '5e9521c', '1535d37', 'e130873', '5d7cafb', 'fa6cd42'])
 
 def write_down_again(machine, number, era, **changes):
     """Make a release's folder what a dockhand of that era would have written."""
     keys, header, has_ref = ERAS[era]
     path = RECORD % number
     record = dict(json.loads(machine.read(path)), **changes)
+    record.setdefault('key', record.get('by'))
     machine.write(path, json.dumps(dict((key, record[key]) for key in keys.split())))
     folder = os.path.dirname(path)
     proxies = [folder + '/nginx-proxy.conf']
@@ -2246,7 +2311,7 @@ def write_down_again(machine, number, era, **changes):
         proxies.append('/etc/nginx/conf.d/blog.conf')
     for path in proxies:
         machine.write(path, machine.read(path).replace(PROXY_HEADER, header))
-    if era != '5d7cafb':
+    if 'config' not in keys:
         dh.remove_file(machine.host.path(folder, 'env'))
     if not has_ref:
         machine.refs.pop('refs/dockhand/%d' % number, None)
@@ -2263,8 +2328,10 @@ def listed(machine, capfd):
     """{number: what `releases` says became of it}."""
     capfd.readouterr()
     dh.cmd_releases(machine.app)
+    rows = [re.sub(' again since .*: rollback by root', ' again', line)
+            for line in capfd.readouterr().out.splitlines()]
     return dict((int(line.split()[0]), re.split(r' s  |-  ', line, maxsplit=1)[1].strip())
-                for line in capfd.readouterr().out.splitlines())
+                for line in rows)
 
 @in_each_era
 def test_a_release_of_an_earlier_dockhand_is_read_whole(machine, era):
@@ -2293,7 +2360,7 @@ def test_a_rollback_goes_to_what_an_earlier_dockhand_kept_and_back(machine, era,
     store_of(machine, era)
     dh.cmd_rollback(machine.app)
     assert machine.running() == ['sha256:FROMone'] and machine.refs[MAIN] == SHA
-    assert listed(machine, capfd) == {2: 'kept', 1: 'live'}
+    assert listed(machine, capfd) == {2: 'kept', 1: 'live again'}
     dh.cmd_rollback(machine.app)
     assert machine.running() == ['sha256:FROM222'] and machine.refs[MAIN] == SHA_2
     for number in (1, 2):       # not the years since it was pushed
@@ -2303,7 +2370,7 @@ def test_a_rollback_goes_to_what_an_earlier_dockhand_kept_and_back(machine, era,
 def test_a_push_after_an_earlier_dockhand_keeps_what_that_kept(machine, era, capfd):
     store_of(machine, era)
     machine.push(but('docker', 'FROM 333'), MAIN, SHA_2, SHA_3)
-    dh.after_push(machine.app)
+    dh.after_push(machine.app, None)
     assert listed(machine, capfd) == {3: 'live', 2: 'kept', 1: 'kept'}
     assert sorted(machine.images) == ['blog:1', 'blog:2', 'blog:3', 'blog:latest']
 
@@ -2415,7 +2482,7 @@ def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
     if machine.init == 'upstart':
         assert machine.read('/etc/init/blog.conf') == JOB_HEADER + FILES_2['upstart.conf']
     live = machine.app.live()
-    assert (live.number, live.commit, live.branch, live.key, live.image, live.proxy) == (
+    assert (live.number, live.commit, live.branch, live.by, live.image, live.proxy) == (
         2, SHA_2, 'main', 'anna', 'sha256:FROMtwo', proxy)
     assert not re.search(r'pending|override|build/blog|\.new', str(machine.files()))
     said = capfd.readouterr().err
@@ -2939,8 +3006,8 @@ def test_a_key_without_the_right_to_an_app_is_told_the_host_name_alone(plain, na
     with_wiki(plain)
     files = but('proxy', WEB.replace('blog.example.org', name))
     assert said in refusal(plain.push, files)
-    plain.write('/home/git/' + dh.KEYS, dh.render_authorized_keys(
-        '', [Key('ssh-ed25519', 'AAAA', 'anna', ('blog',))], ''))
+    plain.write('/home/git/' + dh.KEYS, keys_text(
+        Key('ssh-ed25519', 'AAAA', 'anna', ('blog',))))
     told = refusal(plain.push, files)
     assert 'wiki.*' not in told and 'wiki.conf' not in told and name in told
 
@@ -3035,7 +3102,7 @@ def test_what_is_still_to_be_put_back_is_neither_cleaned_up_nor_forgotten(plain)
     plain.lives(FILES)
     plain.broken['docker start'] = 9
     assert refusal(plain.push, FILES_2)
-    dh.after_push(plain.app)
+    dh.after_push(plain.app, None)
     plain.broken['docker start'] = 1
     dh.cmd_start(plain.app)
     assert plain.app.linked('pending').number == 2
@@ -3556,7 +3623,7 @@ def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
     pushed(machine, *[number * 40 for number in '234567'])
     machine.app.set_link('live', machine.app.load(3))
     capfd.readouterr()
-    dh.after_push(machine.app)
+    dh.after_push(machine.app, None)
     assert [each.number for each in machine.app.kept()] == [
         3, 7, 6, 5, 4]
     assert sorted(machine.images) == ['blog:%d' % number for number in range(3, 8)] + [
@@ -3567,18 +3634,22 @@ def test_five_releases_are_kept_and_what_goes_is_told(machine, capfd):
         'blog--%d' % number for number in range(3, 8)]
     err = capfd.readouterr().err
     assert re.search(r'-----> Release 1 is removed, \d+\.\d MB freed\n', err)
-    assert 'with what it wrote outside volumes: /srv/kept.db\n' in err
+    told = 'with what it wrote outside volumes: /srv/kept.db\n' in err
+    assert told == (machine.init != 'upstart')
 
 def test_what_a_failed_build_left_goes_with_the_next_clean_up(plain):
     pushed(plain, SHA_2)
     build = plain.docker_build
     plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
+    plain.images['<none>'] = {'Id': '0123456789ab'}
     for text, left in (('RUN fail', '0123456789ab'), ('FROM dies', 'sha256:FROMdies')):
         assert refusal(plain.push, but('docker', text), MAIN, SHA_2, SHA_3)
-        dh.after_push(plain.app)
-        assert [line for line in plain.done if 'rmi' in line][-1] == 'docker rmi ' + left
-        dh.after_push(plain.app)
-    assert len([line for line in plain.done if line.startswith('docker rmi ')]) == 4
+        plain.images['<none> too'] = {'Id': 'sha256:FROMdies'}      # its tag is gone
+        dh.after_push(plain.app, None)
+        removed = [line for line in plain.done if re.match('docker rmi [0s]', line)]
+        assert left in removed[-1]
+        dh.after_push(plain.app, None)
+    assert len(removed) == 2
     assert [each.number for each in plain.app.kept()] == [2, 1]
 
 def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
@@ -3587,23 +3658,195 @@ def test_a_failed_build_takes_no_image_along_that_has_a_name(plain):
     plain.docker_build = lambda *words: plain.each(' ---> 0123456789ab') or build(*words)
     plain.images['base:1'] = {'Id': '0123456789ab', 'RepoTags': ['base:1']}
     assert refusal(plain.push, but('docker', 'RUN fail'), MAIN, SHA_2, SHA_3)
-    dh.after_push(plain.app)
+    dh.after_push(plain.app, None)
     assert 'docker rmi 0123456789ab' not in plain.done
 
 def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
     pushed(plain, *[number * 40 for number in '23456'])
     dh.cmd_rollback(plain.app, '2')
     plain.push(but('docker', 'FROM 7'), MAIN, '2' * 40, '7' * 40)
-    dh.after_push(plain.app)
+    dh.after_push(plain.app, None)
     assert [each.number for each in plain.app.kept()] == [
         7, 2, 6, 5, 4]
     assert dh.earlier_release(plain.app, plain.app.live(), None
                               ).number == 2
 
+@table('images, kept', '''
+    ABCDEFG   => ABCDE
+    AAAAAAB   => AA....B
+    ABABABC   => ABAB..C
+    ABCDEFA   => ABCDE.A
+    AAABBBCCC => AA.BB.CC.
+    A         => A''')
+def test_releases_of_the_last_five_images_are_kept_and_two_of_one(images, kept):
+    releases = [release(number=number, image=image)
+                for number, image in enumerate(images)]
+    assert [each.number for each in dh.worth_keeping(releases)] == [
+        number for number, letter in enumerate(kept) if letter != '.']
+
+def test_changes_of_config_leave_the_way_back_to_an_earlier_commit(plain):
+    pushed(plain, SHA_2, SHA_3)
+    for number in range(7):
+        dh.cmd_config(plain.app, 'A=%d' % number)
+    assert [each.commit for each in plain.app.kept()] == [SHA_3, SHA_3, SHA_2, SHA]
+    dh.cmd_rollback(plain.app, '1')
+    assert plain.app.live().commit == SHA
+
+STAGES = '''Step 1/12 : FROM scratch AS tools
+ --->
+Step 2/12 : COPY busybox /bin/
+ ---> aaaaaaaaaa01
+Step 3/12 : FROM tools AS build
+ ---> aaaaaaaaaa01
+Step 4/12 : COPY v /src/v
+ ---> Using cache
+ ---> aaaaaaaaaa02
+Step 5/12 : RUN make
+ ---> Running in cccccccccccc
+Removing intermediate container cccccccccccc
+ ---> aaaaaaaaaa03
+Step 6/12 : from debian
+ ---> bbbbbbbbbbbb
+Step 7/12 : FROM scratch
+ --->
+Step 8/12 : COPY --from=build /v /v
+ ---> aaaaaaaaaa04'''
+
+def test_the_last_layer_of_each_stage_is_known_and_what_it_starts_from_is_not_ours():
+    reader = dh.StageReader()
+    for line in STAGES.split('\n'):
+        reader.hear(line)
+    assert reader.layers == ['aaaaaaaaaa01', 'aaaaaaaaaa03', 'aaaaaaaaaa04']
+
+DISK_USAGE = '''ID:\t\tv4r0royvsy1tm9v8k7yqed7ou
+Created at:\t2026-11-28 21:44:48.85805167 +0000 UTC
+Mutable:\ttrue
+Size:\t\t1.982MB
+Description:\tlocal source for context
+Usage count:\t%d
+Last used:\t6 seconds ago
+Type:\t\tsource.local
+
+ID:\t\tjc3slvb44689epfy346e164tw
+Parent:\t\tv4r0royvsy1tm9v8k7yqed7ou
+Usage count:\t1
+Type:\t\tregular
+%s
+Shared:\t\t1.982MB
+Total:\t\t4.374MB
+'''
+
+def test_what_buildx_keeps_is_read_with_how_often_it_was_used():
+    assert dh.read_build_cache(DISK_USAGE % (2, '')) == {
+        'v4r0royvsy1tm9v8k7yqed7ou': 2, 'jc3slvb44689epfy346e164tw': 1}
+    assert dh.read_build_cache('') == {}
+
+class Builder(Machine):
+    """A Machine whose builds leave a layer each for the stages of the Dockerfile: `KEPT x`
+    is one that does not change."""
+    def docker_build(self, *words):
+        result = Machine.docker_build(self, *words)
+        text = dh.read_file(os.path.join(words[-1], 'Dockerfile'))
+        for stage in re.findall('STAGE (\\w+)', text):
+            self.images['<none>' + stage] = {'Id': stage}
+            for line in ('Step 1 : FROM x', ' ---> dddddddddddd', ' ---> ' + stage):
+                self.each(line)
+        return result
+
+    def docker_rmi(self, _, *words):
+        for word in words:
+            if '<none>' + word in self.images:
+                del self.images['<none>' + word]
+            elif word != '--no-prune' and Machine.docker_rmi(self, word):
+                return Result(1, '', 'Error response from daemon: No such image: x\n')
+
+    def stages(self):
+        return sorted(name[6:] for name in self.images if name.startswith('<none>'))
+
+def staged(name, *stages):
+    return an_app(name, 'EXPOSE 8000\n' + ' '.join('STAGE ' + stage for stage in stages))
+
+SAME, OTHER, OTHER_2, OTHER_3, OTHER_4 = [digit * 12 for digit in 'abcde']
+
+def test_the_stages_of_earlier_builds_go_and_those_of_the_live_one_stay(tmpdir):
+    machine = Builder(tmpdir)
+    machine.nginx()
+    machine.push(staged('one', SAME, OTHER), old=ZERO, new=SHA)
+    dh.after_push(machine.app, None)
+    assert machine.stages() == [SAME, OTHER]
+    machine.push(staged('two', SAME, OTHER_2))
+    dh.after_push(machine.app, None)
+    assert machine.stages() == [SAME, OTHER_2]
+    dh.cmd_config(machine.app, 'A=1')                   # which builds nothing
+    assert machine.stages() == [SAME, OTHER_2]
+    assert refusal(machine.push, staged('fail', SAME, OTHER_3), MAIN, SHA_2, SHA_3)
+    assert machine.stages() == [SAME, OTHER_2, OTHER_3]  # the mended one begins there
+    machine.push(staged('three', SAME, OTHER_4), MAIN, SHA_2, '4' * 40)
+    dh.after_push(machine.app, None)
+    assert machine.stages() == [SAME, OTHER_4]
+    assert refusal(machine.push, staged('plan', SAME, OTHER_3), 'refs/heads/plan', ZERO,
+                   '5' * 40)
+    assert machine.stages() == [SAME, OTHER_4]
+    dh.cmd_destroy(machine.app, force=True)
+    assert machine.stages() == []
+
+def test_a_stage_that_another_app_has_too_stays(tmpdir):
+    machine = Builder(tmpdir)
+    machine.nginx()
+    machine.push(staged('one', SAME), old=ZERO, new=SHA)
+    other = dh.App(machine.host, 'wiki')
+    other.save(release(app='wiki', number=1, layers=[SAME], seconds=1))
+    other.set_link('live', release(number=1))
+    machine.push(staged('two', OTHER))
+    dh.after_push(machine.app, None)
+    assert machine.stages() == [SAME, OTHER]
+
+def test_what_buildx_made_for_earlier_builds_goes_by_id(tmpdir, monkeypatch):
+    machine = Machine(tmpdir)
+    machine.write('/usr/libexec/docker/cli-plugins/docker-buildx', '')
+    known = {}
+
+    def buildx(*words):
+        assert words == ('buildx', 'du', '--verbose')
+        return '\n\n'.join('ID: %s\nUsage count: %d' % each for each in known.items())
+    machine.docker_buildx = buildx
+    machine.docker_builder = lambda *words: None
+    same, first, second, foreign = [letter * 25 for letter in 'abcd']
+    known[foreign] = 1
+    build = machine.docker_build
+
+    def building(*words):
+        known[same] = known.get(same, 0) + 1
+        known[second if first in known else first] = 1
+        return build(*words)
+    machine.docker_build = building
+    machine.nginx()
+    machine.push(an_app('one'), old=ZERO, new=SHA)
+    machine.push(an_app('two'))
+    dh.after_push(machine.app, None)
+    assert [line for line in machine.done if 'builder' in line] == [
+        'docker builder prune -f --filter id=/(%s)/' % first]
+    assert sorted(machine.app.live().layers) == [same, second]
+
+@pytest.mark.parametrize('mounted, diff, written', [
+    (['/data'], 'A /data', []), (['/var/lib/x'], 'A /var\nA /var/lib\nA /var/lib/x', []),
+    (['/data'], 'A /data\nA /data2', ['/data2']),
+    ([], 'C /usr\nC /usr/sbin\nA /usr/sbin/docker-init', []),
+    ([], 'C /sbin\nA /sbin/docker-init\nA /.dockerenv\nA /run/x\nC /tmp', []),
+    ([], 'C /app\nC /app/__pycache__\nA /app/__pycache__/a.pyc', []),
+    ([], 'C /etc\nA /etc/hosts\nA /etc/resolv.conf\nC /root\nC /root/.cache/x', []),
+    ([], 'C /etc\nC /etc/passwd\nC /srv\nA /srv/kept.db', ['/etc/passwd', '/srv/kept.db'])])
+def test_only_what_somebody_may_miss_is_told_of_a_container_that_goes(
+        plain, mounted, diff, written):
+    plain.docker_diff = lambda _, name: diff
+    plain.containers['x'] = {'Id': 'x', 'Mounts': [{'Destination': path}
+                                                   for path in mounted]}
+    assert plain.host.docker.written_files('x') == written
+
 def test_a_release_whose_image_a_container_uses_stays(plain, capfd):
     pushed(plain, *[number * 40 for number in '23456'])
     plain.docker_rmi = lambda *words: Result(1, '', 'conflict: container x is using it\n')
-    dh.after_push(plain.app)
+    dh.after_push(plain.app, None)
     assert 'Release 1 stays: a container uses its image\n' in capfd.readouterr().err
     assert plain.app.numbers() == [1, 2, 3, 4, 5, 6]
     assert plain.refs['refs/dockhand/1'] == SHA
@@ -3636,7 +3879,9 @@ def test_what_is_not_part_of_a_push_is_noted(plain, capfd):
 
 @table('name, said', '''
     here.org => -----> blog: http://here.org:{0}/ answers 418
-    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://192.0.2.2:{0}''')
+    there.org => -----> blog answers 418: curl -H 'Host: there.org' http://HOST:{0}/
+    there.org => there.org leads to 192.0.2.7: point it here in DNS
+    nowhere.org => nowhere.org leads nowhere yet: point it here in DNS''')
 def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
     listener = socket.socket()
     listener.bind(('127.0.0.1', 0))
@@ -3651,7 +3896,7 @@ def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
     thread = threading.Thread(target=answer)
     thread.start()
     plain.lives(but('proxy', 'server { listen %d; server_name %s; }' % (port, name)))
-    dh.after_push(plain.app)
+    dh.after_push(plain.app, None)
     thread.join()
     listener.close()
     assert said.format(port) in capfd.readouterr().err
@@ -3659,6 +3904,97 @@ def test_a_push_ends_with_an_address_that_was_fetched(plain, capfd, name, said):
                                  'Connection: close\r\n\r\n' % name)]
     assert plain.head == 'refs/heads/main'
     assert dh.fetch_status(Host(), name, port).startswith('nothing (')
+
+@table('client, server, told', '''
+    198.51.100.7 => 203.0.113.7 => blog: http://blog.203-0-113-7.sslip.io/ answers 200
+    198.51.100.7 => 203.0.113.8 => blog answers 200: curl -H 'Host: blog' http://203.0.113.8/
+    198.51.100.7 => 10.0.0.5    => blog answers 200: curl -H 'Host: blog' http://HOST/
+    10.0.0.9     => 10.0.0.5    => blog answers 200: curl -H 'Host: blog' http://10.0.0.5/
+    2001:db8::9  => 2001:db8::1 => blog: http://blog.2001-db8--1.sslip.io/ answers 200
+    fd00::9      => fd00::1     => blog answers 200: curl -H 'Host: blog' http://[fd00::1]/
+    x            => 203.0.113.7 => blog answers 200: curl -H 'Host: blog' http://HOST/''')
+def test_a_link_leads_to_the_address_that_the_pusher_came_to(
+        plain, capfd, client, server, told):
+    plain.lives(ONE_WEB)
+    plain.here = server
+    dh.receive(plain.host, 'post-receive', 'blog', 'anna',
+               '%s 50000 %s 22' % (client, server))
+    err = capfd.readouterr().err
+    assert '-----> %s\n' % told in err
+    assert '172.17' not in err
+
+@table('text', '''
+    \\_
+    198.51.100.7 1 203.0.113.7
+    198.51.100.7 1 203.0.113.7 22 x
+    198.51.100.7 1 203.0.113.7; 22
+    198.51.100.7 1 $(id) 22
+    198.51.100.7 1 203.0.113 22
+    198.51.100.7 1 fe80::1%eth0 22''')
+def test_what_is_no_ssh_connection_is_none(text):
+    assert dh.parse_connection(text.strip()) is None
+    assert dh.parse_connection('198.51.100.7 1 203.0.113.7 22') == (
+        '198.51.100.7', '203.0.113.7')
+
+@each('address', '''10.1.2.3 127.0.0.1 169.254.1.1 172.16.0.1 172.31.255.255 192.168.0.1
+    100.64.0.1 100.127.0.1 ::1 fe80::1 febf::1 fc00::1 fdff::1''')
+def test_only_neighbours_reach_a_private_address(address):
+    assert dh.is_private(address)
+
+@each('address', '''11.1.2.3 128.0.0.1 169.253.1.1 172.15.0.1 172.32.0.1 192.167.0.1
+    100.63.0.1 100.128.0.1 2001:db8::1 fec0::1 fb00::1 ::''')
+def test_the_world_reaches_any_other(address):
+    assert not dh.is_private(address)
+
+@pytest.mark.parametrize('answer, proxy, is_wrong', [
+    ('200 OK\r\nX-Dockhand: abcd1234', '', False),
+    ('404 No\r\nx-dockhand:abcd1234', '', False),
+    ('301 Moved\r\nLocation: https://there.org/', '', False),
+    ('404 No\r\nX-Dockhand: ffff0000', '', True), ('200 OK', '', True),
+    ('200 OK', 'add_header X-A b;', False), ('', 'add_header X-A b;', True)])
+def test_a_name_that_leads_elsewhere_is_wrong_only_where_it_does_not_come_back(
+        plain, capfd, answer, proxy, is_wrong):
+    """By way of a cache, or of a router that this server is behind."""
+    plain.write(dh.TOKEN_FILE, 'abcd1234\n')
+    plain.lives(but('proxy', 'server { listen 80; server_name there.org; %s }' % proxy))
+    asked = []
+
+    def connect(place, timeout):
+        connection = Machine.connect(plain, ('127.0.0.1', 80), timeout)
+        if place == ('192.0.2.7', 80):
+            connection = Heard(asked, 'HTTP/1.1 %s\r\n\r\n' % answer if answer else '')
+        return connection
+    plain.host.connect = connect
+    dh.after_push(plain.app, None)
+    err = capfd.readouterr().err
+    assert ('there.org leads to 192.0.2.7' in err) == is_wrong
+    assert ('blog: http://there.org/ answers 200' in err) != is_wrong
+    assert asked[0].startswith('GET /.well-known/dockhand HTTP/1.1\r\nHost: there.org\r\n')
+
+class Heard(object):
+    """A connection that notes what it is asked, and gives one answer."""
+    def __init__(self, asked, answer):
+        self.asked, self.answer = asked, dh.to_bytes(answer)
+
+    def settimeout(self, seconds):
+        pass
+
+    def sendall(self, data):
+        self.asked.append(dh.to_text(data))
+
+    def recv(self, size):
+        return self.answer
+
+    def close(self):
+        pass
+
+def test_a_token_is_made_once(plain):
+    dh.cmd_install(plain.host)
+    token = plain.read(dh.TOKEN_FILE)
+    assert re.match(r'[0-9a-f]{16}\n\Z', token)
+    assert token.strip() in plain.read('/etc/nginx/conf.d/000-dockhand.conf')
+    dh.cmd_install(plain.host)
+    assert plain.read(dh.TOKEN_FILE) == token
 
 @table('more, said, port, address', """
     EXPOSE 3000 => a web app: nginx passes requests to its port 3000 => 3000 => 10.86.0.2
@@ -3731,7 +4067,7 @@ def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, sai
     update blog -x refs/heads/main {0} {0}
     post-receive blog
     post-receive Blog anna
-    post-receive blog anna x
+    post-receive blog anna x y
     nonsense blog anna
     --help blog anna''', '')
 def test_root_checks_again_what_the_git_user_asks(words):
@@ -3785,7 +4121,7 @@ INSTALLED = [
     (RECEIVE, '755', LAUNCHER.format('receive')),
     ('/etc/sudoers.d/dockhand', '440', 'git ALL=(root) NOPASSWD: %s\n' % RECEIVE),
     (TEMPLATE + '/hooks/update', '755', HOOK.format('update', ' "$@"')),
-    (TEMPLATE + '/hooks/post-receive', '755', HOOK.format('post-receive', '')),
+    (TEMPLATE + '/hooks/post-receive', '755', HOOK.format('post-receive', ' "$SSH_CONNECTION"')),
     (TEMPLATE + '/config', '644', '''[core] bare = true
 [core] hooksPath = hooks
 [receive] shallowUpdate = true
@@ -3796,7 +4132,7 @@ INSTALLED = [
 [gc] bigPackThreshold = 32m
 [gc] autoDetach = false
 '''),
-    ('/etc/nginx/conf.d/000-dockhand.conf', '644', PLAIN_ALL)]
+    ('/etc/nginx/conf.d/000-dockhand.conf', '644', TOLD_ALL)]
 BOOT = {'none': [], 'upstart': [('/etc/init/dockhand-recover.conf', '644', '''\
 description "dockhand: put right what a crash left of a deploy"
 start on started docker
@@ -3818,6 +4154,7 @@ def fresh(request, tmpdir):
     return Machine(tmpdir, request.param)
 
 def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capfd):
+    fresh.write(dh.TOKEN_FILE, 'abcd1234\n')
     dh.cmd_install(fresh.host)
     for path, mode, text in INSTALLED + BOOT[fresh.init]:
         assert (fresh.read(path), mode_of(fresh.host.path(path))) == (text, mode), path
@@ -4002,10 +4339,48 @@ def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
     assert [line.split()[::3] for line in capfd.readouterr().out.splitlines()] == [
         ['anna', '(every'], ['bob', 'blog']]
     dh.cmd_remove_key(plain.host, 'anna')
-    assert dh.split_authorized_keys(plain.read(KEYS_FILE)) == (
-        "ssh-rsa AAAA admin's own\n", KEYS[1:], '')
+    assert plain.read(KEYS_FILE) == "ssh-rsa AAAA admin's own\n" + keys_text(KEYS[1])
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root has rights to give up')
+@pytest.mark.parametrize('link, target', [
+    ('.ssh', '/etc/ssh'), ('.ssh/authorized_keys', '/etc/shadow'),
+    ('.ssh/.authorized_keys.new', '/etc/shadow'), ('blog.git', '/etc/ssh'),
+    ('blog.git/hooks', '/etc/ssh'), ('blog.git/hooks/update', '/etc/shadow')])
+def test_root_follows_no_link_of_the_git_user(plain, link, target):
+    plain.lives(ONE_WEB)
+    for path in ('/etc/ssh/index.lock', '/etc/shadow', '/etc/ssh/refs/heads/main.lock',
+                 '/etc/ssh/authorized_keys', '/etc/ssh/hooks/update', '/etc/ssh/update'):
+        plain.write(path, "root's own\n")
+        os.chmod(plain.host.path(path), 0o600)
+    plain.write('/home/git/blog.git/hooks/update', 'old\n')
+    path = plain.host.path('/home/git', link)
+    shutil.rmtree(path, ignore_errors=True)
+    dh.remove_file(path)
+    os.symlink(plain.host.path(target), path)
+    before = dict((name, about) for name, about in plain.files().items()
+                  if name.startswith('/etc/s'))
+
+    acts = [functools.partial(upload, plain, LINE, 'bob'),
+            functools.partial(dh.cmd_install, plain.host),
+            functools.partial(dh.cmd_remove_key, plain.host, 'anna'),
+            functools.partial(dh.cmd_recover, plain.host),
+            functools.partial(dh.cmd_destroy, plain.app, force=True)]
+    for act in acts:
+        dh.attempt(link, act)
+        now = plain.files()
+        assert [name for name in before if now.get(name) != before[name]] == []
+        assert "root's own" not in [about[0] for name, about in now.items()
+                                    if name.startswith('/home')]
+
+def test_a_key_that_goes_but_still_logs_in_is_told(plain, capfd):
+    plain.write(KEYS_FILE, 'ssh-ed25519 %s mine\n%s' % (ED, KEYS_TEXT))
+    dh.cmd_remove_key(plain.host, 'anna')
+    assert capfd.readouterr().out == (
+        'anna may push no longer\nbut /home/git/.ssh/authorized_keys:1 is not of '
+        'dockhand, and lets the same key log in as git\n')
 
 @pytest.mark.parametrize('text, words', [
+    (LINE + LINE_2, ['anna']), (LINE.split(' anna')[0] + ' x' + LINE_2, ['anna']),
     (LINE + '\nno', ['anna']), ('#' * 300000, ['anna']), (LINE_2, ['anna']),
     (LINE_3, ['-x']), (LINE, ['anna', 'Blog']), (LINE, ['anna'] + ['a' * 40] * 300)])
 def test_an_upload_that_is_refused_changes_no_key(plain, text, words):
@@ -4057,16 +4432,74 @@ def test_a_first_release_has_none_to_go_back_to(plain):
     assert refusal(dh.cmd_rollback, plain.app) == (
         'no other release to go back to: see dockhand releases blog')
 
+def made_by(machine):
+    """[(who, what)] of its releases, as they were written down."""
+    releases = [machine.app.load(number) for number in machine.app.numbers()]
+    return [(each.by, each.how) for each in releases]
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What goes to the system's log."""
+    lines = []
+    import syslog
+    monkeypatch.setattr(syslog, 'syslog', lines.append)
+    return lines
+
+@pytest.mark.parametrize('environment, name', [
+    ({}, 'root'), ({'SUDO_USER': 'carl'}, 'carl'), ({'DOAS_USER': 'carl'}, 'carl'),
+    ({'SUDO_USER': 'ca\nrl'}, 'ca?rl')])
+def test_who_did_what_is_written_down(plain, logged, monkeypatch, environment, name):
+    for variable in ('SUDO_USER', 'DOAS_USER'):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in environment:
+        monkeypatch.setenv(variable, environment[variable])
+    plain.lives(ONE_WEB)
+    plain.push(TWO_WEB)
+    dh.cmd_config(plain.app, 'domains=a.org', 'A=1')
+    dh.cmd_rebuild(plain.app)
+    dh.cmd_rollback(plain.app, '3')
+    assert made_by(plain) == [('anna', 'push'), (name, 'config A domains'),
+                              (name, 'rebuild')]
+    assert plain.app.live().again[0] == name
+    for act in (dh.cmd_stop, dh.cmd_start, dh.cmd_restart):
+        act(plain.app)
+    dh.cmd_destroy(plain.app, force=True)
+    said = [re.sub('[0-9a-f]{40}', 'ID', line) for line in logged]
+    assert said == ['blog: ' + line % {'who': name} for line in '''
+        release 2 of ID is live: push by anna
+        release 3 of ID is live: config A domains by %(who)s
+        release 4 of ID is live: rebuild by %(who)s
+        release 3 of ID is live again: rollback from 4 by %(who)s
+        stop by %(who)s
+        start by %(who)s
+        restart by %(who)s
+        start by %(who)s
+        destroy by %(who)s'''.split('\n        ')[1:]]
+
+def test_a_rollback_says_who_went_back_and_since_when(plain, capfd):
+    pushed(plain, SHA_2)
+    dh.cmd_rollback(plain.app)
+    capfd.readouterr()
+    dh.cmd_releases(plain.app)
+    assert re.search(r'(?m)^   1 .* anna +push .* live again since [\d-]+ [\d:]+: '
+                     'rollback by root$', capfd.readouterr().out)
+    dh.cmd_apps(plain.host)
+    assert re.search(r' 1{10}  \d{4}-\d\d-\d\d \d\d:\d\d  root ', capfd.readouterr().out)
+    dh.cmd_rollback(plain.app)
+    capfd.readouterr()
+    dh.cmd_releases(plain.app)
+    assert re.search('(?m)^   1 .* kept$', capfd.readouterr().out)
+
 def test_releases_are_listed_with_what_became_of_them(plain, capfd):
     pushed(plain, SHA_2)
     assert refusal(plain.push, but('job', 'x\n'), MAIN, SHA_2, SHA_3)
     capfd.readouterr()
     dh.cmd_releases(plain.app)
     lines = capfd.readouterr().out.splitlines()
-    assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +-  failed: '
+    assert re.match(r'   3  3{10}  \d{4}-\d\d-\d\d \d\d:\d\d  anna +push +-  failed: '
                     'upstart.conf:1: `x`: an unknown stanza', lines[0])
-    assert re.match(r'   2  2{10}  .*  anna +\d+\.\d s  live\Z', lines[1])
-    assert re.match(r'   1  1{10}  .*  anna +2\.5 s  kept\Z', lines[2])
+    assert re.match(r'   2  2{10}  .*  anna +push +\d+\.\d s  live\Z', lines[1])
+    assert re.match(r'   1  1{10}  .*  anna +push +2\.5 s  kept\Z', lines[2])
     assert 'no app wiki is live here' in refusal(dh.cmd_releases,
                                                  dh.App(plain.host, 'wiki'))
 
@@ -4244,8 +4677,8 @@ def test_changes_of_config_do_not_pile_up_releases(plain):
         dh.Containers(plain.app).prepare(new)
     dh.cmd_config(plain.app, 'A=1')
     kept = [each.number for each in plain.app.kept()]
-    assert len(kept) == 5 and kept[0] == 7
-    assert len(plain.containers) == 5
+    assert kept == [7, 1]
+    assert sorted(plain.containers) == ['blog--1', 'blog--7']
 
 def test_a_job_app_finds_its_config_as_a_file(machine):
     path = '/var/lib/dockhand/apps/blog/env'
@@ -4404,7 +4837,7 @@ def dead(machine):
     (says('sshd', 'authorizedkeysfile /k\n'), 'sshd is /k, without .ssh/authorized_keys',
      'sshd_config'),
     (gone(KEYS_FILE), 'no key may push', 'dockhand upload-key NAME'),
-    (edited(KEYS_FILE, dh.render_authorized_keys('', [], '')), 'no key may push', 'upload'),
+    (edited(KEYS_FILE, keys_text()), 'no key may push', 'upload'),
     (no_longer_run(TEMPLATE + '/hooks/update'), 'hooks/update is not as', 'install'),
     (edited('/etc/nginx/conf.d/000-dockhand.conf'), '000-dockhand.conf', 'install'),
     (broken('nginx -t'), 'broken on purpose', 'nginx -t'),
@@ -4558,8 +4991,6 @@ a web app, rolled back
     ss
     docker  update, stop
     git     cat-file, rev-list, update-ref
-    getent
-    hostname
 '''
 
 COMMANDS_WITH_VERBS = ('docker', 'git', 'initctl', 'ip', 'nginx', 'systemctl')

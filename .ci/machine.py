@@ -85,11 +85,17 @@ class NginxConnection(object):
         self.status = '403' if denied else self.machine.answers.get(name, '200')
 
     def recv(self, size):
-        line = 'HTTP/1.1 %s\r\n' % self.status if self.status.isdigit() else ''
-        return dh.to_bytes(line)
+        answer = 'HTTP/1.1 %s\r\n\r\n' % self.status if self.status.isdigit() else ''
+        return dh.to_bytes(answer)
 
     def close(self):
         pass
+
+def open_to_all(folder):
+    """Let the git user reach a folder: pytest's are root's alone."""
+    while os.stat(folder).st_uid == os.getuid() and folder != '/':
+        os.chmod(folder, os.stat(folder).st_mode | 0o111)
+        folder = os.path.dirname(folder)
 
 class Machine(object):
     """What docker, nginx, git and init do, in small, on files under a root of its own.
@@ -110,6 +116,7 @@ class Machine(object):
         self.routes = 'default via 192.0.2.9 dev eth0\n'
         self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
         self.history, self.named, self.answers = set(), SHA, {}
+        self.here = None            # another address at which its nginx answers
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         self.kinds = {}             # of what is pushed and is no commit: {id: kind}
@@ -121,10 +128,19 @@ class Machine(object):
                 'upstart': ['/sbin/initctl'], 'none': []}[init]
         for folder in folders:
             dh.make_folder(self.host.path(folder))
+        self.give('/home/git')
+        open_to_all(self.root)
 
     def write(self, path, text):
         dh.make_folder(os.path.dirname(self.host.path(path)))
         dh.replace_file(self.host.path(path), text)
+        self.give(path)
+
+    def give(self, path):
+        """Let what lies in the git user's home be that user's."""
+        while path.startswith('/home/git'):
+            os.chown(self.host.path(path), USER, GROUP)
+            path = os.path.dirname(path)
 
     def read(self, path):
         return dh.read_file(self.host.path(path))
@@ -151,7 +167,7 @@ class Machine(object):
     def connect(self, place, timeout):
         """The app of a container that runs listens on its $PORT, unless it is mute."""
         at, port = place
-        if place == ('127.0.0.1', 80) and self.read('/run/nginx.pid'):
+        if at in ('127.0.0.1', self.here) and port == 80 and self.read('/run/nginx.pid'):
             return NginxConnection(self)
         if at.startswith('127.'):
             return dh.open_connection(place, timeout)
@@ -330,7 +346,9 @@ class Machine(object):
 
     def getent(self, ahosts, name):
         return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
-                'there.org': '192.0.2.7  STREAM there.org\n'}.get(name, '')
+                'there.org': '192.0.2.7  STREAM there.org\n',
+                'blog.203-0-113-7.sslip.io': '203.0.113.7  STREAM x\n',
+                'blog.2001-db8--1.sslip.io': '2001:db8::1  STREAM x\n'}.get(name, '')
 
     def start(self, app):
         if app in self.jobs:
@@ -555,8 +573,8 @@ class Machine(object):
     def lives(self, files, **config):
         """Release 1, as a deploy would have left it."""
         if self.read('/home/git/' + dh.KEYS) is None:
-            self.write('/home/git/' + dh.KEYS, dh.render_authorized_keys(
-                '', [Key('ssh-ed25519', 'AAAA', 'anna', ())], ''))
+            self.write('/home/git/' + dh.KEYS, keys_text(
+                Key('ssh-ed25519', 'AAAA', 'anna', ())))
         live = self.release(1, SHA, files, 2.5, **config)
         self.app.save_config(config)
         engine = dh.engine_of(self.app, live)
@@ -574,6 +592,11 @@ class Machine(object):
         self.commits[new] = files
         dh.receive(self.host, 'update', 'blog', 'anna', ref, old, new)
         self.refs[ref] = new
+
+def keys_text(*keys):
+    """An authorized_keys file of these Keys."""
+    lines = dh.insert_keys([], [dh.make_key_line(key) for key in keys])
+    return dh.render_authorized_keys(lines)
 
 def named(job, otherwise):
     """The name that a job gives its container."""
@@ -632,8 +655,8 @@ OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'address': ''}
 
 def release(**changes):
     """The dh.Release of a plain web app, changed by keywords."""
-    fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', key='anna',
-                  time=1, seconds=None, failed=None, image='sha256:x', config={},
+    fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', by='anna',
+                  how='push', layers=[], time=1, seconds=None, failed=None, image='sha256:x', config={},
                   port=8000, web=True, volumes=[], address='10.86.0.2', job='', proxy='')
     return dh.Release(**dict(fields, **changes))
 

@@ -166,7 +166,8 @@ def standing(machine):
         if record['failed']:
             del found[path], found[os.path.dirname(path)]
         else:
-            record.update(time=0, seconds=record['seconds'] is not None, turn=0)
+            record.update(time=0, seconds=record['seconds'] is not None, turn=0,
+                          again=record['again'] is not None)
             found[path] = (json.dumps(record, sort_keys=True),) + found[path][1:]
     found.update((tag, image['Id']) for tag, image in machine.images.items())
     found.update((name, each['Image'] + each['policy'] * each['State']['Running'])
