@@ -1926,13 +1926,12 @@ def shared_names(directives, path):
 # Variables that nginx makes itself and would let a file make anew, for every app.
 OWN_VARIABLES = r'''(?xi)
     (http | sent_http | sent_trailer | upstream | arg | cookie | ssl | uid | geoip
-        | realip | connections | jwt | proxy_internal | proxy_protocol | session_log
-        | dockhand)_
+        | realip | connections | jwt | proxy_internal | proxy_protocol | session_log)_
     | (args | limit_rate | limit_req_status | limit_conn_status | proxy_host | proxy_port
         | proxy_add_x_forwarded_for | fastcgi_script_name | fastcgi_path_info
         | gzip_ratio | memcached_key | secure_link | secure_link_expires | slice_range
         | invalid_referer | date_local | date_gmt | modern_browser | ancient_browser
-        | msie | http2 | http3 | spdy | spdy_request_priority)\Z'''
+        | msie | http2 | http3 | spdy | spdy_request_priority | dockhand_token)\Z'''
 CAPTURE = r"""\(\?P?[<']([A-Za-z_]\w*)[>']"""
 
 def captured_variables(directives):

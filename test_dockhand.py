@@ -6580,8 +6580,10 @@ def test_real_the_log_has_one_line_for_each_change(server, size):
     server.ok('dockhand rollback shop')
     server.ok('dockhand upload-key fresh', stdin=public_key(server, 'fresh'))
     server.ok('dockhand remove-key fresh')
-    patterns = ['shop: release .* by main is live', 'shop.* refused: the build failed',
-                'shop: rolled back', 'key fresh: may push', 'key fresh: removed']
+    patterns = ['shop: release .* is live: push by main', 'shop.* refused: the build failed',
+                'shop: release .* is live again: rollback from .* by root',
+                'key fresh: may push every app: upload-key by root',
+                'key fresh: remove-key by root']
     until(lambda: len(logged()) - before >= len(patterns), True, 10)
     lines = logged()[before:]
     assert len(lines) == len(patterns) and all(map(re.search, patterns, lines)), lines
@@ -6616,6 +6618,57 @@ def test_real_pushes_in_a_row_do_not_fill_the_disk(server, size):
     assert len(server.ok('docker images -q disk').splitlines()) == 6    # with disk:latest
     server.ok('docker inspect ' + ' '.join(foreign))
     return figures
+
+STAGED = '''FROM tiny:1 AS same
+RUN head -c 20000000 /dev/urandom >/same && md5sum /same >/sum
+FROM tiny:1 AS other
+COPY www /www
+RUN head -c 20000000 /dev/urandom >/other
+FROM tiny:1
+COPY --from=other /www /www
+COPY --from=same /sum /www/sum
+EXPOSE 80
+CMD ["httpd", "-f", "-h", "/www"]
+'''
+# Of the release after: a Go program, which runs on an older Debian too
+BRING_BUILDX = '''
+set -e; . /etc/os-release; cd /root; mkdir -p lists/partial
+for path in /etc/apt/sources.list /etc/apt/sources.list.d/*; do
+    [ ! -f "$path" ] || sed "s/$VERSION_CODENAME/trixie/g" "$path"
+done | grep '^deb ' >newer.list
+newer() { apt-get -q -o Dir::Etc::SourceList=/root/newer.list -o Dir::Etc::SourceParts=- \\
+    -o Dir::State::Lists=/root/lists "$@"; }
+newer update; newer download docker-buildx
+dpkg -x docker-buildx_*.deb buildx; mkdir -p /usr/local/lib/docker
+cp -r buildx/usr/libexec/docker/cli-plugins /usr/local/lib/docker/
+docker buildx version'''
+
+@drill('systemd', (('older',), 7), (('older', 'buildx'), 20))
+def test_real_pushes_of_many_stages_do_not_fill_the_disk(server, size):
+    """The last takes no more than the fifth did; a stage that is the same runs once."""
+    builders, pushes = size
+    said = []
+    for builder in builders:
+        if builder == 'buildx':
+            said.append(server.ok(BRING_BUILDX).splitlines()[-1])
+        app, used = Plain(server, 'staged-' + builder), []
+        try:
+            for number in range(pushes):
+                files = app.files('push%d' % number)
+                pushed = app.deploy(dict(files, Dockerfile=STAGED))
+                asked = server.hear(80, 'GET /sum HTTP/1.0\r\nHost: %s.test\r\n\r\n'
+                                    % app.name)
+                used.append((server.ok('du -xsk /var/lib/docker'), asked.split()[-2]))
+            sizes = [int(text.split()[0]) for text, _ in used]
+            said.append('%s: %d KB after the fifth push, %d after the last of %d: %.3f' % (
+                builder, sizes[4], sizes[-1], pushes, sizes[-1] / float(sizes[4])))
+            assert sizes[-1] <= 1.05 * sizes[4], said
+            assert len(set(checksum for _, checksum in used)) == 1, used
+            assert (builder == 'buildx') == ('#1 [internal]' in str(pushed.out)), pushed
+        finally:
+            server.dockhand('destroy', app.name, '--force')
+            server.ok('rm -rf /usr/local/lib/docker/cli-plugins')
+    return '; '.join(said)
 
 @drill('upstart')
 def test_real_what_was_pruned_is_made_again(server, size):
