@@ -882,7 +882,8 @@ SETTINGS = {
     'branch': r'\w[\w./-]*',
     'overlap': 'yes|no',
     'timeout': r'[3-9]|[1-9]\d{1,3}',
-    'release': r"""([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+"""}
+    'release': r"""([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+""",
+    'trust': '.*'}              # check_trust says it in words
 
 def check_setting(key, value):
     """Failure unless docker's env files or dockhand can hold it."""
@@ -899,6 +900,36 @@ def check_setting(key, value):
     wanted = SETTINGS.get(key, '.*')
     if not re.match('(?:%s)\\Z' % wanted, value):
         raise Failure('%s=%s does not match %s', key, printable(value), wanted)
+    if key == 'trust':
+        check_trust(value)
+
+def check_trust(value):
+    """Failure unless these are addresses and networks, as nginx reads them in a `geo`."""
+    refuse_if(not value.split(), 'trust= names nobody: dockhand config APP trust --unset')
+    for word in value.split():
+        problem = network_problem(word)
+        refuse_if(problem, 'trust: "%s" %s', printable(word), problem)
+
+def network_problem(word):
+    """What is wrong with an address, or with a network as 10.0.0.0/8, or None."""
+    import binascii
+    import socket
+    address, slash, length = word.partition('/')
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    try:
+        data = socket.inet_pton(family, address)
+    except (EnvironmentError, ValueError):
+        return 'is no address, as 192.0.2.7, and no network, as 10.0.0.0/8'
+    if not slash:
+        return None
+
+    bits = 8 * len(data)
+    if not re.match(r'(0|[1-9]\d{0,2})\Z', length) or int(length) > bits:
+        return 'is no network: behind the "/" stands a number from 0 to %d' % bits
+    beyond = (1 << (bits - int(length))) - 1
+    if int(binascii.hexlify(data), 16) & beyond:
+        return 'is an address inside a network: write the first address of that'
+    return None
 
 def environment_text(config, port):
     """The variables of a config as docker's --env-file has them; PORT for a web app."""
@@ -2083,9 +2114,11 @@ def size_problems(directives):
             yield directive, 'more than %d of these in a file' % limits[kind]
             return
 
-# What nginx takes from the default server of a port for every server on that port
+# What nginx takes from the default server of a port for every server on that port; what
+# our own files say of it is more than nginx's own, and takes nothing from another
 OF_A_PORT = '''client_header_buffer_size client_header_timeout ignore_invalid_headers
     large_client_header_buffers underscores_in_headers'''.split()
+LARGE_HEADERS = ['large_client_header_buffers', '4', '32k']
 
 def word_problem(directive):
     """What is wrong with the words of a directive, wherever it stands, or None."""
@@ -2122,7 +2155,7 @@ def default_problem(block):
     listens = [words for words in inside if words[0] == 'listen']
     is_default = any(word in DEFAULT for words in listens for word in words)
     for words in inside:
-        if is_default and words[0] in OF_A_PORT:
+        if is_default and words[0] in OF_A_PORT and words != LARGE_HEADERS:
             return '`%s` in a default_server holds for all on its port' % words[0]
     return None
 
@@ -2414,30 +2447,83 @@ def robbed_text(claim, other, known):
 # The files that we make ourselves, and each file beside all others. Uses the three
 # sections above.
 
-GENERATED = '''server {{
+GENERATED = '''{table}server {{
     listen 80{default};
     {more}server_name {names};
+    server_tokens off;
     client_max_body_size 100m;
+
+    # The host that the request line names, if it does, and its port
+    set $dockhand_port '';
+    if ($http_host ~ "(:[0-9]+)$") {{ set $dockhand_port $1; }}
+    if ($request ~* "^[^ ]+ [a-z]+://[^/? ]*?(:[0-9]+)?[/? ]") {{
+        set $dockhand_port $1;
+    }}
+    set $dockhand_upgrade '';
     set $dockhand_connection '';
-    if ($http_upgrade) {{ set $dockhand_connection upgrade; }}
+    if ($http_upgrade ~* "^websocket$") {{
+        set $dockhand_upgrade websocket;
+        set $dockhand_connection upgrade;
+    }}
+
+    # What this nginx sees of the client{but_fronts}
+    set $dockhand_client $remote_addr;
+    set $dockhand_way $remote_addr;
+    set $dockhand_scheme $scheme;
+{believed}
+    proxy_http_version 1.1;
+    proxy_set_header Host $host$dockhand_port;
+    proxy_set_header X-Real-IP $dockhand_client;
+    proxy_set_header X-Forwarded-For $dockhand_way;
+    proxy_set_header X-Forwarded-Host $host$dockhand_port;
+    proxy_set_header X-Forwarded-Proto $dockhand_scheme;
+    proxy_set_header Upgrade $dockhand_upgrade;
+    proxy_set_header Connection $dockhand_connection;
+
+    # Other names under which apps look for the same, and httpoxy's
+    proxy_set_header Forwarded '';
+    proxy_set_header Front-End-Https '';
+    proxy_set_header Proxy '';
+    proxy_set_header X-Forwarded-Port '';
+    proxy_set_header X-Forwarded-Protocol '';
+    proxy_set_header X-Forwarded-Scheme '';
+    proxy_set_header X-Forwarded-Ssl '';
+    proxy_set_header X-Url-Scheme '';
+
+    proxy_buffer_size 32k; proxy_buffers 8 8k; proxy_busy_buffers_size 32k;
+    proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
+    error_page 418 = @events;
+
     location / {{
+        if ($http_accept ~* text/event-stream) {{ return 418; }}
         proxy_pass http://{app};
-        proxy_http_version 1.1;
-        proxy_set_header Host $http_host;
-        proxy_set_header X-Real-IP $remote_addr;
-        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-        proxy_set_header X-Forwarded-Host $http_host;
-        proxy_set_header X-Forwarded-Proto $scheme;
-        proxy_set_header Upgrade $http_upgrade;
-        proxy_set_header Connection $dockhand_connection;
-        proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
+    }}
+    location @events {{
+        proxy_buffering off;
+        proxy_pass http://{app};
     }}
 }}
 '''
 
-def render_proxy(app, domains, version, ipv6):
+# Of a front that config's `trust` names. The last one that it says it had the request from
+# is the client; what stands before that, the client may have made up.
+BELIEVED = '''\
+    if (${table}) {{ set $dockhand_way $proxy_add_x_forwarded_for; }}
+    if ($dockhand_way ~ "([0-9A-Fa-f.:]+), [^, ]+$") {{ set $dockhand_client $1; }}
+    set $dockhand_said "${table} $http_x_forwarded_proto";
+    if ($dockhand_said ~ "^1 (https?)$") {{ set $dockhand_scheme $1; }}
+'''
+
+# How a front's networks are told from all others: nginx's own table
+FRONTS = '''geo ${table} {{
+    default 0;
+{lines}}}
+'''
+
+def render_proxy(app, domains, version, ipv6, trust=''):
     """The proxy file of a web app that brings none. A client's idle connection outlives
-    a reload by a second, where nginx can do that: a request may be on its way already."""
+    a reload by a second, where nginx can do that: a request may be on its way already.
+    trust: addresses and networks of those who may say who the client is"""
     default = ''
     if '_' in domains.split():
         default = ' default_server'
@@ -2447,7 +2533,42 @@ def render_proxy(app, domains, version, ipv6):
         more += 'listen [::]:80%s;\n    ' % default
     if version >= (1, 27, 4):
         more += 'keepalive_min_timeout 1s;\n    '
-    return GENERATED.format(app=app, names=domains, default=default, more=more)
+    # Before, an nginx whose servers on a port differ in this wrote past its buffer.
+    if version >= (1, 19, 2):
+        more += '%s;\n    ' % ' '.join(LARGE_HEADERS)
+
+    table, geo = render_fronts(trust, version)
+    return GENERATED.format(
+        app=app, names=domains, default=default, more=more, table=geo,
+        but_fronts=', or what a front says that config trusts' if trust else '',
+        believed=BELIEVED.format(table=table) if trust else '')
+
+def render_fronts(trust, version):
+    """(name of a variable, the `geo` that makes it 1 for these addresses and networks),
+    or ('', '') where there are none. All files share the names of variables: this one is
+    made of what is in the table, so that one name is never two tables."""
+    import hashlib
+    if not trust:
+        return '', ''
+    lines = ['    %s 1;\n' % network for network in sorted(set(trust.split()))
+             if version >= (1, 3, 10) or ':' not in network]    # no IPv6 there before
+    lines = ''.join(lines)
+    table = 'dockhand_front_' + hashlib.sha1(to_bytes(lines)).hexdigest()[:12]
+    return table, FRONTS.format(table=table, lines=lines)
+
+# While an app is stopped: that is no fault, as the 502 of one that has crashed
+CLOSED = '''    # dockhand: the app is stopped, until a start or a push
+{header}    return 503;
+'''
+
+def closed_proxy(text, version):
+    """A made proxy file as it is installed while its app is stopped: nothing is passed
+    on. Before 1.7.5 nginx adds no header to an answer like that."""
+    header = ''
+    if version >= (1, 7, 5):
+        header = '    add_header Retry-After 60 always;\n'
+    begin = 'server {\n'
+    return text.replace(begin, begin + CLOSED.format(header=header), 1)
 
 def upstream(app, address, port, version):
     """Where `proxy_pass http://APP` leads. Where nginx can do that, it closes an idle
@@ -3569,6 +3690,20 @@ class App(object):
         makes any release live."""
         return os.path.exists(self.folder('stopped'))
 
+    def installed_proxy(self, release):
+        """What conf.d is to hold of a release's proxy file now."""
+        if self.is_stopped():
+            return self.closed_proxy(release)
+        return release.proxy
+
+    def closed_proxy(self, release):
+        """What it is to hold while the app is stopped. A file that was pushed stays as it
+        is: it may do more than pass requests on, and says itself (`error_page`) what is
+        answered where the app does not."""
+        if not is_made(release):
+            return release.proxy
+        return closed_proxy(release.proxy, self.nginx.version())
+
     def is_waiting(self):
         """Whether it has something here, but was never live."""
         if not is_app_name(self.name) or self.name not in all_apps(self.host):
@@ -4254,7 +4389,7 @@ def ways_back(app, old, new):
     start = [(old_engine.start, old)] if served else []
     settle = [(old_engine.settle, old)] if served else []
     tag = [(app.docker.tag, image_tag(old), latest_tag(app))]
-    proxy = [(app.nginx.restore, app.name, old.proxy)]
+    proxy = [(app.nginx.restore, app.name, app.installed_proxy(old))]
 
     if served and new_engine.overlaps(old, new):
         stop = [(app.nginx.drain, new_engine.address(new)), (new_engine.stop, new)]
@@ -4520,10 +4655,9 @@ def bring_back(app, live):
     """Bring back what is gone of a live release: tags, files, its container."""
     engine = engine_of(app, live)
     bring_tags_back(app, live)
-    proxy_file = app.host.path(PROXIES, app.name + '.conf')
-    if live.proxy and not os.path.exists(proxy_file):
+    if due_proxy(app, live):
         step('%s: installing its proxy file again', app.name)
-        app.nginx.restore(app.name, live.proxy)
+        turn_proxy(app, live)
 
     if app.is_stopped():
         engine.stop(live)
@@ -4534,6 +4668,23 @@ def bring_back(app, live):
             engine.place(live)
             engine.start(live)
         engine.settle(live)
+
+def due_proxy(app, live):
+    """What is to be put into conf.d for a live release, where its proxy file is gone, or
+    is still that of the other state, stopped or not; None where it is right, or where a
+    person has written another."""
+    wanted = app.installed_proxy(live)
+    text = read_file(app.host.path(PROXIES, app.name + '.conf'))
+    if not wanted or text == wanted:
+        return None
+    return wanted if text in (None, live.proxy, app.closed_proxy(live)) else None
+
+def turn_proxy(app, live):
+    """Have nginx pass requests on to a live release, or refuse them while the app is
+    stopped."""
+    text = due_proxy(app, live)
+    if text:
+        app.nginx.restore(app.name, text)
 
 def bring_tags_back(app, live):
     """Give the image of a live release its two tags again; Failure where it is gone."""
@@ -4976,13 +5127,15 @@ def read_pushed(folder, name):
 def check_edited(app, live, release):
     """Failure where a file of the live release was changed by hand on the server, unless
     it is as the new one says; where a proxy file leads is not compared."""
-    installed = [('nginx-proxy.conf', PROXIES, live.proxy, release.proxy)]
+    proxy = app.installed_proxy(live)
+    installed = [('nginx-proxy.conf', PROXIES, proxy, release.proxy)]
     if is_upstart(app.host):
         installed.append(('upstart.conf', JOBS, live.job, release.job))
     for name, folder, ours, new in installed:
         path = '%s/%s.conf' % (folder, app.name)
         text = read_file(app.host.path(path))
-        if not ours or text is None or text == ours:
+        # A crash may have come between a stop or a start and the proxy file of that.
+        if not ours or text in (None, ours, live.proxy, app.closed_proxy(live)):
             continue
 
         _, mark, where = ours.partition(MARK)
@@ -5072,7 +5225,8 @@ def complete_proxy(app, release):
     if not text:
         domains = release.config.get('domains', '%s %s.*' % (name, name))
         text = MADE % (name, name)
-        text += render_proxy(name, domains, version, has_ipv6(app.host))
+        text += render_proxy(name, domains, version, has_ipv6(app.host),
+                             release.config.get('trust', ''))
     return text + upstream(name, release.address, release.port, version)
 
 def run_release_command(app, release):
@@ -5412,6 +5566,8 @@ def app_problem(app):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
     if not app.is_stopped() and not engine_of(app, live).state(live).alive:
         return app.name + ' does not run', 'sudo dockhand start ' + app.name
+    if due_proxy(app, live):
+        return 'the proxy file of %s is not in place' % app.name, 'sudo dockhand recover'
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
 
 def answer_problem(app, live):
@@ -5623,6 +5779,7 @@ def cmd_stop(app):
     with live_app(app, 'stop') as live:
         log('%s: stop by %s', app.name, person())
         replace_file(app.folder('stopped'), '')
+        attempt('nginx goes on passing requests to it', turn_proxy, app, live)
         engine_of(app, live).stop(live)
     tell('%s is stopped', app.name)
 
@@ -5638,6 +5795,8 @@ def cmd_start(app):
         engine.start(live)
 
         check_or_show_log(app, live)
+        remove_file(app.folder('stopped'))
+        turn_proxy(app, live)
         finish(app, live, git_moves_branch=False)
     tell('%s runs', app.name)
 
@@ -5748,6 +5907,8 @@ def release_config(app, live, wanted, changed):
     refuse_if(has_own_file and 'domains' in changed and 'domains' in wanted,
               'the domains of %s are the server_name of its own nginx-proxy.conf',
               app.name)
+    refuse_if(has_own_file and 'trust' in changed and 'trust' in wanted,
+              'whom %s trusts stands in its own nginx-proxy.conf', app.name)
     check_edited(app, live, live)
 
     branch = wanted.get('branch', live.branch)

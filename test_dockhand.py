@@ -25,7 +25,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -35,9 +35,10 @@ from dockhand import Failure, Host, Key, Result
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '.ci'))
 pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
-    ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, App, Busy,
-    Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine, drill,
-    drilled, everywhere, must, public_key, run, servers, together, until, web_files)
+    ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, Alone, App, Busy,
+    Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine,
+    demand_nginx, drill, drilled, everywhere, must, public_key, run, servers, together,
+    told, until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
@@ -400,7 +401,10 @@ def test_a_file_copied_from_the_server_gets_no_second_header():
     overlap         => no
     timeout         => 600
     release         => ./manage.py migrate --set 'a b' "c \\" d"
-    release         => sh -c 'echo "it"'\\''s' """)
+    release         => sh -c 'echo "it"'\\''s'
+    trust           => 192.0.2.7
+    trust           => 10.0.0.0/8 192.168.0.0/16 2001:db8::/32 ::1 0.0.0.0/0 ::/0
+    trust           => ::ffff:10.0.0.0/104 10.0.0.1/32""")
 def test_a_setting_may_have_any_value_on_one_line(key, value):
     dh.check_setting(key, value)
 
@@ -423,7 +427,21 @@ def test_a_setting_may_have_any_value_on_one_line(key, value):
     timeout   => 1.5    => timeout=1.5 does not match
     timeout   => 2      => timeout=2 does not match
     release   => echo 'x => release=echo 'x does not match
-    release   =>        => release= does not match""")
+    release   =>        => release= does not match
+    trust     =>        => trust= names nobody: dockhand config APP trust --unset
+    trust     => \_     => trust= names nobody
+    trust     => lb.org => trust: "lb.org" is no address, as 192.0.2.7, and no network
+    trust     => 10.0.1 => trust: "10.0.1" is no address
+    trust     => 10.0.0.0/8, => is no network: behind the "/" stands a number from 0 to 32
+    trust     => 10.0.0.0/33 => a number from 0 to 32
+    trust     => 10.0.0.0/   => a number from 0 to 32
+    trust     => 10.0.0.0/08 => a number from 0 to 32
+    trust     => ::/129      => a number from 0 to 128
+    trust     => 10.0.0.1/8  => trust: "10.0.0.1/8" is an address inside a network
+    trust     => 2001:db8::1/32 => is an address inside a network
+    trust     => 10.0.0.1;   => is no address
+    trust     => fe80::1%eth0  => is no address
+    trust     => 10.0.0.0/8 * => trust: "*" is no address""")
 def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
     assert said in refusal(dh.check_setting, key, value)
 
@@ -1492,41 +1510,87 @@ def test_the_address_is_one_that_may_lead_somewhere(domains, address):
     proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
     assert dh.address_text(release(proxy=proxy), '::1') == address
 
-GENERATED = '''server {{
-    listen 80{2};{3}
-{4}    server_name {1};
+GENERATED = '''{table}server {{
+    listen 80{default};
+{more}    server_name {names};
+    server_tokens off;
     client_max_body_size 100m;
+
+    # The host that the request line names, if it does, and its port
+    set $dockhand_port '';
+    if ($http_host ~ "(:[0-9]+)$") {{ set $dockhand_port $1; }}
+    if ($request ~* "^[^ ]+ [a-z]+://[^/? ]*?(:[0-9]+)?[/? ]") {{
+        set $dockhand_port $1;
+    }}
+    set $dockhand_upgrade '';
     set $dockhand_connection '';
-    if ($http_upgrade) {{ set $dockhand_connection upgrade; }}
+    if ($http_upgrade ~* "^websocket$") {{
+        set $dockhand_upgrade websocket;
+        set $dockhand_connection upgrade;
+    }}
+
+    # What this nginx sees of the client{or_a_front}
+    set $dockhand_client $remote_addr;
+    set $dockhand_way $remote_addr;
+    set $dockhand_scheme $scheme;
+{believed}
+    proxy_http_version 1.1;
+    proxy_set_header Host $host$dockhand_port;
+    proxy_set_header X-Real-IP $dockhand_client;
+    proxy_set_header X-Forwarded-For $dockhand_way;
+    proxy_set_header X-Forwarded-Host $host$dockhand_port;
+    proxy_set_header X-Forwarded-Proto $dockhand_scheme;
+    proxy_set_header Upgrade $dockhand_upgrade;
+    proxy_set_header Connection $dockhand_connection;
+
+    # Other names under which apps look for the same, and httpoxy's
+    proxy_set_header Forwarded '';
+    proxy_set_header Front-End-Https '';
+    proxy_set_header Proxy '';
+    proxy_set_header X-Forwarded-Port '';
+    proxy_set_header X-Forwarded-Protocol '';
+    proxy_set_header X-Forwarded-Scheme '';
+    proxy_set_header X-Forwarded-Ssl '';
+    proxy_set_header X-Url-Scheme '';
+
+    proxy_buffer_size 32k; proxy_buffers 8 8k; proxy_busy_buffers_size 32k;
+    proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
+    error_page 418 = @events;
+
     location / {{
-        proxy_pass http://{0};
-        proxy_http_version 1.1;
-        proxy_set_header Host $http_host;
-        proxy_set_header X-Real-IP $remote_addr;
-        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-        proxy_set_header X-Forwarded-Host $http_host;
-        proxy_set_header X-Forwarded-Proto $scheme;
-        proxy_set_header Upgrade $http_upgrade;
-        proxy_set_header Connection $dockhand_connection;
-        proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
+        if ($http_accept ~* text/event-stream) {{ return 418; }}
+        proxy_pass http://{app};
+    }}
+    location @events {{
+        proxy_buffering off;
+        proxy_pass http://{app};
     }}
 }}
 '''
+SIX = '    listen [::]:80%s;\n'
+LARGE = '    large_client_header_buffers 4 32k;\n'
 MIN_TIMEOUT = '    keepalive_min_timeout 1s;\n'
 
+def generated(app, names, more=LARGE, **changes):
+    """What is made for an app without a front. more: lines of the server"""
+    fields = dict.fromkeys(['default', 'table', 'or_a_front', 'believed'], '')
+    return GENERATED.format(app=app, names=names, more=more, **dict(fields, **changes))
+
 @pytest.mark.parametrize('app, domains, version, ipv6, expected', [
-    ('blog', 'blog blog.*', (1, 24, 0), False,
-     GENERATED.format('blog', 'blog blog.*', '', '', '')),
-    ('my-app.x_y', 'a.org *.b.org', (1, 24, 0), True, GENERATED.format(
-        'my-app.x_y', 'a.org *.b.org', '', '\n    listen [::]:80;', '')),
-    ('blog', '_', (1, 24, 0), False,
-     GENERATED.format('blog', '_', ' default_server', '', '')),
-    ('blog', 'a.org _', (1, 27, 3), True, GENERATED.format(
-        'blog', 'a.org _', ' default_server',
-        '\n    listen [::]:80 default_server;', '')),
-    ('blog', 'a', (1, 27, 4), False, GENERATED.format('blog', 'a', '', '', MIN_TIMEOUT)),
-    ('blog', 'a', (1, 31, 0), True, GENERATED.format(
-        'blog', 'a', '', '\n    listen [::]:80;', MIN_TIMEOUT))])
+    ('blog', 'blog blog.*', (1, 1, 19), False, generated('blog', 'blog blog.*', '')),
+    ('blog', 'blog.org', (1, 4, 6), True, generated('blog', 'blog.org', SIX % '')),
+    ('blog', 'a', (1, 14, 0), False, generated('blog', 'a', '')),
+    ('blog', 'a', (1, 18, 0), False, generated('blog', 'a', '')),
+    ('blog', 'a', (1, 19, 2), False, generated('blog', 'a')),
+    ('blog', 'blog blog.*', (1, 22, 1), False, generated('blog', 'blog blog.*')),
+    ('my-app.x_y', 'a.org *.b.org', (1, 24, 0), True, generated(
+        'my-app.x_y', 'a.org *.b.org', SIX % '' + LARGE)),
+    ('blog', '_', (1, 26, 0), False, generated('blog', '_', default=' default_server')),
+    ('blog', 'a.org _', (1, 27, 3), True, generated(
+        'blog', 'a.org _', SIX % ' default_server' + LARGE, default=' default_server')),
+    ('blog', 'a', (1, 27, 4), False, generated('blog', 'a', MIN_TIMEOUT + LARGE)),
+    ('blog', 'a', (1, 29, 7), True, generated(
+        'blog', 'a', SIX % '' + MIN_TIMEOUT + LARGE))])
 def test_a_proxy_file_is_made_for_this_nginx_and_this_host(
         app, domains, version, ipv6, expected):
     text = dh.render_proxy(app, domains, version, ipv6)
@@ -1534,6 +1598,36 @@ def test_a_proxy_file_is_made_for_this_nginx_and_this_host(
     server, = dh.servers_of(text)
     assert server.names == domains.split() and len(server.listens) == 1 + ipv6
     dh.check_proxy([server], {})
+
+BELIEVED = '''\
+    if ($TABLE) { set $dockhand_way $proxy_add_x_forwarded_for; }
+    if ($dockhand_way ~ "([0-9A-Fa-f.:]+), [^, ]+$") { set $dockhand_client $1; }
+    set $dockhand_said "$TABLE $http_x_forwarded_proto";
+    if ($dockhand_said ~ "^1 (https?)$") { set $dockhand_scheme $1; }
+'''
+
+@pytest.mark.parametrize('version, trust, table, lines', [
+    ((1, 1, 19), '10.0.0.0/8 ::1', 'dockhand_front_7b094b78418c', ['10.0.0.0/8']),
+    ((1, 4, 6), '10.0.0.0/8 ::1', 'dockhand_front_ac78e4d475a6', ['10.0.0.0/8', '::1']),
+    ((1, 22, 1), '::1 10.0.0.0/8 ::1', 'dockhand_front_ac78e4d475a6',
+     ['10.0.0.0/8', '::1'])])
+def test_a_front_is_known_by_a_table_that_no_other_file_has_with_other_lines(
+        version, trust, table, lines):
+    geo = 'geo $%s {\n    default 0;\n%s}\n' % (
+        table, ''.join('    %s 1;\n' % line for line in lines))
+    text = dh.render_proxy('blog', 'a', version, False, trust)
+    assert text == generated(
+        'blog', 'a', LARGE if version > (1, 19) else '', table=geo,
+        or_a_front=', or what a front says that config trusts',
+        believed=BELIEVED.replace('TABLE', table))
+    assert dh.read_proxy_file(text).troubles == []
+    assert len(table) <= 46             # what nginx's hash of variables takes
+
+@each('domains', 'blog _')
+@pytest.mark.parametrize('trust', ['', '10.0.0.0/8 2001:db8::/32'])
+def test_a_file_that_was_made_may_be_pushed_as_an_apps_own(domains, trust):
+    text = dh.render_proxy('shop', domains, MODERN, True, trust)
+    assert problems(text) == [] == problems(text, text)
 
 UPSTREAM = '''# dockhand: where requests go
 upstream blog {
@@ -1551,6 +1645,172 @@ def test_an_upstream_leads_to_the_container_and_keeps_connections(version, more)
     made = 'keepalive_min_timeout 1s;\n    keepalive 1;\n'
     assert dh.with_backup(made + text, '10.86.0.9', 90) == made + text.replace(
         '8000;\n', '8000;\n    server 10.86.0.9:90 backup;\n')
+
+# ---- Proxy files that are made, asked through nginx ------------------------------------
+
+# This machine's own nginx passes requests to an app here, which keeps what it was told.
+
+@contextmanager
+def before_an_app(tmpdir, told, domains='blog blog.*', edit=None, **config):
+    """nginx with the file that is made for the app that is told. edit: what makes another
+    text of it, for a version of nginx"""
+    demand_nginx()
+    nginx = Host('/').nginx
+    text = dh.render_proxy('blog', domains, nginx.version(), False, **config)
+    text += dh.upstream('blog', '127.0.0.1', told.port, nginx.version())
+    if edit is not None:
+        text = edit(text, nginx.version())
+    assert dh.read_proxy_file(text).troubles == []
+    with Alone(tmpdir, {'blog': text}) as alone:
+        yield alone
+
+def fields_of(head):
+    """{name in lower case: value} of what a request says."""
+    lines = head.partition('\r\n\r\n')[0].split('\r\n')[1:]
+    return dict((name.lower(), value.strip())
+                for name, _, value in [line.partition(':') for line in lines])
+
+def arrived(tmpdir, told, lines, **config):
+    """What the app is told of a request."""
+    with before_an_app(tmpdir, told, **config) as alone:
+        answer = alone.ask(*lines)
+        assert answer.startswith('HTTP/1.1 200 '), answer
+    return fields_of(told.heads[-1])
+
+BLOG = 'Host: blog'
+
+@table('accept', """
+    text/event-stream
+    Text/Event-Stream
+    text/html, text/event-stream;q=0.9""")
+def test_nginx_passes_an_event_on_at_once_to_whom_asks_for_events(tmpdir, told, accept):
+    with before_an_app(tmpdir, told) as alone:
+        with closing(alone.connect('GET /events HTTP/1.1', BLOG,
+                                   'Accept: ' + accept)) as connection:
+            connection.settimeout(3)
+            heard = b''
+            while b'data: 1' not in heard:
+                heard += connection.recv(65536)
+        assert heard.startswith(b'HTTP/1.1 200 ')
+
+@pytest.mark.parametrize('accept, frees', [
+    ('*/*', True), ('text/html', True), ('text/event-stream', False)])
+def test_nginx_takes_an_answer_off_the_app_while_its_reader_is_slow(
+        tmpdir, told, accept, frees):
+    with before_an_app(tmpdir, told) as alone:
+        with closing(alone.connect('GET /large HTTP/1.1', BLOG, 'Accept: ' + accept)):
+            told.written.wait(5 if frees else 1)
+            assert told.written.is_set() == frees
+
+def test_a_body_reaches_the_app_that_is_asked_for_events(tmpdir, told):
+    with before_an_app(tmpdir, told) as alone:
+        assert alone.ask('GET /teapot HTTP/1.1', BLOG).startswith('HTTP/1.1 418 Teapot')
+        assert alone.ask('POST / HTTP/1.1', BLOG, 'Accept: text/event-stream',
+                         'Content-Length: 4', 'X: y', 'Connection: close', '',
+                         'body').startswith('HTTP/1.1 200 OK')
+    assert told.heads[-1].startswith('POST / HTTP/1.1\r\n')
+    assert told.heads[-1].endswith('\r\n\r\nbody')
+
+@pytest.mark.parametrize('size', [4200, 32000])
+def test_nginx_passes_headers_of_32_kb_on_in_both_directions(tmpdir, told, size):
+    with before_an_app(tmpdir, told) as alone:
+        answer = alone.ask('GET /header/%d HTTP/1.1' % size, BLOG)
+        assert answer.startswith('HTTP/1.1 200 ') and 'x' * size in answer
+        answer = alone.ask('GET / HTTP/1.1', BLOG, 'Cookie: ' + 'y' * size)
+        assert answer.startswith('HTTP/1.1 200 '), answer
+    assert 'y' * size in told.heads[-1]
+
+@table('line, host, wanted', """
+    /               => blog          => blog
+    /               => Blog:8080     => blog:8080
+    http://a/       => blog          => a
+    http://A:81/x   => blog:8080     => a:81
+    http://a/       => blog:8080     => a
+    http://a?b:9/   => blog          => a
+    HTTP://a        => blog          => a
+    /http://b:9/    => blog          => blog
+    /               => [::1]:81      => [::1]:81
+    /               => [::1]         => [::1]""")
+def test_nginx_names_the_host_that_the_request_line_names(
+        tmpdir, told, line, host, wanted):
+    lines = ['GET %s HTTP/1.1' % line, 'Host: ' + host]
+    fields = arrived(tmpdir, told, lines, domains='_')
+    assert fields['host'] == fields['x-forwarded-host'] == wanted
+
+@table('upgrade, passed', """
+    websocket      => websocket
+    WebSocket      => websocket
+    h2c            =>
+    websocket, h2c =>
+    x-websocket    =>""")
+def test_nginx_passes_an_upgrade_to_websocket_on_and_no_other(
+        tmpdir, told, upgrade, passed):
+    fields = arrived(tmpdir, told, ['GET / HTTP/1.1', BLOG, 'Upgrade: ' + upgrade])
+    assert fields.get('upgrade', '') == passed
+    assert fields.get('connection', '') == ('upgrade' if passed else '')
+
+FORGED = ['X-Real-IP: 6.6.6.6', 'X-Forwarded-For: 6.6.6.6', 'X-Forwarded-Host: evil',
+          'X-Forwarded-Port: 66', 'X-Forwarded-Ssl: on', 'X-Forwarded-Proto: https',
+          'X-Forwarded-Scheme: https', 'X-Forwarded-Protocol: ssl',
+          'X-Url-Scheme: https', 'Front-End-Https: on', 'Forwarded: for=6.6.6.6',
+          'Proxy: http://evil/', 'X_Forwarded_Proto: https']
+
+@pytest.mark.parametrize('config, client, scheme', [
+    ({}, '127.0.0.1', 'http'),
+    ({'trust': '192.0.2.0/24 2001:db8::/32'}, '127.0.0.1', 'http')])
+def test_nginx_tells_the_app_what_it_sees_and_not_what_a_stranger_says(
+        tmpdir, told, config, client, scheme):
+    fields = arrived(tmpdir, told, ['GET / HTTP/1.1', BLOG] + FORGED, **config)
+    assert fields == {
+        'host': 'blog', 'x-real-ip': client, 'x-forwarded-for': client,
+        'x-forwarded-host': 'blog', 'x-forwarded-proto': scheme}
+
+@table('trust, said, client, chain, scheme', """
+    127.0.0.1      => X-Forwarded-For: 9.9.9.9 => 9.9.9.9 => 9.9.9.9, 127.0.0.1 => http
+    127.0.0.0/8    => X-Forwarded-For: 1.1.1.1, 9.9.9.9 => 9.9.9.9 => 1.1.1.1, 9.9.9.9, 127.0.0.1 => http
+    ::1 127.0.0.1  => X-Forwarded-For: 2001:db8::1 => 2001:db8::1 => 2001:db8::1, 127.0.0.1 => http
+    0.0.0.0/0      => X-Forwarded-Proto: https   => 127.0.0.1 => 127.0.0.1 => https
+    127.0.0.1      => X-Forwarded-Proto: http    => 127.0.0.1 => 127.0.0.1 => http
+    127.0.0.1      => X-Forwarded-Proto: "evil"  => 127.0.0.1 => 127.0.0.1 => http
+    127.0.0.1      => X-Forwarded-For: unknown   => 127.0.0.1 => unknown, 127.0.0.1 => http
+    10.0.0.0/8     => X-Forwarded-Proto: https   => 127.0.0.1 => 127.0.0.1 => http""")
+def test_nginx_believes_a_front_that_config_names(
+        tmpdir, told, trust, said, client, chain, scheme):
+    fields = arrived(tmpdir, told, ['GET / HTTP/1.1', BLOG, said], trust=trust)
+    assert fields['x-real-ip'] == client
+    assert fields['x-forwarded-for'] == chain
+    assert fields['x-forwarded-proto'] == scheme
+
+def test_nginx_answers_503_with_a_time_to_try_again_for_a_stopped_app(tmpdir, told):
+    with before_an_app(tmpdir, told, edit=dh.closed_proxy) as alone:
+        for line in ('GET / HTTP/1.1', 'GET /a/b?c HTTP/1.1', 'POST /x HTTP/1.1'):
+            answer = alone.ask(line, BLOG)
+            assert answer.startswith('HTTP/1.1 503 '), answer
+            assert '\r\nRetry-After: 60\r\n' in answer
+    assert told.heads == []
+
+def test_nginx_keeps_the_fronts_of_two_apps_apart(tmpdir, told):
+    """Their files share the names of variables; two that say the same may share one."""
+    demand_nginx()
+    version = Host('/').nginx.version()
+    trusted = {'blog': '127.0.0.1', 'shop': '10.0.0.0/8', 'wiki': '127.0.0.1'}
+    files = {}
+    for name in trusted:
+        files[name] = dh.render_proxy(name, name, version, False, trusted[name])
+        files[name] += dh.upstream(name, '127.0.0.1', told.port, version)
+    schemes = {}
+    with Alone(tmpdir, files) as alone:
+        for name in trusted:
+            alone.ask('GET / HTTP/1.1', 'Host: ' + name, 'X-Forwarded-Proto: https')
+            schemes[name] = fields_of(told.heads[-1])['x-forwarded-proto']
+    assert schemes == {'blog': 'https', 'shop': 'http', 'wiki': 'https'}
+
+def test_nginx_says_nothing_of_its_version(tmpdir, told):
+    with before_an_app(tmpdir, told) as alone:
+        answers = [alone.ask('GET / HTTP/1.1', BLOG),
+                   alone.ask('GET / HTTP/1.1', BLOG, 'Cookie: ' + 'x' * 60000)]
+    assert answers[0].startswith('HTTP/1.1 200 ') and ' 400 ' in answers[1][:20]
+    assert not re.search(r'nginx/\d', str(answers))
 
 # ---- The machine: files, locks, signals, commands --------------------------------------
 
@@ -2667,7 +2927,7 @@ def plain_proxy(number, domains='blog blog.*', port=8000):
     """The proxy file of a plain app's release with this number."""
     made = ("# dockhand: blog's proxy file, made at each push; "
             '`dockhand proxy blog` prints one\n')
-    body = GENERATED.format('blog', domains, '', '', '')
+    body = generated('blog', domains)
     address = '10.86.0.%d:%d' % (number + 1, port)
     where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
     return made + body + where
@@ -3146,6 +3406,109 @@ def test_a_stopped_app_is_not_started_by_recover_a_dead_container_is(machine):
     os.unlink(machine.app.folder('stopped'))
     dh.cmd_recover(machine.host)
     assert machine.running() == ['sha256:FROMone']
+
+PROXY_FILE = '/etc/nginx/conf.d/blog.conf'
+CLOSED = '''server {
+    # dockhand: the app is stopped, until a start or a push
+    add_header Retry-After 60 always;
+    return 503;
+'''
+
+@pytest.mark.parametrize('version, header', [
+    ((1, 4, 6), ''), ((1, 7, 4), ''),
+    ((1, 7, 5), '    add_header Retry-After 60 always;\n'),
+    ((1, 29, 7), '    add_header Retry-After 60 always;\n')])
+def test_the_file_of_a_stopped_app_passes_nothing_on(version, header):
+    text = plain_proxy(1)
+    assert dh.closed_proxy(text, version) == text.replace('server {\n', CLOSED.replace(
+        '    add_header Retry-After 60 always;\n', header), 1)
+
+def test_a_stopped_app_is_closed_until_it_is_started(plain):
+    live = plain.lives(ONE_WEB)
+    before = plain.whole()
+    dh.cmd_stop(plain.app)
+    closed = live.proxy.replace('server {\n', CLOSED, 1)
+    assert plain.served == {PROXY_FILE: closed}
+    assert plain.app.live().proxy == live.proxy         # what is recorded is as it was
+    dh.cmd_stop(plain.app)
+    dh.cmd_recover(plain.host)
+    assert plain.served == {PROXY_FILE: closed} and plain.running() == []
+    dh.cmd_start(plain.app)
+    assert plain.changed(before) == [] and plain.served == {PROXY_FILE: live.proxy}
+
+@each('act', 'push config rollback restart')
+def test_what_makes_a_stopped_app_run_opens_it(plain, act):
+    plain.lives(ONE_WEB)
+    plain.push(TWO_WEB)
+    dh.cmd_stop(plain.app)
+    if act == 'push':
+        plain.push(an_app('three'), old=SHA_2, new=SHA_3)
+    elif act == 'config':
+        dh.cmd_config(plain.app, 'A=1')
+    else:
+        {'rollback': dh.cmd_rollback, 'restart': dh.cmd_restart}[act](plain.app)
+    assert plain.served == {PROXY_FILE: plain.app.live().proxy}
+    assert len(plain.running()) == 1 and not plain.app.is_stopped()
+
+def test_a_push_to_a_stopped_app_that_fails_leaves_it_closed(plain):
+    live = plain.lives(ONE_WEB)
+    dh.cmd_stop(plain.app)
+    closed = plain.app.closed_proxy(live)
+    assert refusal(plain.push, an_app('dies'))
+    assert plain.served == {PROXY_FILE: closed}
+    plain.app.set_link('pending', plain.release(3, SHA_3, TWO_WEB))    # and after a crash
+    plain.write(PROXY_FILE, plain.app.load(3).proxy)
+    dh.cmd_recover(plain.host)
+    assert plain.served == {PROXY_FILE: closed} and plain.running() == []
+
+@pytest.mark.parametrize('stopped', [True, False])
+def test_a_crash_between_a_state_and_its_proxy_file_is_put_right(plain, capfd, stopped):
+    live = plain.lives(ONE_WEB)
+    upload(plain, LINE, 'anna')
+    dh.cmd_install(plain.host)
+    dh.cmd_stop(plain.app)
+    closed = plain.app.closed_proxy(live)
+    if stopped:
+        plain.write(PROXY_FILE, live.proxy)         # no longer open, not yet closed
+    else:
+        dh.cmd_start(plain.app)
+        plain.write(PROXY_FILE, closed)
+    dh.check_edited(plain.app, live, live)          # nobody changed it on the server
+
+    capfd.readouterr()
+    assert refusal(dh.cmd_doctor, plain.host)
+    assert capfd.readouterr().out == ('WRONG  the proxy file of blog is not in place\n'
+                                      '       type: sudo dockhand recover\n')
+    dh.cmd_recover(plain.host)
+    assert plain.served == {PROXY_FILE: closed if stopped else live.proxy}
+    assert len(plain.running()) == (not stopped)
+    dh.cmd_doctor(plain.host)
+
+@each('state', 'running stopped')
+def test_a_proxy_file_that_a_person_changed_stays_at_a_stop_and_a_start(plain, state):
+    live = plain.lives(ONE_WEB)
+    if state == 'stopped':
+        dh.cmd_stop(plain.app)
+    edited = plain.read(PROXY_FILE) + '# by hand\n'
+    plain.write(PROXY_FILE, edited)
+    dh.cmd_stop(plain.app)
+    dh.cmd_recover(plain.host)
+    dh.cmd_start(plain.app)
+    assert plain.read(PROXY_FILE) == edited
+    assert 'to keep that, commit it' in refusal(dh.check_edited, plain.app, live, live)
+
+def test_a_pushed_proxy_file_stays_as_it_is_while_the_app_is_stopped(plain):
+    live = plain.lives(an_app('one', 'EXPOSE 8000', PUSHED))
+    dh.cmd_stop(plain.app)
+    assert plain.served == {PROXY_FILE: live.proxy} and plain.running() == []
+
+def test_an_app_is_stopped_where_nginx_cannot_follow(plain, capfd):
+    plain.lives(ONE_WEB)
+    plain.broken['nginx -s'] = 1
+    dh.cmd_stop(plain.app)
+    assert plain.running() == [] and plain.app.is_stopped()
+    assert ('dockhand: nginx goes on passing requests to it: nginx -s reload failed'
+            in capfd.readouterr().err)
 
 @table('stanzas, runs', r'''
     start on started docker                      => yes
@@ -4550,8 +4913,7 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     capfd.readouterr()
     dh.cmd_proxy(plain.app)
     printed = capfd.readouterr().out
-    assert printed == GENERATED.format('blog', 'blog blog.*', '', '\n    listen [::]:80;',
-                                       '', 'blog')
+    assert printed == generated('blog', 'blog blog.*', SIX % '' + LARGE)
     plain.push(an_app('two', 'EXPOSE 8000', printed))
     assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
 
@@ -4661,8 +5023,35 @@ def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, ow
     before = plain.whole()
     assert 'the server_name of its own nginx-proxy.conf' in refusal(
         dh.cmd_config, plain.app, 'domains=a.org')
+    assert refusal(dh.cmd_config, plain.app, 'trust=10.0.0.1') == (
+        'whom blog trusts stands in its own nginx-proxy.conf')
     assert plain.changed(before) == []
     dh.cmd_config(plain.app, 'timeout=9')
+
+def test_a_front_is_trusted_from_a_change_of_config_to_the_next(plain):
+    plain.lives(ONE_WEB)
+    dh.cmd_config(plain.app, 'trust=10.0.0.0/8')
+    assert '\n    10.0.0.0/8 1;\n' in plain.served[PROXY_FILE]
+    assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
+    dh.cmd_config(plain.app, 'trust', unset=True)
+    assert 'geo' not in plain.served[PROXY_FILE]
+    dh.cmd_rollback(plain.app)
+    assert '\n    10.0.0.0/8 1;\n' in plain.served[PROXY_FILE]
+
+def test_the_proxy_file_of_an_older_version_goes_on_and_is_nobodys_change(plain):
+    live = plain.lives(ONE_WEB)
+    older = live._replace(proxy=live.proxy.replace('    server_tokens off;\n', ''))
+    plain.app.save(older)
+    plain.host.nginx.restore('blog', older.proxy)
+    before = plain.whole()
+    dh.cmd_recover(plain.host)
+    dh.cmd_stop(plain.app)
+    dh.cmd_start(plain.app)
+    assert plain.changed(before) == []
+    plain.push(TWO_WEB)
+    assert plain.served == {PROXY_FILE: plain_proxy(2)}
+    dh.cmd_rollback(plain.app)
+    assert plain.served == {PROXY_FILE: older.proxy}
 
 def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
     plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))

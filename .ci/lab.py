@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, namedtuple
+from contextlib import closing
 
 import pytest
 
@@ -470,6 +471,157 @@ def servers():
 def public_key(server, key):
     with open(os.path.join(server.folder, key + '.pub')) as file:
         return file.read()
+
+# ---- nginx alone, before an app that keeps what it was told -----------------------------
+
+NGINX_ALONE = '''daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/*.conf;
+}}
+'''
+LARGE = 2 ** 25                 # bytes of an answer: more than all sockets on its way hold
+
+class Told(object):
+    """An app on a port of its own. heads: what it was told, [str] of each request.
+
+    /            answers `ok`
+    /header/N    with a header so long
+    /events      one event, and no more until `go_on` is set
+    /large       LARGE bytes; then `written` is set
+    /teapot      418
+    """
+    def __init__(self):
+        self.heads = []
+        self.go_on, self.written = threading.Event(), threading.Event()
+        self.listener = socket.socket()
+        self.listener.bind(('127.0.0.1', 0))
+        self.listener.listen(99)
+        self.port = self.listener.getsockname()[1]
+        self.begin(self.serve)
+
+    def begin(self, function, *args):
+        thread = threading.Thread(target=function, args=args)
+        thread.daemon = True
+        thread.start()
+
+    def serve(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except EnvironmentError:
+                return
+            self.begin(self.answer, connection)
+
+    def answer(self, connection):
+        try:
+            self.send_answer(connection)
+        except EnvironmentError:
+            pass                        # it was hung up
+        connection.close()
+
+    def send_answer(self, connection):
+        head = b''
+        while b'\r\n\r\n' not in head:
+            part = connection.recv(65536)
+            if not part:
+                return
+            head += part
+        self.heads.append(head.decode('latin-1'))
+
+        path = head.split()[1].decode('latin-1')
+        status = b'418 Teapot' if path == '/teapot' else b'200 OK'
+        connection.sendall(b'HTTP/1.1 %s\r\nConnection: close\r\n' % status)
+        if path.startswith('/header/'):
+            connection.sendall(b'X-Long: %s\r\n' % (b'x' * int(path[8:])))
+        connection.sendall(b'\r\n')
+        self.send_body(connection, path)
+
+    def send_body(self, connection, path):
+        if path == '/events':
+            connection.sendall(b'data: 1\n\n')
+            self.go_on.wait(20)
+        elif path == '/large':
+            connection.sendall(b'x' * LARGE)
+            self.written.set()
+        else:
+            connection.sendall(b'ok')
+
+class Alone(object):
+    """This machine's nginx with these proxy files, {name: text}, inside a `with`: port 80
+    of theirs is at `port`."""
+    def __init__(self, folder, files):
+        self.folder, self.files = str(folder), files
+
+    def __enter__(self):
+        with closing(socket.socket()) as probe:
+            probe.bind(('127.0.0.1', 0))
+            self.port = probe.getsockname()[1]
+        for name, text in self.files.items():
+            self.write(name, re.sub(r'listen 80\b', 'listen 127.0.0.1:%d' % self.port, text))
+        self.write('nginx', NGINX_ALONE.format(folder=self.folder))
+        os.rename(self.folder + '/nginx.conf', self.folder + '/nginx')
+
+        self.process = subprocess.Popen(
+            ['nginx', '-p', self.folder, '-c', self.folder + '/nginx'],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.said = ''
+        assert until(self.is_there, True, 10), self.said
+        return self
+
+    def __exit__(self, *raised):
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.communicate()
+
+    def write(self, name, text):
+        with open('%s/%s.conf' % (self.folder, name), 'w') as target:
+            target.write(text)
+
+    def is_there(self):
+        if self.process.poll() is not None:
+            self.said += self.process.communicate()[0].decode()
+            raise AssertionError(self.said)
+        try:
+            socket.create_connection(('127.0.0.1', self.port), 1).close()
+            return True
+        except EnvironmentError:
+            return False
+
+    def connect(self, *lines):
+        """A connection on which a request was sent, in HTTP/1.1 as these lines."""
+        connection = socket.create_connection(('127.0.0.1', self.port), 10)
+        connection.sendall('\r\n'.join(lines + ('', '')).encode('latin-1'))
+        return connection
+
+    def ask(self, *lines):
+        """What is answered to a request, with `Connection: close`."""
+        connection = self.connect(*(lines + ('Connection: close',)))
+        parts = list(iter(lambda: connection.recv(65536), b''))
+        connection.close()
+        return b''.join(parts).decode('latin-1')
+
+@pytest.fixture
+def told():
+    app = Told()
+    yield app
+    app.go_on.set()
+    app.listener.close()
+
+def demand_nginx():
+    """Skip a test, or fail it in CI, where there is no nginx."""
+    if not any(os.access(os.path.join(folder, 'nginx'), os.X_OK)
+               for folder in os.environ['PATH'].split(':') + ['/usr/sbin']):
+        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)('no nginx')
 
 # ---- Drills, and what they watch -------------------------------------------------------
 
