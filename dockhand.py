@@ -89,6 +89,7 @@ BOOT_SCRIPT = '/etc/init.d/dockhand-recover'
 
 PATIENCE = 5.0                      # seconds that we wait for a pusher, in all
 LOG_LINES = 20                      # that he gets of an app that does not answer
+LINE_LIMIT = 2 ** 13                # bytes of a line that he gets of any command
 HEALTH_TIMEOUT = 60                 # seconds for an app to answer in
 STEADY = 2.0                        # seconds that it must keep running
 RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
@@ -337,29 +338,58 @@ def answer_of(function, *args):
         return None, str(error)
 
 def read_lines(fd, each, silence=20):
-    """Give each line that comes from a pipe to `each`; a sign of life when none does.
-    A CR ends a line too: that is how progress is shown. CR and LF are one end."""
+    """Give each line that comes from a pipe to `each`; a sign of life when none does."""
     begun = monotonic()
-    rest = b''
-    while True:
+    reader = LineReader()
+    data = None
+    while data != b'':
         if not select.select([fd], [], [], silence)[0]:
             each('... still busy after %d s' % (monotonic() - begun))
             continue
 
         data = os.read(fd, 65536)
-        heard = (rest + data).replace(b'\r\n', b'\n')
-        undecided = b''                     # the LF of a CR may be in what comes next
-        if data and heard.endswith(b'\r'):
-            heard = heard[:-1]
-            undecided = b'\r'
+        for line in reader.feed(data):
+            each(line)
 
-        lines = heard.replace(b'\r', b'\n').split(b'\n')
-        if data:                            # the last of them may go on
-            rest = lines.pop() + undecided
-        for line in lines:
-            each(plain_line(to_text(line)))
-        if not data:
-            return
+class LineReader(object):
+    """Parts what comes piece by piece into lines, in one pass whatever it is.
+
+    A CR ends a line too: that is how progress is shown. Several of them, and the LF that
+    may follow, are one end. Of a line longer than LINE_LIMIT the rest is left out.
+    """
+    def __init__(self):
+        self.rest = b''         # of a line that may go on, and the CR that may be its end
+        self.left_out = 0       # bytes of it that are dropped already
+
+    def feed(self, data):
+        """The lines that end in what came, as [text]. data: b'' where no more comes"""
+        heard = (self.rest + data).split(b'\n')
+        last = heard.pop()
+        lines = []
+        for whole in heard:
+            parts = [part for part in whole.split(b'\r') if part]
+            lines += [self.take(part) for part in parts or [b'']]
+
+        parts = [part for part in last.split(b'\r') if part]
+        self.rest = b''
+        if data and parts:
+            self.rest = parts.pop()
+        lines += [self.take(part) for part in parts]
+
+        self.left_out += max(0, len(self.rest) - LINE_LIMIT)
+        self.rest = self.rest[:LINE_LIMIT]
+        if data and last.endswith(b'\r'):
+            self.rest += b'\r'
+        return lines
+
+    def take(self, line):
+        """The text of a line that has come to its end; it says what is left out."""
+        left_out = self.left_out + max(0, len(line) - LINE_LIMIT)
+        self.left_out = 0
+        text = plain_line(to_text(line[:LINE_LIMIT]))
+        if left_out:
+            text += ' ... (%d bytes of this line are left out)' % left_out
+        return text
 
 class Clock(object):
     """What time it is, in seconds: since 1970, and since some moment, never backwards

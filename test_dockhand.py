@@ -2063,6 +2063,61 @@ def test_lines_as_a_terminal_gets_them_are_parted_by_no_empty_ones():
     shell(r"printf 'a\r\n\r\nb\r'; sleep 0.2; printf '\nc\r\n'", each=lines.append)
     assert lines[:4] == ['a', '', 'b', 'c']
 
+@table('text, lines', r"""
+    a\r\r\nb\r\n       => a|b
+    a\r\n\r\nb         => a||b
+    a\r\r\n\r\r\nb     => a||b
+    \n\na\n\n          => ||a|
+    1%\r2%\r\r3%\n      => 1%|2%|3%
+    \r1%\r2%           => 1%|2%
+    a\r                => a""")
+def test_what_parts_lines_is_read_the_same_wherever_a_pipe_parts_it(text, lines):
+    for size in (1, 2, 3, 99):
+        reader, found = dh.LineReader(), []
+        for at in range(0, len(text), size):
+            found += reader.feed(dh.to_bytes(text[at:at + size]))
+        assert found + reader.feed(b'') == lines.split('|')
+
+@contextmanager
+def ending(seconds=20):
+    """Fails the test where the block does not come to its end: no measure of speed."""
+    def give_up(number, frame):
+        raise AssertionError('it does not end')
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+@each('letters', r'x \_ \e[1 \\ {"a":')
+def test_one_line_without_end_is_cut_and_costs_no_more_than_many(letters):
+    """What joins or searches all of it again for each piece does not end here."""
+    count = 2 ** 20 // len(letters)
+    write = 'import os, sys\nfor _ in range(64): os.write(1, sys.argv[1].encode() * %d)'
+    lines = []
+    with ending():
+        dh.execute([sys.executable, '-c', write % count, letters], each=lines.append)
+
+    left_out = 64 * count * len(letters) - dh.LINE_LIMIT
+    shown = dh.plain_line((letters * dh.LINE_LIMIT)[:dh.LINE_LIMIT])
+    assert lines == [shown + ' ... (%d bytes of this line are left out)' % left_out]
+
+@pytest.mark.parametrize('size', [0, 1, dh.LINE_LIMIT - 1, dh.LINE_LIMIT])
+def test_a_line_up_to_the_limit_is_shown_whole(size):
+    lines = []
+    shell('head -c %d /dev/zero | tr "\\0" x; echo; echo y' % size, each=lines.append)
+    assert lines == ['x' * size, 'y']
+
+def test_the_line_after_one_that_was_cut_is_whole():
+    lines = []
+    size = dh.LINE_LIMIT + 5
+    shell('head -c %d /dev/zero | tr "\\0" x; echo; echo y; printf z' % size,
+          each=lines.append)
+    assert lines == ['x' * dh.LINE_LIMIT + ' ... (5 bytes of this line are left out)',
+                     'y', 'z']
+
 def test_a_command_that_is_missing_is_named():
     assert refusal(dh.execute, ['no-such-command', 'x']).startswith('no-such-command: No')
 
