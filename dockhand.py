@@ -95,6 +95,9 @@ STEADY = 2.0                        # seconds that it must keep running
 RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
 DRAIN = 30                          # seconds for requests that were begun
 FILE_LIMIT = 2 ** 18                # bytes of a pushed file
+MOST_PATHS = 100000                 # files and folders of a commit
+LONGEST_PATH = 4000                 # letters of one of them, as git shows it
+BLOCK = 4096                        # bytes of disk that the smallest file takes
 SPACE = 512                         # MB that are free before a build
 WRITTEN = 2 ** 16                   # bytes for a trial of docker's disk, before a stop
 KEPT = 5                            # images of which releases stay; the live one's is one
@@ -5084,6 +5087,7 @@ def build_release(app, live, release, options=()):
 
 def build_commit(app, live, release, options):
     """The Release with the files of its commit, its image built from them."""
+    check_tree(app, release.commit)
     folder = app.build_folder()
     layers = []
     try:
@@ -5110,6 +5114,39 @@ def build_commit(app, live, release, options):
         raise
     finally:
         app.empty_build_folder()
+
+def check_tree(app, commit):
+    """Failure where a commit is too large to be checked out: a few kilobytes of folders,
+    each of which is in another one ten times, are a thousand million files for git. What
+    lists them is ended at the first that is too many."""
+    room = free_bytes(app.host, STATE) - SPACE * 1000000
+    count = TreeCount(room)
+    app.git('ls-tree', '-r', '-t', '-l', commit, act=partial(app.host.run, each=count))
+
+class TreeCount(object):
+    """Gets the lines of `git ls-tree -r -t -l`, MODE KIND ID SIZE, a tab and a path;
+    Failure at the one from which on it is too much. room: in bytes"""
+    def __init__(self, room):
+        self.room = room
+        self.paths = 0
+        self.bytes = 0
+
+    def __call__(self, line):
+        about, tab, path = line.partition('\t')
+        fields = about.split()
+        refuse_if(not tab or len(fields) != 4, 'git cannot list this commit: %s',
+                  printable(line))
+        self.paths += 1
+        if fields[3].isdigit():             # a folder has none
+            self.bytes += max(int(fields[3]), BLOCK)
+
+        refuse_if(self.paths > MOST_PATHS, 'this commit has more than %d files and '
+                  'folders: leave out what the build fetches or makes itself', MOST_PATHS)
+        refuse_if(len(path) > LONGEST_PATH, 'a path in this commit is longer than %d '
+                  'characters: %s', LONGEST_PATH, printable(path))
+        refuse_if(self.bytes > self.room, 'the files of this commit have more than %d MB,'
+                  ' so much is not free on %s beside the %d MB for a build',
+                  self.room // 1000000, STATE, SPACE)
 
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""

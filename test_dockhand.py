@@ -3,6 +3,7 @@
 Tables over the functions that decide; a Host in a temporary folder, where a command that
 nobody expects fails the test; and, from "The real layer" on, dockhand on fresh servers.
 """
+import binascii
 import errno
 import fcntl
 import functools
@@ -24,6 +25,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zlib
 from collections import Counter
 from contextlib import closing, contextmanager
 
@@ -3697,6 +3699,106 @@ def test_a_pushed_file_is_read_as_it_is(tmpdir, data):
     tmpdir.join('Dockerfile').write_binary(data)
     assert dh.to_bytes(dh.read_pushed(str(tmpdir), 'Dockerfile')) == data
     assert dh.read_pushed(str(tmpdir), 'upstart.conf') is None
+
+class Git(object):
+    """A bare repository of blog, and git itself, which this account runs: it may be hurt
+    by nothing but what is written into it here. asked: the verbs that it was given"""
+    def __init__(self, root):
+        self.root, self.asked = str(root), []
+        self.app = dh.App(Host(self.root, self.ask), 'blog')
+        for folder in ('etc', 'home/git', 'var/lib/dockhand/build'):
+            os.makedirs(os.path.join(self.root, folder))
+        passwd = 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP)
+        dh.replace_file(self.app.host.path('/etc/passwd'), passwd)
+        dh.execute(['git', 'init', '-q', '--bare', self.app.repository()])
+
+    def ask(self, argv, account=None, **options):
+        self.asked.append([word for word in argv[1:] if not word.startswith('-')][0])
+        return dh.execute(argv, **options)
+
+    def write(self, kind, data):
+        """Write an object; its id, as bytes of 20."""
+        whole = b'%s %d\0' % (kind, len(data)) + data
+        name = hashlib.sha1(whole).hexdigest()
+        folder = os.path.join(self.app.repository(), 'objects', name[:2])
+        dh.make_folder(folder)
+        with open(os.path.join(folder, name[2:]), 'wb') as target:
+            target.write(zlib.compress(whole, 1))
+        return hashlib.sha1(whole).digest()
+
+    def tree(self, id_, mode, *names):
+        """A folder with the same thing under several names."""
+        return self.write(b'tree', b''.join(
+            b'%s %s\0' % (mode, name) + id_ for name in sorted(names)))
+
+    def commit(self, tree):
+        """The id of a commit of a folder."""
+        text = 'tree %s\nauthor a <a> 1 +0000\ncommitter a <a> 1 +0000\n\nx\n'
+        id_ = self.write(b'commit', dh.to_bytes(
+            text % dh.to_text(binascii.hexlify(tree))))
+        return dh.to_text(binascii.hexlify(id_))
+
+TEN = [b'%d' % number for number in range(10)]
+
+def nested(git, id_, mode, levels, *names):
+    """A folder in a folder and so on, each holding the next one under all the names."""
+    for _ in range(levels):
+        id_, mode = git.tree(id_, mode, *names), b'40000'
+    return id_
+
+@table('what, said', """
+    files   => more than 100000 files and folders
+    folders => more than 100000 files and folders
+    deep    => a path in this commit is longer than 4000 characters
+    long    => more than 100000 files and folders
+    large   => MB, so much is not free on /var/lib/dockhand""")
+def test_a_commit_that_would_never_be_checked_out_is_refused_by_its_list(
+        tmpdir, what, said):
+    git = Git(tmpdir)
+    blob, empty = git.write(b'blob', b'x'), git.write(b'tree', b'')
+    names = [b'n' * 220 + b'%d' % number for number in range(17)]
+    large = git.write(b'blob', b'\0' * 2 ** 26) if what == 'large' else None
+    tree = {'files': lambda: nested(git, blob, b'100644', 9, *TEN),
+            'folders': lambda: nested(git, empty, b'40000', 9, *TEN),
+            'deep': lambda: nested(git, blob, b'100644', 20000, b'a'),
+            'long': lambda: nested(git, blob, b'100644', 17, *names[:2]),
+            'large': lambda: nested(git, large, b'100644', 4, *names)}[what]()
+    commit = git.commit(tree)
+    with ending():
+        assert said in refusal(
+            dh.build_commit, git.app, None, release(commit=commit), ())
+    assert git.asked == ['ls-tree']
+    assert dh.list_folder(git.app.host.path('/var/lib/dockhand/build')) == []
+
+def test_a_commit_of_as_many_files_as_may_be_is_taken(tmpdir):
+    git = Git(tmpdir)
+    blob = git.write(b'blob', b'x')
+    names = [b'%05d' % number for number in range(dh.MOST_PATHS)]
+    dh.check_tree(git.app, git.commit(git.tree(blob, b'100644', *names)))
+    more = git.commit(git.tree(blob, b'100644', b'more', *names))
+    assert 'more than 100000' in refusal(dh.check_tree, git.app, more)
+
+def test_a_commit_that_git_cannot_list_is_refused_with_its_words(tmpdir):
+    git = Git(tmpdir)
+    commit = git.commit(b'\x11' * 20)
+    assert 'git cannot list this commit: fatal: ' in refusal(
+        dh.check_tree, git.app, commit)
+
+@each('mode', '100644 100755 120000 160000')
+def test_whatever_git_keeps_is_counted_once(tmpdir, mode):
+    git = Git(tmpdir)
+    tree = git.tree(git.write(b'blob', b'x'), dh.to_bytes(mode), b' a\tb\n\xff ', b'c')
+    dh.check_tree(git.app, git.commit(tree))
+
+@pytest.mark.parametrize('files, said', [
+    (dict(('f%05d' % number, '') for number in range(100001)), 'more than 100000 files'),
+    ({'x' * 4001: ''}, 'longer than 4000')], ids=['many', 'long'])
+def test_a_push_of_too_many_files_changes_nothing(machine, files, said):
+    machine.lives(FILES)
+    before, containers = machine.whole(), str(machine.containers)
+    assert said in refusal(machine.push, dict(FILES_2, **files))
+    assert machine.changed(before) == [] and str(machine.containers) == containers
+    assert not [line for line in machine.done if line.startswith(('mkdir', 'docker b'))]
 
 @each('path', '''/etc/init/blog.conf /etc/nginx/conf.d/blog.conf /etc/init.d/blog
       /lib/systemd/system/blog.service /etc/systemd/system/blog.service''')

@@ -447,6 +447,9 @@ class Machine(object):
     def git(self, folder, verb, *words):
         assert re.match(re.escape('--git-dir=' + self.host.path('/home/git/')) +
                         r'[a-z]+\.git\Z', folder)
+        if verb == 'ls-tree':
+            for name, text in sorted(self.commits[words[-1]].items()):
+                self.each('100644 blob %s %7d\t%s' % (SHA, len(text), name))
         if verb == 'read-tree':
             self.index = self.commits[words[0]]
         if verb.startswith('--work-tree='):
