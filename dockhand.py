@@ -1903,10 +1903,11 @@ def read_listen(arguments, place):
 
 def split_address(where):
     """(address, port) of what a `listen` names: `*` stands for every IPv4 address, and a
-    file has no port. An IPv6 address is in brackets; ports may begin with zeros."""
+    file has no port. An IPv6 address is in brackets; ports may begin with zeros. (What
+    has more digits is no port for nginx either.)"""
     if where.startswith('unix:'):
         return where, ''
-    match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?(\d+)\Z', where)
+    match = re.match(r'(?:(\[[^]]*\]|[^:\[\]]+):)?0*(\d{1,9})\Z', where)
     if match:
         address = match.group(1) or '*'
         port = str(int(match.group(2)))
@@ -2380,10 +2381,14 @@ def is_covered(name, wildcard):
 # in another way than nginx's PCRE.
 NOT_TRIED = r'\)[*+?{]|\[\[:|\\[^.dDwWsSbB$^*+?(){}|\[\]-]|\(\?(?!P?<[A-Za-z_]|:)'
 
+LONGEST_EXPRESSION = 255
+
 def expression_matches(expression, name):
     """Whether a `~expression` matches a name; True where that is not tried."""
     repeated = len(re.findall('[*+{]', expression))
-    if len(expression) > 255 or repeated > 3 or re.search(NOT_TRIED, expression):
+    if len(expression) > LONGEST_EXPRESSION or repeated > 3:
+        return True
+    if re.search(NOT_TRIED, expression):
         return True
     pattern = re.sub(r'\(\?<(?=[A-Za-z_])', '(?P<', expression[1:])
     try:
@@ -2393,9 +2398,9 @@ def expression_matches(expression, name):
 
 def plain_ends(expression):
     """(text that a matching host begins with, text that it ends with) of a `~expression`,
-    in lower case; '' where it does not say."""
+    in lower case; '' where it does not say, or is longer than any that is tried."""
     text = expression.lower()
-    if '|' in text:
+    if '|' in text or len(text) > LONGEST_EXPRESSION:
         return '', ''
 
     # A letter with `?`, `*` or `{` behind it may be missing.

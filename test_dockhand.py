@@ -71,6 +71,31 @@ def refusal(function, *args):
     assert re.match(r'[ -~]{1,300}\Z', str(caught.value))
     return str(caught.value)
 
+@contextmanager
+def ending(seconds=20):
+    """Fails the test where the block does not come to its end: no measure of speed."""
+    def give_up(number, frame):
+        raise AssertionError('it does not end')
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+HOSTILE = [
+    ' ', '\t', '\n', '\r', '\r\n', 'x', '1', '0', '-', 'a ', 'a=', 'A=1 ', '-i', '.', '*.',
+    '\\', '\\\n', '"', "'", "'\"", '""', '(', ')', '(?<a>', '[', '$', '${', '$a ', '{',
+    '}', 'a{', ';', 'a;', '`', '$(', '#', '/', '../', ':', '://', ',', '~', '\0', '\x1b[',
+    '\x1b[1'] + [dh.to_text(data) for data in (b'\xff', b'\xc3\xa9', b'\xe2')]
+
+def hostile(*letters):
+    """Texts as large as a file may be, of nothing but the same letters: whatever makes a
+    reader look at what it has read before."""
+    size = dh.FILE_LIMIT
+    return [(repeated * size)[:size] for repeated in letters or HOSTILE]
+
 @pytest.fixture(autouse=True)
 def signals_stay():
     """Undoing ignores signals for the rest of a process; here for the rest of a test."""
@@ -1149,6 +1174,48 @@ def test_a_long_file_of_anything_is_read_in_one_pass(text):
     dh.read_proxy_file((text * (2 ** 18 // len(text))))
     dh.read_proxy_file('server{' + text * (2 ** 17 // len(text)))
 
+def judged(text):
+    """All that is asked of a proxy file that is pushed, but for nginx itself."""
+    other = dh.read_proxy_file('server { server_name *.b.org ~x$ b; }',
+                               '/etc/nginx/conf.d/wiki.conf')
+    file = dh.read_proxy_file(text)
+    trees = [('/etc/nginx/conf.d/wiki.conf', other.directives)]
+    if not dh.rule_problems('blog', file.directives, trees, MODERN):
+        theirs = dh.claims_of(other.servers, '/etc/nginx/conf.d/wiki.conf')
+        ours = dh.claims_of(file.servers, '/etc/nginx/conf.d/blog.conf')
+        dh.taken_name(ours, theirs, None)
+        dh.taken_name(theirs, ours, None)
+        dh.check_proxy(file.servers, other.servers)
+    list(dh.proxy_doubts(file.directives))
+    dh.render_catch_all(file.servers, MODERN, True)
+    dh.plain_place(file.servers)
+    dh.proxied_ports(text)
+
+@table('begin, end', r"""
+    =>
+    => x;
+    server {                                       => }
+    server { server_name\_                         => ; }
+    server { server_name "~                        => "; }
+    server { server_name ~                         => ; }
+    server { server_name ~^                        => $; }
+    server { server_name a; listen\_               => ; }
+    server { server_name a; listen 127.0.0.1:      => ; }
+    server { server_name a; root\_                 => ; }
+    server { server_name a; access_log /var/log/nginx/blog- => ; }
+    server { server_name a; proxy_pass http://     => ; }
+    server { server_name a; x\_                    => ; }
+    map "                                          => " $b { }
+    map $a $b {                                    => }""")
+def test_a_proxy_file_is_judged_in_one_pass_whatever_it_says(begin, end):
+    """What takes the square of its length does not end here."""
+    for text in hostile('x', '1', '-i', '. ', 'a{', '(?<a>', '${', '\\'):
+        with ending():
+            try:
+                judged(begin + text + end)
+            except Failure as failure:
+                assert str(failure).startswith('nginx-proxy.conf:')
+
 # ---- What one app's file may say beside the others' ------------------------------------
 
 MODERN = (1, 22, 1)
@@ -2079,19 +2146,6 @@ def test_what_parts_lines_is_read_the_same_wherever_a_pipe_parts_it(text, lines)
         for at in range(0, len(text), size):
             found += reader.feed(dh.to_bytes(text[at:at + size]))
         assert found + reader.feed(b'') == lines.split('|')
-
-@contextmanager
-def ending(seconds=20):
-    """Fails the test where the block does not come to its end: no measure of speed."""
-    def give_up(number, frame):
-        raise AssertionError('it does not end')
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 @each('letters', r'x \_ \e[1 \\ {"a":')
 def test_one_line_without_end_is_cut_and_costs_no_more_than_many(letters):
