@@ -714,13 +714,17 @@ def parse_connection(text):
 
 def is_address(text):
     """Whether a text is an IPv4 or IPv6 address."""
-    import socket
-    family = socket.AF_INET6 if ':' in text else socket.AF_INET
     try:
-        socket.inet_pton(family, text)
+        pack_address(text)
     except (EnvironmentError, ValueError):
         return False
     return True
+
+def pack_address(text):
+    """The bytes of an IPv4 or IPv6 address; EnvironmentError or ValueError for others."""
+    import socket
+    family = socket.AF_INET6 if ':' in text else socket.AF_INET
+    return socket.inet_pton(family, text)
 
 def is_private(address):
     """Whether an address is one that only neighbours reach: of RFC 1918, 6598 or 4193,
@@ -908,15 +912,69 @@ def lines_that_log_in(lines, keys):
 # ---- Config, and the record of a release (pure functions) ------------------------------
 # What the server knows of an app, and what it writes down of each release.
 
+def is_port(value):
+    return re.match('[1-9][0-9]{0,4}\\Z', value) is not None and int(value) < 2 ** 16
+
+def are_host_names(value):
+    """Whether a value is names for nginx's `server_name`, with one blank between."""
+    return all(re.match(r'(_|[a-z0-9*.-]+)\Z', name) for name in value.split(' '))
+
+def is_branch_name(value):
+    """Whether git takes this for a branch, and no push of it would be another thing."""
+    if not re.match(r'\w[\w./-]*\Z', value) or value == 'plan':
+        return False
+    if '..' in value or value.endswith('.'):
+        return False
+    return all(part and not part.startswith('.') and not part.endswith('.lock')
+               for part in value.split('/'))
+
+def is_yes_or_no(value):
+    return value in ('yes', 'no')
+
+def is_patience(value):
+    return re.match('([3-9]|[1-9][0-9]{1,3})\\Z', value) is not None
+
+def is_command(value):
+    """Whether a value is a command, as run_release_command reads it."""
+    import shlex
+    try:
+        return bool(shlex.split(value))
+    except ValueError:
+        return False
+
+def are_networks(value):
+    """Whether a value is addresses and networks, as nginx reads them in a `geo`."""
+    words = value.split()
+    return bool(words) and all(is_network(word) for word in words)
+
+def is_network(word):
+    """Whether a word is an address, or a network by its first one, as 10.0.0.0/8."""
+    import binascii
+    address, slash, length = word.partition('/')
+    if not is_address(address) or not slash:
+        return is_address(address)
+
+    data = pack_address(address)
+    bits = 8 * len(data)
+    if not re.match('(0|[1-9][0-9]{0,2})\\Z', length) or int(length) > bits:
+        return False
+    behind = (1 << (bits - int(length))) - 1
+    return int(binascii.hexlify(data), 16) & behind == 0
+
+Setting = namedtuple('Setting', 'fits wanted')      # whether a value does; what does
+
 # What config says of the app itself; every other key is a variable of its environment.
 SETTINGS = {
-    'domains': r'(_|[a-z0-9*.-]+)( (_|[a-z0-9*.-]+))*',
-    'port': r'[1-9]\d{0,4}',
-    'branch': r'\w[\w./-]*',
-    'overlap': 'yes|no',
-    'timeout': r'[3-9]|[1-9]\d{1,3}',
-    'release': r"""([^'"\\]|\\.|'[^']*'|"(\\.|[^"\\])*")+""",
-    'trust': '.*'}              # check_trust says it in words
+    'domains': Setting(are_host_names, 'host names in lower case are wanted, with one '
+                       'blank between two; _ is for all that no app has'),
+    'port': Setting(is_port, 'a number from 1 to 65535 is wanted'),
+    'branch': Setting(is_branch_name, 'the name of a branch is wanted, as main or live/x,'
+                      ' but not plan'),
+    'overlap': Setting(is_yes_or_no, 'yes or no is wanted'),
+    'timeout': Setting(is_patience, 'a number of seconds from 3 to 9999 is wanted'),
+    'release': Setting(is_command, 'a command is wanted, its quotes closed'),
+    'trust': Setting(are_networks, 'addresses are wanted, as 192.0.2.7, and networks by '
+                     'their first one, as 10.0.0.0/8')}
 
 def check_setting(key, value):
     """Failure unless docker's env files or dockhand can hold it."""
@@ -928,41 +986,26 @@ def check_setting(key, value):
     text = data.decode('utf-8', 'replace')
     if re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768:
         raise Failure("%s: docker's env files hold one line of UTF-8, up to 32 KB: write "
-                      'it as base64', key)
+                      'it as base64', printable(key))
 
-    wanted = SETTINGS.get(key, '.*')
-    if not re.match('(?:%s)\\Z' % wanted, value):
-        raise Failure('%s=%s does not match %s', key, printable(value), wanted)
-    if key == 'trust':
-        check_trust(value)
+    setting = SETTINGS.get(key)
+    if setting and not setting.fits(value):
+        raise Failure('%s=%s: %s', key, printable(value), setting.wanted)
 
-def check_trust(value):
-    """Failure unless these are addresses and networks, as nginx reads them in a `geo`."""
-    refuse_if(not value.split(), 'trust= names nobody: dockhand config APP trust --unset')
-    for word in value.split():
-        problem = network_problem(word)
-        refuse_if(problem, 'trust: "%s" %s', printable(word), problem)
+def check_is_known(key):
+    """Failure for a name of small letters alone, as settings have them, that is none: as
+    a variable it would change nothing, and seem to. With a capital letter, a digit, `_`,
+    `-` or `.` (http_proxy, spring.profiles.active) it is a variable."""
+    if key in SETTINGS or not re.match('[a-z]+\\Z', key):
+        return
 
-def network_problem(word):
-    """What is wrong with an address, or with a network as 10.0.0.0/8, or None."""
-    import binascii
-    import socket
-    address, slash, length = word.partition('/')
-    family = socket.AF_INET6 if ':' in address else socket.AF_INET
-    try:
-        data = socket.inet_pton(family, address)
-    except (EnvironmentError, ValueError):
-        return 'is no address, as 192.0.2.7, and no network, as 10.0.0.0/8'
-    if not slash:
-        return None
-
-    bits = 8 * len(data)
-    if not re.match(r'(0|[1-9]\d{0,2})\Z', length) or int(length) > bits:
-        return 'is no network: behind the "/" stands a number from 0 to %d' % bits
-    beyond = (1 << (bits - int(length))) - 1
-    if int(binascii.hexlify(data), 16) & beyond:
-        return 'is an address inside a network: write the first address of that'
-    return None
+    import difflib
+    remedy = 'they are %s;' % ', '.join(sorted(SETTINGS))
+    nearest = difflib.get_close_matches(key, sorted(SETTINGS), 1)
+    if nearest:
+        remedy = 'did you mean "%s"?' % nearest[0]
+    raise Failure('no setting is called "%s": %s variables are in upper case',
+                  printable(key), remedy)
 
 def environment_text(config, port):
     """The variables of a config as docker's --env-file has them; PORT for a web app."""
@@ -3208,6 +3251,22 @@ def read_sockets(text):
                               fields[4].rpartition(':')[0], pids))
     return sockets
 
+def told_of_file(release, problem):
+    """What is wrong with a release's proxy file; of one that was made here, whose lines
+    nobody knows, told by the host names that it was made of."""
+    if not is_made(release) or not problem.startswith('nginx-proxy.conf'):
+        return problem
+
+    app = release.app
+    place, _, said = problem.partition(': ')
+    if ' ' in place:                    # `nginx-proxy.conf clashes with another file: ...`
+        return problem.replace('nginx-proxy.conf', 'the proxy file made for ' + app, 1)
+    names = release.config.get('domains')
+    if names:
+        return 'domains="%s": %s' % (printable(names), said)
+    return 'the host names %s %s.* (others: dockhand config %s domains="NAME..."): %s' % (
+        app, app, app, said)
+
 class Nginx(object):
     """nginx: its files, and its processes. What it found out of them it keeps."""
     def __init__(self, host):
@@ -3264,6 +3323,13 @@ class Nginx(object):
         """Failure where a release's proxy file clashes with another, or nginx refuses it.
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
         is newer only warns; known: the apps that the asker may know of, None for all"""
+        try:
+            self.check_file(release, files, older, known)
+        except Failure as problem:
+            raise Failure('%s', told_of_file(release, str(problem)))
+
+    def check_file(self, release, files, older, known):
+        """The same, with the places in a file that may be none of the repository's."""
         own = PROXIES + '/%s.conf' % release.app
         check_not_foreign(self.host, own, release.app)
         others = dict(files)
@@ -3273,7 +3339,8 @@ class Nginx(object):
         for problem in self.rules_broken(release, pushed, others, known):
             if not older:
                 raise Failure(problem)
-            step('Note: %s; the next push will be refused for it', problem)
+            step('Note: %s; the next push will be refused for it',
+                 told_of_file(release, problem))
         check_proxy(pushed.servers, all_servers(others), known)
         self.check_named_files(pushed.directives)
 
@@ -3376,7 +3443,12 @@ class Nginx(object):
             return ''
         lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
         said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
-        return re.sub(r'(.*?)(?: in)? (\S+:\d+)\Z', r'\2: \1', said)
+        text, _, place = said.rpartition(' ')
+        if not re.match(r'\S+:\d+\Z', place):
+            return said
+        if text.endswith(' in'):
+            text = text[:-len(' in')]
+        return '%s: %s' % (place, text)
 
     # Its files change
 
@@ -6003,6 +6075,8 @@ def change_config(config, changes, unset):
             if value == '-':
                 value = re.sub(r'\r?\n\Z', '', read_stdin())
             check_setting(key, value)
+            if key not in config:           # older versions took any
+                check_is_known(key)
             wanted[key] = value
         else:
             refuse_if(not unset, '"%s" is not KEY=VALUE', printable(word))

@@ -443,32 +443,49 @@ def test_a_setting_may_have_any_value_on_one_line(key, value):
     A         => a\nb   => A: docker's env files hold one line of UTF-8, up to 32 KB
     A         => a\r    => A: docker's env files hold one line
     A         => a\0b   => A: docker's env files hold one line
-    port      => 0      => port=0 does not match
-    port      => 80/udp => port=80/udp does not match
-    port      =>        => port= does not match
-    domains   => A.org  => domains=A.org does not match
-    domains   => a;b    => domains=a;b does not match
-    domains   => a\_\_b => does not match
-    branch    => -x     => branch=-x does not match
-    overlap   => maybe  => overlap=maybe does not match yes|no
-    timeout   => 1.5    => timeout=1.5 does not match
-    timeout   => 2      => timeout=2 does not match
-    release   => echo 'x => release=echo 'x does not match
-    release   =>        => release= does not match
-    trust     =>        => trust= names nobody: dockhand config APP trust --unset
-    trust     => \_     => trust= names nobody
-    trust     => lb.org => trust: "lb.org" is no address, as 192.0.2.7, and no network
-    trust     => 10.0.1 => trust: "10.0.1" is no address
-    trust     => 10.0.0.0/8, => is no network: behind the "/" stands a number from 0 to 32
-    trust     => 10.0.0.0/33 => a number from 0 to 32
-    trust     => 10.0.0.0/   => a number from 0 to 32
-    trust     => 10.0.0.0/08 => a number from 0 to 32
-    trust     => ::/129      => a number from 0 to 128
-    trust     => 10.0.0.1/8  => trust: "10.0.0.1/8" is an address inside a network
-    trust     => 2001:db8::1/32 => is an address inside a network
-    trust     => 10.0.0.1;   => is no address
-    trust     => fe80::1%eth0  => is no address
-    trust     => 10.0.0.0/8 * => trust: "*" is no address""")
+    port      => 0      => port=0: a number from 1 to 65535 is wanted
+    port      => 80/udp => port=80/udp: a number from 1 to 65535 is wanted
+    port      => 65536  => port=65536: a number
+    port      => 99999  => port=99999: a number
+    port      => 080    => port=080: a number
+    port      =>        => port=: a number
+    domains   => A.org  => domains=A.org: host names in lower case are wanted, with one
+    domains   => a;b    => domains=a;b: host names
+    domains   => a\_\_b => domains=a  b: host names
+    domains   => a\_    => domains=a : host names
+    domains   =>        => domains=: host names
+    branch    => -x     => branch=-x: the name of a branch is wanted, as main or live/x,
+    branch    => a..b   => branch=a..b: the name of a branch
+    branch    => a//b   => branch=a//b: the name of a branch
+    branch    => a/     => branch=a/: the name of a branch
+    branch    => a/.b   => branch=a/.b: the name of a branch
+    branch    => a.lock => branch=a.lock: the name of a branch
+    branch    => a.lock/b => branch=a.lock/b: the name of a branch
+    branch    => plan   => branch=plan: the name of a branch is wanted, as main or live/x, but not plan
+    overlap   => maybe  => overlap=maybe: yes or no is wanted
+    timeout   => 1.5    => timeout=1.5: a number of seconds from 3 to 9999 is wanted
+    timeout   => abc    => timeout=abc: a number of seconds from 3 to 9999 is wanted
+    timeout   => 2      => timeout=2: a number
+    timeout   => 10000  => timeout=10000: a number
+    release   => echo 'x => release=echo 'x: a command is wanted, its quotes closed
+    release   => echo " => release=echo ": a command is wanted, its quotes closed
+    release   => echo \\ => release=echo \\: a command
+    release   => \_     => release= : a command
+    release   =>        => release=: a command
+    trust     =>  => addresses are wanted, as 192.0.2.7, and networks
+    trust     => \_ => addresses are wanted, as 192.0.2.7, and networks
+    trust     => lb.org => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.1 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.0/8, => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.0/33 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.0/ => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.0/08 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => ::/129 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.1/8 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 2001:db8::1/32 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.1; => addresses are wanted, as 192.0.2.7, and networks
+    trust     => fe80::1%eth0 => addresses are wanted, as 192.0.2.7, and networks
+    trust     => 10.0.0.0/8 * => addresses are wanted, as 192.0.2.7, and networks""")
 def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
     assert said in refusal(dh.check_setting, key, value)
 
@@ -502,13 +519,36 @@ def test_a_config_is_changed_word_by_word(words, unset, wanted):
 
 @pytest.mark.parametrize('words, unset, said', [
     (['A'], False, '"A" is not KEY=VALUE'),
-    (['A=1', 'port=x'], False, 'port=x does not match'), (['=1'], False, '"" is no name'),
+    (['A=1', 'port=x'], False, 'port=x: a number'), (['=1'], False, '"" is no name'),
+    (['A=1', 'domain=x'], False, 'no setting is called "domain"'),
     (['B'], True, 'no B is set'),
     (['A=1', 'B'], True, 'no B is set')])
 def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     found = {'A': 'old'}
     assert said in refusal(dh.change_config, found, words, unset)
     assert found == {'A': 'old'}
+
+@table('key, said', """
+    domain   => "domain": did you mean "domains"? variables are in upper case
+    domians  => "domians": did you mean "domains"?
+    ports    => "ports": did you mean "port"? variables are in upper case
+    overlaps => "overlaps": did you mean "overlap"?
+    timout   => "timout": did you mean "timeout"?
+    realease => "realease": did you mean "release"?
+    memory   => "memory": they are branch, domains, overlap, port, release, timeout, trust; variables
+    x        => "x": they are branch,""")
+def test_a_word_in_lower_case_that_is_no_setting_is_refused_with_the_nearest(key, said):
+    assert ('no setting is called ' + said) in refusal(
+        dh.change_config, {}, [key + '=1'], False)
+
+@each('key', 'http_proxy spring.profiles.active Path A a1 x-y _x DOMAIN Domain pORT')
+def test_any_other_name_is_that_of_a_variable(key):
+    assert dh.change_config({}, [key + '=1'], False) == {key: '1'}
+
+def test_a_variable_that_an_app_has_may_be_changed_and_taken_away_whatever_its_name():
+    found = {'memory': '1g'}
+    assert dh.change_config(found, ['memory=2g'], False) == {'memory': '2g'}
+    assert dh.change_config(found, ['memory'], True) == {}
 
 @pytest.mark.parametrize('data, value', [
     (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
@@ -5201,6 +5241,37 @@ def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
     before, containers = plain.whole(), str(plain.containers)
     assert said in refusal(lambda: dh.cmd_config(plain.app, *words, **unset))
     assert plain.changed(before) == [] and str(plain.containers) == containers
+
+@table('names, said', """
+    wiki.org     => server_name "wiki.org" is taken on port 80, by /etc/nginx/conf.d/wiki.conf
+    b broken     => broken""")
+def test_host_names_that_will_not_do_are_told_as_config_has_them(plain, names, said):
+    """The file that is made of them is none that anybody has written."""
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name wiki.org *.org; }')
+    plain.lives(ONE_WEB)
+    told = refusal(dh.cmd_config, plain.app, 'domains=' + names)
+    assert told.startswith('domains="%s": %s' % (names, said))
+
+def test_a_rule_that_only_warns_says_config_too(plain, capfd):
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name *.org; }')
+    plain.lives(ONE_WEB)
+    dh.cmd_config(plain.app, 'domains=*.wiki.org')
+    note = 'Note: domains="*.wiki.org": "*.wiki.org" would take requests from wiki'
+    assert note in capfd.readouterr().err
+
+def test_the_names_that_an_app_has_unasked_are_told_with_what_sets_others(plain):
+    plain.nginx()
+    plain.write('/etc/nginx/conf.d/wiki.conf', 'server { server_name blog; }')
+    told = refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
+    assert told == ('the host names blog blog.* (others: dockhand config blog '
+                    'domains="NAME..."): server_name "blog" is taken on port 80, by '
+                    'something else here: change one of the two')
+
+def test_a_made_file_that_clashes_is_not_told_as_one_of_the_repository(plain):
+    plain.write('/etc/nginx/conf.d/old.conf', 'upstream blog { server x; }\n')
+    plain.nginx()
+    told = refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
+    assert 'nginx-proxy.conf' not in told and 'upstream blog' in told
 
 def test_a_file_that_somebody_wrote_for_a_worker_is_not_overwritten_when_it_gets_a_port(plain):
     plain.lives(an_app('one', ''))
