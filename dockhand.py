@@ -473,11 +473,22 @@ class Host(object):
             return function(*args)
         return with_rights_of(account, function, *args)
 
+# How a command begins to tell what it could do instead, once it has said what is wrong
+USAGE = r"(Usage:|usage:|(See|Run) '.* --help')"
+
 def last_line(text):
-    """The last line that a command said: docker repeats itself for each name, and what
-    its runtime says may end in a line of its own."""
-    text = re.sub(r'(?m)^(Error: failed to start containers.*|: unknown)$', '', text)
-    return plain_line(text.strip().rpartition('\n')[2])
+    """The last line that a command said of what is wrong: docker repeats itself for each
+    name, what its runtime says may end in a line of its own, and how to use a command
+    follows the reason."""
+    last = ''
+    for line in text.split('\n'):
+        line = plain_line(line)
+        if last and re.match(USAGE, line):
+            break
+        is_repeated = line.startswith('Error: failed to start containers')
+        if line and line != ': unknown' and not is_repeated:
+            last = line
+    return last
 
 def read_file(path):
     """The text of a file; None where there is none, or of a process that has gone."""
@@ -3259,7 +3270,7 @@ def told_of_file(release, problem):
 
     app = release.app
     place, _, said = problem.partition(': ')
-    if ' ' in place:                    # `nginx-proxy.conf clashes with another file: ...`
+    if ' ' in place:            # `nginx-proxy.conf clashes with another file: ...`
         return problem.replace('nginx-proxy.conf', 'the proxy file made for ' + app, 1)
     names = release.config.get('domains')
     if names:

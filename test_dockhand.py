@@ -2240,6 +2240,36 @@ def test_the_end_of_what_the_runtime_says_is_not_all_that_is_said():
             ': unknown\n')
     assert dh.last_line(said) == said.split('\n')[0]
 
+USAGE = """
+
+Usage:  docker create [OPTIONS] IMAGE [COMMAND] [ARG...]
+
+"""
+
+@pytest.mark.parametrize('said, reason', [
+    ('unknown flag: --x' + USAGE + "Run 'docker create --help' for more information\n",
+     'unknown flag: --x'),
+    ("unknown flag: --x\nSee 'docker create --help'.\n", 'unknown flag: --x'),
+    ("docker: 'docker create' requires at least 1 argument" + USAGE +
+     "See 'docker create --help' for more information\n",
+     "docker: 'docker create' requires at least 1 argument"),
+    ('"docker create" requires at least 1 argument.\nSee \'docker create --help\'.' +
+     USAGE + 'Create a new container\n',
+     '"docker create" requires at least 1 argument.'),
+    ("docker: invalid hostPort: 99999\n\nRun 'docker create --help' for more information\n",
+     'docker: invalid hostPort: 99999'),
+    ("Unable to find image 'x' locally\ndocker: Error response from daemon: pull access "
+     "denied.\nSee 'docker run --help'.\n",
+     'docker: Error response from daemon: pull access denied.'),
+    ("docker: 'x' is not a docker command.\nSee 'docker --help'\n",
+     "docker: 'x' is not a docker command."),
+    ("error: unknown option `x'\nusage: git ls-tree [-d]\n\n    -d   only show trees\n",
+     "error: unknown option `x'"),
+    ('Usage: tail\nlast\n', 'last'), ('', ''), ('\n\n', ''),
+    ("See 'docker run --help'.\n", "See 'docker run --help'.")])
+def test_a_reason_is_not_hidden_behind_how_to_use_a_command(said, reason):
+    assert dh.last_line(said) == reason
+
 def test_a_path_stays_under_the_root(tmpdir):
     host = Host(str(tmpdir))
     assert host.path('/etc/x') == host.path('etc', '/x') == str(tmpdir.join('etc/x'))
