@@ -3908,8 +3908,10 @@ def free_address(host):
 # health check over both. Uses the app, docker, and "Containers described".
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
-# identity changes when the app is started anew; ports: [(address, tcp port)].
-State = namedtuple('State', 'alive identity ports health text')
+# identity changes when the app is started anew; ports: [(address, tcp port)]; check: what
+# a HEALTHCHECK said last, as check_text has it.
+State = namedtuple('State', 'alive identity ports health text check')
+State.__new__.__defaults__ = ('',)
 
 def container_state(container):
     """The State of a container as docker describes it, ports where they really are."""
@@ -3921,7 +3923,7 @@ def container_state(container):
 
     health = str((state.get('Health') or {}).get('Status') or '')
     if health:
-        return State(alive, identity, [], health, text)
+        return State(alive, identity, [], health, text, check_text(state['Health']))
 
     networks = list((settings.get('Networks') or {}).values()) + [settings]
     addresses = [str(network['IPAddress']) for network in networks
@@ -3931,6 +3933,25 @@ def container_state(container):
              if port.endswith('/tcp')]
     places = [(address, port) for address in addresses[:1] for port in ports]
     return State(alive, identity, places, health, text)
+
+CHECK_LETTERS = 160             # of what a HEALTHCHECK prints: its end, as curl has it
+
+def check_text(health):
+    """What a HEALTHCHECK said when it was run last, to go on a sentence with; '' where it
+    did not fail. health: State.Health of `docker inspect`"""
+    runs = health.get('Log') or [{}]
+    status = runs[-1].get('ExitCode')
+    if not status:
+        return ''
+
+    output = native(runs[-1].get('Output') or '')
+    said = ' '.join(plain_line(output.replace('\r', ' ')).split())
+    said = printable(said, len(said))
+    if not said:
+        return ', exit status %d, without a word' % status
+    if len(said) > CHECK_LETTERS:
+        said = '...' + said[-CHECK_LETTERS:]
+    return ', exit status %d: %s' % (status, said)
 
 class Engine(object):
     """What keeps an app running: all that `apply`, and what it calls, knows of it.
@@ -4024,6 +4045,14 @@ class Engine(object):
     def logs_command(self, release, lines, *follow):
         """The command that prints its last lines: so many, a str; `-f` goes on."""
         raise NotImplementedError
+
+    def log_end(self, release):
+        """Where its log ends at this moment, before it is started."""
+
+    def new_lines_command(self, release, lines, end):
+        """The command that prints its last lines, so many at least if there are, of what
+        came behind such an end: not those of an earlier start."""
+        return self.logs_command(release, lines)
 
 # Options of `docker run` that only one container can have at a time
 PLACES = ('--ip', '--ip6', '--link-local-ip', '--mac-address', '--net-alias',
@@ -4188,6 +4217,16 @@ class Containers(Engine):
     def logs_command(self, release, lines, *follow):
         return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
 
+    def log_end(self, release):
+        """A moment, in the one form of `--since` that every docker reads in parts of a
+        second."""
+        now = self.host.clock.time()
+        date = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))
+        return '%s.%03dZ' % (date, now % 1 * 1000)
+
+    def new_lines_command(self, release, lines, end):
+        return self.logs_command(release, lines, '--since=' + end)
+
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     held = 'manual\n'   # an override that keeps a reboot from starting a mixture
@@ -4297,8 +4336,20 @@ class Upstart(Engine):
         return job_began is None or began < job_began
 
     def logs_command(self, release, lines, *follow):
-        path = self.host.path(JOB_LOGS, release.app + '.log')
-        return ('tail', '-n', lines) + follow + (path,)
+        return ('tail', '-n', lines) + follow + (self.log_path(release),)
+
+    def log_path(self, release):
+        return self.host.path(JOB_LOGS, release.app + '.log')
+
+    def log_end(self, release):
+        """In bytes: init goes on in the same file, whatever release it is of."""
+        path = self.log_path(release)
+        return os.path.getsize(path) if os.path.exists(path) else 0
+
+    def new_lines_command(self, release, lines, end):
+        if self.log_end(release) < end:     # it was rotated in the meantime
+            end = 0
+        return ('tail', '-c', '+%d' % (end + 1), self.log_path(release))
 
 # Who runs a release: the first of these that takes it.
 ENGINES = [Upstart, Containers]
@@ -4321,7 +4372,8 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     while True:
         state = engine.state(release)
         refuse_if(state.alive is False, 'it does not run: ' + state.text)
-        refuse_if(state.health == 'unhealthy', 'its HEALTHCHECK says unhealthy')
+        refuse_if(state.health == 'unhealthy',
+                  'its HEALTHCHECK says unhealthy' + state.check)
 
         if state.identity != identity:
             if identity is not None:
@@ -4343,7 +4395,7 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
 def silent_ports(host, state):
     """What does not answer yet, in words; '' when all does."""
     if state.health not in ('', 'healthy'):
-        return 'its HEALTHCHECK is still ' + state.health
+        return 'its HEALTHCHECK is still ' + state.health + state.check
     for address, port in state.ports:
         try:
             host.connect((address, port), 1).close()
@@ -4419,9 +4471,10 @@ def hand_over(app, old, new):
     engine = engine_of(app, new)
     clock = app.host.clock
     on_trial = old.web and new.web      # the old one answers where the new one fails
+    log_end = engine.log_end(new)
     engine.start(new)
     begun = clock.monotonic()
-    check_or_show_log(app, new, steady=0 if on_trial else STEADY)
+    check_or_show_log(app, new, log_end, steady=0 if on_trial else STEADY)
     checked = clock.monotonic() - begun
 
     shown = new
@@ -4433,7 +4486,7 @@ def hand_over(app, old, new):
 
     if on_trial:
         begun = clock.monotonic()
-        check_or_show_log(app, new)
+        check_or_show_log(app, new, log_end)
         checked += clock.monotonic() - begun
         app.nginx.install(new, was_live(old, new), app.known)
     return Switch(None, checked)
@@ -4448,10 +4501,11 @@ def stop_then_start(app, old, new):
     app.docker.tag(image_tag(new), latest_tag(app))
     engine.place(new)
     app.nginx.install(new, was_live(old, new), app.known)
+    log_end = engine.log_end(new)
     engine.start(new)
 
     started = clock.monotonic()
-    answered = check_or_show_log(app, new)
+    answered = check_or_show_log(app, new, log_end)
     return Switch(answered - stopped, clock.monotonic() - started)
 
 def stop_for(app, release, engine):
@@ -4465,15 +4519,19 @@ def latest_tag(app):
     """The image that a job, or a person, means by the name of the app alone."""
     return app.name + ':latest'
 
-def check_or_show_log(app, release, steady=STEADY):
-    """The moment of a release's first answer; its log for the pusher if none comes."""
+def check_or_show_log(app, release, log_end=None, steady=STEADY):
+    """The moment of a release's first answer; its log for the pusher if none comes.
+    log_end: of its engine, before it was started; None shows what is older too"""
     engine = engine_of(app, release)
-    lines = []
     timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
     try:
         return check_health(release, engine, timeout, steady)
     except Failure as error:
-        app.host.ask(engine.logs_command(release, str(LOG_LINES)), each=lines.append)
+        lines = deque(maxlen=LOG_LINES)
+        command = engine.logs_command(release, str(LOG_LINES))
+        if log_end is not None:
+            command = engine.new_lines_command(release, str(LOG_LINES), log_end)
+        app.host.ask(command, each=lines.append)
 
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
@@ -5944,12 +6002,14 @@ def cmd_start(app):
     with live_app(app, 'start') as live:
         log('%s: start by %s', app.name, person())
         engine = engine_of(app, live)
+        log_end = None              # where it runs, it goes on
         if not engine.state(live).alive:
             engine.stop(live)       # what is left of it holds its port and its name
+            log_end = engine.log_end(live)
         engine.place(live)
         engine.start(live)
 
-        check_or_show_log(app, live)
+        check_or_show_log(app, live, log_end)
         remove_file(app.folder('stopped'))
         turn_proxy(app, live)
         finish(app, live, git_moves_branch=False)

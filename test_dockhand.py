@@ -4,6 +4,7 @@ Tables over the functions that decide; a Host in a temporary folder, where a com
 nobody expects fails the test; and, from "The real layer" on, dockhand on fresh servers.
 """
 import binascii
+import calendar
 import errno
 import fcntl
 import functools
@@ -2347,6 +2348,40 @@ def test_the_state_of_a_container_is_read_from_any_docker(more, alive, ports, he
     found = dh.container_state(dict({'Id': 'c', 'State': RUNNING}, **more))
     assert (found.alive, found.ports, found.health) == (alive, ports, health)
 
+@pytest.mark.parametrize('log, said', [
+    ([{'ExitCode': 1, 'Output': 'first'}, {'ExitCode': 22, 'Output': 'curl: (22) 500\n'}],
+     ', exit status 22: curl: (22) 500'),
+    ([{'ExitCode': -1, 'Output': 'Health check exceeded timeout (30s)'}],
+     ', exit status -1: Health check exceeded timeout (30s)'),
+    ([{'ExitCode': 1, 'Output': ''}], ', exit status 1, without a word'),
+    ([{'ExitCode': 1, 'Output': u'a\r\n\tb \x1b[31mc\x1b[0m\0 \xe9\n'}],
+     ', exit status 1: a b c ' + dh.printable(dh.native(u'\xe9'))),
+    ([{'ExitCode': 7, 'Output': 'x' * 5000 + ' the end'}],
+     ', exit status 7: ...' + 'x' * 152 + ' the end'),
+    ([{'ExitCode': 0, 'Output': 'well'}], ''), ([], ''), (None, '')])
+def test_what_a_healthcheck_said_last_is_read_for_the_pusher(log, said):
+    health = {'Status': 'unhealthy', 'Log': log}
+    found = dh.container_state({'Id': 'c', 'State': dict(RUNNING, Health=health)})
+    assert found.check == said
+
+def test_an_app_that_is_unwell_is_refused_with_what_its_check_said(plain):
+    plain.lives(ONE_WEB)
+    start = plain.docker_start
+
+    def sick(*words):
+        start(*words)
+        plain.find(words[-1])['State']['Health'] = {
+            'Status': 'unhealthy', 'Log': [{'ExitCode': 7, 'Output': 'no database\n'}]}
+    plain.docker_start = sick
+    said = refusal(plain.push, TWO_WEB)
+    assert said.endswith('its HEALTHCHECK says unhealthy, exit status 7: no database')
+    assert plain.app.load(2).failed == said
+
+def test_a_check_that_is_still_starting_says_why(plain):
+    unready = dh.State(True, 1, [], 'starting', 'running', ', exit status 1: not yet')
+    assert unwell(Engine(unready), 0.3) == (
+        'after 0 s its HEALTHCHECK is still starting, exit status 1: not yet')
+
 # ---- Addresses -------------------------------------------------------------------------
 
 # Those of plain apps, in a network that no route leads to.
@@ -3002,6 +3037,42 @@ def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, c
     err = capfd.readouterr().err
     assert '       its last words\n' in err
     assert err.endswith('-----> Release 1 runs as before\n')
+
+def test_of_a_log_only_what_came_since_this_start_is_shown(plain, capfd):
+    live, asked = plain.lives(ONE_WEB), []
+    plain.docker_logs = lambda *words: asked.append(words)
+    for act in (lambda: plain.push(an_app('dies')), lambda: dh.cmd_start(plain.app)):
+        before = plain.host.clock.time()
+        plain.containers['blog--1']['Image'] = 'dies'
+        plain.docker_stop('stop', '-t', '1', 'blog--1')
+        assert 'failed its health check' in refusal(act)
+        logs, tail, lines, since, name = asked.pop()
+        assert (logs, tail, lines) == ('logs', '--tail', '20')
+        moment = re.match(r'--since=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{3}Z\Z', since)
+        begun = calendar.timegm(time.strptime(moment.group(1), '%Y-%m-%dT%H:%M:%S'))
+        assert before - 1 < begun <= plain.host.clock.time()
+
+@pytest.mark.parametrize('earlier', [None, '', 'of release 1\n' * 50])
+@pytest.mark.parametrize('lines', [1, 19, 20, 21, 500])
+def test_of_a_jobs_log_only_what_came_since_this_start_is_shown(
+        tmpdir, capfd, earlier, lines):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(FILES)
+    path, start = machine.host.path('/var/log/upstart/blog.log'), machine.start
+    if earlier is not None:
+        machine.write('/var/log/upstart/blog.log', earlier)
+    machine.tail = lambda *words: [
+        machine.each(line) for line in dh.execute(('tail',) + words).out.splitlines()][:0]
+
+    def speaks(app):
+        dh.make_folder(os.path.dirname(path))
+        with open(path, 'a') as log:
+            log.write(''.join('line %d\n' % number for number in range(lines)))
+        return start(app)
+    machine.start = speaks
+    assert 'does not run' in refusal(machine.push, but('docker', 'FROM dies'))
+    shown = re.findall('(?m)^       (line .*|of release 1)$', capfd.readouterr().err)
+    assert shown == ['line %d' % number for number in range(lines)][-20:]
 
 @pytest.mark.parametrize('init, files, volumes', [
     ('none', but('docker', 'FROM dies'), []), ('upstart', but('docker', 'FROM dies'), []),
