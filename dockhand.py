@@ -90,6 +90,7 @@ BOOT_SCRIPT = '/etc/init.d/dockhand-recover'
 PATIENCE = 5.0                      # seconds that we wait for a pusher, in all
 LOG_LINES = 20                      # that he gets of an app that does not answer
 LINE_LIMIT = 2 ** 13                # bytes of a line that he gets of any command
+CHECKOUT_TIMEOUT = 300              # seconds for git to write the files of a commit
 HEALTH_TIMEOUT = 60                 # seconds for an app to answer in
 STEADY = 2.0                        # seconds that it must keep running
 RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
@@ -5109,13 +5110,23 @@ def check_is_commit(app, new, ref):
     when it would be live already."""
     kind = app.git('cat-file', '-t', new).strip()
     if kind == 'tag':
-        said = app.git('cat-file', 'tag', new)
-        named = re.search(r'(?m)^tag ([\w./-]+)$', said)
-        raise Failure('an annotated tag is no commit, which a branch wants: git push '
-                      'REMOTE %s^{}:%s', named.group(1) if named else 'TAG', ref)
-
+        refuse_tag(app, new, ref)
     refuse_if(kind != 'commit', 'a %s is no commit, which a branch wants: git push REMOTE'
               ' HEAD:%s', printable(kind), ref)
+
+def refuse_tag(app, tag, ref):
+    """Failure for an annotated tag, with its name. That is in the third line of it; what
+    follows may be as long as its author likes, and is not read."""
+    head = []
+
+    def hear(line):
+        head.append(line)
+        if len(head) < 3:
+            return
+        named = re.match(r'tag ([\w./-]+)\Z', line)
+        raise Failure('an annotated tag is no commit, which a branch wants: git push '
+                      'REMOTE %s^{}:%s', named.group(1) if named else 'TAG', ref)
+    app.git('cat-file', 'tag', tag, act=partial(app.host.run, each=hear))
 
 def check_race(app, live, branch, old, new):
     """Failure where somebody else's push came first.
@@ -5238,8 +5249,7 @@ def build_commit(app, live, release, options):
     layers = []
     try:
         app.host.run(['mkdir', folder], account=app.host.git_account())
-        app.git('read-tree', release.commit)
-        app.git('--work-tree=' + folder, 'checkout-index', '-a')
+        check_out(app, release.commit, folder)
         release = check_files(release, folder)
         engine_of(app, release).check(release)
 
@@ -5293,6 +5303,24 @@ class TreeCount(object):
         refuse_if(self.bytes > self.room, 'the files of this commit have more than %d MB,'
                   ' so much is not free on %s beside the %d MB for a build',
                   self.room // 1000000, STATE, SPACE)
+
+def check_out(app, commit, folder, patience=CHECKOUT_TIMEOUT):
+    """Write the files of a commit into a folder; Failure where that takes so long. git
+    tries a pattern of .gitattributes with many `*` on a long name almost for ever."""
+    clock = app.host.clock
+    deadline = clock.monotonic() + patience
+    heard = deque(maxlen=LOG_LINES)
+
+    def hear(line):                     # a sign of life too, so that this is asked again
+        refuse_if(clock.monotonic() > deadline, 'git took more than %d s to check this '
+                  'commit out: see the patterns in its .gitattributes', patience)
+        heard.append(line)
+
+    app.git('read-tree', commit)
+    status = app.git('--work-tree=' + folder, 'checkout-index', '-a',
+                     act=partial(app.host.ask, each=hear)).status
+    refuse_if(status, 'git checkout-index failed (%d): %s', status,
+              last_line('\n'.join(heard)) or 'it says nothing')
 
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""

@@ -4330,6 +4330,56 @@ def test_a_push_does_not_move_the_branch_when_it_finishes_what_was_killed(plain)
     dh.deploy(plain.app, 'anna', MAIN, SHA, SHA_3)
     assert plain.app.live().commit == SHA_3 and plain.refs[MAIN] == SHA
 
+def test_a_tag_with_a_text_without_end_is_told_by_its_head(tmpdir):
+    git = Git(tmpdir)
+    commit = git.commit(git.write(b'tree', b''))
+    tag = git.write(b'tag', b'object %s\ntype commit\ntag v1.0\ntagger a <a> 1 +0000\n\n'
+                    % dh.to_bytes(commit) + b'tag x\n' * 2 ** 22)
+    with ending():
+        assert refusal(dh.check_is_commit, git.app, dh.to_text(binascii.hexlify(tag)),
+                       MAIN) == ('an annotated tag is no commit, which a branch wants: '
+                                 'git push REMOTE v1.0^{}:' + MAIN)
+
+@table('head, name', r"""
+    tag v1.0        => v1.0
+    tag v/1-x_y     => v/1-x_y
+    tag $(id)       => TAG
+    tag a b         => TAG
+    tag x\n\ntag y  => x
+    \ntag y         => TAG""")
+def test_the_name_of_a_tag_is_shown_if_it_is_one(tmpdir, head, name):
+    git = Git(tmpdir)
+    text = 'object %s\ntype commit\n%s\n' % (git.commit(git.write(b'tree', b'')), head)
+    tag = dh.to_text(binascii.hexlify(git.write(b'tag', dh.to_bytes(text))))
+    assert 'git push REMOTE %s^{}:' % name in refusal(
+        dh.check_is_commit, git.app, tag, MAIN)
+
+def test_a_checkout_that_does_not_end_is_ended(tmpdir):
+    """As where a pattern in .gitattributes may match a long name in too many ways."""
+    git = Git(tmpdir)
+
+    def ask(argv, account=None, **options):
+        if 'checkout-index' in argv:
+            argv = ['sh', '-c', 'echo $$ > pid; while :; do echo x; sleep 0.1; done']
+        return dh.execute(argv, cwd=str(tmpdir), **options)
+    git.app.host.ask = ask
+    commit = git.commit(git.tree(git.write(b'blob', b'x'), b'100644', b'a'))
+    with ending():
+        assert refusal(dh.check_out, git.app, commit, '/x', 0.5) == (
+            'git took more than 0 s to check this commit out: see the patterns in its '
+            '.gitattributes')
+    pid = tmpdir.join('pid').read().strip()
+    assert not os.path.exists('/proc/' + pid)
+
+def test_a_checkout_that_fails_is_told_with_gits_words(tmpdir):
+    git = Git(tmpdir)
+    blob = git.write(b'blob', b'x')
+    commit = git.commit(git.tree(blob, b'100644', b'a'))
+    folder = git.app.build_folder()
+    dh.replace_file(folder, 'no folder')
+    assert re.search('checkout-index failed .128.: fatal: ', refusal(
+        dh.check_out, git.app, commit, folder))
+
 # ---- Keeping ---------------------------------------------------------------------------
 
 # Which releases stay, and what goes of the others.

@@ -475,7 +475,9 @@ class Machine(object):
 
     def cat_file(self, how, name):
         if how == 'tag':
-            return 'object %s\ntype commit\ntag v1.0\n' % SHA
+            for line in ('object ' + SHA, 'type commit', 'tag v1.0', '', 'tag me'):
+                self.each(line)
+            return
         assert how == '-t'
         if name not in self.commits:
             return Result(128, '', 'fatal: Not a valid object name %s\n' % name)
