@@ -97,6 +97,12 @@ def open_to_all(folder):
         os.chmod(folder, os.stat(folder).st_mode | 0o111)
         folder = os.path.dirname(folder)
 
+class OpenHost(Host):
+    """A Host whose git user reaches it, whatever another pytest has made of the folders."""
+    def as_git(self, function, *args):
+        open_to_all(self.root)
+        return Host.as_git(self, function, *args)
+
 class Machine(object):
     """What docker, nginx, git and init do, in small, on files under a root of its own.
 
@@ -107,7 +113,7 @@ class Machine(object):
     """
     def __init__(self, root, init='none'):
         self.root, self.init = str(root), init
-        self.host = Host(self.root, self, clock=Clock(), connect=self.connect)
+        self.host = OpenHost(self.root, self, clock=Clock(), connect=self.connect)
         self.app = dh.App(self.host, 'blog')
         self.sockets = SS_HEAD
         self.done, self.broken, self.count, self.shares = [], {}, 100, False
@@ -129,7 +135,6 @@ class Machine(object):
         for folder in folders:
             dh.make_folder(self.host.path(folder))
         self.give('/home/git')
-        open_to_all(self.root)
 
     def write(self, path, text):
         dh.make_folder(os.path.dirname(self.host.path(path)))
