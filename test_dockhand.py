@@ -86,8 +86,8 @@ def ending(seconds=20):
         signal.signal(signal.SIGALRM, before)
 
 HOSTILE = [
-    ' ', '\t', '\n', '\r', '\r\n', 'x', '1', '0', '-', 'a ', 'a=', 'A=1 ', '-i', '.', '*.',
-    '\\', '\\\n', '"', "'", "'\"", '""', '(', ')', '(?<a>', '[', '$', '${', '$a ', '{',
+    ' ', '\t', '\n', '\r', '\r\n', 'x', '1', '0', '-', 'a ', 'a=', 'A=1 ', '-i', '.',
+    '*.', '\\', '\\\n', '"', "'", "'\"", '""', '(', ')', '(?<a>', '[', '$', '${', '$a ', '{',
     '}', 'a{', ';', 'a;', '`', '$(', '#', '/', '../', ':', '://', ',', '~', '\0', '\x1b[',
     '\x1b[1'] + [dh.to_text(data) for data in (b'\xff', b'\xc3\xa9', b'\xe2')]
 
@@ -139,6 +139,66 @@ def pushed(machine, *commits):
     machine.refs[MAIN] = commits[-1]
     del machine.done[:]
     return before
+
+# ---- Whatever comes in -----------------------------------------------------------------
+
+# What reads a text of any kind, by name; each gets every one of the hostile texts.
+READERS = {
+    'ssh command': dh.parse_ssh_command,
+    'path': lambda text: dh.parse_ssh_command("git-receive-pack '%s'" % text),
+    'ref': lambda text: dh.judge_ref(text, SHA, 'main'),
+    'branch': lambda text: dh.judge_ref('refs/heads/' + text, SHA, 'main'),
+    'app': lambda text: dh.check_app_name('a' + text),
+    'key name': lambda text: dh.check_key_name('a' + text),
+    'object id': dh.OBJECT_ID.match,
+    'keys': dh.parse_public_keys,
+    'key': lambda text: dh.parse_public_keys('ssh-rsa' + text),
+    'blob': lambda text: dh.parse_public_keys('ssh-rsa AAAA' + text),
+    'key file': lambda text: dh.split_authorized_keys(dh.KEYS_BEGIN + '\n' + text),
+    'key line': lambda text: dh.split_authorized_keys(
+        dh.KEYS_BEGIN + '\ncommand="x serve a' + text),
+    'key rights': lambda text: dh.split_authorized_keys(
+        dh.KEYS_BEGIN + '\ncommand="x serve a' + text + '",x'),
+    'setting': lambda text: dh.check_setting('a' + text, ''),
+    'domains': lambda text: dh.check_setting('domains', 'a' + text[:32000]),
+    'branch name': lambda text: dh.check_setting('branch', 'a' + text[:32000]),
+    'port': lambda text: dh.check_setting('port', text[:32000]),
+    'release': lambda text: dh.check_setting('release', text[:32000]),
+    'quoted release': lambda text: dh.check_setting('release', '"' + text[:32000]),
+    'line': lambda text: dh.LineReader().feed(dh.to_bytes(text)),
+    'output': dh.plain_line,
+    'coloured': lambda text: dh.plain_line('\x1b[' + text),
+    'shown': dh.printable,
+    'last line': dh.last_line,
+    'usage': lambda text: dh.last_line("x\nSee '" + text),
+    'nginx': lambda text: says_nginx('nginx: [emerg] ' + text + '!'),
+    'nginx -t': lambda text: says_nginx(text + ' in /x:1'),
+    'diff': lambda text: Host('/', lambda argv: Result(0, 'A ' + text, '')).docker
+                             .written_files('x'),
+    'volume': lambda text: dh.volume_of('shop', text),
+    'health': lambda text: dh.check_text({'Log': [{'ExitCode': 1, 'Output': text}]})}
+
+def says_nginx(text):
+    return Host('/', lambda argv: Result(1, '', text)).nginx.problem()
+
+@pytest.mark.parametrize('name', sorted(READERS))
+def test_whatever_comes_in_is_read_in_one_pass(name):
+    """What takes the square of its length does not end here."""
+    for text in hostile():
+        with ending():
+            try:
+                READERS[name](text)
+            except Failure as failure:
+                assert len(str(failure)) < 1000
+
+def test_an_image_with_every_port_and_a_volume_in_every_folder_is_read_in_one_pass():
+    settings = {'ExposedPorts': dict(('%d/tcp' % port, {}) for port in range(1, 65536)),
+                'Volumes': dict(('/a/%d' % number, {}) for number in range(65536))}
+    with ending():
+        port, is_web, volumes = dh.read_image(settings, {}, None)
+        job = dh.parse_job('exec docker run --rm blog')
+        assert len(dh.check_job(job, 'blog', (), settings['Volumes'])) == 65536
+    assert (port, is_web, len(volumes)) == (80, True, 65536)
 
 # ---- Names, ssh commands, refs ---------------------------------------------------------
 
@@ -462,7 +522,7 @@ def test_a_setting_may_have_any_value_on_one_line(key, value):
     branch    => a/.b   => branch=a/.b: the name of a branch
     branch    => a.lock => branch=a.lock: the name of a branch
     branch    => a.lock/b => branch=a.lock/b: the name of a branch
-    branch    => plan   => branch=plan: the name of a branch is wanted, as main or live/x, but not plan
+    branch    => plan   => branch=plan: the name of a branch is wanted, as main or live/x, but
     overlap   => maybe  => overlap=maybe: yes or no is wanted
     timeout   => 1.5    => timeout=1.5: a number of seconds from 3 to 9999 is wanted
     timeout   => abc    => timeout=abc: a number of seconds from 3 to 9999 is wanted
@@ -536,7 +596,7 @@ def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     overlaps => "overlaps": did you mean "overlap"?
     timout   => "timout": did you mean "timeout"?
     realease => "realease": did you mean "release"?
-    memory   => "memory": they are branch, domains, overlap, port, release, timeout, trust; variables
+    memory   => "memory": they are branch, domains, overlap, port, release, timeout,
     x        => "x": they are branch,""")
 def test_a_word_in_lower_case_that_is_no_setting_is_refused_with_the_nearest(key, said):
     assert ('no setting is called ' + said) in refusal(
