@@ -154,11 +154,17 @@ READERS = {
     'keys': dh.parse_public_keys,
     'key': lambda text: dh.parse_public_keys('ssh-rsa' + text),
     'blob': lambda text: dh.parse_public_keys('ssh-rsa AAAA' + text),
-    'key file': lambda text: dh.split_authorized_keys(dh.KEYS_BEGIN + '\n' + text),
-    'key line': lambda text: dh.split_authorized_keys(
-        dh.KEYS_BEGIN + '\ncommand="x serve a' + text),
-    'key rights': lambda text: dh.split_authorized_keys(
-        dh.KEYS_BEGIN + '\ncommand="x serve a' + text + '",x'),
+    'key file': dh.read_authorized_keys,
+    'key line': lambda text: dh.read_authorized_keys('command="x serve a' + text),
+    'key options': lambda text: dh.read_authorized_keys('x="a",' + text + ' ssh-rsa '),
+    'key rights': lambda text: dh.read_authorized_keys(
+        'command="dockhand serve a' + text + '",x ssh-rsa AAAA'),
+    'two keys': lambda text: dh.parse_public_keys('ssh-rsa AAAAB ' + text),
+    'ssh connection': lambda text: dh.parse_connection('::1 1 ' + text),
+    'network': lambda text: dh.check_setting('trust', '10.0.0.0/' + text[:32000]),
+    'build': lambda text: dh.StageReader().hear(' --->' + text),
+    'build cache': lambda text: dh.read_build_cache('ID:' + text),
+    'answer': dh.status_in,
     'setting': lambda text: dh.check_setting('a' + text, ''),
     'domains': lambda text: dh.check_setting('domains', 'a' + text[:32000]),
     'branch name': lambda text: dh.check_setting('branch', 'a' + text[:32000]),
@@ -173,8 +179,8 @@ READERS = {
     'usage': lambda text: dh.last_line("x\nSee '" + text),
     'nginx': lambda text: says_nginx('nginx: [emerg] ' + text + '!'),
     'nginx -t': lambda text: says_nginx(text + ' in /x:1'),
-    'diff': lambda text: Host('/', lambda argv: Result(0, 'A ' + text, '')).docker
-                             .written_files('x'),
+    'diff': lambda text: Host('/', lambda argv: Result(
+        0, '[{}]' if argv[1] == 'inspect' else 'A ' + text, '')).docker.written_files('x'),
     'volume': lambda text: dh.volume_of('shop', text),
     'health': lambda text: dh.check_text({'Log': [{'ExitCode': 1, 'Output': text}]})}
 
