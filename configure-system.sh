@@ -2,13 +2,14 @@
 # configure-system.sh: makes an Ubuntu or Debian server ready for dockhand.
 #
 #   scp configure-system.sh dockhand.py root@HOST:
-#   ssh root@HOST sh configure-system.sh [--user NAME] [--demo]
+#   ssh root@HOST sh configure-system.sh [--user NAME] [--local-name] [--demo]
 #
 # It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, a static busybox,
-# avahi, a Python), starts it by whatever init is there, and runs `dockhand.py install` from beside
-# it. --demo then pushes a small service to this very host and removes it again. It asks nothing,
+# a Python), starts it by whatever init is there, and runs `dockhand.py install` from beside it.
+# --local-name makes this host known as NAME.local to its neighbours, by avahi, which opens udp
+# ports. --demo then pushes a small app to this very host and removes it again. It asks nothing,
 # says only what it changes, and a second run changes nothing. For Ubuntu 12.04 and 14.04 (Upstart),
-# 16.04 to 26.04, Debian 10 to 13, and machines whose PID 1 is no init.
+# 16.04 to 26.04, Debian 10 and later, and machines whose PID 1 is no init.
 set -eu
 
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=a
@@ -18,7 +19,7 @@ umask 022
 
 ME=configure-system.sh
 HERE=$(cd "$(dirname "$0")" && pwd)
-GIT_USER='' DEMO=''            # --user, --demo
+GIT_USER='' LOCAL_NAME='' DEMO=''    # --user, --local-name, --demo
 WORK=''                       # temporary folder, made when needed
 CHANGED=''                    # set by the first thing that changes
 MADE_APP='' MADE_KEY=''       # what the demonstration has to take away
@@ -61,12 +62,17 @@ clean_up() {
 # ---- options, and what is here --------------------------------------------------------------
 
 # usage STATUS
-usage() { echo "usage: sh $ME [--user NAME (whom pushes go to, git otherwise)] [--demo]"; exit "$1"; }
+usage() {
+    echo "usage: sh $ME [--user NAME (whom pushes go to, git otherwise)]"
+    echo "       [--local-name (answer to $(uname -n).local, by avahi)] [--demo]"
+    exit "$1"
+}
 
 parse_options() {
     while [ $# -gt 0 ]; do
         case $1 in
         --demo) DEMO=yes ;;
+        --local-name) LOCAL_NAME=yes ;;
         --user) shift; GIT_USER=${1:-}; case $GIT_USER in '' | -*) usage 2 >&2 ;; esac ;;
         -h | --help) usage 0 ;;
         *) usage 2 >&2 ;;
@@ -95,8 +101,11 @@ kernel_package() {
 }
 
 say_where_packages_moved() {
-    note "Where apt-get finds no packages: old releases move to an archive (Ubuntu 12.04 has). On Ubuntu:"
-    note "  sed -i -r 's/([a-z.]*archive|security)\\.ubuntu/old-releases.ubuntu/' /etc/apt/sources.list"
+    note "Old releases move to an archive (Ubuntu 12.04 and Debian 10 have). To have apt-get look there:"
+    case $RELEASE in
+    debian*) note "  sed -i -r 's/(deb|security)\\.debian\\.org/archive.debian.org/' /etc/apt/sources.list" ;;
+    *) note "  sed -i -r 's/([a-z.]*archive|security)\\.ubuntu/old-releases.ubuntu/' /etc/apt/sources.list" ;;
+    esac
 }
 
 # ---- what it cannot do without --------------------------------------------------------------
@@ -147,12 +156,26 @@ apt_get() {
     [ "$APT_STATUS" -eq 0 ]
 }
 
+# What it cannot fetch is a note: the lists that are there may do
+apt_update() {
+    apt_get update || :
+    cp "$WORK/apt.log" "$WORK/update.log"
+    ! grep -m 1 -e '^E:' -e '^W: Failed to fetch' "$WORK/update.log" >"$WORK/said" ||
+        note "apt-get update: $(cat "$WORK/said")"
+}
+
+# Whether the distribution's servers have this release no more, by what they told apt-get update
+packages_moved() {
+    grep -E '^[EW]: .*(ubuntu\.com|debian\.org)' "$WORK/update.log" 2>/dev/null |
+        grep -q -e ' 404 ' -e 'not have a Release file' -e 'no longer has a Release file'
+}
+
 apt_install() {
     changed "installing $*"
     apt_get install --no-install-recommends "$@" || {
         tail -n 15 "$WORK/apt.log" >&2
-        say_where_packages_moved >&2
-        die "apt-get could not install $*: put that right, then run this again"
+        ! packages_moved || say_where_packages_moved >&2
+        die "apt-get could not install $*: put right what it says above, then run this again"
     }
 }
 
@@ -189,12 +212,13 @@ missing_packages() {
     have nginx || echo nginx
     have git || echo git
     have sshd || echo openssh-server
+    [ -z "$DEMO" ] || have ssh || echo openssh-client       # Debian 14's openssh-server brings none
     have sudo || echo sudo
     static_busybox || echo busybox-static        # takes the place of one that is not static
     find_python >/dev/null || case $RELEASE in
         'ubuntu 12.04' | 'ubuntu 14.04' | 'ubuntu 16.04') echo python2.7 ;;     # their 3 is too old
         *) echo python3 ;; esac
-    [ $INIT = none ] || have avahi-daemon || echo avahi-daemon
+    [ -z "$LOCAL_NAME" ] || [ $INIT = none ] || have avahi-daemon || echo avahi-daemon
     # only recommended with docker.io; without them an engine, a pull or an ADD fails on some hosts
     have ip || echo iproute2
     have xz || echo xz-utils
@@ -207,7 +231,7 @@ missing_packages() {
 ensure_packages() {
     missing=$(missing_packages)
     [ -n "$missing" ] || return 0
-    apt_get update || note "apt-get update: $(grep '^[EW]:' "$WORK/apt.log" | head -n 1)"
+    apt_update
     set --
     for package in $missing; do
         if [ "$package" = docker.io ]; then
@@ -241,7 +265,7 @@ require_engine() {
         note "  (the second is docker's static binaries: this script then writes their job)"
         note "Both need Linux 3.10 (3.8 runs docker up to 1.8, its package lxc-docker); this is $KERNEL."
         note "A later one: apt-get install $(kernel_package); reboot"
-        say_where_packages_moved
+        ! packages_moved || say_where_packages_moved
     } >&2
     die "docker's engine is missing: install it as said above, then run this again"
 }
@@ -291,6 +315,28 @@ ensure_up() {
 
 ensure_service() { ensure_up "$1" || die "$1 does not start: see $(say_where_it_logs "$1")"; }
 
+# holders PORT: who listens on it, as PROGRAM (process NUMBER)
+holders() {
+    ss -ltnp "sport = :$1" 2>/dev/null |
+        sed -n 's/.*users:(("\([^"]*\)",\(pid=\)\{0,1\}\([0-9]*\),.*/\1 (process \3)/p' | sort -u
+}
+
+# The ports that nginx found taken, by its log
+refused_ports() {
+    tail -n 20 /var/log/nginx/error.log 2>/dev/null |
+        sed -n 's/.* bind() to .*:\([0-9]*\) failed (98: .*/\1/p' | sort -nu
+}
+
+ensure_nginx() {
+    ! ensure_up nginx || return 0
+    for port in $(refused_ports) 80; do
+        holder=$(holders "$port" | head -n 1)
+        [ -z "$holder" ] || die "nginx does not start, since $holder has port $port:" \
+            "stop that, or give it another port, then run this again"
+    done
+    die "nginx does not start: see $(say_where_it_logs nginx)"
+}
+
 # docker's static binaries bring no job. "started docker" has to mean that it answers.
 ensure_docker_job() {
     if [ $INIT != upstart ] || [ -e /etc/init/docker.conf ] || [ -e /etc/init.d/docker ]; then return 0; fi
@@ -331,8 +377,9 @@ ensure_ssh() {
 }
 
 # .local names are a convenience, no reason to fail
-ensure_avahi() {
-    if [ $INIT = none ]; then
+ensure_local_name() {
+    if [ -z "$LOCAL_NAME" ]; then return 0
+    elif [ $INIT = none ]; then
         note "no $(uname -n).local here: avahi-daemon needs dbus and an init"
     elif ! ensure_up avahi-daemon 10 2>/dev/null; then
         note "no $(uname -n).local here: avahi-daemon does not run ($(say_where_it_logs avahi-daemon))"
@@ -342,7 +389,12 @@ ensure_avahi() {
 ensure_dockhand() {
     set -- install
     [ -z "$GIT_USER" ] || set -- "$@" --user "$GIT_USER"
-    "$(find_python)" "$HERE/dockhand.py" "$@"
+    work_folder
+    status=0
+    "$(find_python)" "$HERE/dockhand.py" "$@" >"$WORK/install" || status=$?
+    cat "$WORK/install"
+    [ "$status" -eq 0 ] || exit "$status"
+    grep -qx 'nothing changed' "$WORK/install" || CHANGED=yes
 }
 
 say_if_nothing_changed() { [ -n "$CHANGED" ] || say "nothing to install or to start: this system was ready"; }
@@ -360,11 +412,17 @@ timed() {
     return $status
 }
 
-# expect TEXT: what the service answers through nginx
+# expect TEXT: what the app answers through nginx
 expect() {
     if have curl; then ask='curl -s -m 10 -H'; else ask='busybox wget -q -O - --header'; fi
-    timed "$ask 'Host: dockhand-demo.local' http://127.0.0.1/" | tee "$WORK/answer"
+    timed "$ask 'Host: demo-app' http://127.0.0.1/" | tee "$WORK/answer"
     grep -qx "$1" "$WORK/answer" || die "the demonstration expected '$1'"
+}
+
+# push_is TEXT: pushes, and git or dockhand has to say the text
+push_is() {
+    timed 'git push host HEAD:main' 2>&1 | tee "$WORK/push"
+    grep -q "$1" "$WORK/push" || die "the demonstration expected that git push says '$1'"
 }
 
 free_port() {
@@ -396,68 +454,95 @@ FILE
     chmod 755 "$WORK/ssh"
 }
 
-demo_files() {
-    cat >Dockerfile <<'FILE'
+# file NAME: writes a file of the demonstration, and shows it
+file() {
+    cat >"$1"
+    show "cat $1"
+}
+
+plain_files() {
+    cp /bin/busybox .
+    show 'echo Hello from a container >index.html'
+    file Dockerfile <<'FILE'
 FROM scratch
 COPY busybox /bin/
 COPY index.html /www/
-# the trap: a container's first process ignores every signal that it does not handle
-CMD ["/bin/busybox", "sh", "-c", "trap exit TERM; /bin/busybox httpd -f -h /www & wait"]
+EXPOSE 80
+CMD ["/bin/busybox", "httpd", "-f", "-h", "/www"]
 FILE
-    cat >upstart.conf <<FILE
-description "a demonstration"
+}
+
+# job_files PORT INIT: INIT is an option of docker run, or nothing
+job_files() {
+    show 'echo Hello from a job >index.html'
+    file upstart.conf <<FILE
 start on started docker
 stop on stopping docker
 respawn
-exec docker run --rm --name demo-app -p 127.0.0.1:$1:80 demo-app
+exec docker run --rm ${2:+$2 }-p 127.0.0.1:$1:80 demo-app
 FILE
-    cat >nginx-proxy.conf <<FILE
+    file nginx-proxy.conf <<FILE
 server {
     listen 80;
-    server_name dockhand-demo.local;
+    server_name demo-app;
     location / { proxy_pass http://127.0.0.1:$1; }
 }
 FILE
-    echo "Hello from a container" >index.html
-    cp /bin/busybox .
-    for file in Dockerfile upstart.conf nginx-proxy.conf; do show "cat $file"; done
 }
 
-run_demo() {
-    refuse_taken_demo
-    demo_environment
+demo_repository() {
     mkdir "$WORK/demo-app"
     cd "$WORK/demo-app"
-
-    say "a service is a repository with three files"
     show 'git init -q'
-    git symbolic-ref HEAD refs/heads/main
-    demo_files "$(free_port)"
-    show 'git add . && git commit -q -m "a service"'
+    show "git remote add host $(stat -c %U /var/lib/dockhand/build)@127.0.0.1:demo-app"
+}
 
+demo_key() {
     say "whoever may push has a key"
     MADE_KEY=demo-key
     show 'dockhand upload-key demo-key <../key.pub'
+}
 
-    say "the first push"
-    MADE_APP=demo-app
-    show "git remote add host $(stat -c %U /var/lib/dockhand/build)@127.0.0.1:demo-app"
-    timed 'git push host main' 2>&1 || die "the demonstration's push was refused"
+demo_plain() {
+    say "an app is a repository with a Dockerfile"
+    plain_files
+    show 'git add . && git commit -q -m "an app"'
+    push_is 'Release 1 is live'
     expect 'Hello from a container'
 
-    say "a change"
+    say "a change: the new release answers before the old one stops"
     show 'echo Hello again >index.html'
     show 'git commit -q -a -m "a change"'
-    timed 'git push host main' 2>&1 || die "the demonstration's second push was refused"
+    push_is 'Release 2 is live: .*, no gap'
     expect 'Hello again'
 
     say "a push that fails is refused, and what ran goes on running"
     show "echo 'RUN [\"/bin/busybox\", \"false\"]' >>Dockerfile"
     show 'git commit -q -a -m "a mistake"'
-    if timed 'git push host main' >"$WORK/push" 2>&1; then die "a Dockerfile that fails was accepted"; fi
-    cat "$WORK/push"
-    grep -q /bin/busybox "$WORK/push" || die "the push was refused, but not for its Dockerfile"
+    push_is 'dockhand: the build failed'
     expect 'Hello again'
+    show 'git reset -q --hard HEAD^'
+}
+
+demo_job() {
+    say "what needs ports of the server or docker's own options brings the job that runs it"
+    [ -e Dockerfile ] || plain_files
+    if have docker-init; then job_files "$(free_port)" --init; else job_files "$(free_port)" ''; fi
+    show 'git add . && git commit -q -m "a job"'
+    push_is 'is live'
+    expect 'Hello from a job'
+}
+
+run_demo() {
+    refuse_taken_demo
+    demo_environment
+    demo_repository
+    demo_key
+
+    MADE_APP=demo-app
+    # what has a Dockerfile alone wants docker 1.11; an older one, with Upstart, runs jobs
+    ! at_least "$(engine_version)" 1.11 || demo_plain
+    demo_job
 }
 
 # ---- table of contents ----------------------------------------------------------------------
@@ -479,9 +564,9 @@ main() {
     ensure_buildx
 
     ensure_docker
-    ensure_service nginx
+    ensure_nginx
     ensure_ssh
-    ensure_avahi
+    ensure_local_name
     ensure_dockhand
     say_if_nothing_changed
     [ -z "$DEMO" ] || run_demo

@@ -2926,6 +2926,11 @@ BUILD_TROUBLE = [
     ('no space left', 'no space left on device; nothing has changed'),
     ('', 'nothing has changed; mend it and push again')]
 
+# What the older builder says before each build where docker has no buildx
+ADVICE = ('DEPRECATED: The legacy builder is deprecated',
+          '            Install the buildx component',
+          '            https://docs.docker.com/go/buildx/')
+
 # What nobody misses of a container that goes: a `/` is behind the path
 PASSING = r'''(?x)
     /(dev|proc|run|sys|tmp|var/run|var/tmp|var/cache)/
@@ -3103,8 +3108,7 @@ class Docker(object):
 
         def hear(line):
             stages.hear(line)
-            is_advice = line.startswith(('DEPRECATED', '            Install the buildx'))
-            if line and not is_advice:
+            if line and not line.startswith(ADVICE):
                 heard.append(line)
                 detail(line)
         argv = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
@@ -5053,23 +5057,37 @@ def link_name(host, name, address):
     link = '%s.%s.sslip.io' % (name, re.sub('[.:]', '-', address))
     return link if resolve(host, link) == address else ''
 
-def show_plan(app, live, release):
-    """What a push of this would change, beside what is live, if anything is."""
+def show_plan(app, live, release, size):
+    """What a push of this would change, beside what is live, if anything is.
+    size: of its image, in bytes"""
     step('What a push of this would change:')
     now = plan_texts(release)
-    was = plan_texts(live) if live is not None else dict.fromkeys(now, '')
     if live is None:
+        was = dict.fromkeys(now, '')
         was['ports'] = 'none'
+        moved = was
+    else:
+        was = plan_texts(live)
+        moved = plan_texts(moved_to(live, release.address))
+
     for name in ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image'):
-        diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
+        diff = ''
+        if now[name] != moved[name]:
+            diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
         detail(diff or name + ': no change')
 
     gap = 'one stop and one start of the service'
     if live is None or engine_of(app, release).overlaps(live, release):
         gap = 'none'
-    size = app.docker.inspect(image_tag(release))[0]['Size'] / 1e6
-    detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size,
+    detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size / 1e6,
            free_bytes(app.host, STATE) / 1e6)
+
+def moved_to(release, address):
+    """A Release as it would be at another address: each gets one of its own, which is no
+    change that a person made."""
+    body, mark, where = (release.proxy or '').partition(MARK)
+    where = where.replace('server %s:' % release.address, 'server %s:' % address)
+    return release._replace(address=address, proxy=body + mark + where)
 
 def plan_texts(release):
     """What a plan compares of a release: {name: text}."""
@@ -5167,15 +5185,13 @@ def make_release(app, live, release, options=()):
     """Check, build and apply a new release; Failure leaves everything as it was.
     options: of `docker build`"""
     clock = app.host.clock
-    images = app.docker.images_folder()
     app.docker.check_space()
     check_free(app, live, release)
     begun = clock.monotonic()
-    free = free_bytes(app.host, images)
 
     with undone_by(forget, app, release):
         app.save(release)
-        release = build_release(app, live, release, options)
+        release, size = build_release(app, live, release, options)
         app.git('update-ref', HELD_REF % release.number, release.commit)
         app.save(release)
         if 'release' in release.config:
@@ -5185,8 +5201,7 @@ def make_release(app, live, release, options=()):
         report = apply(app, live, release)
 
     step('Release %d is live: built in %.1f s, %s', release.number, built, report)
-    used = free - free_bytes(app.host, images)
-    detail('disk: %.1f MB %s', abs(used) / 1e6, 'more' if used > 0 else 'less')
+    detail('image: %.1f MB', size / 1e6)
     log('%s: release %d of %s is live: %s by %s', app.name, release.number,
         release.commit, release.how, release.by)
 
@@ -5194,8 +5209,8 @@ def plan_release(app, live, release):
     """Build a release, say what it would change, and refuse the push."""
     app.docker.check_space()
     try:
-        release = build_release(app, live, release)
-        show_plan(app, live, release)
+        release, size = build_release(app, live, release)
+        show_plan(app, live, release, size)
     finally:
         app.docker.untag(image_tag(release))
         remove_layers(app, release.layers)
@@ -5227,7 +5242,8 @@ def check_free(app, live, release):
                   'dockhand: rename the app, or remove that', name)
 
 def build_release(app, live, release, options=()):
-    """The Release with its image, and all checked that can be before a switch."""
+    """The Release with its image, and all checked that can be before a switch; and how
+    many bytes docker says that the image has."""
     step('Checking %s', release.commit[:10])
     if release.image:               # of a change of config: that of the live release
         app.docker.tag(release.image, image_tag(release))
@@ -5238,9 +5254,10 @@ def build_release(app, live, release, options=()):
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     settings = native(images[0].get('Config') or {})
     release = release._replace(image=str(images[0]['Id']))
-    if release.job:
-        return complete_job(app, live, release, settings)
-    return complete_plain(app, live, release, settings)
+    complete = complete_job if release.job else complete_plain
+    # before docker 1.10 the other one is of the last layer alone
+    size = images[0].get('VirtualSize') or images[0]['Size']
+    return complete(app, live, release, settings), size
 
 def build_commit(app, live, release, options):
     """The Release with the files of its commit, its image built from them."""
@@ -5596,11 +5613,15 @@ def hang_up(host):
 # ---- Installing, and whether all is well -----------------------------------------------
 # Every file that is ours on this machine, and what would keep them from working.
 
+def script_path():
+    """Where the file lies that runs now."""
+    return os.path.abspath(__file__).replace('.pyc', '.py')
+
 def installed_parts(host):
     """Every file that `install` writes, as [(path, text, mode)]. The launchers neither
     collect garbage nor take the interpreter down, which saves 7 of a start's 30 ms:
     nothing is lost, since all that is printed was written by os.write."""
-    source = read_file(os.path.abspath(__file__).replace('.pyc', '.py'))
+    source = read_file(script_path())
     launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
                        flags='-Es' if PYTHON_2 else '-IS')
     parts = [
@@ -5626,6 +5647,26 @@ def installed_parts(host):
     hooks = [(folder + '/hooks/' + name, text, 0o755)
              for folder in folders for name, text in HOOKS]
     return parts + hooks
+
+def compile_script(host):
+    """Write our script's compiled form, with which a start costs the same at any length;
+    True if there was none, or it was older."""
+    import py_compile
+    name = LIBRARY + '/dockhand.py'
+    script = host.path(name)
+    compiled = compiled_path(script)
+    if os.path.exists(compiled):
+        if os.stat(compiled).st_mtime >= os.stat(script).st_mtime:
+            return False
+    py_compile.compile(script, dfile=name, doraise=True)
+    return True
+
+def compiled_path(script):
+    """Where this Python looks for a script's compiled form."""
+    if PYTHON_2:
+        return script + 'c'
+    from importlib.util import cache_from_source
+    return cache_from_source(script)
 
 ENABLERS = ('/usr/sbin/update-rc.d', '/sbin/rc-update')
 
@@ -5879,7 +5920,6 @@ def own_connection():
 @command('install', '[--user NAME]')
 def cmd_install(host, user=None):
     """make this machine ready, or bring it up to date"""
-    import py_compile
     if user is not None:
         # The rules for apps will do, and keep out names that services have.
         host.user = user if user == 'git' else check_app_name(user)
@@ -5895,8 +5935,7 @@ def cmd_install(host, user=None):
             changes.append(install_part(host, name, text, mode))
     changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
     changes.append(enable_at_boot(host))
-    script = LIBRARY + '/dockhand.py'   # compiled, a start costs the same at any length
-    py_compile.compile(host.path(script), dfile=script, doraise=True)
+    changes.append(compile_script(host))
 
     changed = any(changes)
     if changed or host.nginx.master() is None:
@@ -6305,19 +6344,44 @@ def parse_arguments(pattern, words):
 def run_command(host, words):
     """Run what a person typed after `dockhand`; or Usage."""
     if not words or words[0] in ('help', '-h', '--help'):
-        tell('dockhand: git push deploys anything that fits in a container\n')
-        for name, pattern, function in COMMANDS:
-            tell('  dockhand %-28s %s', name + ' ' + pattern, function.__doc__)
-        return
+        return show_help(words[1:])
+    if words == ['--version']:
+        return tell('dockhand %s, Python %d.%d.%d', version_text(), *sys.version_info[:3])
 
-    for name, pattern, function in COMMANDS:
-        if name == words[0]:
-            given, options = parse_arguments(pattern, words[1:])
-            refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + name)
-            if pattern.startswith('APP'):
-                return function(App(host, given[0]), *given[1:], **options)
-            return function(host, *given, **options)
-    raise Usage('no command "%s"; `dockhand` alone lists them', printable(words[0]))
+    name, pattern, function = verb_of(words[0])
+    if '-h' in words or '--help' in words:
+        return show_help([name])
+    given, options = parse_arguments(pattern, words[1:])
+    refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + name)
+    if pattern.startswith('APP'):
+        return function(App(host, given[0]), *given[1:], **options)
+    return function(host, *given, **options)
+
+def verb_of(name):
+    """The Verb of a name; or Usage."""
+    for verb in COMMANDS:
+        if verb.name == name:
+            return verb
+    raise Usage('no command "%s"; `dockhand` alone lists them', printable(name))
+
+def show_help(names):
+    """Print how a command is called and what it does, or of all that there are."""
+    if len(names) > 1:
+        raise Usage('wanted: help [COMMAND]')
+    if not names:
+        tell('dockhand: git push deploys anything that fits in a container\n')
+    for name, pattern, function in [verb_of(name) for name in names] or COMMANDS:
+        tell('  dockhand %-28s %s', name + ' ' + pattern, function.__doc__)
+    if not names:
+        tell('  dockhand %-28s %s', 'help [COMMAND]', 'this list, or one line of it')
+        tell('  dockhand %-28s %s', '--version', 'say which dockhand this is')
+
+def version_text():
+    """Which dockhand this is: there are no numbers, so it is the beginning of what
+    `sha256sum dockhand.py` says of the file that runs."""
+    import hashlib
+    source = read_file(script_path())
+    return hashlib.sha256(to_bytes(source)).hexdigest()[:12]
 
 def installed_user(host):
     """The git user of the installation at hand."""

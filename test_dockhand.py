@@ -1681,7 +1681,7 @@ def test_the_address_is_what_a_person_would_type(text, address):
 @table('domains, address', '''
     blog blog.*          => curl -H 'Host: blog' http://[::1]/
     blog blog.org *.org  => http://blog.org/
-    www.blog.org blog.*  => http://www.blog.org/''')
+    www.blog.org blog.*  => http://www.blog.org/'''.replace('{HOST}', os.uname()[1]))
 def test_the_address_is_one_that_may_lead_somewhere(domains, address):
     proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
     assert dh.address_text(release(proxy=proxy), '::1') == address
@@ -3031,7 +3031,7 @@ def test_a_deploy_stops_tags_starts_and_reloads_in_this_order(machine, capfd):
     assert re.findall('-----> (.*)', re.sub(r'\d\.\d s', 'N s', said)) == [
         'Checking 2222222222', 'Building blog:2', 'Switching to release 2',
         'Release 2 is live: built in N s, switched in N s, checked in N s, down for N s']
-    assert re.search(r'\n       disk: \d+\.\d MB (more|less)\n', said)
+    assert '\n       image: 5.0 MB\n' in said
     assert '       Step 1/1 : FROM two\n' in said
 
 # What an act does, of which kind of app, and at which of its commands it may fail.
@@ -4131,6 +4131,60 @@ def test_a_plan_says_what_would_change_and_changes_nothing(machine, capfd):
         assert '       %s\n' % line in err
     assert re.search(r'\n       space: the image has 5\.0 MB, \d+ MB are free\n', err)
 
+# What stands above each build of a docker 28 that has no buildx
+ADVICE_OF_28 = '''\
+DEPRECATED: The legacy builder is deprecated and will be removed in a future release.
+            Install the buildx component to build images with BuildKit:
+            https://docs.docker.com/go/buildx/
+
+'''
+
+def test_the_older_builders_advice_is_kept_from_the_pusher_and_no_other_line(
+        plain, capfd):
+    own = ['DEPRECATED: left-pad is not maintained', '            Install it again',
+           'see https://docs.docker.com/go/buildx/']
+    build = plain.docker_build
+
+    def with_advice(*words):
+        for line in ADVICE_OF_28.splitlines() + own:
+            plain.each(line)
+        return build(*words)
+    plain.docker_build = with_advice
+    plain.lives(ONE_WEB)
+    plain.push(TWO_WEB)
+    said = capfd.readouterr().err
+    built = re.search(r'Building blog:2\n((?:       .*\n)*)', said).group(1)
+    assert built.splitlines()[:4] == ['       ' + line for line in own] + [
+        '       Step 1/1 : FROM two']
+
+def test_the_size_of_an_image_is_that_of_all_its_layers_with_an_old_docker_too(
+        plain, capfd):
+    build = plain.docker_build
+
+    def in_layers(*words):
+        build(*words)
+        plain.images['blog:2'].update(Size=1000, VirtualSize=7000000)
+    plain.docker_build = in_layers
+    plain.lives(ONE_WEB)
+    plain.push(TWO_WEB)
+    assert '       image: 7.0 MB\n' in capfd.readouterr().err
+
+NO_CHANGE = ['%s: no change' % name
+             for name in ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image')]
+
+@pytest.mark.parametrize('files', [
+    ONE_WEB, ONE_DATA, FILES, an_app('one', ''), an_app('one', 'EXPOSE 5432'),
+    an_app('one', 'EXPOSE 8000', WEB.replace('root /x;', 'proxy_pass http://blog;'))])
+def test_a_plan_of_what_is_live_says_that_nothing_changes(plain, files, capfd):
+    plain.nginx()
+    plain.push(files, old=ZERO, new=SHA)
+    capfd.readouterr()
+    refusal(plain.push, files, 'refs/heads/plan', ZERO)
+    said = capfd.readouterr().err
+    shown = said.partition('What a push of this would change:\n')[2].splitlines()
+    assert [line.strip() for line in shown[:4]] == NO_CHANGE
+    assert shown[4].startswith('       gap: ')
+
 def test_a_push_without_the_proxy_file_removes_the_old_one(plain):
     live = plain.lives(FILES)
     for act in switch_steps(plain.host, live, live._replace(proxy=None), run=False):
@@ -5006,6 +5060,26 @@ def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capf
     assert fresh.files() == files and capfd.readouterr().out == 'nothing changed\n'
     assert set(fresh.done) == set(['sudo -n %s check' % RECEIVE]) < done
 
+def test_install_compiles_the_script_when_that_is_newer_and_not_again(plain, capfd):
+    dh.cmd_install(plain.host)
+    script = plain.host.path('/usr/local/lib/dockhand/dockhand.py')
+    compiled = dh.compiled_path(script)
+    written = os.stat(script).st_mtime
+
+    def made_anew(age):
+        """Whether install writes the compiled form, which is older than the script."""
+        os.utime(compiled, (written - age, written - age))
+        before = os.stat(compiled).st_mtime
+        capfd.readouterr()
+        dh.cmd_install(plain.host)
+        is_new = os.stat(compiled).st_mtime != before
+        assert is_new != (capfd.readouterr().out == 'nothing changed\n')
+        return is_new
+    assert [made_anew(age) for age in (-9, 0, 9, -9)] == [False, False, True, False]
+    os.unlink(compiled)
+    dh.cmd_install(plain.host)
+    assert os.path.exists(compiled)
+
 def test_install_makes_the_user(plain):
     plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
     dh.cmd_install(plain.host, user='push')
@@ -5133,6 +5207,37 @@ def test_unknown_commands_are_usage_errors_and_none_lists_all(capfd):
         dh.run_command(host, words)
         out = capfd.readouterr().out
         assert all('dockhand %s ' % name in out for name, _, _ in dh.COMMANDS)
+
+@table('line', '''
+    help rollback
+    --help rollback
+    rollback --help
+    rollback -h
+    rollback blog --help
+    rollback blog 3 -h''')
+def test_a_command_says_how_it_is_called_and_does_nothing(line, capfd):
+    dh.run_command(Host('/nowhere', run=None), line.split())
+    assert capfd.readouterr().out == (
+        '  dockhand rollback APP [N]             go back to the release that was live '
+        'before, its config too, or to another kept\n')
+
+@table('line', '''
+    help nonsense
+    nonsense --help
+    help rollback blog
+    --version rollback
+    --nonsense''')
+def test_help_that_nobody_can_give_is_a_usage_error(line, capfd):
+    with pytest.raises(dh.Usage):
+        dh.run_command(Host('/nowhere', run=None), line.split())
+    assert capfd.readouterr().out == ''
+
+def test_the_version_is_the_beginning_of_what_sha256sum_says_of_the_script(capfd):
+    dh.run_command(Host('/nowhere', run=None), ['--version'])
+    with open(os.path.join(HERE, 'dockhand.py'), 'rb') as script:
+        digest = hashlib.sha256(script.read()).hexdigest()
+    assert capfd.readouterr().out == 'dockhand %s, Python %s\n' % (
+        digest[:12], '%d.%d.%d' % sys.version_info[:3])
 
 # ---- Commands: upload-key, keys, remove-key --------------------------------------------
 
@@ -5372,6 +5477,22 @@ def test_apps_are_listed_with_state_commit_key_and_address(healthy, capfd):
         assert row[-2:] == ['anna', 'http://blog.example.org/']
         dh.cmd_stop(healthy.app)
         capfd.readouterr()
+
+def test_an_app_in_every_domain_is_listed_with_what_asks_it_whatever_dns_says(
+        plain, capfd):
+    plain.lives(ONE_WEB)
+    dh.cmd_apps(plain.host)
+    assert capfd.readouterr().out.endswith(
+        " anna       curl -H 'Host: blog' http://192.0.2.2/\n")
+
+def test_a_push_says_that_an_app_is_in_every_domain(plain, capfd):
+    live = plain.lives(ONE_WEB)
+    capfd.readouterr()
+    dh.show_address(plain.app, live)
+    assert capfd.readouterr().err == (
+        "-----> blog answers 200: curl -H 'Host: blog' http://192.0.2.2/\n"
+        '       as blog.ANY.DOMAIN too: point it here in DNS, or sudo dockhand config '
+        'blog domains="NAME..." (domains=_ takes every name)\n')
 
 # ---- Commands: config, proxy -----------------------------------------------------------
 
@@ -6024,6 +6145,120 @@ def test_a_write_for_which_the_disk_is_full_leaves_one_whole_release(trials, act
 def test_a_disk_that_stays_full_leaves_a_whole_release_once_recovered(trials, act, init):
     assert wrong(trials, 'stays full', act, init) == {}
 
+# ---- configure-system.sh, a function at a time -----------------------------------------
+
+def shell(folder, lines, **stand_ins):
+    """Run lines after the functions of configure-system.sh, where `main` is called; an
+    (exit status, stdout, stderr). stand_ins: {command: the shell lines that it is}"""
+    for name, text in dict({'apt_get': 'exit 1'}, **stand_ins).items():
+        path = folder.join(name.replace('_', '-'))
+        path.write('#!/bin/sh\n%s\n' % text)
+        path.chmod(0o755)
+    with open(os.path.join(HERE, 'configure-system.sh')) as script:
+        functions, call, rest = script.read().partition('\nmain "$@"\n')
+    assert call and not rest
+
+    lines = '\nWORK=%s\nlook_around\n%s\n' % (folder, lines)
+    process = subprocess.Popen(
+        ['sh', '-c', functions + lines, 'configure-system.sh'], cwd=str(folder),
+        env=dict(os.environ, PATH='%s:%s' % (folder, os.environ['PATH'])),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    return process.returncode, dh.to_text(out), dh.to_text(err)
+
+# A machine that has all but these two, which not everybody wants
+BARE = '''
+have() { [ "$1" != ssh ] && [ "$1" != avahi-daemon ]; }
+engine_present() { :; }
+%s
+missing_packages
+'''
+
+@table('asked, packages', '''
+    INIT=systemd                         =>
+    INIT=systemd DEMO=yes                => openssh-client
+    INIT=systemd LOCAL_NAME=yes          => avahi-daemon
+    INIT=none LOCAL_NAME=yes             =>
+    INIT=upstart LOCAL_NAME=yes DEMO=yes => openssh-client avahi-daemon''')
+def test_what_one_option_alone_wants_is_installed_with_that_option(
+        tmpdir, asked, packages):
+    status, out, err = shell(tmpdir, BARE % asked)
+    assert (status, err) == (0, '')
+    wanted = [name for name in out.split() if name in ('openssh-client', 'avahi-daemon')]
+    assert wanted == packages.split()
+
+@table('options, name, demo', '''
+                        =>     =>
+    --local-name        => yes =>
+    --demo --local-name => yes => yes
+    --demo              =>     => yes''')
+def test_a_name_for_the_neighbours_is_an_option(tmpdir, options, name, demo):
+    status, out, _ = shell(tmpdir, 'parse_options %s; echo "$LOCAL_NAME/$DEMO"' % options)
+    assert (status, out) == (0, '%s/%s\n' % (name, demo))
+
+APT_GET = """case "$*" in *update*) cat <<'SAID'
+Reading package lists...
+%s
+SAID
+    ;; *) echo 'E: Unable to locate package nginx'; exit 100 ;; esac"""
+
+@table('release, update, hint', '''
+    U => W: Failed to fetch http://archive.ubuntu.com/x/Packages  404  Not Found => ubuntu
+    U => E: Some index files failed to download. They have been ignored          =>
+    D => E: The repository 'http://deb.debian.org/debian b Release' does not have a \
+Release file. => archive.debian
+    D => E: The repository 'http://deb.debian.org/debian b Release' no longer has a \
+Release file. => archive.debian
+    D => E: The repository 'http://deb.debian.org/debian sid InRelease' is not signed. =>
+    D => W: Failed to fetch http://deb.debian.org/x  Could not resolve 'deb.debian.org' =>
+    U => W: Failed to fetch http://ppa.launchpad.net/x/Packages  404  Not Found  =>
+    D => Hit:1 http://deb.debian.org/debian sid InRelease                        =>
+    '''.replace('\\\n', '').rstrip())
+def test_a_failure_of_apts_is_said_in_its_words_and_no_old_release_blamed_for_another(
+        tmpdir, release, update, hint):
+    lines = '''
+RELEASE='%s'
+missing_packages() { echo nginx; }
+ensure_packages''' % {'U': 'ubuntu 12.04', 'D': 'debian 10'}[release]
+    status, out, err = shell(tmpdir, lines, apt_get=APT_GET % update)
+    assert status == 1 and 'E: Unable to locate package nginx\n' in err
+    assert 'could not install nginx: put right what it says above' in err
+    assert ('apt-get update: ' + update in out) == (not update.startswith('Hit'))
+    assert ('sed -i' in err) == bool(hint) and hint in err
+
+@table('said, status, is_ready', '''
+    nothing changed                 => 0 => yes
+    wrote /usr/local/bin/dockhand   => 0 =>
+    made the user git               => 0 =>
+    WRONG  nothing changed          => 1 =>''')
+def test_a_system_was_ready_only_where_the_installer_changed_nothing(
+        tmpdir, said, status, is_ready):
+    lines = 'find_python() { echo python; }; ensure_dockhand; say_if_nothing_changed'
+    exited, out, _ = shell(tmpdir, lines,
+                           python="echo '%s'; exit %s" % (said, status))
+    assert exited == int(status)
+    assert out.startswith(said + '\n')
+    assert ('this system was ready' in out) == bool(is_ready)
+
+@table('listener, holder', '''
+    LISTEN 0 511 0.0.0.0:80 0.0.0.0:* users:(("apache2",pid=812,fd=4),("apache2",pid=813,\
+fd=4)) => apache2 (process 812)
+    LISTEN 0 511 *:80 *:* users:(("apache2",812,4),("apache2",813,4)) => \
+apache2 (process 812)
+    LISTEN 0 9 [::]:80 [::]:* users:(("docker-proxy",pid=9,fd=7)) => \
+docker-proxy (process 9)
+    LISTEN 0 9 *:80 *:* users:(("my server",pid=77,fd=3)) => my server (process 77)
+    LISTEN 0 9 *:80 *:* => '''.replace('\\\n', '').rstrip())
+def test_who_keeps_nginx_from_starting_is_named(tmpdir, listener, holder):
+    lines = 'ensure_up() { return 1; }; refused_ports() { echo 8080; }; ensure_nginx'
+    ss = "case $* in *:80) echo '%s' ;; *) echo Netid State ;; esac" % listener
+    status, out, err = shell(tmpdir, lines, ss=ss)
+    assert (status, out) == (1, '')
+    why = 'nginx does not start: see '
+    if holder:
+        why = 'nginx does not start, since %s has port 80: stop that' % holder
+    assert err.startswith('configure-system.sh: ' + why)
+
 # ---- The real layer --------------------------------------------------------------------
 
 # Dockhand on fresh servers, with real git, sshd, sudo, docker and nginx.
@@ -6035,21 +6270,35 @@ def test_real_one_command_makes_a_fresh_server_deploy(server):
     if server.demo is None:
         pytest.skip('the servers were kept')
     assert re.findall(r'(?m)^Hello .*', server.demo) == [
-        'Hello from a container', 'Hello again', 'Hello again']
+        'Hello from a container', 'Hello again', 'Hello again', 'Hello from a job']
     assert 'remote: dockhand: the build failed' in server.demo
+    assert len(re.findall('Release 2 is live: .*, no gap', server.demo)) == 1
+    assert 'demo-app is removed' in server.demo
+    assert server.run('sh', '-c', 'ss -Hlnu | grep :5353').out == ''
 
 @everywhere
 def test_real_a_second_run_changes_nothing(server):
     def look():
         pids = server.ok('cat /run/docker.pid /run/nginx.pid /run/sshd.pid; '
                          'pidof avahi-daemon || :')
-        return pids, server.manifest('/etc', '/usr/local', '/var/lib/dockhand',
-                                     '/home/git')
+        times = server.ok('find /usr/local /etc/nginx /home/git -type f -printf "%p %T@"')
+        return pids, times, server.manifest('/etc', '/usr/local', '/var/lib/dockhand',
+                                            '/home/git')
     before = look()
     said = server.ok('sh /root/dockhand/configure-system.sh')
     assert 'nothing changed' in said and 'this system was ready' in said
     assert look() == before
     assert server.ok('dockhand doctor') == 'all is well'
+
+@everywhere
+def test_real_what_holds_the_port_of_nginx_is_named(server):
+    server.ok('nginx -s quit && while [ -s /run/nginx.pid ]; do sleep 0.1; done; '
+              'busybox httpd -p 80 -h /tmp')
+    outcome = server.run('sh', '/root/dockhand/configure-system.sh')
+    server.ok('kill $(pidof busybox) && sh /root/dockhand/configure-system.sh')
+    assert outcome.status == 1
+    assert re.search(r'(?m)^configure-system.sh: nginx does not start, since busybox '
+                     r'\(process \d+\) has port 80: stop that', outcome.err), outcome.err
 
 # ---- Installed over an earlier dockhand ------------------------------------------------
 
@@ -7701,7 +7950,8 @@ def test_real_a_push_reports_and_releases_lists_what_became_of_each(server, size
     number = re.search(r'-----> Release (\d+) is live: built in \d+\.\d s, switched in '
                        r'\d+\.\d s, checked in \d+\.\d s, down for \d+\.\d s',
                        said).group(1)
-    assert re.search(r'       disk: \d+\.\d MB (?:more|less)', said), said
+    shown = server.ok('docker image inspect -f "{{.Size}}" shop:latest')
+    assert '       image: %.1f MB' % (int(shown) / 1e6) in said, said
     assert re.search(r"-> shop answers 200: curl -H 'Host: shop\.test' http://[\d.]+/",
                      said), said
     refused(app, {'Dockerfile': 'FROM tiny:1\nRUN false\n'}, 'build failed', 1)
