@@ -491,20 +491,20 @@ FILE
 }
 
 demo_repository() {
-    mkdir "$WORK/demo-app"
-    cd "$WORK/demo-app"
-    show 'git init -q'
+    say "an app is a repository"
+    show 'mkdir demo-app && cd demo-app && git init -q'
     show "git remote add host $(stat -c %U /var/lib/dockhand/build)@127.0.0.1:demo-app"
 }
 
 demo_key() {
     say "whoever may push has a key"
     MADE_KEY=demo-key
-    show 'dockhand upload-key demo-key <../key.pub'
+    cd "$WORK"
+    show 'dockhand upload-key demo-key <key.pub'
 }
 
 demo_plain() {
-    say "an app is a repository with a Dockerfile"
+    say "its Dockerfile says how it is built, and what of it runs"
     plain_files
     show 'git add . && git commit -q -m "an app"'
     push_is 'Release 1 is live'
@@ -536,8 +536,8 @@ demo_job() {
 run_demo() {
     refuse_taken_demo
     demo_environment
-    demo_repository
     demo_key
+    demo_repository
 
     MADE_APP=demo-app
     # what has a Dockerfile alone wants docker 1.11; an older one, with Upstart, runs jobs

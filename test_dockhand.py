@@ -38,16 +38,17 @@ from dockhand import Failure, Host, Key, Result
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '.ci'))
 pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
-    ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, Alone, App, Busy,
-    Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine,
-    demand_nginx, drill, drilled, everywhere, must, public_key, run, servers, together,
-    told, until, web_files)
+    ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
+    Busy, Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine,
+    demand_nginx, demand_tool, drill, drilled, everywhere, must, public_key, run, servers,
+    together, told, until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
     USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
     keys_text, mode_in, release, switch_steps)
-from moments import ACTS, RUNS, about_to, standing, trials, wrong
+from moments import (
+    ACTS, RUNS, about_to, folder_with_room, standing, trials, wrong)
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
 
@@ -5491,7 +5492,7 @@ def test_a_push_says_that_an_app_is_in_every_domain(plain, capfd):
     dh.show_address(plain.app, live)
     assert capfd.readouterr().err == (
         "-----> blog answers 200: curl -H 'Host: blog' http://192.0.2.2/\n"
-        '       as blog.ANY.DOMAIN too: point it here in DNS, or sudo dockhand config '
+        '       for a browser, point blog.ANYTHING here in DNS, or sudo dockhand config '
         'blog domains="NAME..." (domains=_ takes every name)\n')
 
 # ---- Commands: config, proxy -----------------------------------------------------------
@@ -6116,6 +6117,17 @@ def test_a_push_runs_these_commands_in_this_order(tmpdir, kind, init, before, ac
 # ---- Killed at any moment, the disk full at any write ----------------------------------
 
 # What `.ci/moments.py` finds of each act; each Python tries a ninth of the moments.
+
+def test_moments_are_explored_on_a_disk_with_room_or_not_at_all(tmpdir, monkeypatch):
+    assert folder_with_room(['/nowhere', str(tmpdir)], 1) == str(tmpdir)
+    assert folder_with_room(['/proc', str(tmpdir)], 1) == str(tmpdir)
+    monkeypatch.setenv('CI', '')
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        folder_with_room(['/nowhere', str(tmpdir)], 10 ** 9)
+    assert 'MB are free on none of /nowhere, ' in str(skipped.value)
+    monkeypatch.setenv('CI', 'true')
+    with pytest.raises(pytest.fail.Exception):
+        folder_with_room([str(tmpdir)], 10 ** 9)
 
 runs = pytest.mark.parametrize('act, init', RUNS)
 
@@ -7539,15 +7551,59 @@ def test_real_destroy_leaves_nothing_of_an_app(server):
     assert look() ^ before == set()
     assert server.get('passing.test') != 'two'
 
+NO_QUESTIONS = ('ssh -F /dev/null -o StrictHostKeyChecking=no -o LogLevel=ERROR '
+                '-o UserKnownHostsFile=/dev/null -i ')
+
 @pytest.mark.parametrize('command', [
     'vagrant validate -p', 'shellcheck configure-system.sh .ci/run .ci/server'])
 def test_real_what_other_tools_read_is_valid_to_them(command, tmpdir):
     words = command.split()
-    if not any(os.access(os.path.join(folder, words[0]), os.X_OK)
-               for folder in os.environ['PATH'].split(':')):
-        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)('no ' + words[0])
+    demand_tool(words[0])
     env = dict(os.environ, VAGRANT_DOTFILE_PATH=str(tmpdir), VAGRANT_HOME=str(tmpdir))
     assert run(words, cwd=HERE, env=env).status == 0
+
+@pytest.mark.parametrize('address', [
+    pytest.param('192.168.56.80', id='whole', marks=WHOLE)])
+def test_real_vagrant_up_makes_a_server_to_push_to(address, tmpdir):
+    """With vagrant's docker provider, and a box that `.ci/server` makes."""
+    demand_engine()
+    demand_tool('vagrant')
+    key, box = str(tmpdir.join('key')), str(tmpdir.join('server.box'))
+    must(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key])
+    must(['sh', HERE + '/.ci/server', 'box', box, key])
+    env = dict(os.environ, VAGRANT_HOME=str(tmpdir.mkdir('home')), LC_ALL='C.UTF-8',
+               VAGRANT_DOTFILE_PATH=str(tmpdir.join('dotfiles')),
+               VAGRANT_DEFAULT_PROVIDER='docker', DOCKHAND_BOX='dockhand-test',
+               GIT_SSH_COMMAND=NO_QUESTIONS + key)
+
+    def vagrant(*words, **options):
+        return must(['vagrant'] + list(words), cwd=HERE, env=env, **options)
+
+    def git(*words):
+        return must(['git', '-c', 'user.name=test', '-c', 'user.email=test@localhost'] +
+                    list(words), cwd=str(folder), env=env)
+    try:
+        vagrant('box', 'add', '--name', 'dockhand-test', box)
+        vagrant('up')
+        assert 'this system was ready' in vagrant('provision', 'docker-dev')
+        assert vagrant('ssh', '-c', 'systemctl is-active avahi-daemon') == 'active'
+        vagrant('ssh', '-c', 'sudo sh', stdin=TINY)
+        with open(key + '.pub') as public:
+            vagrant('ssh', '-c', 'sudo gitreceive upload-key me', stdin=public.read())
+
+        folder = tmpdir.mkdir('hello')
+        folder.join('Dockerfile').write(REAL_WEB + 'EXPOSE 80\n' + Plain.COMMAND)
+        folder.mkdir('www').join('index.html').write('Hello from vagrant\n')
+        git('init', '-q')
+        git('add', '.')
+        git('commit', '-q', '-m', 'an app')
+        git('remote', 'add', 'vagrant', 'git@%s:hello' % address)
+        git('push', 'vagrant', 'HEAD:main')
+        assert must(['curl', '-s', '-H', 'Host: hello', 'http://%s/' % address]) == (
+            'Hello from vagrant')
+    finally:
+        run(['vagrant', 'destroy', '-f'], cwd=HERE, env=env)
+        run(['docker', 'rmi', 'dockhand-test-box'])
 
 # ---- Drills: put back, rolled back, never half -----------------------------------------
 

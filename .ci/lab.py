@@ -440,11 +440,19 @@ ENTRYPOINT ["sh", "-euc", "\
     run \"$@\"", "entrypoint"]
 CMD ["postgres", "-c", "listen_addresses=*"]'''}
 
+def is_command(name):
+    return any(os.access(os.path.join(folder, name), os.X_OK)
+               for folder in os.environ['PATH'].split(':'))
+
+def demand_tool(name):
+    """Skip a test, or fail it in CI, where a command is missing."""
+    if not is_command(name):
+        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)('no ' + name)
+
 def demand_engine():
     """Skip a test, or fail it in CI, where servers cannot be booted."""
     missing = [name for name in ('docker', 'git', 'ssh', 'ssh-keygen')
-               if not any(os.access(os.path.join(folder, name), os.X_OK)
-                          for folder in os.environ['PATH'].split(':'))]
+               if not is_command(name)]
     reason = ('no ' + ', '.join(missing) if missing else 'root only' if os.geteuid()
               else 'no docker engine answers: .ci/server engine'
               if run(['docker', 'ps']).status else '')
