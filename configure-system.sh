@@ -54,7 +54,8 @@ clean_up() {
     trap '' INT TERM HUP
     cd /
     [ -z "$MADE_APP$MADE_KEY" ] || say "taking away what the demonstration made"
-    [ -z "$MADE_APP" ] || show "dockhand destroy $MADE_APP --force" || :
+    [ -z "$MADE_APP" ] || ! dockhand apps | grep -q "^$MADE_APP " ||
+        show "dockhand destroy $MADE_APP --force" || :
     [ -z "$MADE_KEY" ] || show "dockhand remove-key $MADE_KEY" || :
     [ -z "$WORK" ] || rm -rf "$WORK"
 }

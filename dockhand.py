@@ -5255,7 +5255,7 @@ def build_release(app, live, release, options=()):
     settings = native(images[0].get('Config') or {})
     release = release._replace(image=str(images[0]['Id']))
     complete = complete_job if release.job else complete_plain
-    # before docker 1.10 the other one is of the last layer alone
+    # docker before 1.10 has both: there `Size` is that of the last layer alone
     size = images[0].get('VirtualSize') or images[0]['Size']
     return complete(app, live, release, settings), size
 
@@ -5655,6 +5655,7 @@ def compile_script(host):
     name = LIBRARY + '/dockhand.py'
     script = host.path(name)
     compiled = compiled_path(script)
+
     if os.path.exists(compiled):
         if os.stat(compiled).st_mtime >= os.stat(script).st_mtime:
             return False
@@ -6365,16 +6366,20 @@ def verb_of(name):
     raise Usage('no command "%s"; `dockhand` alone lists them', printable(name))
 
 def show_help(names):
-    """Print how a command is called and what it does, or of all that there are."""
+    """Print the line of a command, or those of all where none is named."""
     if len(names) > 1:
         raise Usage('wanted: help [COMMAND]')
-    if not names:
-        tell('dockhand: git push deploys anything that fits in a container\n')
-    for name, pattern, function in [verb_of(name) for name in names] or COMMANDS:
-        tell('  dockhand %-28s %s', name + ' ' + pattern, function.__doc__)
-    if not names:
-        tell('  dockhand %-28s %s', 'help [COMMAND]', 'this list, or one line of it')
-        tell('  dockhand %-28s %s', '--version', 'say which dockhand this is')
+    if names:
+        return show_verb(*verb_of(names[0]))
+
+    tell('dockhand: git push deploys anything that fits in a container\n')
+    for verb in COMMANDS:
+        show_verb(*verb)
+    tell('  dockhand %-28s %s', 'help [COMMAND]', 'this list, or one line of it')
+    tell('  dockhand %-28s %s', '--version', 'say which dockhand this is')
+
+def show_verb(name, pattern, function):
+    tell('  dockhand %-28s %s', name + ' ' + pattern, function.__doc__)
 
 def version_text():
     """Which dockhand this is: there are no numbers, so it is the beginning of what

@@ -5065,7 +5065,8 @@ def test_install_compiles_the_script_when_that_is_newer_and_not_again(plain, cap
     dh.cmd_install(plain.host)
     script = plain.host.path('/usr/local/lib/dockhand/dockhand.py')
     compiled = dh.compiled_path(script)
-    written = os.stat(script).st_mtime
+    written = 10 ** 9
+    os.utime(script, (written, written))
 
     def made_anew(age):
         """Whether install writes the compiled form, which is older than the script."""
@@ -6119,12 +6120,13 @@ def test_a_push_runs_these_commands_in_this_order(tmpdir, kind, init, before, ac
 # What `.ci/moments.py` finds of each act; each Python tries a ninth of the moments.
 
 def test_moments_are_explored_on_a_disk_with_room_or_not_at_all(tmpdir, monkeypatch):
-    assert folder_with_room(['/nowhere', str(tmpdir)], 1) == str(tmpdir)
+    missing = str(tmpdir.join('missing'))
+    assert folder_with_room([missing, str(tmpdir)], 1) == str(tmpdir)
     assert folder_with_room(['/proc', str(tmpdir)], 1) == str(tmpdir)
     monkeypatch.setenv('CI', '')
     with pytest.raises(pytest.skip.Exception) as skipped:
-        folder_with_room(['/nowhere', str(tmpdir)], 10 ** 9)
-    assert 'MB are free on none of /nowhere, ' in str(skipped.value)
+        folder_with_room([missing, str(tmpdir)], 10 ** 9)
+    assert 'MB are free on none of %s, ' % missing in str(skipped.value)
     monkeypatch.setenv('CI', 'true')
     with pytest.raises(pytest.fail.Exception):
         folder_with_room([str(tmpdir)], 10 ** 9)
@@ -6159,7 +6161,7 @@ def test_a_disk_that_stays_full_leaves_a_whole_release_once_recovered(trials, ac
 
 # ---- configure-system.sh, a function at a time -----------------------------------------
 
-def shell(folder, lines, **stand_ins):
+def in_script(folder, lines, **stand_ins):
     """Run lines after the functions of configure-system.sh, where `main` is called; an
     (exit status, stdout, stderr). stand_ins: {command: the shell lines that it is}"""
     for name, text in dict({'apt_get': 'exit 1'}, **stand_ins).items():
@@ -6194,7 +6196,7 @@ missing_packages
     INIT=upstart LOCAL_NAME=yes DEMO=yes => openssh-client avahi-daemon''')
 def test_what_one_option_alone_wants_is_installed_with_that_option(
         tmpdir, asked, packages):
-    status, out, err = shell(tmpdir, BARE % asked)
+    status, out, err = in_script(tmpdir, BARE % asked)
     assert (status, err) == (0, '')
     wanted = [name for name in out.split() if name in ('openssh-client', 'avahi-daemon')]
     assert wanted == packages.split()
@@ -6205,7 +6207,7 @@ def test_what_one_option_alone_wants_is_installed_with_that_option(
     --demo --local-name => yes => yes
     --demo              =>     => yes''')
 def test_a_name_for_the_neighbours_is_an_option(tmpdir, options, name, demo):
-    status, out, _ = shell(tmpdir, 'parse_options %s; echo "$LOCAL_NAME/$DEMO"' % options)
+    status, out, _ = in_script(tmpdir, 'parse_options %s; echo "$LOCAL_NAME/$DEMO"' % options)
     assert (status, out) == (0, '%s/%s\n' % (name, demo))
 
 APT_GET = """case "$*" in *update*) cat <<'SAID'
@@ -6232,7 +6234,7 @@ def test_a_failure_of_apts_is_said_in_its_words_and_no_old_release_blamed_for_an
 RELEASE='%s'
 missing_packages() { echo nginx; }
 ensure_packages''' % {'U': 'ubuntu 12.04', 'D': 'debian 10'}[release]
-    status, out, err = shell(tmpdir, lines, apt_get=APT_GET % update)
+    status, out, err = in_script(tmpdir, lines, apt_get=APT_GET % update)
     assert status == 1 and 'E: Unable to locate package nginx\n' in err
     assert 'could not install nginx: put right what it says above' in err
     assert ('apt-get update: ' + update in out) == (not update.startswith('Hit'))
@@ -6246,7 +6248,7 @@ ensure_packages''' % {'U': 'ubuntu 12.04', 'D': 'debian 10'}[release]
 def test_a_system_was_ready_only_where_the_installer_changed_nothing(
         tmpdir, said, status, is_ready):
     lines = 'find_python() { echo python; }; ensure_dockhand; say_if_nothing_changed'
-    exited, out, _ = shell(tmpdir, lines,
+    exited, out, _ = in_script(tmpdir, lines,
                            python="echo '%s'; exit %s" % (said, status))
     assert exited == int(status)
     assert out.startswith(said + '\n')
@@ -6264,7 +6266,7 @@ docker-proxy (process 9)
 def test_who_keeps_nginx_from_starting_is_named(tmpdir, listener, holder):
     lines = 'ensure_up() { return 1; }; refused_ports() { echo 8080; }; ensure_nginx'
     ss = "case $* in *:80) echo '%s' ;; *) echo Netid State ;; esac" % listener
-    status, out, err = shell(tmpdir, lines, ss=ss)
+    status, out, err = in_script(tmpdir, lines, ss=ss)
     assert (status, out) == (1, '')
     why = 'nginx does not start: see '
     if holder:
@@ -6302,12 +6304,16 @@ def test_real_a_second_run_changes_nothing(server):
     assert look() == before
     assert server.ok('dockhand doctor') == 'all is well'
 
+STOP_NGINX = {
+    'systemd': 'systemctl stop nginx', 'upstart': 'stop nginx',
+    'none': 'nginx -s quit; while [ -e /run/nginx.pid ]; do sleep 0.1; done'}
+
 @everywhere
 def test_real_what_holds_the_port_of_nginx_is_named(server):
-    server.ok('nginx -s quit && while [ -s /run/nginx.pid ]; do sleep 0.1; done; '
-              'busybox httpd -p 80 -h /tmp')
+    server.ok(STOP_NGINX[server.kind])
+    server.ok('busybox httpd -f -p 80 -h /tmp >/dev/null 2>&1 & echo $! >/root/holder')
     outcome = server.run('sh', '/root/dockhand/configure-system.sh')
-    server.ok('kill $(pidof busybox) && sh /root/dockhand/configure-system.sh')
+    server.ok('kill $(cat /root/holder) && sh /root/dockhand/configure-system.sh')
     assert outcome.status == 1
     assert re.search(r'(?m)^configure-system.sh: nginx does not start, since busybox '
                      r'\(process \d+\) has port 80: stop that', outcome.err), outcome.err
@@ -7249,9 +7255,7 @@ def test_real_a_configuration_of_nginx_that_was_broken_already_is_named(server):
 @everywhere
 def test_real_nginx_is_started_by_a_push_where_it_does_not_run(server):
     app = server.app('shop')
-    server.ok({'systemd': 'systemctl stop nginx', 'upstart': 'stop nginx',
-               'none': 'nginx -s quit; while [ -e /run/nginx.pid ]; do sleep 0.1; done'
-               }[server.kind])
+    server.ok(STOP_NGINX[server.kind])
     app.deploy({'www/index.html': 'nginx is back', 'nginx-proxy.conf': web_files(
         'shop', app.port)['nginx-proxy.conf'] + '# %s\n' % time.time()})
     assert app.answer() == 'nginx is back'
@@ -8049,64 +8053,64 @@ def test_real_the_push_of_what_was_rolled_back_deploys_it_again(server, size):
 
 # ---- Drills: plain apps ----------------------------------------------------------------
 
-# Nobody wrote these here: they are the examples in the descriptions of Docker's official
-# images nginx and python, and in nodejs.org's guide to a web app in Docker. Beside each,
-# the least that it copies; what it answers; and what dockhand has to be told before.
-FOUND = [('site', 'Hello from nginx', [], {
+# Apps as people bring them: files for the nginx of a base image; Python, its packages by
+# pip, without a word of its port; Node, with a stage that builds. What each is called, what
+# it answers, and what dockhand has to be told before.
+USUAL = [('pages', 'A page among others', [], {
     'Dockerfile': '''\
 FROM nginx
-COPY static-html-directory /usr/share/nginx/html
+COPY pages/ /usr/share/nginx/html/
 ''',
-    'static-html-directory/index.html': 'Hello from nginx\n'}),
-         ('wsgi', 'Hello from Flask', ['port=8000'], {
+    'pages/index.html': 'A page among others\n'}),
+         ('weather', 'Rain until noon', ['port=8000'], {
     'Dockerfile': '''\
 FROM python:3
-
-WORKDIR /usr/src/app
-
-COPY requirements.txt ./
-RUN pip install --no-cache-dir -r requirements.txt
-
-COPY . .
-
-CMD [ "python", "./your-daemon-or-script.py" ]
+ENV PYTHONUNBUFFERED=1
+WORKDIR /srv/weather
+COPY packages.txt .
+RUN pip install --quiet --requirement packages.txt
+COPY weather.py start.sh ./
+USER nobody
+ENTRYPOINT ["sh", "start.sh"]
+CMD [ "weather:app" ]
 ''',
-    'requirements.txt': 'flask\ngunicorn\n',
-    'hello.py': 'import flask\napp = flask.Flask("hello")\n'
-                'app.add_url_rule("/", view_func=lambda: "Hello from Flask")\n',
-    'your-daemon-or-script.py': 'import os\nos.execlp("gunicorn", "gunicorn", "--bind", '
-                                '"0.0.0.0:" + os.environ["PORT"], "hello:app")\n'}),
-         ('guide', 'Hello World', [], {
+    'packages.txt': 'flask\ngunicorn\n',
+    'weather.py': 'from flask import Flask\n\napp = Flask(__name__)\n\n'
+                  '@app.route("/")\ndef today():\n    return "Rain until noon"\n',
+    'start.sh': 'exec gunicorn --bind "0.0.0.0:$PORT" --worker-tmp-dir /tmp "$@"\n'}),
+         ('rooms', 'Three rooms are free', [], {
     'Dockerfile': '''\
-FROM node:16
-
-# Create app directory
-WORKDIR /usr/src/app
-
-# Install app dependencies
-# A wildcard is used to ensure both package.json AND package-lock.json are copied
-# where available (npm@5+)
+FROM node:16 AS build
+ARG free=Three
+WORKDIR /build
 COPY package*.json ./
-
-RUN npm install
-# If you are building your code for production
-# RUN npm ci --omit=dev
-
-# Bundle app source
+RUN npm install --offline --no-audit
 COPY . .
+RUN node render.js $free > page.txt
 
+FROM node:16
+LABEL what="rooms, and how many of them are free"
+ENV NODE_ENV=production
+COPY --from=build /build/page.txt /build/server.js /build/healthy.js /rooms/
+WORKDIR /rooms
 EXPOSE 8080
-CMD [ "node", "server.js" ]
+HEALTHCHECK --interval=1s --retries=30 \\
+    CMD ["node", "healthy.js"]
+CMD node server.js
 ''',
-    'package.json': '{"name": "guide", "version": "1.0.0", "main": "server.js"}\n',
-    'server.js': 'require("http").createServer((request, response) => '
-                 'response.end("Hello World")).listen(8080, "0.0.0.0");\n'})]
+    'package.json': '{"name": "rooms", "version": "0.3.0", "private": true}\n',
+    'healthy.js': 'require("http").get("http://127.0.0.1:8080", '
+                  '(heard) => process.exit(heard.statusCode - 200));\n',
+    'render.js': 'console.log(process.argv[2] + " rooms are free");\n',
+    'server.js': 'const page = require("fs").readFileSync("page.txt", "utf8").trim();\n'
+                 'require("http").createServer((asked, answer) => answer.end(page))'
+                 '.listen(8080);\n'})]
 
 @drill('none')
-def test_real_dockerfiles_that_nobody_wrote_for_this_are_pushed_unmodified(server, size):
+def test_real_dockerfiles_of_the_usual_kinds_need_nothing_for_dockhand(server, size):
     server.bases()
     said = []
-    for name, answer, config, files in FOUND:
+    for name, answer, config, files in USUAL:
         app = App(server, name)
         if config:
             server.ok('dockhand config "$@"', name, *config)

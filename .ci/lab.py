@@ -410,7 +410,8 @@ APACHE = {
                         '    location / { proxy_pass http://127.0.0.1:8000; }\n}\n'}
 
 # What is in the official images of these names, and Dockerfiles rely on, made of Debian's
-# packages. Postgres's entrypoint is theirs in short: a first start makes the folder.
+# packages. Postgres's entrypoint does what is wanted of theirs here: at its first start it
+# makes the database and sets the password.
 BASES = {
     'nginx': r'''
 RUN rm /etc/nginx/sites-enabled/default && mkdir -p /usr/share/nginx/html && \
