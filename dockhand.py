@@ -5660,6 +5660,7 @@ def compile_script(host):
         if os.stat(compiled).st_mtime >= os.stat(script).st_mtime:
             return False
     py_compile.compile(script, dfile=name, doraise=True)
+    tell('wrote ' + compiled_path(name))
     return True
 
 def compiled_path(script):
