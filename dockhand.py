@@ -1658,6 +1658,10 @@ def volume_of(app, path):
         return '_' if match.group() == '/' else '_%02x_' % ord(match.group())
     return '%s--%s' % (app, re.sub(r'[^A-Za-z0-9.-]', escaped, path.strip('/')))
 
+def gateway_of(address):
+    """The server itself, as a container with an address on our network reaches it."""
+    return address.rsplit('.', 2)[0] + '.0.1'
+
 def plain_container(release, env_file):
     """The Container of a release that brings no job: it runs as its Dockerfile says."""
     app = release.app
@@ -1665,6 +1669,8 @@ def plain_container(release, env_file):
     if '.' not in app:          # or it would stand in the way of a real site of that name
         options.append('--net-alias=' + app)
     options.append('--env-file=' + env_file)
+    # Docker's own word for the server, `host-gateway`, wants its version 20.10.
+    options.append('--add-host=host.docker.internal:' + gateway_of(release.address))
     options += ['--volume=%s:%s' % (volume_of(app, path), path)
                 for path in release.volumes]
     return Container(options, app, command=[], env={}, folder='/', at_boot=True,
@@ -2978,6 +2984,20 @@ def read_build_cache(text):
             cache[name.group(1)] = int(used.group(1))
     return cache
 
+def is_our_network(network):
+    """Whether a network, as docker describes it, has the shape of ours: that is how it is
+    known, as those of earlier versions have no label. Docker may add a pool of IPv6."""
+    pools = (network.get('IPAM') or {}).get('Config') or []
+    pools = [pool for pool in pools if ':' not in pool.get('Subnet', '')]
+    if network.get('Driver') != 'bridge' or len(pools) != 1:
+        return False
+
+    pool = pools[0]
+    subnet = pool.get('Subnet', '')
+    half = subnet.rsplit('.', 2)[0]
+    return (subnet == half + '.0.0/16' and pool.get('IPRange') == half + '.255.0/24'
+            and pool.get('Gateway', '').split('/')[0] == half + '.0.1')
+
 class Docker(object):
     """The docker engine of this machine, by its own command."""
     def __init__(self, host):
@@ -3182,8 +3202,36 @@ class Docker(object):
         """Our network, for one of its addresses; docker's own choices come from its
         end."""
         create = ('docker network create --subnet={0}.0.0/16 --ip-range={0}.255.0/24 '
-                  '--gateway={0}.0.1 ' + NETWORK).format(address.rsplit('.', 2)[0])
-        self.host.run_unless('already exists', create.split())
+                  '--gateway={0}.0.1').format(address.rsplit('.', 2)[0]).split()
+        mtu = self.mtu()
+        if mtu:
+            create.append('--opt=com.docker.network.driver.mtu=' + mtu)
+        self.host.run_unless('already exists', create + [NETWORK])
+
+    def mtu(self):
+        """How large docker is told that packets may be, or None. It holds that for its
+        default network alone, but for `default-network-opts`."""
+        settings = self.host.text('/etc/docker/daemon.json')
+        if 'com.docker.network.driver.mtu' in settings:
+            return None
+        said = re.findall(r'"mtu"\s*:\s*([1-9]\d*)', settings)
+
+        pid = self.host.text('/run/docker.pid').strip()
+        if pid.isdigit():
+            command = self.host.text('/proc', pid, 'cmdline')
+            said += re.findall(r'\0--mtu[=\0]([1-9]\d*)\0', command)
+        return said[0] if said else None
+
+    def remove_network(self):
+        """Take our network away; not another of that name, nor one in which somebody has
+        a container, which docker would keep only if that runs."""
+        import json
+        shown = self.host.ask(['docker', 'network', 'inspect', NETWORK]).out
+        if not any(is_our_network(network) for network in json.loads(shown or '[]')):
+            return
+        inside = self.host.ask(['docker', 'ps', '-aq', '--filter', 'network=' + NETWORK])
+        if inside.status == 0 and not inside.out.strip():
+            self.host.ask(['docker', 'network', 'rm', NETWORK])
 
     def volumes_of(self, name):
         """The names of the volumes that an app of this name left."""
@@ -6271,7 +6319,7 @@ def remove_app(app, live):
 
     others = [App(app.host, name) for name in list_apps(app.host)]
     if not any(other.live() for other in others):
-        app.host.ask(['docker', 'network', 'rm', NETWORK])
+        app.docker.remove_network()
 
 # The server itself
 

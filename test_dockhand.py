@@ -1047,6 +1047,7 @@ def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
     assert dh.plain_container(plain_one, '/r/env') == dh.Container(
         ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
+         '--add-host=host.docker.internal:10.86.0.1',
         'blog', [], {}, '/', True, '10')
 
 @table('app, alias', '''
@@ -1968,6 +1969,7 @@ def test_nginx_answers_503_with_a_time_to_try_again_for_a_stopped_app(tmpdir, to
 
 def test_nginx_keeps_the_fronts_of_two_apps_apart(tmpdir, told):
     """Their files share the names of variables; two that say the same may share one."""
+    assert fields['x-real-ip'] == fields['x-forwarded-for'] == '127.0.0.1'
     demand_nginx()
     version = Host('/').nginx.version()
     trusted = {'blog': '127.0.0.1', 'shop': '10.0.0.0/8', 'wiki': '127.0.0.1'}
@@ -2522,6 +2524,59 @@ def test_a_candidate_is_staged_in_a_copy_of_nginx_conf(line):
     files = ['/a.conf', '/b\\1.conf']
     assert dh.stage_nginx_conf(NGINX_CONF % line, 'server { }\n', files) == '''\
 pid /dev/null; user www-data;
+
+DAEMON = '/etc/docker/daemon.json'
+
+OTHER_OPTIONS = (
+    '{"mtu": 1400, "default-network-opts": {"bridge": '
+    '{"com.docker.network.driver.mtu": "1300"}}}')      # of docker 24
+
+@table('settings, command, option', r"""
+                                    =>                           =>
+    {"mtu": 1400}                   =>                           => 1400
+    {"bip": "10.9.0.1/16",\n "mtu":\t9000,\n "ipv6": true} =>    => 9000
+    {"mtu": 0}                      =>                           =>
+    {"mtu": "1400"}                 =>                           =>
+    {"default-address-pools": [{"base": "10.0.0.0/8", "size": 24}]} =>  =>
+    {"userland-proxy": false, "icc": false, "mtu": 1280}         => => 1280
+    {                               =>                           =>
+    {"mtu": 1400                    => dockerd\0--mtu=1300\0     => 1400
+                                    => dockerd\0--mtu=1300\0     => 1300
+                                    => dockerd\0--mtu\01300\0  => 1300
+                                    => dockerd\0--mtux=1300\0    =>""",
+       (OTHER_OPTIONS, '', ''))
+def test_our_network_takes_the_size_of_packets_that_docker_is_told(
+        plain, settings, command, option):
+    if settings:
+        plain.write(DAEMON, settings)
+    if command:
+        plain.write('/run/docker.pid', '60\n')
+        plain.write('/proc/60/cmdline', command)
+    plain.host.docker.ensure_network('10.86.0.2')
+    given = '--opt=com.docker.network.driver.mtu=%s ' % option if option else ''
+    assert plain.done == [
+        'docker network create --subnet=10.86.0.0/16 --ip-range=10.86.255.0/24 '
+        '--gateway=10.86.0.1 %sdockhand' % given]
+
+OURS = {'Driver': 'bridge', 'Labels': {}, 'IPAM': {'Config': [
+    {'Subnet': '10.86.0.0/16', 'IPRange': '10.86.255.0/24', 'Gateway': '10.86.0.1'}]}}
+
+def with_pool(*pools, **changes):
+    return dict(OURS, IPAM={'Config': [dict(OURS['IPAM']['Config'][0], **pool)
+                                       for pool in pools]}, **changes)
+
+@pytest.mark.parametrize('network, ours', [
+    (OURS, True), (dict(OURS, Options={'com.docker.network.driver.mtu': '1400'}), True),
+    (with_pool({'Gateway': '10.86.0.1/16'}), True),     # as docker 1.11 shows it
+    (with_pool({}, {'Subnet': 'fd00::/64', 'Gateway': 'fd00::1'}), True),
+    (with_pool({}, {'Subnet': '10.99.0.0/16'}), False),
+    (dict(OURS, Driver='macvlan'), False), (with_pool(), False),
+    (with_pool({'IPRange': ''}), False), (with_pool({'Gateway': '10.86.0.254'}), False),
+    (with_pool({'Subnet': '10.86.0.0/24'}), False),
+    (with_pool({'IPRange': '10.87.255.0/24'}), False),
+    ({'Driver': 'bridge', 'IPAM': {'Config': None}}, False), ({}, False)])
+def test_our_network_is_known_by_its_shape(network, ours):
+    assert dh.is_our_network(network) == ours
 
 events { worker_connections 768; }
 http {
@@ -3230,7 +3285,8 @@ LOGGED = ('--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 '
           '--pids-limit=4096')
 NGINX_T = 'nginx -t -q -c /etc/nginx/.blog.conf.new\n'
 CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
---env-file=/var/lib/dockhand/apps/blog/releases/2/env %s--label=dockhand.app=blog --init \
+--env-file=/var/lib/dockhand/apps/blog/releases/2/env \
+--add-host=host.docker.internal:10.86.0.1 %s--label=dockhand.app=blog --init \
 ''' + LOGGED + ' sha256:FROMtwo\n'
 PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
 STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
@@ -3840,6 +3896,15 @@ def test_an_app_is_stopped_where_nginx_cannot_follow(plain, capfd):
 def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanzas, runs):
     """init does so only when its events come again, and those of a boot do not."""
     machine = Machine(tmpdir, 'upstart')
+    assert plain.served == {PROXY_FILE: live.proxy}
+    dh.cmd_stop(plain.app)
+    assert plain.served == {PROXY_FILE: plain.app.closed_proxy(live)}
+
+    plain.broken['nginx -s'] = 1
+    assert 'nginx -s reload failed' in refusal(dh.cmd_start, plain.app)
+    assert plain.app.is_stopped()
+    dh.cmd_start(plain.app)
+    assert plain.served == {PROXY_FILE: live.proxy} and not plain.app.is_stopped()
     machine.lives(dict(FILES, **{'upstart.conf': stanzas.replace('\\n', '\n') +
                                  '\nexec docker run --rm blog\n'}))
     files = machine.files()
@@ -4346,7 +4411,8 @@ def test_a_release_command_runs_in_the_new_image_before_the_switch(plain, capfd)
     found, = [line for line in plain.done if line.startswith('docker run')]
     assert found == (
         'docker run --rm --name blog--2--release --net=dockhand --env-file='
-        '/var/lib/dockhand/apps/blog/releases/2/env --volume=blog--data:/data '
+        '/var/lib/dockhand/apps/blog/releases/2/env '
+        '--add-host=host.docker.internal:10.86.0.1 --volume=blog--data:/data '
         '--pids-limit=4096 sha256:FROMtwo migrate --to a b')
     assert plain.ran == {'volumes': ['blog--data'], 'address': None,
                          'env': 'A=1\nPORT=8000\n',
@@ -5766,6 +5832,29 @@ def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(
     kept, sys.stdin = sys.stdin, Terminal(typed)
     try:
         if removed:
+def test_a_network_that_was_made_by_hand_stays(plain):
+    plain.docker_network('network', 'create', '--subnet=10.99.0.0/16', 'dockhand')
+    plain.lives(ONE_WEB)
+    dh.cmd_destroy(plain.app, force=True)
+    assert list(plain.networks) == ['dockhand'] and plain.containers == {}
+
+@pytest.mark.parametrize('running', [False, True])
+def test_a_network_in_which_somebody_has_a_container_stays(plain, running):
+    """Docker itself refuses to remove it only while that runs."""
+    plain.lives(ONE_WEB)
+    there = plain.containers['other'] = plain.container('other', 'sha256:other')
+    there.update(network=plain.networks['dockhand']['Id'], Name='/other')
+    there['State']['Running'] = running
+    dh.cmd_destroy(plain.app, force=True)
+    assert list(plain.networks) == ['dockhand']
+    del plain.containers['other']
+
+def test_a_network_stays_where_docker_cannot_say_who_is_in_it(plain):
+    plain.lives(ONE_WEB)
+    plain.broken['docker ps -aq --filter'] = 1
+    dh.cmd_destroy(plain.app, force=True)
+    assert list(plain.networks) == ['dockhand']
+
             dh.cmd_destroy(plain.app)
         else:
             assert 'if you are sure: dockhand destroy blog --force' in refusal(

@@ -214,9 +214,14 @@ class Machine(object):
         if verb == 'create':
             if name in self.networks:
                 return Result(1, '', 'network with name %s already exists\n' % name)
-            subnet = re.match(r'--subnet=(\d+\.\d+)\.0\.0/16\Z', words[0]).group(1)
-            self.networks[name] = {'Id': 'n%d' % self.next(), 'IPAM': {'Config': [
-                {'Subnet': subnet + '.0.0/16', 'Gateway': subnet + '.0.1'}]}}
+            options = dict(word.partition('=')[::2] for word in words[:-1])
+            subnet = options['--subnet'][:-len('.0.0/16')]
+            pool = {'Subnet': options['--subnet'], 'Gateway': subnet + '.0.1'}
+            if '--ip-range' in options:
+                pool['IPRange'] = options['--ip-range']
+            self.networks[name] = {'Id': 'n%d' % self.next(), 'Driver': 'bridge',
+                                   'Options': options.get('--opt', ''),
+                                   'IPAM': {'Config': [pool]}}
         elif name not in self.networks:
             return Result(1, '[]\n', 'Error response from daemon: network x not found\n')
         elif verb == 'rm':
@@ -321,7 +326,11 @@ class Machine(object):
         return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
                 'C /run\nA /run/x.pid\n')
 
-    def docker_ps(self, _, q, no_trunc):
+    def docker_ps(self, _, q, no_trunc, network=None):
+        if no_trunc == '--filter':
+            there = self.networks[network[len('network='):]]['Id']
+            return '\n'.join(each['Id'] for each in self.containers.values()
+                             if each.get('network') == there)
         assert q in ('-q', '-aq') and no_trunc == '--no-trunc'
         return '\n'.join(each['Id'] for each in self.containers.values()
                          if q == '-aq' or each['State']['Running'])
