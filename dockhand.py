@@ -2604,8 +2604,8 @@ GENERATED = '''{table}server {{
 }}
 '''
 
-# Of a front that config's `trust` names. The last one that it says it had the request from
-# is the client; what stands before that, the client may have made up.
+# Of a front that config's `trust` names. The last address that it says it had the request
+# from is the client; what stands before that, the client may have made up.
 BELIEVED = '''\
     if (${table}) {{ set $dockhand_way $proxy_add_x_forwarded_for; }}
     if ($dockhand_way ~ "([0-9A-Fa-f.:]+), [^, ]+$") {{ set $dockhand_client $1; }}
@@ -4887,12 +4887,13 @@ def bring_back(app, live):
     """Bring back what is gone of a live release: tags, files, its container."""
     engine = engine_of(app, live)
     bring_tags_back(app, live)
-    if due_proxy(app, live):
+    if lacks_proxy(app, live):
         step('%s: installing its proxy file again', app.name)
-        turn_proxy(app, live)
+        app.nginx.restore(app.name, app.installed_proxy(live))
 
     if app.is_stopped():
         engine.stop(live)
+        turn_proxy(app, live, app.closed_proxy(live))
     elif engine.revives(live):
         if engine.state(live).alive is False:
             step('%s: release %d did not run; starting it', app.name, live.number)
@@ -4901,21 +4902,23 @@ def bring_back(app, live):
             engine.start(live)
         engine.settle(live)
 
-def due_proxy(app, live):
-    """What is to be put into conf.d for a live release, where its proxy file is gone, or
-    is still that of the other state, stopped or not; None where it is right, or where a
-    person has written another."""
-    wanted = app.installed_proxy(live)
+def holds_ours(app, live):
+    """Whether conf.d has the proxy file of a live release, open or closed, or none: not
+    one that a person has changed."""
     text = read_file(app.host.path(PROXIES, app.name + '.conf'))
-    if not wanted or text == wanted:
-        return None
-    return wanted if text in (None, live.proxy, app.closed_proxy(live)) else None
+    return text in (None, live.proxy, app.closed_proxy(live))
 
-def turn_proxy(app, live):
-    """Have nginx pass requests on to a live release, or refuse them while the app is
-    stopped."""
-    text = due_proxy(app, live)
-    if text:
+def lacks_proxy(app, live):
+    """Whether a live release's proxy file is gone, or in the form of the other state."""
+    wanted = app.installed_proxy(live)
+    if not wanted or app.host.text(PROXIES, app.name + '.conf') == wanted:
+        return False
+    return holds_ours(app, live)
+
+def turn_proxy(app, live, text):
+    """Have nginx take up a form of a made proxy file, even where that lies there: a
+    crash, or a reload that failed, may have come before nginx followed."""
+    if is_made(live) and holds_ours(app, live):
         app.nginx.restore(app.name, text)
 
 def bring_tags_back(app, live):
@@ -5898,7 +5901,7 @@ def app_problem(app):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
     if not app.is_stopped() and not engine_of(app, live).state(live).alive:
         return app.name + ' does not run', 'sudo dockhand start ' + app.name
-    if due_proxy(app, live):
+    if lacks_proxy(app, live):
         return 'the proxy file of %s is not in place' % app.name, 'sudo dockhand recover'
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
 
@@ -6109,7 +6112,8 @@ def cmd_stop(app):
     with live_app(app, 'stop') as live:
         log('%s: stop by %s', app.name, person())
         replace_file(app.folder('stopped'), '')
-        attempt('nginx goes on passing requests to it', turn_proxy, app, live)
+        attempt('nginx goes on passing requests to it', turn_proxy, app, live,
+                app.closed_proxy(live))
         engine_of(app, live).stop(live)
     tell('%s is stopped', app.name)
 
@@ -6127,8 +6131,8 @@ def cmd_start(app):
         engine.start(live)
 
         check_or_show_log(app, live, log_end)
-        remove_file(app.folder('stopped'))
-        turn_proxy(app, live)
+        if app.is_stopped():
+            turn_proxy(app, live, live.proxy)
         finish(app, live, git_moves_branch=False)
     tell('%s runs', app.name)
 

@@ -48,7 +48,8 @@ from machine import (
     USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
     keys_text, mode_in, release, switch_steps)
 from moments import (
-    ACTS, RUNS, about_to, folder_with_room, standing, trials, wrong)
+    ACTS, RUNS, about_to, differences, explore, folder_with_room, kill, standing, trials,
+    wrong)
 
 SPELLED = {'n': '\n', 'r': '\r', 't': '\t', '0': '\0', 'e': '\x1b', '_': ' ', '\\': '\\'}
 
@@ -1046,8 +1047,8 @@ def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
     plain_one = release(volumes=['/data', '/var/lib/x'])
     assert dh.plain_container(plain_one, '/r/env') == dh.Container(
         ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
-         '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
          '--add-host=host.docker.internal:10.86.0.1',
+         '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
         'blog', [], {}, '/', True, '10')
 
 @table('app, alias', '''
@@ -1943,21 +1944,32 @@ def test_nginx_tells_the_app_what_it_sees_and_not_what_a_stranger_says(
         'host': 'blog', 'x-real-ip': client, 'x-forwarded-for': client,
         'x-forwarded-host': 'blog', 'x-forwarded-proto': scheme}
 
-@table('trust, said, client, chain, scheme', """
-    127.0.0.1      => X-Forwarded-For: 9.9.9.9 => 9.9.9.9 => 9.9.9.9, 127.0.0.1 => http
-    127.0.0.0/8    => X-Forwarded-For: 1.1.1.1, 9.9.9.9 => 9.9.9.9 => 1.1.1.1, 9.9.9.9, 127.0.0.1 => http
-    ::1 127.0.0.1  => X-Forwarded-For: 2001:db8::1 => 2001:db8::1 => 2001:db8::1, 127.0.0.1 => http
-    0.0.0.0/0      => X-Forwarded-Proto: https   => 127.0.0.1 => 127.0.0.1 => https
-    127.0.0.1      => X-Forwarded-Proto: http    => 127.0.0.1 => 127.0.0.1 => http
-    127.0.0.1      => X-Forwarded-Proto: "evil"  => 127.0.0.1 => 127.0.0.1 => http
-    127.0.0.1      => X-Forwarded-For: unknown   => 127.0.0.1 => unknown, 127.0.0.1 => http
-    10.0.0.0/8     => X-Forwarded-Proto: https   => 127.0.0.1 => 127.0.0.1 => http""")
-def test_nginx_believes_a_front_that_config_names(
-        tmpdir, told, trust, said, client, chain, scheme):
-    fields = arrived(tmpdir, told, ['GET / HTTP/1.1', BLOG, said], trust=trust)
+@table('trust, said, client', """
+    127.0.0.1      => 9.9.9.9          => 9.9.9.9
+    127.0.0.0/8    => 1.1.1.1, 9.9.9.9 => 9.9.9.9
+    ::1 127.0.0.1  => 2001:db8::1      => 2001:db8::1
+    0.0.0.0/0      => 9.9.9.9, unknown => 127.0.0.1""")
+def test_nginx_takes_the_client_from_a_front_that_config_names(
+        tmpdir, told, trust, said, client):
+    lines = ['GET / HTTP/1.1', BLOG, 'X-Forwarded-For: ' + said]
+    fields = arrived(tmpdir, told, lines, trust=trust)
     assert fields['x-real-ip'] == client
-    assert fields['x-forwarded-for'] == chain
+    assert fields['x-forwarded-for'] == said + ', 127.0.0.1'
+    assert fields['x-forwarded-proto'] == 'http'
+
+@table('trust, said, scheme', """
+    127.0.0.1  => https       => https
+    ::/0 0.0.0.0/0 => https   => https
+    127.0.0.1  => http        => http
+    127.0.0.1  => "evil"      => http
+    127.0.0.1  => https, http => http
+    10.0.0.0/8 => https       => http""")
+def test_nginx_takes_the_scheme_from_a_front_that_config_names(
+        tmpdir, told, trust, said, scheme):
+    lines = ['GET / HTTP/1.1', BLOG, 'X-Forwarded-Proto: ' + said]
+    fields = arrived(tmpdir, told, lines, trust=trust)
     assert fields['x-forwarded-proto'] == scheme
+    assert fields['x-real-ip'] == fields['x-forwarded-for'] == '127.0.0.1'
 
 def test_nginx_answers_503_with_a_time_to_try_again_for_a_stopped_app(tmpdir, told):
     with before_an_app(tmpdir, told, edit=dh.closed_proxy) as alone:
@@ -1969,7 +1981,6 @@ def test_nginx_answers_503_with_a_time_to_try_again_for_a_stopped_app(tmpdir, to
 
 def test_nginx_keeps_the_fronts_of_two_apps_apart(tmpdir, told):
     """Their files share the names of variables; two that say the same may share one."""
-    assert fields['x-real-ip'] == fields['x-forwarded-for'] == '127.0.0.1'
     demand_nginx()
     version = Host('/').nginx.version()
     trusted = {'blog': '127.0.0.1', 'shop': '10.0.0.0/8', 'wiki': '127.0.0.1'}
@@ -2514,17 +2525,6 @@ def test_there_are_more_addresses_than_one_byte_holds(plain):
             json.dump({'address': '10.86.%d.%d' % (at // 250, at % 250 + 2)}, target)
     assert dh.free_address(plain.host) == '10.86.1.3'
 
-# ---- nginx -----------------------------------------------------------------------------
-
-@table('line', r'''
-    include /etc/nginx/conf.d/*.conf;
-    include conf.d/*.conf ;
-    include\tconf.d/*;''')
-def test_a_candidate_is_staged_in_a_copy_of_nginx_conf(line):
-    files = ['/a.conf', '/b\\1.conf']
-    assert dh.stage_nginx_conf(NGINX_CONF % line, 'server { }\n', files) == '''\
-pid /dev/null; user www-data;
-
 DAEMON = '/etc/docker/daemon.json'
 
 OTHER_OPTIONS = (
@@ -2577,6 +2577,17 @@ def with_pool(*pools, **changes):
     ({'Driver': 'bridge', 'IPAM': {'Config': None}}, False), ({}, False)])
 def test_our_network_is_known_by_its_shape(network, ours):
     assert dh.is_our_network(network) == ours
+
+# ---- nginx -----------------------------------------------------------------------------
+
+@table('line', r'''
+    include /etc/nginx/conf.d/*.conf;
+    include conf.d/*.conf ;
+    include\tconf.d/*;''')
+def test_a_candidate_is_staged_in_a_copy_of_nginx_conf(line):
+    files = ['/a.conf', '/b\\1.conf']
+    assert dh.stage_nginx_conf(NGINX_CONF % line, 'server { }\n', files) == '''\
+pid /dev/null; user www-data;
 
 events { worker_connections 768; }
 http {
@@ -3877,13 +3888,23 @@ def test_a_pushed_proxy_file_stays_as_it_is_while_the_app_is_stopped(plain):
     dh.cmd_stop(plain.app)
     assert plain.served == {PROXY_FILE: live.proxy} and plain.running() == []
 
-def test_an_app_is_stopped_where_nginx_cannot_follow(plain, capfd):
-    plain.lives(ONE_WEB)
+def test_an_app_is_stopped_and_started_though_nginx_follows_at_the_second_try(
+        plain, capfd):
+    live = plain.lives(ONE_WEB)
     plain.broken['nginx -s'] = 1
     dh.cmd_stop(plain.app)
     assert plain.running() == [] and plain.app.is_stopped()
     assert ('dockhand: nginx goes on passing requests to it: nginx -s reload failed'
             in capfd.readouterr().err)
+    assert plain.served == {PROXY_FILE: live.proxy}
+    dh.cmd_stop(plain.app)
+    assert plain.served == {PROXY_FILE: plain.app.closed_proxy(live)}
+
+    plain.broken['nginx -s'] = 1
+    assert 'nginx -s reload failed' in refusal(dh.cmd_start, plain.app)
+    assert plain.app.is_stopped()
+    dh.cmd_start(plain.app)
+    assert plain.served == {PROXY_FILE: live.proxy} and not plain.app.is_stopped()
 
 @table('stanzas, runs', r'''
     start on started docker                      => yes
@@ -3896,15 +3917,6 @@ def test_an_app_is_stopped_where_nginx_cannot_follow(plain, capfd):
 def test_recover_starts_a_job_that_is_down_if_something_starts_it(tmpdir, stanzas, runs):
     """init does so only when its events come again, and those of a boot do not."""
     machine = Machine(tmpdir, 'upstart')
-    assert plain.served == {PROXY_FILE: live.proxy}
-    dh.cmd_stop(plain.app)
-    assert plain.served == {PROXY_FILE: plain.app.closed_proxy(live)}
-
-    plain.broken['nginx -s'] = 1
-    assert 'nginx -s reload failed' in refusal(dh.cmd_start, plain.app)
-    assert plain.app.is_stopped()
-    dh.cmd_start(plain.app)
-    assert plain.served == {PROXY_FILE: live.proxy} and not plain.app.is_stopped()
     machine.lives(dict(FILES, **{'upstart.conf': stanzas.replace('\\n', '\n') +
                                  '\nexec docker run --rm blog\n'}))
     files = machine.files()
@@ -5820,18 +5832,6 @@ def test_a_network_that_another_app_uses_stays(plain):
     dh.cmd_destroy(plain.app, force=True)
     assert list(plain.networks) == ['dockhand']
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-@pytest.mark.parametrize('typed, removed', [
-    (u'blog\n', True), (u'wiki\n', False), (u'', False), (u'y\n', False)])
-def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(
-        plain, capfd, typed, removed):
-    plain.lives(ONE_WEB)
-    kept, sys.stdin = sys.stdin, Terminal(typed)
-    try:
-        if removed:
 def test_a_network_that_was_made_by_hand_stays(plain):
     plain.docker_network('network', 'create', '--subnet=10.99.0.0/16', 'dockhand')
     plain.lives(ONE_WEB)
@@ -5855,6 +5855,18 @@ def test_a_network_stays_where_docker_cannot_say_who_is_in_it(plain):
     dh.cmd_destroy(plain.app, force=True)
     assert list(plain.networks) == ['dockhand']
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+@pytest.mark.parametrize('typed, removed', [
+    (u'blog\n', True), (u'wiki\n', False), (u'', False), (u'y\n', False)])
+def test_on_a_terminal_an_app_is_removed_once_its_name_is_typed(
+        plain, capfd, typed, removed):
+    plain.lives(ONE_WEB)
+    kept, sys.stdin = sys.stdin, Terminal(typed)
+    try:
+        if removed:
             dh.cmd_destroy(plain.app)
         else:
             assert 'if you are sure: dockhand destroy blog --force' in refusal(
@@ -6250,6 +6262,20 @@ def test_a_write_for_which_the_disk_is_full_leaves_one_whole_release(trials, act
 @runs
 def test_a_disk_that_stays_full_leaves_a_whole_release_once_recovered(trials, act, init):
     assert wrong(trials, 'stays full', act, init) == {}
+
+@pytest.mark.parametrize('act', ['stop', 'start'])
+def test_a_stop_or_start_killed_at_any_moment_is_whole_once_recovered(tmpdir, act):
+    """What is served is that of an app that runs, or of one that is stopped."""
+    changes, _, states = explore(act, 'none web', str(tmpdir.mkdir('undisturbed')))
+    kinds = set(what.split()[0] for _, what, _ in changes)
+    assert kinds >= set(['open', 'rename', 'docker', 'nginx'])
+    found = {}
+    for number, at in enumerate(changes):
+        machine = about_to(act, 'none web', str(tmpdir.mkdir(str(number))))
+        kill(act, machine, at)
+        dh.cmd_recover(machine.host)
+        found[at] = differences(standing(machine), *states)
+    assert dict((at, result) for at, result in found.items() if result) == {}
 
 # ---- configure-system.sh, a function at a time -----------------------------------------
 

@@ -481,7 +481,7 @@ def public_key(server, key):
     with open(os.path.join(server.folder, key + '.pub')) as file:
         return file.read()
 
-# ---- nginx alone, before an app that keeps what it was told -----------------------------
+# ---- nginx alone, before an app that keeps what it was told ----------------------------
 
 NGINX_ALONE = '''daemon off;
 master_process off;
@@ -498,7 +498,7 @@ http {{
     include {folder}/*.conf;
 }}
 '''
-LARGE = 2 ** 25                 # bytes of an answer: more than all sockets on its way hold
+LARGE = 2 ** 25                 # bytes of an answer: more than sockets on its way hold
 
 class Told(object):
     """An app on a port of its own. heads: what it was told, [str] of each request.
@@ -575,8 +575,9 @@ class Alone(object):
         with closing(socket.socket()) as probe:
             probe.bind(('127.0.0.1', 0))
             self.port = probe.getsockname()[1]
+        here = 'listen 127.0.0.1:%d' % self.port
         for name, text in self.files.items():
-            self.write(name, re.sub(r'listen 80\b', 'listen 127.0.0.1:%d' % self.port, text))
+            self.write(name, re.sub(r'listen 80\b', here, text))
         self.write('nginx', NGINX_ALONE.format(folder=self.folder))
         os.rename(self.folder + '/nginx.conf', self.folder + '/nginx')
 

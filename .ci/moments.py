@@ -47,6 +47,8 @@ def deploy_two(machine):
 ACTS = {'first': deploy_two, 'deploy': deploy_two,
         'rollback': lambda machine: dh.cmd_rollback(machine.app),
         'config': lambda machine: dh.cmd_config(machine.app, 'A=2', 'B=3'),
+        'stop': lambda machine: dh.cmd_stop(machine.app),
+        'start': lambda machine: dh.cmd_start(machine.app),
         'recover': lambda machine: dh.cmd_recover(machine.host)}
 RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
         ('deploy', 'upstart'), ('rollback', 'none'), ('rollback', 'upstart')] + [
@@ -63,8 +65,10 @@ def about_to(act, init, folder):
         machine.nginx()
         machine.host.nginx.restore('blog', None)
         dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
-    elif act in ('deploy', 'config'):
+    elif act in ('deploy', 'config', 'stop', 'start'):
         machine.lives(one, A='1')
+        if act == 'start':
+            dh.cmd_stop(machine.app)
     else:
         machine.app.set_link('live', half_deployed(machine, files=(one, two)))
         dh.cmd_recover(machine.host)
