@@ -1892,12 +1892,14 @@ def test_a_body_reaches_the_app_that_is_asked_for_events(tmpdir, told):
 
 @pytest.mark.parametrize('size', [4200, 32000])
 def test_nginx_passes_headers_of_32_kb_on_in_both_directions(tmpdir, told, size):
+    """In one line of a request before 1.19.2 as many as nginx itself takes."""
     with before_an_app(tmpdir, told) as alone:
         answer = alone.ask('GET /header/%d HTTP/1.1' % size, BLOG)
         assert answer.startswith('HTTP/1.1 200 ') and 'x' * size in answer
-        answer = alone.ask('GET / HTTP/1.1', BLOG, 'Cookie: ' + 'y' * size)
+        line = size if Host('/').nginx.version() >= (1, 19, 2) else min(size, 8000)
+        answer = alone.ask('GET / HTTP/1.1', BLOG, 'Cookie: ' + 'y' * line)
         assert answer.startswith('HTTP/1.1 200 '), answer
-    assert 'y' * size in told.heads[-1]
+    assert 'y' * line in told.heads[-1]
 
 @table('line, host, wanted', """
     /               => blog          => blog
@@ -1905,7 +1907,7 @@ def test_nginx_passes_headers_of_32_kb_on_in_both_directions(tmpdir, told, size)
     http://a/       => blog          => a
     http://A:81/x   => blog:8080     => a:81
     http://a/       => blog:8080     => a
-    http://a?b:9/   => blog          => a
+    http://a/?b:9/  => blog          => a
     HTTP://a        => blog          => a
     /http://b:9/    => blog          => blog
     /               => [::1]:81      => [::1]:81
@@ -1976,7 +1978,8 @@ def test_nginx_answers_503_with_a_time_to_try_again_for_a_stopped_app(tmpdir, to
         for line in ('GET / HTTP/1.1', 'GET /a/b?c HTTP/1.1', 'POST /x HTTP/1.1'):
             answer = alone.ask(line, BLOG)
             assert answer.startswith('HTTP/1.1 503 '), answer
-            assert '\r\nRetry-After: 60\r\n' in answer
+            has_time = '\r\nRetry-After: 60\r\n' in answer
+            assert has_time == (Host('/').nginx.version() >= (1, 7, 5))
     assert told.heads == []
 
 def test_nginx_keeps_the_fronts_of_two_apps_apart(tmpdir, told):
