@@ -2984,6 +2984,10 @@ def read_build_cache(text):
             cache[name.group(1)] = int(used.group(1))
     return cache
 
+def is_cached(layer):
+    """Whether a layer's id is one of buildx, and none of an image."""
+    return re.match(r'[0-9a-z]{25}\Z', layer) is not None
+
 def is_our_network(network):
     """Whether a network, as docker describes it, has the shape of ours: that is how it is
     known, as those of earlier versions have no label. Docker may add a pool of IPv6."""
@@ -3170,9 +3174,9 @@ class Docker(object):
     def remove_layers(self, layers):
         """Remove what builds have made on the way, [id], but for what has a name, is used
         by a container, or is part of something that stays."""
-        cached = [layer for layer in layers if re.match(r'[0-9a-z]{25}\Z', layer)]
+        cached = list(filter(is_cached, layers))
         if cached:
-            which = 'id=/(%s)/' % '|'.join(cached)
+            which = 'id=/(%s)/' % '|'.join(sorted(set(cached)))
             self.host.ask(['docker', 'builder', 'prune', '-f', '--filter', which])
 
         images = [layer for layer in layers if layer not in cached]
@@ -4735,12 +4739,13 @@ def clean_up(app, live):
         return
     kept = set(release.number for release in worth_keeping(app.kept()))
     kept.add(live.number)           # where its record was not finished, it is not yet
-    clean_up_layers(app, live)
+    others = [release for release in map(app.load, app.numbers())
+              if release.number != live.number]
     clean_up_failed(app)
-    for number in app.numbers():
-        release = app.load(number)
-        if not release.failed and number not in kept:
+    for release in others:
+        if not release.failed and release.number not in kept:
             remove_release(app, release)
+    clean_up_layers(app, others)    # the images that are gone may have held some
 
 def worth_keeping(releases):
     """Those of the last images, and of one image the newest alone, so that changes of
@@ -4756,17 +4761,17 @@ def worth_keeping(releases):
             kept.append(release)
     return kept
 
-def clean_up_layers(app, live):
-    """Remove what builds have made on the way, failed ones too. The live release's stays:
-    the next build begins there."""
-    spent = [release for release in map(app.load, app.numbers())
-             if release.number != live.number and layers_of(release)]
-    for release in spent:
-        remove_layers(app, layers_of(release))
-        without = release._replace(layers=[])
+def clean_up_layers(app, releases):
+    """Remove what builds of releases that are not live have made on the way. Of what
+    buildx keeps some may be in an image yet: it stays noted until that is gone."""
+    remove_layers(app, [layer for release in releases for layer in layers_of(release)])
+    numbers = app.numbers()
+    for release in releases:
+        without = release._replace(layers=list(filter(is_cached, release.layers)))
         if release.failed:
             without = without._replace(image=None)
-        app.save_record(without)
+        if without != release and release.number in numbers:
+            app.save_record(without)
 
 def layers_of(release):
     """[id] of what builds made for a release and is not its image, which goes with it. The
@@ -5502,7 +5507,8 @@ def complete_plain(app, live, release, settings):
     check_proxy_change(app, release, is_older)
     if is_older:
         tell_taken_names(app, live, release)
-    step('%s is %s', app.name, kind_text(release))
+    if live is None or kind_text(live) != kind_text(release):
+        step('%s is %s', app.name, kind_text(release))
     return release
 
 def tell_taken_names(app, live, release):

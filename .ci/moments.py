@@ -171,7 +171,7 @@ def standing(machine):
             del found[path], found[os.path.dirname(path)]
         else:
             record.update(time=0, seconds=record['seconds'] is not None, turn=0,
-                          again=record['again'] is not None)
+                          again=None)
             found[path] = (json.dumps(record, sort_keys=True),) + found[path][1:]
     found.update((tag, image['Id']) for tag, image in machine.images.items())
     found.update((name, each['Image'] + each['policy'] * each['State']['Running'])
@@ -246,6 +246,9 @@ def after_a_second_kill(act, init, states, at, folder):
 def copied(machine, root):
     shutil.copytree(machine.root, root, symlinks=True)
     twin = Machine(root, machine.init)
+    for folder, folders, names in os.walk(twin.host.path('/home/git')):
+        for name in folders + names:
+            twin.give(os.path.join(folder, name)[len(root):])
     vars(twin).update(pickle.loads(pickle.dumps(held(machine), 2)))
     return twin
 
