@@ -486,6 +486,7 @@ def last_line(text):
         line = plain_line(line)
         if last and re.match(USAGE, line):
             break
+
         is_repeated = line.startswith('Error: failed to start containers')
         if line and line != ': unknown' and not is_repeated:
             last = line
@@ -720,9 +721,13 @@ def parse_connection(text):
     """The Connection of sshd's SSH_CONNECTION, `ADDRESS PORT ADDRESS PORT`; None for
     anything else."""
     fields = text.split(' ')
-    if len(fields) != 4 or not is_address(fields[0]) or not is_address(fields[2]):
+    if len(fields) != 4:
         return None
-    return Connection(fields[0], fields[2])
+    client = fields[0]
+    server = fields[2]
+    if not is_address(client) or not is_address(server):
+        return None
+    return Connection(client, server)
 
 def is_address(text):
     """Whether a text is an IPv4 or IPv6 address."""
@@ -738,16 +743,20 @@ def pack_address(text):
     family = socket.AF_INET6 if ':' in text else socket.AF_INET
     return socket.inet_pton(family, text)
 
+# {first number: those that may follow}, as in 172.16.0.0/12
+PRIVATE_PARTS = {100: range(64, 128), 169: [254], 172: range(16, 32), 192: [168]}
+
 def is_private(address):
     """Whether an address is one that only neighbours reach: of RFC 1918, 6598 or 4193,
     loopback or link-local."""
+    if address == '::1':
+        return True
     if ':' in address:
         first = int(address.partition(':')[0] or '0', 16)
-        return address == '::1' or first >> 9 == 0xfc00 >> 9 or first >> 6 == 0xfe80 >> 6
+        return first & 0xfe00 == 0xfc00 or first & 0xffc0 == 0xfe80
 
     first, second = [int(part) for part in address.split('.')[:2]]
-    middle = {100: range(64, 128), 169: [254], 172: range(16, 32), 192: [168]}
-    return first in (10, 127) or second in middle.get(first, [])
+    return first in (10, 127) or second in PRIVATE_PARTS.get(first, [])
 
 def web_address(connection):
     """The address of this server that a Connection's client can ask too; None where none
@@ -823,22 +832,21 @@ def read_key_line(text):
     if forced is None:
         return KeyLine(text, None, None)
 
-    command = forced.group(1)
-    words = command.split()
+    words = forced.group(1).split()
     for at, word in enumerate(words[:-2]):
-        is_ours = os.path.basename(word) in ('dockhand', 'gitreceive')
-        if is_ours and words[at + 1] == 'serve':
+        is_dockhand = os.path.basename(word) in ('dockhand', 'gitreceive')
+        if is_dockhand and words[at + 1] == 'serve':
             key = Key(match.group('type'), match.group('blob'), words[at + 2],
                       tuple(words[at + 3:]))
-            return KeyLine(text, key, command)
+            return KeyLine(text, key, forced.group(1))
     return KeyLine(text, None, None)
 
 def make_key_line(key):
     """The KeyLine of a Key: who has it reaches `dockhand serve`, no shell."""
-    command = forced_command(key)
-    text = 'command="%s",%s %s %s %s' % (command, KEY_OPTIONS, key.type, key.blob,
+    forced = forced_command(key)
+    text = 'command="%s",%s %s %s %s' % (forced, KEY_OPTIONS, key.type, key.blob,
                                          key.name)
-    return check_length(KeyLine(text, key, command))
+    return check_length(KeyLine(text, key, forced))
 
 def change_rights(line, apps):
     """The KeyLine with a right to other apps; other options that somebody gave it, as
@@ -846,9 +854,9 @@ def change_rights(line, apps):
     if line.key.apps == apps:
         return line
     key = line.key._replace(apps=apps)
-    command = forced_command(key)
-    text = line.text.replace('"%s"' % line.forced, '"%s"' % command, 1)
-    return check_length(KeyLine(text, key, command))
+    forced = forced_command(key)
+    text = line.text.replace('"%s"' % line.forced, '"%s"' % forced, 1)
+    return check_length(KeyLine(text, key, forced))
 
 def forced_command(key):
     return ' '.join((PROGRAM, 'serve', key.name) + key.apps)
@@ -911,21 +919,29 @@ def insert_keys(lines, new):
 
 def remove_keys(lines, name):
     """The [KeyLine] without the keys of a name."""
-    return [line for line in lines if line.key is None or line.key.name != name]
+    def is_other(line):
+        return line.key is None or line.key.name != name
+    return list(filter(is_other, lines))
 
 def lines_that_log_in(lines, keys):
     """Which lines, counted from 1, are not ours and hold one of some [Key] still: it logs
     in by them, to whatever they say."""
-    blobs = [key.blob for key in keys]
-    return [number for number, line in enumerate(lines, 1)
-            if line.key is None and not line.text.lstrip().startswith('#')
-            and any(word in blobs for word in line.text.split())]
+    blobs = set(key.blob for key in keys)
+    numbers = []
+    for number, line in enumerate(lines, 1):
+        is_comment = line.text.lstrip().startswith('#')
+        if line.key is not None or is_comment:
+            continue
+        if blobs & set(line.text.split()):
+            numbers.append(number)
+    return numbers
 
 # ---- Config, and the record of a release (pure functions) ------------------------------
 # What the server knows of an app, and what it writes down of each release.
 
 def is_port(value):
-    return re.match('[1-9][0-9]{0,4}\\Z', value) is not None and int(value) < 2 ** 16
+    is_number = re.match('[1-9][0-9]{0,4}\\Z', value) is not None
+    return is_number and int(value) < 2 ** 16
 
 def are_host_names(value):
     """Whether a value is names for nginx's `server_name`, with one blank between."""
@@ -2649,9 +2665,11 @@ def render_fronts(trust, version):
     import hashlib
     if not trust:
         return '', ''
-    lines = ['    %s 1;\n' % network for network in sorted(set(trust.split()))
-             if version >= (1, 3, 10) or ':' not in network]    # no IPv6 there before
-    lines = ''.join(lines)
+
+    networks = sorted(set(trust.split()))
+    if version < (1, 3, 10):            # its `geo` knows no IPv6
+        networks = [network for network in networks if ':' not in network]
+    lines = ''.join('    %s 1;\n' % network for network in networks)
     table = 'dockhand_front_' + hashlib.sha1(to_bytes(lines)).hexdigest()[:12]
     return table, FRONTS.format(table=table, lines=lines)
 
@@ -3222,8 +3240,8 @@ class Docker(object):
 
         pid = self.host.text('/run/docker.pid').strip()
         if pid.isdigit():
-            command = self.host.text('/proc', pid, 'cmdline')
-            said += re.findall(r'\0--mtu[=\0]([1-9]\d*)\0', command)
+            title = self.host.text('/proc', pid, 'cmdline')
+            said += re.findall(r'\0--mtu[=\0]([1-9]\d*)\0', title)
         return said[0] if said else None
 
     def remove_network(self):
@@ -3511,6 +3529,8 @@ class Nginx(object):
             return ''
         lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
         said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
+
+        # `unknown directive "x" in FILE:1`
         text, _, place = said.rpartition(' ')
         if not re.match(r'\S+:\d+\Z', place):
             return said
@@ -4585,10 +4605,10 @@ def check_or_show_log(app, release, log_end=None, steady=STEADY):
         return check_health(release, engine, timeout, steady)
     except Failure as error:
         lines = deque(maxlen=LOG_LINES)
-        command = engine.logs_command(release, str(LOG_LINES))
+        argv = engine.logs_command(release, str(LOG_LINES))
         if log_end is not None:
-            command = engine.new_lines_command(release, str(LOG_LINES), log_end)
-        app.host.ask(command, each=lines.append)
+            argv = engine.new_lines_command(release, str(LOG_LINES), log_end)
+        app.host.ask(argv, each=lines.append)
 
         step('The last lines of its log:' if any(lines) else 'It printed nothing')
         detail('\n'.join(lines))
@@ -4741,6 +4761,7 @@ def clean_up(app, live):
     kept.add(live.number)           # where its record was not finished, it is not yet
     others = [release for release in map(app.load, app.numbers())
               if release.number != live.number]
+
     clean_up_failed(app)
     for release in others:
         if not release.failed and release.number not in kept:
@@ -4765,6 +4786,7 @@ def clean_up_layers(app, releases):
     """Remove what builds of releases that are not live have made on the way. Of what
     buildx keeps some may be in an image yet: it stays noted until that is gone."""
     remove_layers(app, [layer for release in releases for layer in layers_of(release)])
+
     numbers = app.numbers()
     for release in releases:
         without = release._replace(layers=list(filter(is_cached, release.layers)))
@@ -4785,6 +4807,7 @@ def remove_layers(app, layers):
     has, or that of another app, which may be built alike."""
     if not layers:
         return
+
     needed = set()
     for name in list_apps(app.host):
         live = App(app.host, name).live()
@@ -4998,18 +5021,22 @@ def site_of(release):
                  if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
         if first.default:
             names.append('')
+
         if names and first.port:
             return Site(min(names, key=vagueness), first.port)
     return None
 
 def vagueness(name):
-    """Orders the names of a server: those that can stand in DNS as they are come first, a
-    mere `NAME` last."""
-    if name.endswith('*'):
-        return 2
+    """Orders the names of a server: full ones come first, a mere `NAME` last."""
+    if is_full(name):
+        return 0
     if not name:
         return 1
-    return 0 if '.' in name else 3
+    return 2 if name.endswith('*') else 3
+
+def is_full(name):
+    """Whether the name of a Site can stand in DNS as it is."""
+    return '.' in name and not name.endswith('*')
 
 def address_text(release, address):
     """The address that a person would type for a web app; of another app, its ports.
@@ -5017,7 +5044,8 @@ def address_text(release, address):
     site = site_of(release)
     if site is None:
         return 'ports ' + ports_text(release) if release.job else kind_text(release)
-    if vagueness(site.name) == 0:
+
+    if is_full(site.name):
         return url_text(site.name, site.port)
     if not site.name:
         return url_text(in_url(address), site.port)
@@ -5049,7 +5077,7 @@ def show_address(app, release, connection):
     site = site_of(release)
     if site is None or site.port == '443':
         return step('%s: %s', app.name, address_text(release, address or 'HOST'))
-    if vagueness(site.name) == 0:
+    if is_full(site.name):
         return show_name(app, release, site, address)
 
     name = bare_name(site) or address or 'localhost'
@@ -5061,9 +5089,9 @@ def show_address(app, release, connection):
             return step('%s: %s answers %s', app.name, url_text(link, site.port), found)
 
     step('%s answers %s: %s', app.name, status, address_text(release, address or 'HOST'))
-    if site.name and is_made(release):
-        detail('for a browser, a name that leads here: sudo dockhand config %s '
-               'domains="NAME"', app.name)
+    if site.name.endswith('.*') and is_made(release):
+        detail('for a browser, point %s.ANYTHING here in DNS; another name: sudo '
+               'dockhand config %s domains="NAME"', app.name, app.name)
 
 def show_name(app, release, site, address):
     """The same for a Site with a full host name: does that lead here?"""
@@ -5098,7 +5126,10 @@ def where_it_leads(app, release, site):
     names = [directive.words[0]
              for directive in all_directives(NginxReader(release.proxy).directives)]
     is_told = token and app.nginx.version() >= ALWAYS and 'add_header' not in names
-    if status_in(head).startswith('3') or (not is_told and status_in(head).isdigit()):
+    status = status_in(head)
+    if status.startswith('3'):          # it may lead here by https
+        return ''
+    if not is_told and status.isdigit():
         return ''
     return 'to ' + address
 
@@ -5257,7 +5288,8 @@ def make_release(app, live, release, options=()):
         report = apply(app, live, release)
 
     step('Release %d is live: built in %.1f s, %s', release.number, built, report)
-    detail('image: %.1f MB', size / 1e6)
+    if live is None or live.image != release.image:
+        detail('image: %.1f MB', size / 1e6)
     log('%s: release %d of %s is live: %s by %s', app.name, release.number,
         release.commit, release.how, release.by)
 
@@ -5270,6 +5302,7 @@ def plan_release(app, live, release):
     finally:
         app.docker.untag(image_tag(release))
         remove_layers(app, release.layers)
+
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
 
@@ -5903,6 +5936,7 @@ def app_problem(app):
         return 'a deploy of %s was interrupted' % app.name, 'sudo dockhand recover'
     if live is None:
         return None, ''
+
     if not app.docker.inspect(image_tag(live)):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
     if not app.is_stopped() and not engine_of(app, live).state(live).alive:
@@ -6077,15 +6111,17 @@ def cmd_remove_key(host, name):
 @command('apps')
 def cmd_apps(host):
     """list the apps: state, commit, since when, by whom, address"""
+    here = web_address(own_connection()) or '127.0.0.1'
     for name in all_apps(host):
         app = App(host, name)
         live = app.live()
         if live is None:
             tell('%-16s %-8s %s', name, 'waiting', app.waiting_text())
-        else:
-            tell('%-16s %-8s %s %s', name, state_text(app, live),
-                 origin_text(live.commit, *made_live(live)),
-                 address_text(live, web_address(own_connection()) or '127.0.0.1'))
+            continue
+
+        origin = origin_text(live.commit, *made_live(live))
+        tell('%-16s %-8s %s %s', name, state_text(app, live), origin,
+             address_text(live, here))
 
 def state_text(app, live):
     """Whether a live app runs, in a word."""

@@ -7886,6 +7886,23 @@ def test_real_a_disk_that_fills_up_refuses_a_push_until_there_is_room(server, si
         server.ok(LARGE_DISK)
 
 @drill('systemd')
+def test_real_a_push_ends_with_a_link_where_its_name_can_be_looked_up(server, size):
+    app = Plain(server, 'linked')
+    address = server.ok('hostname -I').split()[0]
+    link = 'linked.%s.sslip.io' % address.replace('.', '-')
+    try:
+        pushed = app.deploy(app.files('one'))
+        assert "-----> linked answers 200: curl -H 'Host: linked' http://%s/" % address in (
+            pushed.out)
+        server.ok('echo "%s %s" >>/etc/hosts' % (address, link))
+        pushed = app.deploy(app.files('two'))
+        assert pushed.out[-1] == '-----> linked: http://%s/ answers 200' % link
+    finally:
+        server.ok('sed "/sslip/d" /etc/hosts >/tmp/hosts; cat /tmp/hosts >/etc/hosts')
+        server.dockhand('destroy', 'linked', '--force')
+    return pushed.out[-1]
+
+@drill('systemd')
 def test_real_the_log_has_one_line_for_each_change(server, size):
     app = server.app('shop')
 
