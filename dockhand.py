@@ -50,6 +50,8 @@ from functools import partial
 
 PYTHON_2 = sys.version_info[0] == 2
 monotonic = time.time if PYTHON_2 else time.monotonic
+# The other control characters, of ISO 6429, in native text
+C1 = '\xc2[\x80-\x9f]' if PYTHON_2 else '[\x80-\x9f]'
 
 def to_text(data):
     """Bytes from a disk or a pipe as the native str."""
@@ -70,7 +72,7 @@ OLDER_NAME = '/usr/local/bin/gitreceive'
 RECEIVE = LIBRARY + '/receive'
 TEMPLATE = LIBRARY + '/template'
 USER_FILE = LIBRARY + '/user'       # the name of the git user
-TOKEN_FILE = LIBRARY + '/token'     # what tells this server's answers from those of others
+TOKEN_FILE = LIBRARY + '/token'     # it tells this server's answers from those of others
 TOKEN_PATH = '/.well-known/dockhand'
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 LOCKS = '/run/lock/dockhand'
@@ -197,8 +199,8 @@ KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
-# A line of authorized_keys with options, as sshd reads it: they end at the first blank that
-# is in no quotes; the names of options have no case
+# A line of authorized_keys with options, as sshd reads it: they end at the first blank
+# that is in no quotes; the names of options have no case
 KEY_LINE = r'''(?x) [ \t]*
     (?P<options>(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^ \t"\\])+)
     [ \t]+ (?P<type>\S+) [ \t]+ (?P<blob>\S+)'''
@@ -257,6 +259,10 @@ def detail(text, *values):
     for line in (text % values if values else text).splitlines():
         say('       ' + line)
 
+def say_busy(seconds):
+    """A sign of life of a command that is silent."""
+    detail('... still busy after %d s', seconds)
+
 def log(text, *values):
     """A line in the system's log: who changed what, or was refused."""
     import syslog
@@ -268,14 +274,18 @@ def printable(text, limit=80):
     text = re.sub(r'[^ -~]', '?', text)
     return text if len(text) <= limit else text[:limit] + '...'
 
+# What moves a terminal's cursor or colours, or names its window
+CONTROL_SEQUENCE = r'\x1b\[[\d;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)'
+
 def plain_line(text):
     """A line of a command's output without control characters and colours."""
-    return re.sub(r'\x1b\[[\d;?]*[ -/]*[@-~]|[\0-\x08\x0b-\x1f\x7f]', '', text).rstrip()
+    text = re.sub(CONTROL_SEQUENCE, '', text)
+    return re.sub('[\0-\x08\x0b-\x1f\x7f]|' + C1, '', text).rstrip()
 
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
 
-def execute(argv, env=None, cwd='/', account=None, each=None):
+def execute(argv, env=None, cwd='/', account=None, each=None, idle=None):
     """Run a command, never through a shell, as an Account; a Result(status, out, err).
     env: added to ENVIRONMENT; each: gets each line of both its streams as it comes."""
     from subprocess import PIPE, STDOUT, Popen
@@ -293,7 +303,7 @@ def execute(argv, env=None, cwd='/', account=None, each=None):
 
     try:
         if each:
-            read_lines(process.stdout.fileno(), each)
+            read_lines(process.stdout.fileno(), each, idle)
         out, err = process.communicate()
     except BaseException:                   # a signal: the command must not go on alone
         process.kill()
@@ -311,26 +321,29 @@ def become(account):
         os.setuid(account.uid)
 
 def with_rights_of(account, function, *args):
-    """Call a function in a process that has an Account's rights alone; what it gives, or
-    what it raises as a Failure."""
+    """Call a function in a process that has an Account's rights alone. Gives what that
+    gives, a plain value, since it comes through marshal; what it raises as a Failure."""
     import marshal
-    ours, theirs = os.pipe()
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            on_signals(signal.SIG_DFL)
             become(account)
-            with os.fdopen(theirs, 'wb') as answer:
+            with os.fdopen(writing, 'wb') as answer:
                 answer.write(marshal.dumps(answer_of(function, *args)))
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(0)
 
-    os.close(theirs)
-    with os.fdopen(ours, 'rb') as answer:
-        data = answer.read()
-    os.waitpid(child, 0)
-    result, problem = marshal.loads(data)
+    os.close(writing)
+    try:
+        with os.fdopen(reading, 'rb') as answer:
+            data = answer.read()
+    finally:
+        os.waitpid(child, 0)
+    result, problem = marshal.loads(data) if data else (None, 'it came to no end')
     refuse_if(problem, 'as the user %s: %s', account.name, problem)
     return result
 
@@ -341,14 +354,16 @@ def answer_of(function, *args):
     except (Failure, EnvironmentError) as error:
         return None, str(error)
 
-def read_lines(fd, each, silence=20):
-    """Give each line that comes from a pipe to `each`; a sign of life when none does."""
+def read_lines(fd, each, idle=None, silence=20):
+    """Give each line that comes from a pipe to `each`; call `idle`, with the seconds that
+    it has taken so far, where none comes for a time."""
     begun = monotonic()
     reader = LineReader()
     data = None
     while data != b'':
         if not select.select([fd], [], [], silence)[0]:
-            each('... still busy after %d s' % (monotonic() - begun))
+            if idle:
+                idle(monotonic() - begun)
             continue
 
         data = os.read(fd, 65536)
@@ -467,8 +482,8 @@ class Host(object):
         return account.home if account else '/home/' + self.user
 
     def as_git(self, function, *args):
-        """Call a function with the git user's rights alone; what it gives. Whatever lies
-        below that user's home may be a link to anywhere: root changes nothing there."""
+        """Call a function with the git user's rights alone, where there is that user;
+        what it gives. Whatever lies below that home may be a link to anywhere."""
         account = self.account()
         if account is None or os.geteuid() == account.uid:
             return function(*args)
@@ -612,7 +627,8 @@ def make_folder(path, mode=0o755, account=None):
     if made:
         os.makedirs(path)
     before = os.stat(path)
-    os.chmod(path, mode)
+    if stat.S_IMODE(before.st_mode) != mode:
+        os.chmod(path, mode)
     if account:
         os.chown(path, account.uid, account.gid)
     return made or os.stat(path)[:6] != before[:6]
@@ -813,8 +829,8 @@ def parse_public_keys(text):
         keys.append(match.groups())
     return keys
 
-# A line of authorized_keys. key: the Key of one by which somebody reaches `dockhand serve`,
-# None of all others; forced: the command of such a line
+# A line of authorized_keys. key: the Key of one by which somebody reaches `dockhand
+# serve`, None of all others; forced: the command of such a line
 KeyLine = namedtuple('KeyLine', 'text key forced')
 
 def read_authorized_keys(text):
@@ -828,18 +844,28 @@ def read_authorized_keys(text):
 def read_key_line(text):
     """The KeyLine of one line."""
     match = re.match(KEY_LINE, text)
-    forced = re.search(FORCED, match.group('options')) if match else None
+    is_comment = text.lstrip(' \t').startswith('#')
+    if match is None or is_comment:
+        return KeyLine(text, None, None)
+    forced = re.search(FORCED, match.group('options'))
     if forced is None:
         return KeyLine(text, None, None)
 
     words = forced.group(1).split()
-    for at, word in enumerate(words[:-2]):
-        is_dockhand = os.path.basename(word) in ('dockhand', 'gitreceive')
-        if is_dockhand and words[at + 1] == 'serve':
-            key = Key(match.group('type'), match.group('blob'), words[at + 2],
-                      tuple(words[at + 3:]))
-            return KeyLine(text, key, forced.group(1))
-    return KeyLine(text, None, None)
+    at = where_served(words)
+    if at is None:
+        return KeyLine(text, None, None)
+    key = Key(match.group('type'), match.group('blob'), words[at], tuple(words[at + 1:]))
+    return KeyLine(text, key, forced.group(1))
+
+def where_served(words):
+    """Which of the words of a forced command is the key's name behind `dockhand serve`,
+    counted from 0; None where it is another command."""
+    for at in range(2, len(words)):
+        is_dockhand = os.path.basename(words[at - 2]) in ('dockhand', 'gitreceive')
+        if is_dockhand and words[at - 1] == 'serve':
+            return at
+    return None
 
 def make_key_line(key):
     """The KeyLine of a Key: who has it reaches `dockhand serve`, no shell."""
@@ -849,14 +875,15 @@ def make_key_line(key):
     return check_length(KeyLine(text, key, forced))
 
 def change_rights(line, apps):
-    """The KeyLine with a right to other apps; other options that somebody gave it, as
-    `from=`, stay."""
+    """The KeyLine with a right to other apps; what somebody wrote besides, as `from=` or
+    a command around ours, stays."""
     if line.key.apps == apps:
         return line
-    key = line.key._replace(apps=apps)
-    forced = forced_command(key)
+    words = line.forced.split()
+    name_at = where_served(words)
+    forced = ' '.join(words[:name_at + 1] + list(apps))
     text = line.text.replace('"%s"' % line.forced, '"%s"' % forced, 1)
-    return check_length(KeyLine(text, key, forced))
+    return check_length(KeyLine(text, line.key._replace(apps=apps), forced))
 
 def forced_command(key):
     return ' '.join((PROGRAM, 'serve', key.name) + key.apps)
@@ -907,8 +934,8 @@ def add_keys(lines, uploaded, name, apps):
     return insert_keys(result, new)
 
 def insert_keys(lines, new):
-    """The [KeyLine] with new ones before the second of our marks; both are made at the end
-    where there is none."""
+    """The [KeyLine] with new ones before our end mark; where that is missing, both marks
+    are put at the end."""
     begin, end = [KeyLine(text, None, None) for text in (KEYS_BEGIN, KEYS_END)]
     if not new:
         return lines
@@ -1045,7 +1072,7 @@ def environment_text(config, port):
     return ''.join('%s=%s\n' % (name, variables[name]) for name in names)
 
 Release = namedtuple('Release', '''
-    app number plan commit branch by how time seconds failed turn again
+    app number plan commit branch by how time seconds failed turn revived
     image layers config port web volumes address job proxy''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
@@ -1054,12 +1081,12 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # number    from 1, never used again
 # plan      whether it only shows what a push would change: it is never saved
 # commit, branch          what was pushed, and where to
-# by, how   who made it: a key, or somebody at the server; `push`, `rebuild`, `config KEY...`
+# by, how   who made it, a key or somebody at the server; `push`, `rebuild`, `config KEY`
 # time      when, in seconds since 1970
 # seconds   that the deploy took; None until it is through
 # failed    why it never was live
 # turn      higher, the later it became live; not in records of older versions
-# again     [who, when] of the rollback that made it live the last time
+# revived   {'by': who, 'time': when} of the rollback that made it live the last time
 # image     the id of its image
 # layers    [id] of what its build made, or used again, on the way: see Docker.build
 # config    what the host knew of the app then, {key: value}
@@ -2016,6 +2043,9 @@ def proxied_ports(text):
     """The ports on this machine that a proxy file passes requests to."""
     return set(re.findall(r'(?:127\.0\.0\.1|localhost|0\.0\.0\.0):(\d+)', text or ''))
 
+def proxy_path(app):
+    return PROXIES + '/%s.conf' % app
+
 def app_of_file(path):
     """The app whose proxy file has this path, or None."""
     match = re.match(re.escape(PROXIES) + r'/([^/]+)\.conf\Z', path)
@@ -2377,7 +2407,7 @@ def becomes_default(app, listen, others):
     if not paths:
         return False
 
-    own = PROXIES + '/%s.conf' % app
+    own = proxy_path(app)
     return listen.default or own < min(paths)
 
 def listen_directives(directives):
@@ -2562,7 +2592,7 @@ def robbed_text(claim, other, known):
 # The files that we make ourselves, and each file beside all others. Uses the three
 # sections above.
 
-GENERATED = '''{table}server {{
+GENERATED = '''{fronts}server {{
     listen 80{default};
     {more}server_name {names};
     server_tokens off;
@@ -2613,6 +2643,7 @@ GENERATED = '''{table}server {{
         if ($http_accept ~* text/event-stream) {{ return 418; }}
         proxy_pass http://{app};
     }}
+    # For events. What one location says does not hold in the other: say it above both
     location @events {{
         proxy_buffering off;
         proxy_pass http://{app};
@@ -2623,14 +2654,19 @@ GENERATED = '''{table}server {{
 # Of a front that config's `trust` names. The last address that it says it had the request
 # from is the client; what stands before that, the client may have made up.
 BELIEVED = '''\
-    if (${table}) {{ set $dockhand_way $proxy_add_x_forwarded_for; }}
-    if ($dockhand_way ~ "([0-9A-Fa-f.:]+), [^, ]+$") {{ set $dockhand_client $1; }}
-    set $dockhand_said "${table} $http_x_forwarded_proto";
-    if ($dockhand_said ~ "^1 (https?)$") {{ set $dockhand_scheme $1; }}
+    if (${trusted}) {{ set $dockhand_way $proxy_add_x_forwarded_for; }}
+    if ($dockhand_way ~* "{last_but_one}") {{ set $dockhand_client $1; }}
+    set $dockhand_said "${trusted} $http_x_forwarded_proto";
+    if ($dockhand_said ~* "^1 http$") {{ set $dockhand_scheme http; }}
+    if ($dockhand_said ~* "^1 https$") {{ set $dockhand_scheme https; }}
 '''
 
+# The last address but one of a list: some write brackets around it, and its port behind.
+LAST_BUT_ONE = (r'(?:^|[ ,])\[?([0-9a-f]*:[0-9a-f:.]+|[0-9.]+)\]?(?::[0-9]+)?'
+                r', [^, ]+$')
+
 # How a front's networks are told from all others: nginx's own table
-FRONTS = '''geo ${table} {{
+FRONTS = '''geo ${trusted} {{
     default 0;
 {lines}}}
 '''
@@ -2652,11 +2688,12 @@ def render_proxy(app, domains, version, ipv6, trust=''):
     if version >= (1, 19, 2):
         more += '%s;\n    ' % ' '.join(LARGE_HEADERS)
 
-    table, geo = render_fronts(trust, version)
+    trusted, fronts = render_fronts(trust, version)
+    believed = BELIEVED.format(trusted=trusted, last_but_one=LAST_BUT_ONE)
     return GENERATED.format(
-        app=app, names=domains, default=default, more=more, table=geo,
+        app=app, names=domains, default=default, more=more, fronts=fronts,
         but_fronts=', or what a front says that config trusts' if trust else '',
-        believed=BELIEVED.format(table=table) if trust else '')
+        believed=believed if trust else '')
 
 def render_fronts(trust, version):
     """(name of a variable, the `geo` that makes it 1 for these addresses and networks),
@@ -2670,8 +2707,8 @@ def render_fronts(trust, version):
     if version < (1, 3, 10):            # its `geo` knows no IPv6
         networks = [network for network in networks if ':' not in network]
     lines = ''.join('    %s 1;\n' % network for network in networks)
-    table = 'dockhand_front_' + hashlib.sha1(to_bytes(lines)).hexdigest()[:12]
-    return table, FRONTS.format(table=table, lines=lines)
+    trusted = 'dockhand_front_' + hashlib.sha1(to_bytes(lines)).hexdigest()[:12]
+    return trusted, FRONTS.format(trusted=trusted, lines=lines)
 
 # While an app is stopped: that is no fault, as the 502 of one that has crashed
 CLOSED = '''    # dockhand: the app is stopped, until a start or a push
@@ -2682,7 +2719,7 @@ def closed_proxy(text, version):
     """A made proxy file as it is installed while its app is stopped: nothing is passed
     on. Before 1.7.5 nginx adds no header to an answer like that."""
     header = ''
-    if version >= (1, 7, 5):
+    if version >= ADD_ALWAYS:
         header = '    add_header Retry-After 60 always;\n'
     begin = 'server {\n'
     return text.replace(begin, begin + CLOSED.format(header=header), 1)
@@ -2761,8 +2798,9 @@ def place_text(place, known):
 
 CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
 
-ALWAYS = (1, 7, 5)                  # of nginx: from there on with a 404 too
-TOKEN_HEADER = '''map $uri $dockhand_token {{
+# nginx's first version that adds a header to an answer like 404 too
+ADD_ALWAYS = (1, 7, 5)
+TOKEN_HEADER = '''map $request_uri $dockhand_token {{
     default "";
     {path} {token};
 }}
@@ -2792,7 +2830,7 @@ def render_catch_all(servers, version, ipv6, token=''):
         secure += '    listen [::]:443 ssl;\n'
 
     text = '# dockhand: what no app answers to; written anew when the apps change\n'
-    if token and version >= ALWAYS:
+    if token and version >= ADD_ALWAYS:
         text += TOKEN_HEADER.format(path=TOKEN_PATH, token=token)
     text += CATCH % (plain, 'return 404')
     if secure and version >= (1, 19, 4):
@@ -2860,10 +2898,111 @@ def proxy_doubts(directives):
             yield directive.line, ('while `%s` cannot be looked up nginx does not start, '
                                    'for any app: an address is safer' % printable(host))
 
+def told_of_file(release, problem):
+    """What is wrong with a release's proxy file; of one that was made here, whose lines
+    nobody knows, told by the host names that it was made of."""
+    if not is_made(release) or not problem.startswith('nginx-proxy.conf'):
+        return problem
+
+    app = release.app
+    place, _, said = problem.partition(': ')
+    if ' ' in place:            # `nginx-proxy.conf clashes with another file: ...`
+        return problem.replace('nginx-proxy.conf', 'the proxy file made for ' + app, 1)
+    names = release.config.get('domains')
+    if names:
+        return 'domains="%s": %s' % (printable(names), said)
+    return 'the host names %s %s.* (others: dockhand config %s domains="NAME..."): %s' % (
+        app, app, app, said)
+
 def unquoted(problem, known):
     """What nginx says of another file, without what it quotes of it."""
     place, _, said = problem.partition(': ')
     return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
+
+# ---- What docker and ss print (pure functions) -----------------------------------------
+# Read for "Docker" and "nginx" below.
+
+class StageReader(object):
+    """Finds in what the older builder prints what it made, or used again, on the way.
+
+    `Step 3/12 : FROM tools AS build` begins a stage. The first `--->` after that says
+    what the stage starts from, each later ` ---> ID` is one of its layers. Its last
+    layer holds its others; only that of the last stage gets a name.
+    """
+    def __init__(self):
+        self.layers = []            # the last one of each stage
+        self.has_layer = False      # whether this stage has one already
+        self.awaits_start = False   # whether the next `--->` is what it starts from
+
+    def hear(self, line):
+        if re.match('(?i)Step [0-9/]+ : FROM ', line):
+            self.has_layer = False
+            self.awaits_start = True
+            return
+        if not line.startswith(' --->'):
+            return
+        if self.awaits_start:
+            self.awaits_start = False
+            return
+
+        layer = re.match(r' ---> ([0-9a-f]{12})\Z', line)
+        if layer is None:
+            return
+        if self.has_layer:
+            self.layers.pop()
+        self.layers.append(layer.group(1))
+        self.has_layer = True
+
+def read_build_cache(text):
+    """{id: how often it was used} of what `docker buildx du --verbose` prints: paragraphs
+    of lines, `ID: 25 letters or digits` and `Usage count: 3` among them."""
+    cache = {}
+    for paragraph in text.split('\n\n'):
+        name = re.search(r'(?m)^ID:\s+(\w+)', paragraph)
+        used = re.search(r'(?m)^Usage count:\s+(\d+)', paragraph)
+        if name and used:
+            cache[name.group(1)] = int(used.group(1))
+    return cache
+
+def is_cached(layer):
+    """Whether a layer's id is one of buildx, and none of an image."""
+    return re.match(r'[0-9a-z]{25}\Z', layer) is not None
+
+def pool_of(network):
+    """The one pool of IPv4 addresses of a network, as docker describes it, or None."""
+    pools = (network.get('IPAM') or {}).get('Config') or []
+    pools = [pool for pool in pools if ':' not in pool.get('Subnet', '')]
+    return pools[0] if len(pools) == 1 else None
+
+def is_our_network(network):
+    """Whether a network, as docker describes it, has the shape of ours: that is how it is
+    known, as those of earlier versions have no label. Docker may add a pool of IPv6."""
+    pool = pool_of(network)
+    if network.get('Driver') != 'bridge' or pool is None:
+        return False
+
+    subnet = pool.get('Subnet', '')
+    half = subnet.rsplit('.', 2)[0]
+    return (subnet == half + '.0.0/16' and pool.get('IPRange') == half + '.255.0/24'
+            and pool.get('Gateway', '').split('/')[0] == half + '.0.1')
+
+# A TCP socket as `ss` shows it. port: its own; peer: the address at the other end; pids:
+# [process id] of those that hold it, as str
+Socket = namedtuple('Socket', 'state port peer pids')
+
+def read_sockets(text):
+    """[Socket] of what `ss -tanp` prints: a head, and lines of a state, two counts, two
+    times ADDRESS:PORT, and users:(("nginx",pid=6,fd=3)), once users:(("nginx",6,3))."""
+    sockets = []
+    for line in text.split('\n')[1:]:
+        fields = line.split()
+        if len(fields) < 5:
+            continue
+
+        pids = re.findall(r',(?:pid=)?(\d+),', ' '.join(fields[5:]))
+        sockets.append(Socket(fields[0], fields[3].rpartition(':')[2],
+                              fields[4].rpartition(':')[0], pids))
+    return sockets
 
 # ---- The machine: init, disk, routes ---------------------------------------------------
 # What differs between hosts, and is neither docker's nor nginx's.
@@ -2962,63 +3101,6 @@ PASSING = r'''(?x)
   | /\.dockerenv/
   | /etc/(hosts|hostname|resolv\.conf|mtab)/
   | .*/(__pycache__|\.cache)/'''
-
-class StageReader(object):
-    """Finds in what the older builder prints what it made, or used again, on the way.
-
-    `Step 3/12 : FROM tools AS build` begins a stage. The first `--->` after that says what
-    the stage starts from, each later ` ---> ID` is one of its layers. The last of them
-    holds the others; of all stages but the last one docker keeps it without a name.
-    """
-    def __init__(self):
-        self.layers = []        # the last one of each stage
-        self.is_new = True      # whether a stage has no layer yet
-        self.starts = False     # whether what it starts from comes next
-
-    def hear(self, line):
-        if re.match('(?i)Step [0-9/]+ : FROM ', line):
-            self.is_new = True
-            self.starts = True
-            return
-        if not line.startswith(' --->'):
-            return
-
-        layer = re.match(r' ---> ([0-9a-f]{12})\Z', line)
-        if layer and not self.starts:
-            if not self.is_new:
-                self.layers.pop()
-            self.layers.append(layer.group(1))
-            self.is_new = False
-        self.starts = False
-
-def read_build_cache(text):
-    """{id: how often it was used} of what `docker buildx du --verbose` prints: paragraphs
-    of lines, `ID: 25 letters or digits` and `Usage count: 3` among them."""
-    cache = {}
-    for paragraph in text.split('\n\n'):
-        name = re.search(r'(?m)^ID:\s+(\w+)', paragraph)
-        used = re.search(r'(?m)^Usage count:\s+(\d+)', paragraph)
-        if name and used:
-            cache[name.group(1)] = int(used.group(1))
-    return cache
-
-def is_cached(layer):
-    """Whether a layer's id is one of buildx, and none of an image."""
-    return re.match(r'[0-9a-z]{25}\Z', layer) is not None
-
-def is_our_network(network):
-    """Whether a network, as docker describes it, has the shape of ours: that is how it is
-    known, as those of earlier versions have no label. Docker may add a pool of IPv6."""
-    pools = (network.get('IPAM') or {}).get('Config') or []
-    pools = [pool for pool in pools if ':' not in pool.get('Subnet', '')]
-    if network.get('Driver') != 'bridge' or len(pools) != 1:
-        return False
-
-    pool = pools[0]
-    subnet = pool.get('Subnet', '')
-    half = subnet.rsplit('.', 2)[0]
-    return (subnet == half + '.0.0/16' and pool.get('IPRange') == half + '.255.0/24'
-            and pool.get('Gateway', '').split('/')[0] == half + '.0.1')
 
 class Docker(object):
     """The docker engine of this machine, by its own command."""
@@ -3143,7 +3225,8 @@ class Docker(object):
     def build(self, folder, tag, layers, *options):
         """Build an image from a folder; the output goes to the pusher as it comes.
         layers: a list, gets the ids of what it made, or used again, on the way: of images
-        with the older builder, of what buildx keeps with that"""
+        with the older builder, of what buildx keeps with that (there also what somebody
+        else builds meanwhile, which is but a cache)"""
         heard = deque(maxlen=200)
         stages = StageReader()
         before = self.build_cache()
@@ -3155,7 +3238,7 @@ class Docker(object):
                 detail(line)
         argv = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
         try:
-            status = self.host.ask(argv, each=hear).status
+            status = self.host.ask(argv, each=hear, idle=say_busy).status
         finally:
             after = self.build_cache()
             layers.extend(stages.layers)
@@ -3187,11 +3270,13 @@ class Docker(object):
         if not any(os.path.exists(self.host.path(folder, 'docker-buildx'))
                    for folder in PLUGIN_FOLDERS):
             return {}
-        return read_build_cache(self.host.ask(['docker', 'buildx', 'du', '--verbose']).out)
+        shown = self.host.ask(['docker', 'buildx', 'du', '--verbose']).out
+        return read_build_cache(shown)
 
     def remove_layers(self, layers):
         """Remove what builds have made on the way, [id], but for what has a name, is used
-        by a container, or is part of something that stays."""
+        by a container, or is part of something that stays. Gives those that may be there
+        yet: buildx does not say what an image holds."""
         cached = list(filter(is_cached, layers))
         if cached:
             which = 'id=/(%s)/' % '|'.join(sorted(set(cached)))
@@ -3200,8 +3285,11 @@ class Docker(object):
         images = [layer for layer in layers if layer not in cached]
         found = self.inspect(*images) if images else []
         nameless = [image['Id'] for image in found if not image.get('RepoTags')]
-        if nameless:        # a stage may begin with an earlier one
-            self.host.ask(['docker', 'rmi'] + nameless[::-1])
+        if not nameless:
+            return cached
+        # A stage may begin with an earlier one.
+        removed = self.host.ask(['docker', 'rmi'] + nameless[::-1])
+        return cached if removed.status == 0 else layers
 
     # The network, and volumes
 
@@ -3210,15 +3298,25 @@ class Docker(object):
         one. given: [address] of releases"""
         if given:
             return given[0].rsplit('.', 2)[0]
-        shown = self.host.ask(['docker', 'network', 'inspect', NETWORK]).out
-        ours = re.findall(r'"Subnet": "(\d+\.\d+)\.', shown)
-        if ours:
-            return ours[0]
+        networks = self.networks()
+        if networks:
+            pool = pool_of(networks[0]) or {}
+            subnet = pool.get('Subnet', '')
+            refuse_if(not subnet.endswith('.0.0/16'), "docker's network %s was made by "
+                      'hand, and has no /16 of IPv4: docker network rm %s', NETWORK,
+                      NETWORK)
+            return subnet.rsplit('.', 2)[0]
 
         for subnet in SUBNETS:
             if not is_routed(self.host, subnet):
                 return subnet
         raise Failure('no /16 of 10.86 to 172.31 is free for the network of the apps')
+
+    def networks(self):
+        """Its description of the network that is called as ours, as [dict]."""
+        import json
+        shown = self.host.ask(['docker', 'network', 'inspect', NETWORK]).out
+        return json.loads(shown or '[]') or []
 
     def ensure_network(self, address):
         """Our network, for one of its addresses; docker's own choices come from its
@@ -3247,9 +3345,7 @@ class Docker(object):
     def remove_network(self):
         """Take our network away; not another of that name, nor one in which somebody has
         a container, which docker would keep only if that runs."""
-        import json
-        shown = self.host.ask(['docker', 'network', 'inspect', NETWORK]).out
-        if not any(is_our_network(network) for network in json.loads(shown or '[]')):
+        if not any(is_our_network(network) for network in self.networks()):
             return
         inside = self.host.ask(['docker', 'ps', '-aq', '--filter', 'network=' + NETWORK])
         if inside.status == 0 and not inside.out.strip():
@@ -3319,40 +3415,6 @@ def is_working(title):
     """Whether this is the command line of a worker that still takes requests."""
     return 'nginx' in title and 'shutting down' not in title
 
-# A TCP socket as `ss` shows it. port: its own; peer: the address at the other end; pids:
-# [process id] of those that hold it, as str
-Socket = namedtuple('Socket', 'state port peer pids')
-
-def read_sockets(text):
-    """[Socket] of what `ss -tanp` prints: a head, and lines of a state, two counts, two
-    times ADDRESS:PORT, and users:(("nginx",pid=6,fd=3)), once users:(("nginx",6,3))."""
-    sockets = []
-    for line in text.split('\n')[1:]:
-        fields = line.split()
-        if len(fields) < 5:
-            continue
-
-        pids = re.findall(r',(?:pid=)?(\d+),', ' '.join(fields[5:]))
-        sockets.append(Socket(fields[0], fields[3].rpartition(':')[2],
-                              fields[4].rpartition(':')[0], pids))
-    return sockets
-
-def told_of_file(release, problem):
-    """What is wrong with a release's proxy file; of one that was made here, whose lines
-    nobody knows, told by the host names that it was made of."""
-    if not is_made(release) or not problem.startswith('nginx-proxy.conf'):
-        return problem
-
-    app = release.app
-    place, _, said = problem.partition(': ')
-    if ' ' in place:            # `nginx-proxy.conf clashes with another file: ...`
-        return problem.replace('nginx-proxy.conf', 'the proxy file made for ' + app, 1)
-    names = release.config.get('domains')
-    if names:
-        return 'domains="%s": %s' % (printable(names), said)
-    return 'the host names %s %s.* (others: dockhand config %s domains="NAME..."): %s' % (
-        app, app, app, said)
-
 class Nginx(object):
     """nginx: its files, and its processes. What it found out of them it keeps."""
     def __init__(self, host):
@@ -3415,8 +3477,9 @@ class Nginx(object):
             raise Failure('%s', told_of_file(release, str(problem)))
 
     def check_file(self, release, files, older, known):
-        """The same, with the places in a file that may be none of the repository's."""
-        own = PROXIES + '/%s.conf' % release.app
+        """The same; what it says names lines of nginx-proxy.conf, which nobody has seen
+        where that was made here."""
+        own = proxy_path(release.app)
         check_not_foreign(self.host, own, release.app)
         others = dict(files)
         others.pop(own, None)
@@ -3457,7 +3520,7 @@ class Nginx(object):
                 shown = printable(' '.join(directive.words[:2]), 60)
                 yield 'nginx-proxy.conf:%d: `%s`: %s' % (directive.line, shown, text)
 
-        own = PROXIES + '/%s.conf' % release.app
+        own = proxy_path(release.app)
         theirs = [claim for path in sorted(others)
                   for claim in claims_of(others[path].servers, path)]
         taken = taken_name(claims_of(pushed.servers, own), theirs, known,
@@ -3497,7 +3560,7 @@ class Nginx(object):
         is tested in a staged copy: what lies in conf.d is valid at every moment.
         files: {path: ProxyFile}"""
         host = self.host
-        own = PROXIES + '/%s.conf' % app
+        own = proxy_path(app)
         whole = NGINX + '/nginx.conf'
         candidate = temporary_of(own)
         staged = temporary_of(NGINX + '/%s.conf' % app)
@@ -3545,7 +3608,7 @@ class Nginx(object):
         and make nginx follow. older, known: as check wants them"""
         app = release.app
         with host_lock(self.host, app):
-            if self.host.text(PROXIES, app + '.conf') == release.proxy:
+            if self.host.text(proxy_path(app)) == release.proxy:
                 return
 
             files = self.files()
@@ -3573,7 +3636,7 @@ class Nginx(object):
         """Write an app's proxy file, or remove it if it is ours, and the catch-all that
         goes with it; True where something changed.
         files: {path: ProxyFile}, brought up to date"""
-        own = PROXIES + '/%s.conf' % app
+        own = proxy_path(app)
         path = self.host.path(own)
         if text:
             changed = replace_file(path, text)
@@ -3802,6 +3865,8 @@ class App(object):
             record['seconds'] = 0
         if 'key' in record:             # older versions wrote down only whose push it was
             record.update(by=record['key'], how='push')
+            if record.get('failed') and record.get('image'):    # the last layer, there
+                record.update(layers=[record['image']])
         record.update(app=self.name, number=number, plan=False,
                       job=read_file(folder + '/upstart.conf'),
                       proxy=read_file(folder + '/nginx-proxy.conf'))
@@ -3888,13 +3953,13 @@ class App(object):
         makes any release live."""
         return os.path.exists(self.folder('stopped'))
 
-    def installed_proxy(self, release):
+    def wanted_proxy(self, release):
         """What conf.d is to hold of a release's proxy file now."""
         if self.is_stopped():
-            return self.closed_proxy(release)
+            return self.proxy_when_stopped(release)
         return release.proxy
 
-    def closed_proxy(self, release):
+    def proxy_when_stopped(self, release):
         """What it is to hold while the app is stopped. A file that was pushed stays as it
         is: it may do more than pass requests on, and says itself (`error_page`) what is
         answered where the app does not."""
@@ -4014,7 +4079,7 @@ def container_state(container):
 CHECK_LETTERS = 160             # of what a HEALTHCHECK prints: its end, as curl has it
 
 def check_text(health):
-    """What a HEALTHCHECK said when it was run last, to go on a sentence with; '' where it
+    """What a HEALTHCHECK said when it was run last, as `exit status 1: why`; '' where it
     did not fail. health: State.Health of `docker inspect`"""
     runs = health.get('Log') or [{}]
     status = runs[-1].get('ExitCode')
@@ -4025,10 +4090,10 @@ def check_text(health):
     said = ' '.join(plain_line(output.replace('\r', ' ')).split())
     said = printable(said, len(said))
     if not said:
-        return ', exit status %d, without a word' % status
+        return 'exit status %d, without a word' % status
     if len(said) > CHECK_LETTERS:
         said = '...' + said[-CHECK_LETTERS:]
-    return ', exit status %d: %s' % (status, said)
+    return 'exit status %d: %s' % (status, said)
 
 class Engine(object):
     """What keeps an app running: all that `apply`, and what it calls, knows of it.
@@ -4158,7 +4223,8 @@ def run_in_image(host, release, options, argv, each, env, cwd):
     run = ['docker', 'run', '--rm', '--name', once_name(release)] + options
     if not any(option.startswith('--pids-limit') for option in options):
         run.append(PIDS_CAP)
-    return host.ask(run + [release.image] + argv, each=each, env=env, cwd=cwd).status
+    run += [release.image] + argv
+    return host.ask(run, each=each, idle=say_busy, env=env, cwd=cwd).status
 
 def once_name(release):
     """The name of the container in which a release's command runs once."""
@@ -4450,7 +4516,7 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
         state = engine.state(release)
         refuse_if(state.alive is False, 'it does not run: ' + state.text)
         refuse_if(state.health == 'unhealthy',
-                  'its HEALTHCHECK says unhealthy' + state.check)
+                  and_then('its HEALTHCHECK says unhealthy', state.check))
 
         if state.identity != identity:
             if identity is not None:
@@ -4469,10 +4535,13 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
             raise Failure('after %d s %s', timeout, missing or 'it is not running yet')
         clock.sleep(0.1)
 
+def and_then(text, reason):
+    return text + ', ' + reason if reason else text
+
 def silent_ports(host, state):
     """What does not answer yet, in words; '' when all does."""
     if state.health not in ('', 'healthy'):
-        return 'its HEALTHCHECK is still ' + state.health + state.check
+        return and_then('its HEALTHCHECK is still ' + state.health, state.check)
     for address, port in state.ports:
         try:
             host.connect((address, port), 1).close()
@@ -4645,7 +4714,7 @@ def ways_back(app, old, new):
     start = [(old_engine.start, old)] if served else []
     settle = [(old_engine.settle, old)] if served else []
     tag = [(app.docker.tag, image_tag(old), latest_tag(app))]
-    proxy = [(app.nginx.restore, app.name, app.installed_proxy(old))]
+    proxy = [(app.nginx.restore, app.name, app.wanted_proxy(old))]
 
     if served and new_engine.overlaps(old, new):
         stop = [(app.nginx.drain, new_engine.address(new)), (new_engine.stop, new)]
@@ -4724,12 +4793,17 @@ def forget(app, release, reason=None):
         return                                  # or it is not over yet
 
     try:
-        drop(app, release, '--no-prune')        # the mended push builds on what is there
+        # The mended push builds on what is there. The image itself goes all the same, and
+        # with it what would lead to its layers.
+        below = [image['Parent'] for image in app.docker.inspect(image_tag(release))
+                 if image.get('Parent')]
+        drop(app, release, '--no-prune')
         if release.plan:
             return
 
-        app.save(app.load(release.number)._replace(
-            failed=why, job='', proxy='', config={}, address=''))
+        release = app.load(release.number)
+        app.save(release._replace(failed=why, layers=release.layers + below, job='',
+                                  proxy='', config={}, address=''))
         if live is None:
             remove_file(app.folder('live'))
             clean_up_failed(app)
@@ -4783,44 +4857,37 @@ def worth_keeping(releases):
     return kept
 
 def clean_up_layers(app, releases):
-    """Remove what builds of releases that are not live have made on the way. Of what
-    buildx keeps some may be in an image yet: it stays noted until that is gone."""
-    remove_layers(app, [layer for release in releases for layer in layers_of(release)])
+    """Remove what builds of releases that are not live have made on the way. What may be
+    there yet stays noted."""
+    layers = [layer for release in releases for layer in release.layers]
+    left = remove_unneeded(app, layers)
 
     numbers = app.numbers()
     for release in releases:
-        without = release._replace(layers=list(filter(is_cached, release.layers)))
-        if release.failed:
-            without = without._replace(image=None)
-        if without != release and release.number in numbers:
-            app.save_record(without)
+        noted = [layer for layer in release.layers if layer in left]
+        if noted != release.layers and release.number in numbers:
+            app.save_record(release._replace(layers=noted))
 
-def layers_of(release):
-    """[id] of what builds made for a release and is not its image, which goes with it. The
-    image of one that failed has lost its name already."""
-    if release.failed and release.image:
-        return release.layers + [release.image]
-    return release.layers
-
-def remove_layers(app, layers):
+def remove_unneeded(app, layers):
     """Remove what builds of an app made on the way, [id], but for what its live release
-    has, or that of another app, which may be built alike."""
+    has, or that of another app, which may be built alike. Gives those that may be there
+    yet."""
     if not layers:
-        return
+        return []
 
     needed = set()
     for name in list_apps(app.host):
         live = App(app.host, name).live()
         if live is not None:
             needed.update(live.layers)
-    app.docker.remove_layers([layer for layer in layers if layer not in needed])
+    return app.docker.remove_layers([layer for layer in layers if layer not in needed])
 
 def clean_up_failed(app):
     """Remove the records of releases that failed long ago."""
     for number in app.numbers()[:-LISTED]:
         release = app.load(number)
         if release.failed:
-            remove_layers(app, layers_of(release))
+            remove_unneeded(app, release.layers)
             remove_release(app, release)
 
 def remove_release(app, release):
@@ -4861,6 +4928,7 @@ def recover_app(app, git_moves_branch=False):
     pending = app.linked('pending')
     if pending is not None:
         step('%s: the switch to release %d was interrupted', app.name, pending.number)
+        log('%s: the switch to release %d was interrupted', app.name, pending.number)
         live = app.live()
         put_back(app, live, pending, git_moves_branch)
         is_live = live is not None and live.number == pending.number
@@ -4915,16 +4983,17 @@ def bring_back(app, live):
     """Bring back what is gone of a live release: tags, files, its container."""
     engine = engine_of(app, live)
     bring_tags_back(app, live)
-    if lacks_proxy(app, live):
+    if is_proxy_wrong(app, live):
         step('%s: installing its proxy file again', app.name)
-        app.nginx.restore(app.name, app.installed_proxy(live))
+        app.nginx.restore(app.name, app.wanted_proxy(live))
 
     if app.is_stopped():
         engine.stop(live)
-        turn_proxy(app, live, app.closed_proxy(live))
+        turn_proxy(app, live, app.proxy_when_stopped(live))
     elif engine.revives(live):
         if engine.state(live).alive is False:
             step('%s: release %d did not run; starting it', app.name, live.number)
+            log('%s: release %d did not run: recover starts it', app.name, live.number)
             engine.stop(live)       # what is left of it holds its port and its name
             engine.place(live)
             engine.start(live)
@@ -4933,13 +5002,14 @@ def bring_back(app, live):
 def holds_ours(app, live):
     """Whether conf.d has the proxy file of a live release, open or closed, or none: not
     one that a person has changed."""
-    text = read_file(app.host.path(PROXIES, app.name + '.conf'))
-    return text in (None, live.proxy, app.closed_proxy(live))
+    text = read_file(app.host.path(proxy_path(app.name)))
+    return text in (None, live.proxy, app.proxy_when_stopped(live))
 
-def lacks_proxy(app, live):
-    """Whether a live release's proxy file is gone, or in the form of the other state."""
-    wanted = app.installed_proxy(live)
-    if not wanted or app.host.text(PROXIES, app.name + '.conf') == wanted:
+def is_proxy_wrong(app, live):
+    """Whether a live release's proxy file is gone, or in the form of the other state, as
+    a crash leaves it."""
+    wanted = app.wanted_proxy(live)
+    if not wanted or app.host.text(proxy_path(app.name)) == wanted:
         return False
     return holds_ours(app, live)
 
@@ -4993,41 +5063,44 @@ def kind_text(release):
     return 'a service that other apps reach as %s:%d, and nginx does not' % (
         release.app, release.port)
 
-def origin_text(commit, by, when):
+def origin_text(commit, by, time):
     """Which commit, when, by whom: columns of a table."""
-    return '%s  %s  %-10s' % (commit[:10], time_text(when), by)
+    return '%s  %s  %-10s' % (commit[:10], time_text(time), by)
 
-def made_live(live):
-    """(by whom, when) a release was made live the last time."""
-    return live.again or (live.by, live.time)
+def live_since(live):
+    """{'by': who, 'time': when} of what made a release live the last time."""
+    return live.revived or {'by': live.by, 'time': live.time}
 
 def live_text(live):
-    by, since = made_live(live)
-    return '%s is live since %s, by %s' % (live.commit[:10], time_text(since), by)
+    since = live_since(live)
+    return '%s is live since %s, by %s' % (live.commit[:10], time_text(since['time']),
+                                           since['by'])
 
 def time_text(seconds):
     """A moment, in seconds since 1970, to the minute."""
     return time.strftime('%Y-%m-%d %H:%M', time.localtime(seconds))
 
-# Where a web app answers. name: a full host name, `NAME.*` for NAME in every domain, or ''
-# for every name; port: a str
-Site = namedtuple('Site', 'name port')
+# Where a web app answers. name: a full host name, `NAME.*` for NAME in every domain, or
+# '' for every name; port: a str; is_tls: whether by https
+Site = namedtuple('Site', 'name port is_tls')
 
 def site_of(release):
     """The Site of an app that says most, or None."""
     for server in servers_of(release.proxy or ''):
-        first = server.listens[0]
+        listens = [listen for listen in server.listens if listen.address in ALL]
         names = [name for name in server.names
                  if re.match(r'[a-z0-9][a-z0-9._-]*(\.\*)?\Z', name)]
-        if first.default:
+        if any(listen.default for listen in listens):
             names.append('')
 
-        if names and first.port:
-            return Site(min(names, key=vagueness), first.port)
+        if names and listens:
+            return Site(min(names, key=vagueness), listens[0].port,
+                        'ssl' in listens[0].words)
     return None
 
 def vagueness(name):
-    """Orders the names of a server: full ones come first, a mere `NAME` last."""
+    """Orders the names of a server: a full one says most, then '', which is every name,
+    then `NAME.*`, then a mere `NAME`."""
     if is_full(name):
         return 0
     if not name:
@@ -5043,20 +5116,19 @@ def address_text(release, address):
     address: of this server"""
     site = site_of(release)
     if site is None:
-        return 'ports ' + ports_text(release) if release.job else kind_text(release)
+        return 'ports ' + ports_text(release) if release.job else '-'
 
     if is_full(site.name):
-        return url_text(site.name, site.port)
+        return url_text(site.name, site)
     if not site.name:
-        return url_text(in_url(address), site.port)
+        return url_text(in_url(address), site)
     return curl_text(site, address)
 
-def url_text(name, port):
-    if port == '80':
-        return 'http://%s/' % name
-    if port == '443':
-        return 'https://%s/' % name
-    return 'http://%s:%s/' % (name, port)
+def url_text(host_name, site):
+    """The URL of a Site under a host name, or an address as it stands in one."""
+    scheme, usual = ('https', '443') if site.is_tls else ('http', '80')
+    port = '' if site.port == usual else ':' + site.port
+    return '%s://%s%s/' % (scheme, host_name, port)
 
 def in_url(address):
     """An address as it stands in a URL."""
@@ -5064,7 +5136,7 @@ def in_url(address):
 
 def curl_text(site, address):
     """How to ask an address for a Site whose name does not lead there."""
-    return "curl -H 'Host: %s' %s" % (bare_name(site), url_text(in_url(address), site.port))
+    return "curl -H 'Host: %s' %s" % (bare_name(site), url_text(in_url(address), site))
 
 def bare_name(site):
     """A host name that a Site answers to."""
@@ -5075,93 +5147,100 @@ def show_address(app, release, connection):
     whoever pushed, None where it is not known"""
     address = web_address(connection)
     site = site_of(release)
-    if site is None or site.port == '443':
+    if site is None and not release.job:
+        return                          # what else it is was said where that was new
+    if site is None or site.is_tls:
         return step('%s: %s', app.name, address_text(release, address or 'HOST'))
     if is_full(site.name):
         return show_name(app, release, site, address)
 
-    name = bare_name(site) or address or 'localhost'
+    if site.name.endswith('.*') and address and show_link(app, site, address):
+        return
+    name = bare_name(site) or in_url(address or '127.0.0.1')
     status = fetch_status(app.host, name, int(site.port))
-    if site.name.endswith('.*') and address:
-        link = link_name(app.host, bare_name(site), address)
-        found = fetch_status(app.host, link, int(site.port), 3, address) if link else ''
-        if found.isdigit():
-            return step('%s: %s answers %s', app.name, url_text(link, site.port), found)
-
     step('%s answers %s: %s', app.name, status, address_text(release, address or 'HOST'))
-    if site.name.endswith('.*') and is_made(release):
+    is_first = len(app.kept()) == 1
+    if is_first and site.name.endswith('.*') and is_made(release):
         detail('for a browser, point %s.ANYTHING here in DNS; another name: sudo '
                'dockhand config %s domains="NAME"', app.name, app.name)
+
+def show_link(app, site, address):
+    """The same by a link that opens for whoever can reach an address; False where the
+    server cannot look it up. sslip.io is a public service: it answers each name in it
+    with the address that is in the name."""
+    link = '%s.%s.sslip.io' % (bare_name(site), re.sub('[.:]', '-', address))
+    if address not in resolve(app.host, link):
+        return False
+
+    status = fetch_status(app.host, link, int(site.port), 3, address)
+    if status.isdigit():
+        step('%s: %s answers %s', app.name, url_text(link, site), status)
+    return status.isdigit()
 
 def show_name(app, release, site, address):
     """The same for a Site with a full host name: does that lead here?"""
     status = fetch_status(app.host, site.name, int(site.port))
     elsewhere = where_it_leads(app, release, site)
     if not elsewhere:
-        return step('%s: %s answers %s', app.name, url_text(site.name, site.port), status)
+        return step('%s: %s answers %s', app.name, url_text(site.name, site), status)
 
     step('%s answers %s: %s', app.name, status, curl_text(site, address or 'HOST'))
     detail('%s leads %s: point it here in DNS', site.name, elsewhere)
 
 def where_it_leads(app, release, site):
     """Where the host name of a Site leads, in words; '' where that is this nginx, perhaps
-    by way of a router or a cache, or may be: one that answers by https alone."""
-    host = app.host
-    address = resolve(host, site.name)
-    if not address:
+    by way of a router or a cache, and where that cannot be told."""
+    own = app.host.ask(['hostname', '-I']).out.split()
+    there = resolve(app.host, site.name)
+    if not there:
         return 'nowhere yet'
-    if address in host.ask(['hostname', '-I']).out.split():
+    if set(there) & set(own):
         return ''
 
+    address = there[0]
     try:
-        head = fetch_head(host, site.name, int(site.port), 3, address, TOKEN_PATH)
+        head = fetch_head(app.host, site.name, int(site.port), 3, address, TOKEN_PATH)
     except EnvironmentError:
-        return 'to ' + address
-    token = app.nginx.token()
-    said = re.search(r'(?im)^x-dockhand:\s*(\w+)', head)
-    if token and said and said.group(1) == token:
-        return ''
+        # Few routers lead from within to where they lead from outside.
+        is_behind_router = own and all(is_private(each) for each in own)
+        return '' if is_behind_router and not is_private(address) else 'to ' + address
+    return '' if may_be_ours(app, release, head) else 'to ' + address
 
-    # Its own add_header, in a server or a location, takes the place of ours.
+def may_be_ours(app, release, head):
+    """Whether the head of an answer at TOKEN_PATH is, or may be, this nginx's."""
+    token = app.nginx.token()
+    told = re.findall(r'(?im)^x-dockhand:\s*(\w+)', head)
+    if token and token in told:
+        return True
+    status = status_in(head)
+    if status.startswith('3'):          # by https it may be
+        return True
+
+    # An add_header of the app's own takes the place of ours.
     names = [directive.words[0]
              for directive in all_directives(NginxReader(release.proxy).directives)]
-    is_told = token and app.nginx.version() >= ALWAYS and 'add_header' not in names
-    status = status_in(head)
-    if status.startswith('3'):          # it may lead here by https
-        return ''
-    if not is_told and status.isdigit():
-        return ''
-    return 'to ' + address
+    would_tell = token and app.nginx.version() >= ADD_ALWAYS and 'add_header' not in names
+    return status.isdigit() and not would_tell
 
 def resolve(host, name):
-    """The first address of a host name, '' where it has none."""
-    found = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.split()
-    return found[0] if found else ''
-
-def link_name(host, name, address):
-    """NAME in a domain that leads to an address, by sslip.io: a public service, which
-    answers each such name with the address in it. '' where that cannot be asked."""
-    link = '%s.%s.sslip.io' % (name, re.sub('[.:]', '-', address))
-    return link if resolve(host, link) == address else ''
+    """The addresses of a host name, as [str]."""
+    found = host.ask(['timeout', '2', 'getent', 'ahosts', name]).out.splitlines()
+    return [line.split()[0] for line in found if line.split()]
 
 def show_plan(app, live, release, size):
     """What a push of this would change, beside what is live, if anything is.
     size: of its image, in bytes"""
     step('What a push of this would change:')
     now = plan_texts(release)
-    if live is None:
-        was = dict.fromkeys(now, '')
-        was['ports'] = 'none'
-        moved = was
-    else:
-        was = plan_texts(live)
-        moved = plan_texts(moved_to(live, release.address))
+    was = dict(dict.fromkeys(now, ''), ports='none')
+    if live is not None:
+        was = plan_texts(moved_to(live, release.address))
 
-    for name in ('upstart.conf', 'nginx-proxy.conf', 'ports', 'image'):
-        diff = ''
-        if now[name] != moved[name]:
-            diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
-        detail(diff or name + ': no change')
+    for name in ('upstart.conf', 'nginx-proxy.conf', 'ports'):
+        diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
+        if was[name] or now[name]:
+            detail(diff or name + ': no change')
+    detail('image: %s', 'no change' if was['image'] == now['image'] else 'another')
 
     gap = 'one stop and one start of the service'
     if live is None or engine_of(app, release).overlaps(live, release):
@@ -5191,7 +5270,8 @@ def deploy(app, key, ref, old, new):
         branch = app.config().get('branch', live.branch if live else None)
         verdict = judge_ref(ref, new, branch)
         if verdict == 'store':
-            return check_tag(ref, branch)
+            check_tag(ref, branch)
+            return log('%s: %s is stored: push by %s', app.name, ref, key)
 
         branch = branch or ref[len('refs/heads/'):]
         check_is_commit(app, new, ref)
@@ -5201,14 +5281,17 @@ def deploy(app, key, ref, old, new):
             check_race(app, live, branch, old, new)
             make_release(app, live, new_release(app, branch, new, key))
 
+def deployed_branches(branch):
+    """The names that a push deploys; branch: as judge_ref has it"""
+    return (branch,) if branch else DEFAULT_BRANCHES
+
 def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
     new app, which deploys nothing, and afterwards git finds `main` ambiguous."""
     name = ref[len('refs/tags/'):]
-    branches = (branch,) if branch else DEFAULT_BRANCHES
-    refuse_if(name in branches + ('plan',), 'this would make a tag called %s, which '
-              'deploys nothing; to deploy what it names: git push REMOTE '
-              'TAG^{}:refs/heads/%s', name, name)
+    is_branch = name in deployed_branches(branch) + ('plan',)
+    refuse_if(is_branch, 'this would make a tag called %s, which deploys nothing; to '
+              'deploy what it names: git push REMOTE TAG^{}:refs/heads/%s', name, name)
 
 def check_is_commit(app, new, ref):
     """Failure unless a branch would point to a commit: git refuses all else afterwards,
@@ -5301,7 +5384,7 @@ def plan_release(app, live, release):
         show_plan(app, live, release, size)
     finally:
         app.docker.untag(image_tag(release))
-        remove_layers(app, release.layers)
+        remove_unneeded(app, release.layers)
 
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
@@ -5367,10 +5450,13 @@ def build_commit(app, live, release, options):
 
         step('Building %s', image_tag(release))
         app.docker.build(folder, image_tag(release), layers, *options)
-        return release._replace(layers=layers)
+        release = release._replace(layers=layers)
+        if not release.plan:
+            app.save_record(release)        # or a crash would leave them unnoted
+        return release
     except (Failure, Stopped):
         if release.plan:
-            remove_layers(app, layers)
+            remove_unneeded(app, layers)
         elif layers:                    # the mended push goes on from there
             app.save(release._replace(layers=layers))
         raise
@@ -5382,12 +5468,12 @@ def check_tree(app, commit):
     each of which is in another one ten times, are a thousand million files for git. What
     lists them is ended at the first that is too many."""
     room = free_bytes(app.host, STATE) - SPACE * 1000000
-    count = TreeCount(room)
-    app.git('ls-tree', '-r', '-t', '-l', commit, act=partial(app.host.run, each=count))
+    limits = TreeLimits(room)
+    app.git('ls-tree', '-r', '-t', '-l', commit, act=partial(app.host.run, each=limits))
 
-class TreeCount(object):
-    """Gets the lines of `git ls-tree -r -t -l`, MODE KIND ID SIZE, a tab and a path;
-    Failure at the one from which on it is too much. room: in bytes"""
+class TreeLimits(object):
+    """Refuses a commit that is too large, at the line of `git ls-tree -r -t -l` that
+    makes it so: MODE KIND ID SIZE, a tab and a path. room: in bytes"""
     def __init__(self, room):
         self.room = room
         self.paths = 0
@@ -5417,14 +5503,17 @@ def check_out(app, commit, folder, patience=CHECKOUT_TIMEOUT):
     deadline = clock.monotonic() + patience
     heard = deque(maxlen=LOG_LINES)
 
-    def hear(line):                     # a sign of life too, so that this is asked again
-        refuse_if(clock.monotonic() > deadline, 'git took more than %d s to check this '
-                  'commit out: see the patterns in its .gitattributes', patience)
+    def hear(line):
+        check_patience(0)
         heard.append(line)
 
+    def check_patience(seconds):
+        refuse_if(clock.monotonic() > deadline, 'git took more than %d s to check this '
+                  'commit out: see the patterns in its .gitattributes', patience)
+
     app.git('read-tree', commit)
-    status = app.git('--work-tree=' + folder, 'checkout-index', '-a',
-                     act=partial(app.host.ask, each=hear)).status
+    act = partial(app.host.ask, each=hear, idle=check_patience)
+    status = app.git('--work-tree=' + folder, 'checkout-index', '-a', act=act).status
     refuse_if(status, 'git checkout-index failed (%d): %s', status,
               last_line('\n'.join(heard)) or 'it says nothing')
 
@@ -5474,7 +5563,7 @@ def read_pushed(folder, name):
 def check_edited(app, live, release):
     """Failure where a file of the live release was changed by hand on the server, unless
     it is as the new one says; where a proxy file leads is not compared."""
-    proxy = app.installed_proxy(live)
+    proxy = app.wanted_proxy(live)
     installed = [('nginx-proxy.conf', PROXIES, proxy, release.proxy)]
     if is_upstart(app.host):
         installed.append(('upstart.conf', JOBS, live.job, release.job))
@@ -5482,7 +5571,7 @@ def check_edited(app, live, release):
         path = '%s/%s.conf' % (folder, app.name)
         text = read_file(app.host.path(path))
         # A crash may have come between a stop or a start and the proxy file of that.
-        if not ours or text in (None, ours, live.proxy, app.closed_proxy(live)):
+        if not ours or text in (None, ours, live.proxy, app.proxy_when_stopped(live)):
             continue
 
         _, mark, where = ours.partition(MARK)
@@ -5707,36 +5796,42 @@ def script_path():
     """Where the file lies that runs now."""
     return os.path.abspath(__file__).replace('.pyc', '.py')
 
+Part = namedtuple('Part', 'path text mode')         # of an installation
+
 def installed_parts(host):
-    """Every file that `install` writes, as [(path, text, mode)]. The launchers neither
-    collect garbage nor take the interpreter down, which saves 7 of a start's 30 ms:
-    nothing is lost, since all that is printed was written by os.write."""
+    """Every file that `install` writes but for the token, as [Part]. The launchers
+    neither collect garbage nor take the interpreter down, which saves 7 of a start's 30
+    ms: nothing is lost, since all that is printed was written by os.write."""
     source = read_file(script_path())
     launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
                        flags='-Es' if PYTHON_2 else '-IS')
     parts = [
-        (USER_FILE, host.user + '\n', 0o644),
-        (LIBRARY + '/dockhand.py', source, 0o644),
-        (PROGRAM, launcher(role='dockhand'), 0o755),
-        (RECEIVE, launcher(role='receive'), 0o755),
-        (TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        (SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
-        (CATCH_ALL, host.nginx.catch_all_text(host.nginx.files()), 0o644)]
+        Part(USER_FILE, host.user + '\n', 0o644),
+        Part(LIBRARY + '/dockhand.py', source, 0o644),
+        Part(PROGRAM, launcher(role='dockhand'), 0o755),
+        Part(RECEIVE, launcher(role='receive'), 0o755),
+        Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
+        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
+        Part(CATCH_ALL, host.nginx.catch_all_text(host.nginx.files()), 0o644)]
 
     if is_systemd(host):
-        parts.append((UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
+        parts.append(Part(UNIT, UNIT_TEXT.format(program=PROGRAM), 0o644))
     elif is_upstart(host):
-        parts.append((BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
+        parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
     elif has_init_scripts(host):
-        parts.append((BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
+        parts.append(Part(BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
+    return parts + hooks_in(TEMPLATE)
 
-    folders = [TEMPLATE]
+def installed_hooks(host):
+    """Those of the repositories that are there already, as [Part]."""
+    hooks = []
     for name in all_apps(host):
         if os.path.isdir(App(host, name).repository()):
-            folders.append('%s/%s.git' % (host.home(), name))
-    hooks = [(folder + '/hooks/' + name, text, 0o755)
-             for folder in folders for name, text in HOOKS]
-    return parts + hooks
+            hooks += hooks_in('%s/%s.git' % (host.home(), name))
+    return hooks
+
+def hooks_in(folder):
+    return [Part(folder + '/hooks/' + name, text, 0o755) for name, text in HOOKS]
 
 def compile_script(host):
     """Write our script's compiled form, with which a start costs the same at any length;
@@ -5812,7 +5907,7 @@ def demand(rows):
 def requirements(host):
     """Whether this machine has what dockhand calls, as rows for `demand`."""
     paths = dict((name, host.ask(['which', name]).out.strip()) for name, _ in PACKAGES)
-    rows = [(name + ' is missing', 'apt-get install ' + package)
+    rows = [(name + ' is missing', 'apt-get update; apt-get install ' + package)
             for name, package in PACKAGES if not paths[name]]
     if paths['docker']:
         rows += docker_problems(host, paths['docker'])
@@ -5856,8 +5951,8 @@ def ensure_token(host):
     import binascii
     if host.nginx.token():
         return False
-    return install_file(host.path(TOKEN_FILE),
-                        to_text(binascii.hexlify(os.urandom(8))) + '\n', 0o644)
+    number = to_text(binascii.hexlify(os.urandom(8)))
+    return install_part(host, TOKEN_FILE, number + '\n', 0o644)
 
 def install_part(host, name, text, mode):
     """Write a file, the git user's under its home, after those who read it found nothing
@@ -5941,8 +6036,13 @@ def app_problem(app):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
     if not app.is_stopped() and not engine_of(app, live).state(live).alive:
         return app.name + ' does not run', 'sudo dockhand start ' + app.name
-    if lacks_proxy(app, live):
+    if is_proxy_wrong(app, live):
         return 'the proxy file of %s is not in place' % app.name, 'sudo dockhand recover'
+    if live.proxy and not holds_ours(app, live):
+        path = proxy_path(app.name)
+        return (path + ' was changed on the server: the next push will be refused for it',
+                'commit that as nginx-proxy.conf, or: sudo rm %s; sudo dockhand recover'
+                % path)
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
 
 def answer_problem(app, live):
@@ -6004,9 +6104,16 @@ def person():
             return printable(os.environ[variable])
     return 'root'
 
-def own_connection():
-    """The Connection by which root came here, if sshd says so: sudo does not."""
-    return parse_connection(os.environ.get('SSH_CONNECTION', ''))
+def own_connection(host):
+    """The Connection by which somebody came here, or None. sudo drops what sshd says of
+    it: a process above this one has it."""
+    pid = str(os.getpid())
+    while pid.isdigit() and int(pid) > 1:
+        for line in host.text('/proc', pid, 'environ').split('\0'):
+            if line.startswith('SSH_CONNECTION='):
+                return parse_connection(line.partition('=')[2])
+        pid = ''.join(process_fields(host, pid)[1:2])
+    return None
 
 # Installing, and keys
 
@@ -6018,17 +6125,24 @@ def cmd_install(host, user=None):
         host.user = user if user == 'git' else check_app_name(user)
     demand(requirements(host))
 
-    changes = [ensure_user(host), ensure_token(host), make_folder(host.path(STATE, 'apps')),
+    changes = [ensure_user(host), ensure_token(host),
+               make_folder(host.path(STATE, 'apps')),
                make_folder(host.path(STATE, 'build'), 0o700, host.account())]
     if not os.path.isdir(host.path('/var/cache/nginx')):
         changes.append(make_folder(host.path('/var/cache/nginx')))
     changes.append(disable_default_site(host))
+
+    def install_now(part):
+        changes.append(install_part(host, *part))
+
     with host_lock(host, 'install'):        # one of them is nginx's, for all apps
-        for name, text, mode in installed_parts(host):
-            changes.append(install_part(host, name, text, mode))
+        for part in installed_parts(host):
+            install_now(part)
     changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
     changes.append(enable_at_boot(host))
     changes.append(compile_script(host))
+    failed = [part.path for part in installed_hooks(host)
+              if not attempt(part.path, install_now, part)]
 
     changed = any(changes)
     if changed or host.nginx.master() is None:
@@ -6036,9 +6150,16 @@ def cmd_install(host, user=None):
     if changed:
         for name in list_apps(host):
             attempt(name, settle_again, App(host, name))
+    if changed:
+        log('install by %s', person())
     demand([(sudo_problem(host), 'visudo')])
-    tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
-         '"sudo dockhand upload-key NAME"' if changed else 'nothing changed')
+    refuse_if(failed, '%d file(s) could not be written: whose are they?', len(failed))
+    if not changed:
+        return tell('nothing changed')
+    next_step = '' if read_keys(host) else (
+        '; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST "sudo dockhand upload-key '
+        'NAME"')
+    tell('dockhand is installed' + next_step)
 
 def change_keys(host, change):
     """Make of the lines of authorized_keys what a function makes of them; they are given
@@ -6111,7 +6232,7 @@ def cmd_remove_key(host, name):
 @command('apps')
 def cmd_apps(host):
     """list the apps: state, commit, since when, by whom, address"""
-    here = web_address(own_connection()) or '127.0.0.1'
+    here = web_address(own_connection(host)) or '127.0.0.1'
     for name in all_apps(host):
         app = App(host, name)
         live = app.live()
@@ -6119,7 +6240,7 @@ def cmd_apps(host):
             tell('%-16s %-8s %s', name, 'waiting', app.waiting_text())
             continue
 
-        origin = origin_text(live.commit, *made_live(live))
+        origin = origin_text(live.commit, **live_since(live))
         tell('%-16s %-8s %s %s', name, state_text(app, live), origin,
              address_text(live, here))
 
@@ -6140,13 +6261,36 @@ def cmd_logs(app, n='100', f=False):
     words = engine_of(app, live).logs_command(live, n, *follow)
     os.execvpe(words[0], words, dict(os.environ, **ENVIRONMENT))
 
+def start_live(app, live):
+    """Start a live release and see it answer. One that was stopped is so again where it
+    does not."""
+    engine = engine_of(app, live)
+    log_end = None                  # where it runs, it goes on
+    if not engine.state(live).alive:
+        engine.stop(live)           # what is left of it holds its port and its name
+        log_end = engine.log_end(live)
+
+    with undone_by(stop_if_stopped, app, live):
+        engine.place(live)
+        engine.start(live)
+        check_or_show_log(app, live, log_end)
+        if app.is_stopped():
+            turn_proxy(app, live, live.proxy)
+    finish(app, live, git_moves_branch=False)
+
+def stop_if_stopped(app, live):
+    """Stop a release whose app is to be stopped."""
+    if app.is_stopped():
+        engine_of(app, live).stop(live)
+
 @command('restart', 'APP')
 def cmd_restart(app):
     """stop an app and start it again"""
     with live_app(app, 'restart') as live:
         log('%s: restart by %s', app.name, person())
         engine_of(app, live).stop(live)
-    cmd_start(app)
+        start_live(app, live)
+    tell('%s runs', app.name)
 
 @command('stop', 'APP')
 def cmd_stop(app):
@@ -6155,7 +6299,7 @@ def cmd_stop(app):
         log('%s: stop by %s', app.name, person())
         replace_file(app.folder('stopped'), '')
         attempt('nginx goes on passing requests to it', turn_proxy, app, live,
-                app.closed_proxy(live))
+                app.proxy_when_stopped(live))
         engine_of(app, live).stop(live)
     tell('%s is stopped', app.name)
 
@@ -6164,25 +6308,14 @@ def cmd_start(app):
     """start an app that was stopped"""
     with live_app(app, 'start') as live:
         log('%s: start by %s', app.name, person())
-        engine = engine_of(app, live)
-        log_end = None              # where it runs, it goes on
-        if not engine.state(live).alive:
-            engine.stop(live)       # what is left of it holds its port and its name
-            log_end = engine.log_end(live)
-        engine.place(live)
-        engine.start(live)
-
-        check_or_show_log(app, live, log_end)
-        if app.is_stopped():
-            turn_proxy(app, live, live.proxy)
-        finish(app, live, git_moves_branch=False)
+        start_live(app, live)
     tell('%s runs', app.name)
 
 # Its releases
 
 @command('releases', 'APP')
 def cmd_releases(app):
-    """list an app's releases: commit, when, who and what made it, how long, live or not"""
+    """list an app's releases: commit, when, who and what made it, its cost, its fate"""
     live = None if app.is_waiting() else app.must_be_live()
     numbers = app.numbers()
     if not numbers:
@@ -6199,10 +6332,10 @@ def cmd_releases(app):
 def fate_text(release, live):
     """What became of a release. live: the Release that is, or None"""
     if live is not None and release.number == live.number:
-        if not live.again:
+        if not live.revived:
             return 'live'
-        by, since = live.again
-        return 'live again since %s: rollback by %s' % (time_text(since), by)
+        return 'live again since %s: rollback by %s' % (
+            time_text(live.revived['time']), live.revived['by'])
     if release.failed:
         return 'failed: ' + release.failed
     return 'kept' if release.seconds is not None else 'under way'
@@ -6214,13 +6347,17 @@ def cmd_rollback(app, number=None):
         release = earlier_release(app, live, number)
         check_edited(app, live, release)
         step('Switching from release %d to %d', live.number, release.number)
-        again = [person(), round(app.host.clock.time(), 2)]
-        report = apply(app, live, release._replace(again=again))
+        revived = {'by': person(), 'time': round(app.host.clock.time(), 2)}
+        report = apply(app, live, release._replace(revived=revived))
         step('Release %d is live again: %s', release.number, report)
+        turned_back = sorted(set(dict(set(live.config.items()) ^
+                                      set(release.config.items()))))
+        if turned_back:
+            step('Its config too, for later pushes as well: %s', ' '.join(turned_back))
 
         log('%s: release %d of %s is live again: rollback from %d by %s', app.name,
             release.number, release.commit, live.number, person())
-    show_address(app, release, own_connection())
+    show_address(app, release, own_connection(app.host))
 
 def earlier_release(app, live, number):
     """The kept Release that a rollback goes to; Failure if it cannot run any more.
@@ -6244,7 +6381,7 @@ def cmd_rebuild(app, pull=False):
     with live_app(app, 'rebuild') as live:
         release = new_release(app, live.branch, live.commit, person(), 'rebuild')
         make_release(app, live, release, ['--pull'] if pull else [])
-    after_push(app, own_connection())
+    after_push(app, own_connection(app.host))
 
 # What only this server knows
 
@@ -6252,7 +6389,8 @@ def cmd_rebuild(app, pull=False):
 def cmd_proxy(app):
     """print the proxy file that is made for an app, to start one of its own from"""
     live = app.must_be_live()
-    refuse_if(not live.web, '%s is no web app that its Dockerfile describes', app.name)
+    refuse_if(not live.web, '%s is no web app that its Dockerfile describes: push it '
+              'without an upstart.conf first', app.name)
     text = complete_proxy(app, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
@@ -6264,8 +6402,10 @@ def cmd_config(app, *changes, **options):
         wanted = change_config(before, changes, 'unset' in options)
         changed = sorted(dict(set(before.items()) ^ set(wanted.items())))
 
-        if not changed:
+        if not changes:
             show_config(before, 'values' in options)
+        elif not changed:
+            tell('nothing changed')
         elif live is None:
             app.save_config(wanted)
             log('%s: config %s by %s', app.name, ' '.join(changed), person())
@@ -6287,7 +6427,12 @@ def release_config(app, live, wanted, changed):
               app.name)
     refuse_if(has_own_file and 'trust' in changed and 'trust' in wanted,
               'whom %s trusts stands in its own nginx-proxy.conf', app.name)
+    refuse_if(live.job and 'overlap' in changed and 'overlap' in wanted,
+              'overlap is for apps without a job: this one is stopped, then started')
     check_edited(app, live, live)
+    if live.job and '/apps/%s/env' % app.name not in live.job:
+        step('Note: its upstart.conf has no `--env-file %s/apps/%s/env`: it sees no '
+             'variable', STATE, app.name)
 
     branch = wanted.get('branch', live.branch)
     if 'branch' in changed and 'branch' not in wanted:
@@ -6298,9 +6443,16 @@ def release_config(app, live, wanted, changed):
         config=wanted, image=live.image, layers=live.layers, job=live.job,
         proxy=live.proxy))
     clean_up(app, app.live())
+    if 'domains' in changed:
+        show_address(app, app.live(), own_connection(app.host))
 
 def change_config(config, changes, unset):
     """What words, KEY=VALUE or, to unset one, KEY, make of a config: a new one."""
+    unsets = [word for word in changes if '=' not in word]
+    refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
+    piped = [word for word in changes if word.endswith('=-')]
+    refuse_if(len(piped) > 1, 'only one KEY=- at a time: the next would find nothing')
+
     wanted = dict(config)
     for word in changes:
         key, equals, value = word.partition('=')
@@ -6355,9 +6507,9 @@ def remove_app(app, live):
     layers = []
     for number in app.numbers():
         release = app.load(number)
-        layers.extend(layers_of(release))
+        layers.extend(release.layers)
         drop(app, release)
-    remove_layers(app, layers)
+    remove_unneeded(app, layers)
     app.docker.untag(app.name + ':plan')
     app.host.run(['rm', '-rf', '--', app.repository()], account=app.host.account())
     app.host.run(['rm', '-rf', '--', app.folder(),
@@ -6374,7 +6526,7 @@ def cmd_recover(host):
     """put right what a crash or a prune left; runs at boot, and when docker starts"""
     host.docker.wait()
     host.docker.free_ports()
-    runs = host.nginx.master() or attempt('nginx', host.nginx.start, False)
+    runs = host.nginx.master() or attempt('nginx', partial(host.nginx.start, wait=False))
     names = set(list_apps(host) + list_folder(host.path(STATE, 'build')))
     wrong = [name for name in sorted(names)
              if not attempt(name, put_right, App(host, name))]
@@ -6391,10 +6543,11 @@ def cmd_doctor(host):
          'dockhand upload-key NAME < id_ed25519.pub'),
         (sudo_problem(host), 'visudo'),
         (host.nginx.problem(), 'edit that file, then nginx -t'),
-        (not host.nginx.master() and 'nginx does not run', nginx_advice(host))]
+        (not host.nginx.master() and 'nginx does not run', nginx_advice(host)),
+        (not host.nginx.token() and TOKEN_FILE + ' is missing', INSTALL_AGAIN)]
     rows += sshd_problems(host)
 
-    for path, text, mode in installed_parts(host):
+    for path, text, mode in installed_parts(host) + installed_hooks(host):
         if host.text(path) != text or mode_of(host.path(path)) != mode:
             rows.append((path + ' is not as installed', INSTALL_AGAIN))
     for name in list_apps(host):

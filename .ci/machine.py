@@ -245,8 +245,15 @@ class Machine(object):
         self.images[target] = self.find(source)
 
     def docker_rmi(self, *words):
-        if not self.images.pop(words[-1], None):
-            return Result(1, '', 'Error response from daemon: No such image: x\n')
+        """By tag, or by id what is called <none>...; it goes on after what is not there."""
+        status = 0
+        for word in words[1:]:
+            gone = [name for name in self.images if word == name or (
+                name.startswith('<none>') and word == self.images[name]['Id'])]
+            status = status if gone or word.startswith('--') else 1
+            for name in gone:
+                del self.images[name]
+        return Result(status, '', 'Error response from daemon: No such image: x\n')
 
     def docker_create(self, *words):
         if words[2] in self.containers:

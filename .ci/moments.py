@@ -171,7 +171,7 @@ def standing(machine):
             del found[path], found[os.path.dirname(path)]
         else:
             record.update(time=0, seconds=record['seconds'] is not None, turn=0,
-                          again=None)
+                          revived=None)
             found[path] = (json.dumps(record, sort_keys=True),) + found[path][1:]
     found.update((tag, image['Id']) for tag, image in machine.images.items())
     found.update((name, each['Image'] + each['policy'] * each['State']['Running'])
