@@ -6326,7 +6326,7 @@ def cmd_releases(app):
         if release.commit:
             took = '%.1f s' % release.seconds if release.seconds else '-'
             origin = origin_text(release.commit, release.by, release.time)
-            tell('%4d  %s  %-8s %8s  %s', number, origin, release.how, took,
+            tell('%4d  %s  %-14s %8s  %s', number, origin, release.how, took,
                  fate_text(release, live))
 
 def fate_text(release, live):
