@@ -204,6 +204,10 @@ PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'''(?x) [ \t]*
     (?P<options>(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^ \t"\\])+)
     [ \t]+ (?P<type>\S+) [ \t]+ (?P<blob>\S+)'''
+# Of a forced command: the key's name and its apps, whatever stands around
+SERVED = r'''(?x) (?:^|[\s;&|('"/\\]) (?:dockhand(?:\.py)?|gitreceive) ['"\\]*
+    \s+ serve \s+ ['"\\]* (?P<name>[A-Za-z0-9._@-]+) ['"\\]*
+    (?P<apps>(?:\s+[a-z][a-z0-9._-]*(?=[\s'"\\;&|)]|\Z))*)'''
 FORCED = r'(?i)(?:\A|,)command="((?:\\"|\\(?!")|[^"\\])*)"'
 
 # ---- The little OS layer ---------------------------------------------------------------
@@ -328,7 +332,8 @@ def with_rights_of(account, function, *args):
     child = os.fork()
     if child == 0:
         try:
-            on_signals(signal.SIG_DFL)
+            if signal.getsignal(signal.SIGTERM) is leave:
+                on_signals(signal.SIG_DFL)
             become(account)
             with os.fdopen(writing, 'wb') as answer:
                 answer.write(marshal.dumps(answer_of(function, *args)))
@@ -341,9 +346,16 @@ def with_rights_of(account, function, *args):
     try:
         with os.fdopen(reading, 'rb') as answer:
             data = answer.read()
+    except BaseException:                   # a signal: it must not go on alone
+        os.kill(child, signal.SIGKILL)
+        raise
     finally:
         os.waitpid(child, 0)
-    result, problem = marshal.loads(data) if data else (None, 'it came to no end')
+
+    try:
+        result, problem = marshal.loads(data)
+    except (EOFError, ValueError, TypeError):
+        problem = 'it came to no end'
     refuse_if(problem, 'as the user %s: %s', account.name, problem)
     return result
 
@@ -626,6 +638,7 @@ def make_folder(path, mode=0o755, account=None):
     made = not os.path.isdir(path)
     if made:
         os.makedirs(path)
+
     before = os.stat(path)
     if stat.S_IMODE(before.st_mode) != mode:
         os.chmod(path, mode)
@@ -739,6 +752,7 @@ def parse_connection(text):
     fields = text.split(' ')
     if len(fields) != 4:
         return None
+
     client = fields[0]
     server = fields[2]
     if not is_address(client) or not is_address(server):
@@ -783,6 +797,10 @@ def web_address(connection):
         return None
     return connection.server
 
+def deployed_branches(branch):
+    """The names that a push deploys. branch: None before the first deploy"""
+    return (branch,) if branch else DEFAULT_BRANCHES
+
 def judge_ref(ref, new, branch):
     """'deploy', 'plan', 'store', or Failure; branch: None before the first deploy."""
     if ref.startswith('refs/tags/'):
@@ -796,7 +814,7 @@ def judge_ref(ref, new, branch):
     name = ref[len('refs/heads/'):]
     if name == 'plan':
         return 'plan'
-    deployed = (branch,) if branch else DEFAULT_BRANCHES
+    deployed = deployed_branches(branch)
     if name not in deployed:
         raise Failure('only %s is deployed; to deploy this: git push REMOTE HEAD:%s',
                       ' or '.join(deployed), deployed[0])
@@ -851,21 +869,12 @@ def read_key_line(text):
     if forced is None:
         return KeyLine(text, None, None)
 
-    words = forced.group(1).split()
-    at = where_served(words)
-    if at is None:
+    served = re.search(SERVED, forced.group(1))
+    if served is None:
         return KeyLine(text, None, None)
-    key = Key(match.group('type'), match.group('blob'), words[at], tuple(words[at + 1:]))
+    key = Key(match.group('type'), match.group('blob'), served.group('name'),
+              tuple(served.group('apps').split()))
     return KeyLine(text, key, forced.group(1))
-
-def where_served(words):
-    """Which of the words of a forced command is the key's name behind `dockhand serve`,
-    counted from 0; None where it is another command."""
-    for at in range(2, len(words)):
-        is_dockhand = os.path.basename(words[at - 2]) in ('dockhand', 'gitreceive')
-        if is_dockhand and words[at - 1] == 'serve':
-            return at
-    return None
 
 def make_key_line(key):
     """The KeyLine of a Key: who has it reaches `dockhand serve`, no shell."""
@@ -879,9 +888,9 @@ def change_rights(line, apps):
     a command around ours, stays."""
     if line.key.apps == apps:
         return line
-    words = line.forced.split()
-    name_at = where_served(words)
-    forced = ' '.join(words[:name_at + 1] + list(apps))
+    begin, end = re.search(SERVED, line.forced).span('apps')
+    said = ''.join(' ' + app for app in apps)
+    forced = line.forced[:begin] + said + line.forced[end:]
     text = line.text.replace('"%s"' % line.forced, '"%s"' % forced, 1)
     return check_length(KeyLine(text, line.key._replace(apps=apps), forced))
 
@@ -959,6 +968,7 @@ def lines_that_log_in(lines, keys):
         is_comment = line.text.lstrip().startswith('#')
         if line.key is not None or is_comment:
             continue
+
         if blobs & set(line.text.split()):
             numbers.append(number)
     return numbers
@@ -1061,6 +1071,11 @@ def check_is_known(key):
         remedy = 'did you mean "%s"?' % nearest[0]
     raise Failure('no setting is called "%s": %s variables are in upper case',
                   printable(key), remedy)
+
+def changed_keys(before, after):
+    """The keys of two configs that differ in their values, in their order."""
+    return sorted(key for key in set(before) | set(after)
+                  if before.get(key) != after.get(key))
 
 def environment_text(config, port):
     """The variables of a config as docker's --env-file has them; PORT for a web app."""
@@ -2662,8 +2677,8 @@ BELIEVED = '''\
 '''
 
 # The last address but one of a list: some write brackets around it, and its port behind.
-LAST_BUT_ONE = (r'(?:^|[ ,])\[?([0-9a-f]*:[0-9a-f:.]+|[0-9.]+)\]?(?::[0-9]+)?'
-                r', [^, ]+$')
+LAST_BUT_ONE = (r'(?:^|, ?)\[?([0-9a-f]*:[0-9a-f:.]+|[0-9]+(?:\.[0-9]+){3})\]?'
+                r'(?::[0-9]+)?, [^, ]+$')
 
 # How a front's networks are told from all others: nginx's own table
 FRONTS = '''geo ${trusted} {{
@@ -3284,12 +3299,16 @@ class Docker(object):
 
         images = [layer for layer in layers if layer not in cached]
         found = self.inspect(*images) if images else []
-        nameless = [image['Id'] for image in found if not image.get('RepoTags')]
-        if not nameless:
-            return cached
-        # A stage may begin with an earlier one.
-        removed = self.host.ask(['docker', 'rmi'] + nameless[::-1])
-        return cached if removed.status == 0 else layers
+        nameless = []
+        for image in found:
+            has_name = image.get('RepoTags') or image.get('RepoDigests')
+            if not has_name and image['Id'] not in nameless:
+                nameless.insert(0, image['Id'])     # a stage may begin with another
+
+        left = cached
+        if nameless and self.host.ask(['docker', 'rmi'] + nameless).status:
+            left = layers                           # docker does not say which
+        return left
 
     # The network, and volumes
 
@@ -3316,7 +3335,7 @@ class Docker(object):
         """Its description of the network that is called as ours, as [dict]."""
         import json
         shown = self.host.ask(['docker', 'network', 'inspect', NETWORK]).out
-        return json.loads(shown or '[]') or []
+        return native(json.loads(shown or '[]') or [])
 
     def ensure_network(self, address):
         """Our network, for one of its addresses; docker's own choices come from its
@@ -4793,22 +4812,27 @@ def forget(app, release, reason=None):
         return                                  # or it is not over yet
 
     try:
-        # The mended push builds on what is there. The image itself goes all the same, and
-        # with it what would lead to its layers.
-        below = [image['Parent'] for image in app.docker.inspect(image_tag(release))
-                 if image.get('Parent')]
-        drop(app, release, '--no-prune')
-        if release.plan:
-            return
-
-        release = app.load(release.number)
-        app.save(release._replace(failed=why, layers=release.layers + below, job='',
-                                  proxy='', config={}, address=''))
+        note_layers_below(app, live, release)
+        drop(app, release, '--no-prune')        # the mended push builds on what is there
+        app.save(app.load(release.number)._replace(
+            failed=why, job='', proxy='', config={}, address=''))
         if live is None:
             remove_file(app.folder('live'))
             clean_up_failed(app)
     except Failure:
         return          # docker has gone, or the disk is full: a later command does
+
+def note_layers_below(app, live, release):
+    """Note the topmost layer that the image of a release stands on, before that goes:
+    docker forgets with it which it was. live: whose image it may be"""
+    images = app.docker.inspect(image_tag(release))
+    is_lives = live is not None and release.image == live.image
+    if is_lives or not images or not images[0].get('Parent'):
+        return
+
+    noted = app.load(release.number)
+    below = images[0]['Parent'].rpartition(':')[2][:12]     # as a build prints it
+    app.save_record(noted._replace(layers=noted.layers + [below]))
 
 def drop(app, release, *options):
     """Take a release's container, image and commit away; False if the image is used.
@@ -5094,8 +5118,10 @@ def site_of(release):
             names.append('')
 
         if names and listens:
-            return Site(min(names, key=vagueness), listens[0].port,
-                        'ssl' in listens[0].words)
+            port = listens[0].port
+            is_tls = port == '443' or any(listen.port == port and 'ssl' in listen.words
+                                          for listen in listens)
+            return Site(min(names, key=vagueness), port, is_tls)
     return None
 
 def vagueness(name):
@@ -5201,8 +5227,9 @@ def where_it_leads(app, release, site):
     try:
         head = fetch_head(app.host, site.name, int(site.port), 3, address, TOKEN_PATH)
     except EnvironmentError:
-        # Few routers lead from within to where they lead from outside.
-        is_behind_router = own and all(is_private(each) for each in own)
+        # Most routers do not let those behind them in by their outer address.
+        alike = [each for each in own if (':' in each) == (':' in address)]
+        is_behind_router = alike and all(is_private(each) for each in alike)
         return '' if is_behind_router and not is_private(address) else 'to ' + address
     return '' if may_be_ours(app, release, head) else 'to ' + address
 
@@ -5240,7 +5267,8 @@ def show_plan(app, live, release, size):
         diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
         if was[name] or now[name]:
             detail(diff or name + ': no change')
-    detail('image: %s', 'no change' if was['image'] == now['image'] else 'another')
+    if live is not None:
+        detail('image: %s', 'no change' if was['image'] == now['image'] else 'another')
 
     gap = 'one stop and one start of the service'
     if live is None or engine_of(app, release).overlaps(live, release):
@@ -5280,10 +5308,6 @@ def deploy(app, key, ref, old, new):
         elif live is None or live.commit != new:
             check_race(app, live, branch, old, new)
             make_release(app, live, new_release(app, branch, new, key))
-
-def deployed_branches(branch):
-    """The names that a push deploys; branch: as judge_ref has it"""
-    return (branch,) if branch else DEFAULT_BRANCHES
 
 def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
@@ -5504,15 +5528,15 @@ def check_out(app, commit, folder, patience=CHECKOUT_TIMEOUT):
     heard = deque(maxlen=LOG_LINES)
 
     def hear(line):
-        check_patience(0)
+        check_time()
         heard.append(line)
 
-    def check_patience(seconds):
+    def check_time(*_):
         refuse_if(clock.monotonic() > deadline, 'git took more than %d s to check this '
                   'commit out: see the patterns in its .gitattributes', patience)
 
     app.git('read-tree', commit)
-    act = partial(app.host.ask, each=hear, idle=check_patience)
+    act = partial(app.host.ask, each=hear, idle=check_time)
     status = app.git('--work-tree=' + folder, 'checkout-index', '-a', act=act).status
     refuse_if(status, 'git checkout-index failed (%d): %s', status,
               last_line('\n'.join(heard)) or 'it says nothing')
@@ -6109,7 +6133,11 @@ def own_connection(host):
     it: a process above this one has it."""
     pid = str(os.getpid())
     while pid.isdigit() and int(pid) > 1:
-        for line in host.text('/proc', pid, 'environ').split('\0'):
+        try:
+            environment = host.text('/proc', pid, 'environ')
+        except EnvironmentError:        # not even for root, in some containers
+            environment = ''
+        for line in environment.split('\0'):
             if line.startswith('SSH_CONNECTION='):
                 return parse_connection(line.partition('=')[2])
         pid = ''.join(process_fields(host, pid)[1:2])
@@ -6153,13 +6181,17 @@ def cmd_install(host, user=None):
     if changed:
         log('install by %s', person())
     demand([(sudo_problem(host), 'visudo')])
-    refuse_if(failed, '%d file(s) could not be written: whose are they?', len(failed))
+    if failed:
+        raise Failure('%d file(s) could not be written; type: chown -R %s: %s',
+                      len(failed), host.user, os.path.dirname(failed[0]))
+
     if not changed:
-        return tell('nothing changed')
-    next_step = '' if read_keys(host) else (
-        '; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST "sudo dockhand upload-key '
-        'NAME"')
-    tell('dockhand is installed' + next_step)
+        tell('nothing changed')
+    elif read_keys(host):
+        tell('dockhand is installed')
+    else:
+        tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
+             '"sudo dockhand upload-key NAME"')
 
 def change_keys(host, change):
     """Make of the lines of authorized_keys what a function makes of them; they are given
@@ -6261,16 +6293,16 @@ def cmd_logs(app, n='100', f=False):
     words = engine_of(app, live).logs_command(live, n, *follow)
     os.execvpe(words[0], words, dict(os.environ, **ENVIRONMENT))
 
-def start_live(app, live):
+def start_live(app, live, is_restart=False):
     """Start a live release and see it answer. One that was stopped is so again where it
-    does not."""
+    does not; another one docker goes on starting."""
     engine = engine_of(app, live)
-    log_end = None                  # where it runs, it goes on
-    if not engine.state(live).alive:
-        engine.stop(live)           # what is left of it holds its port and its name
-        log_end = engine.log_end(live)
+    with undone_by(settle_or_stop, app, live):
+        log_end = None              # of one that runs already the whole log is shown
+        if is_restart or not engine.state(live).alive:
+            engine.stop(live)       # what is left of it holds its port and its name
+            log_end = engine.log_end(live)
 
-    with undone_by(stop_if_stopped, app, live):
         engine.place(live)
         engine.start(live)
         check_or_show_log(app, live, log_end)
@@ -6278,18 +6310,22 @@ def start_live(app, live):
             turn_proxy(app, live, live.proxy)
     finish(app, live, git_moves_branch=False)
 
-def stop_if_stopped(app, live):
-    """Stop a release whose app is to be stopped."""
-    if app.is_stopped():
-        engine_of(app, live).stop(live)
+def settle_or_stop(app, live):
+    """After a start that failed: what is to run is docker's again, what was stopped is so
+    again."""
+    engine = engine_of(app, live)
+    if not app.is_stopped():
+        return engine.settle(live)
+    engine.stop(live)
+    turn_proxy(app, live, app.wanted_proxy(live))
 
 @command('restart', 'APP')
 def cmd_restart(app):
     """stop an app and start it again"""
     with live_app(app, 'restart') as live:
         log('%s: restart by %s', app.name, person())
-        engine_of(app, live).stop(live)
-        start_live(app, live)
+        app.docker.check_takes_writes(app.name)
+        start_live(app, live, is_restart=True)
     tell('%s runs', app.name)
 
 @command('stop', 'APP')
@@ -6350,10 +6386,9 @@ def cmd_rollback(app, number=None):
         revived = {'by': person(), 'time': round(app.host.clock.time(), 2)}
         report = apply(app, live, release._replace(revived=revived))
         step('Release %d is live again: %s', release.number, report)
-        turned_back = sorted(set(dict(set(live.config.items()) ^
-                                      set(release.config.items()))))
-        if turned_back:
-            step('Its config too, for later pushes as well: %s', ' '.join(turned_back))
+        settings = changed_keys(live.config, release.config)
+        if settings:
+            step('Its config too, for later pushes as well: %s', ' '.join(settings))
 
         log('%s: release %d of %s is live again: rollback from %d by %s', app.name,
             release.number, release.commit, live.number, person())
@@ -6400,7 +6435,7 @@ def cmd_config(app, *changes, **options):
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
         wanted = change_config(before, changes, 'unset' in options)
-        changed = sorted(dict(set(before.items()) ^ set(wanted.items())))
+        changed = changed_keys(before, wanted)
 
         if not changes:
             show_config(before, 'values' in options)
@@ -6412,6 +6447,8 @@ def cmd_config(app, *changes, **options):
             tell('%s: noted for its first push', app.name)
         else:
             release_config(app, live, wanted, changed)
+    if live is not None and 'domains' in changed:
+        show_address(app, app.live(), own_connection(app.host))
 
 def show_config(config, with_values):
     """Print what is set; a variable's value may be a secret."""
@@ -6443,14 +6480,12 @@ def release_config(app, live, wanted, changed):
         config=wanted, image=live.image, layers=live.layers, job=live.job,
         proxy=live.proxy))
     clean_up(app, app.live())
-    if 'domains' in changed:
-        show_address(app, app.live(), own_connection(app.host))
 
 def change_config(config, changes, unset):
     """What words, KEY=VALUE or, to unset one, KEY, make of a config: a new one."""
     unsets = [word for word in changes if '=' not in word]
     refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
-    piped = [word for word in changes if word.endswith('=-')]
+    piped = [word for word in changes if word.partition('=')[2] == '-']
     refuse_if(len(piped) > 1, 'only one KEY=- at a time: the next would find nothing')
 
     wanted = dict(config)
