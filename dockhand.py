@@ -5769,8 +5769,8 @@ def receive(host, hook, app_name='', key='', *arguments):
     check_app_name(app_name)
     check_key_name(key)
 
-    if hook == 'post-receive' and len(arguments) <= 1:
-        after_push(App(host, app_name), parse_connection(''.join(arguments)))
+    if hook == 'post-receive' and re.match(r'(\S+ \d+ \S+ \d+)?\Z', ' '.join(arguments)):
+        after_push(App(host, app_name), parse_connection(' '.join(arguments)))
         return
     if hook != 'update' or len(arguments) != 3:
         raise Failure('this is for the hooks of a repository')

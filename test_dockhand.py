@@ -5096,7 +5096,9 @@ def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, sai
     update blog -x refs/heads/main {0} {0}
     post-receive blog
     post-receive Blog anna
+    post-receive blog anna x
     post-receive blog anna x y
+    post-receive blog anna ::1 1 ::1 x
     nonsense blog anna
     --help blog anna''', '')
 def test_root_checks_again_what_the_git_user_asks(words):
