@@ -6362,8 +6362,8 @@ def cmd_releases(app):
         if release.commit:
             took = '%.1f s' % release.seconds if release.seconds else '-'
             origin = origin_text(release.commit, release.by, release.time)
-            tell('%4d  %s  %-14s %8s  %s', number, origin, release.how, took,
-                 fate_text(release, live))
+            made = '' if release.how == 'push' else ' (%s)' % release.how
+            tell('%4d  %s %8s  %s', number, origin, took, fate_text(release, live) + made)
 
 def fate_text(release, live):
     """What became of a release. live: the Release that is, or None"""
