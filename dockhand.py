@@ -3220,20 +3220,18 @@ class Docker(object):
     def written_files(self, container):
         """What a container wrote outside its volumes, as [path], but what is passing, and
         what docker itself makes."""
-        described = self.inspect(container)
-        if not described:
-            return []
-        mounted = [mount['Destination'].rstrip('/') + '/'
-                   for mount in described[0].get('Mounts') or []]
         lines = self.host.ask(['docker', 'diff', container]).out.splitlines()
         paths = sorted(line[2:] + '/' for line in lines)
-
         written = []
         for path, following in zip(paths, paths[1:] + ['']):
             is_parent = following.startswith(path)      # it only holds what is new
-            if not is_parent and path not in mounted and not re.match(PASSING, path):
+            if not is_parent and not re.match(PASSING, path):
                 written.append(path[:-1])
-        return written
+
+        described = self.inspect(container) if written else []
+        mounts = [mount['Destination'].rstrip('/') for each in described
+                  for mount in each.get('Mounts') or []]
+        return [path for path in written if path not in mounts]
 
     # Images
 
@@ -5449,7 +5447,10 @@ def build_release(app, live, release, options=()):
     images = app.docker.inspect(image_tag(release))
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     settings = native(images[0].get('Config') or {})
-    release = release._replace(image=str(images[0]['Id']))
+    made = str(images[0]['Id'])
+    on_the_way = [layer for layer in release.layers
+                  if not made.startswith('sha256:' + layer)]
+    release = release._replace(image=made, layers=on_the_way)
     complete = complete_job if release.job else complete_plain
     # docker before 1.10 has both: there `Size` is that of the last layer alone
     size = images[0].get('VirtualSize') or images[0]['Size']
