@@ -208,7 +208,7 @@ KEY_LINE = r'''(?x) [ \t]*
 SERVED = r'''(?x) (?:^|[\s;&|('"/\\]) (?:dockhand(?:\.py)?|gitreceive) ['"\\]*
     \s+ serve \s+ ['"\\]* (?P<name>[A-Za-z0-9._@-]+) ['"\\]*
     (?P<apps>(?:\s+[a-z][a-z0-9._-]*(?=[\s'"\\;&|)]|\Z))*)'''
-FORCED = r'(?i)(?:\A|,)command="((?:\\"|\\(?!")|[^"\\])*)"'
+KEY_OPTION = r'(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^",\\])+'
 
 # ---- The little OS layer ---------------------------------------------------------------
 # What to say, commands, files, locks, undoing: tools for all that follows, and Host, the
@@ -291,7 +291,8 @@ Account = namedtuple('Account', 'name uid gid home shell')
 
 def execute(argv, env=None, cwd='/', account=None, each=None, idle=None):
     """Run a command, never through a shell, as an Account; a Result(status, out, err).
-    env: added to ENVIRONMENT; each: gets each line of both its streams as it comes."""
+    env: added to ENVIRONMENT; each: gets each line of both its streams as it comes;
+    idle: as read_lines has it"""
     from subprocess import PIPE, STDOUT, Popen
     variables = dict(ENVIRONMENT, **(env or {}))
     if account:
@@ -865,16 +866,16 @@ def read_key_line(text):
     is_comment = text.lstrip(' \t').startswith('#')
     if match is None or is_comment:
         return KeyLine(text, None, None)
-    forced = re.search(FORCED, match.group('options'))
-    if forced is None:
-        return KeyLine(text, None, None)
 
-    served = re.search(SERVED, forced.group(1))
-    if served is None:
-        return KeyLine(text, None, None)
-    key = Key(match.group('type'), match.group('blob'), served.group('name'),
-              tuple(served.group('apps').split()))
-    return KeyLine(text, key, forced.group(1))
+    for option in re.findall(KEY_OPTION, match.group('options')):
+        name, _, value = option.partition('=')
+        forced = value[1:-1]                        # without its quotes
+        served = re.search(SERVED, forced)
+        if name.lower() == 'command' and served:
+            key = Key(match.group('type'), match.group('blob'), served.group('name'),
+                      tuple(served.group('apps').split()))
+            return KeyLine(text, key, forced)
+    return KeyLine(text, None, None)
 
 def make_key_line(key):
     """The KeyLine of a Key: who has it reaches `dockhand serve`, no shell."""
@@ -945,9 +946,10 @@ def add_keys(lines, uploaded, name, apps):
 def insert_keys(lines, new):
     """The [KeyLine] with new ones before our end mark; where that is missing, both marks
     are put at the end."""
-    begin, end = [KeyLine(text, None, None) for text in (KEYS_BEGIN, KEYS_END)]
     if not new:
         return lines
+    begin = KeyLine(KEYS_BEGIN, None, None)
+    end = KeyLine(KEYS_END, None, None)
     if end not in lines:
         return lines + [begin] + new + [end]
     at = lines.index(end)
@@ -3080,18 +3082,21 @@ def status_in(head):
 def fetch_head(host, name, port, timeout, address, path='/'):
     """The head of what an address answers to a request for a host name, up to 16 KB."""
     connection = host.connect((address, port), timeout)
-    connection.settimeout(timeout)
-    connection.sendall(to_bytes('GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand\r\n'
-                                'Connection: close\r\n\r\n' % (path, name)))
-
     deadline = host.clock.monotonic() + timeout
     head = b''
-    while len(head) < 16384 and host.clock.monotonic() < deadline:
-        data = connection.recv(4096)
-        head += data
-        if not data or b'\r\n\r\n' in head:
-            break
-    connection.close()
+    try:
+        connection.settimeout(timeout)
+        connection.sendall(to_bytes(
+            'GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: dockhand\r\n'
+            'Connection: close\r\n\r\n' % (path, name)))
+
+        while len(head) < 16384 and host.clock.monotonic() < deadline:
+            data = connection.recv(4096)
+            head += data
+            if not data or b'\r\n\r\n' in head:
+                break
+    finally:
+        connection.close()
     return to_text(head)
 
 # ---- Docker ----------------------------------------------------------------------------
@@ -4823,12 +4828,15 @@ def forget(app, release, reason=None):
 def note_layers_below(app, live, release):
     """Note the topmost layer that the image of a release stands on, before that goes:
     docker forgets with it which it was. live: whose image it may be"""
-    images = app.docker.inspect(image_tag(release))
+    noted = app.load(release.number)
+    is_built = noted.image or noted.layers
     is_lives = live is not None and release.image == live.image
-    if is_lives or not images or not images[0].get('Parent'):
+    if is_lives or not is_built:
+        return
+    images = app.docker.inspect(image_tag(release))
+    if not images or not images[0].get('Parent'):
         return
 
-    noted = app.load(release.number)
     below = images[0]['Parent'].rpartition(':')[2][:12]     # as a build prints it
     app.save_record(noted._replace(layers=noted.layers + [below]))
 
@@ -5770,8 +5778,11 @@ def receive(host, hook, app_name='', key='', *arguments):
     check_app_name(app_name)
     check_key_name(key)
 
-    if hook == 'post-receive' and re.match(r'(\S+ \d+ \S+ \d+)?\Z', ' '.join(arguments)):
-        after_push(App(host, app_name), parse_connection(' '.join(arguments)))
+    if hook == 'post-receive':
+        said = ' '.join(arguments)
+        if not re.match(r'(\S+ \d+ \S+ \d+)?\Z', said):
+            raise Failure('this is for the hooks of a repository')
+        after_push(App(host, app_name), parse_connection(said))
         return
     if hook != 'update' or len(arguments) != 3:
         raise Failure('this is for the hooks of a repository')

@@ -422,6 +422,7 @@ SERVES_BOB = 'command="/usr/local/bin/dockhand serve bob",no-pty ssh-rsa BBBB x'
 @pytest.mark.parametrize('line', [
     SERVES_BOB, '\t ' + SERVES_BOB, 'no-pty,' + SERVES_BOB,
     'from="192.0.2.1",' + SERVES_BOB, r'environment="A=\"x, y",' + SERVES_BOB,
+    'environment="A=,command=",' + SERVES_BOB,
     'from="10.0.0.1, 10.0.0.2",COMMAND="exec /usr/local/bin/gitreceive serve bob" '
     'ssh-rsa BBBB'])
 def test_a_line_that_reaches_serve_is_ours_wherever_it_stands(line):
