@@ -4,8 +4,8 @@
 #   scp configure-system.sh dockhand.py root@HOST:
 #   ssh root@HOST sh configure-system.sh [--user NAME] [--local-name] [--demo]
 #
-# It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, a static busybox,
-# a Python), starts it by whatever init is there, and runs `dockhand.py install` from beside it.
+# It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, certbot, a static
+# busybox, a Python), starts it by whatever init is there, and runs `dockhand.py install` from beside it.
 # --local-name makes this host known as NAME.local to its neighbours, by avahi, which opens udp
 # ports. --demo then pushes a small app to this very host and removes it again. It asks nothing,
 # says only what it changes, and a second run changes nothing. For Ubuntu 12.04 and 14.04 (Upstart),
@@ -223,6 +223,9 @@ missing_packages() {
     # only recommended with docker.io; without them an engine, a pull or an ADD fails on some hosts
     have ip || echo iproute2
     have xz || echo xz-utils
+    have openssl || echo openssl
+    # those of the oldest releases speak a protocol that is gone
+    have certbot || case $RELEASE in 'ubuntu 12.04' | 'ubuntu 14.04') ;; *) echo certbot ;; esac
     [ -s /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     [ ! -d /sys/kernel/security/apparmor ] || have apparmor_parser || echo apparmor
     grep -qE ' cgroup2? ' /proc/mounts ||
@@ -238,6 +241,10 @@ ensure_packages() {
         if [ "$package" = docker.io ]; then
             packaged docker.io || continue      # require_engine says what to do
             if packaged docker-cli && ! have docker; then set -- "$@" docker-cli; fi
+        fi
+        if [ "$package" = certbot ] && ! packaged certbot; then
+            note "no certbot in $RELEASE's lists (on Ubuntu, enable universe): dockhand https will want it"
+            continue
         fi
         set -- "$@" "$package"
     done

@@ -23,7 +23,7 @@ default site, if nobody changed it, becomes *.disabled. To docker it gives image
 containers, volumes and one network. Where nginx does not run, what wants it to reload
 starts it; `recover` restarts docker where docker keeps a port for no container.
 
-How to read it. Each section has a banner and uses those above it (Host alone names two
+How to read it. Each section has a banner and uses those above it (Host alone names three
 classes further down). First come the tools, then pure functions: what strangers send is
 read, judged and rendered there, and nothing is touched. Then docker, nginx, the app and
 the two engines, each a class. From "Switching" on they act. A push is `serve`, as the
@@ -62,6 +62,18 @@ def to_bytes(text):
     errors = 'strict' if PYTHON_2 else 'surrogateescape'
     return text if isinstance(text, bytes) else text.encode('utf-8', errors)
 
+# Before, it names no host to a server that speaks TLS
+SPEAKS_TLS = sys.version_info >= (2, 7, 9)
+
+def tls_context():
+    """What opens a connection with TLS, for looking alone: nothing is verified."""
+    import ssl
+    protocol = ssl.PROTOCOL_SSLv23 if PYTHON_2 else ssl.PROTOCOL_TLS_CLIENT
+    context = ssl.SSLContext(protocol)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
 # ---- Constants: paths, limits, templates -----------------------------------------------
 # What is written where, how long is waited, and the texts of our own files.
 
@@ -80,6 +92,12 @@ SUDOERS = '/etc/sudoers.d/dockhand'
 NGINX = '/etc/nginx'
 PROXIES = '/etc/nginx/conf.d'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
+CERTIFICATES = STATE + '/certificates'      # what nginx reads; certbot has its own
+OWN_CERTIFICATES = CERTIFICATES + '/own'    # that people brought
+CHALLENGES = STATE + '/acme'                # where a certificate authority looks
+CHALLENGE_PATH = '/.well-known/acme-challenge/'
+CERTBOT = '/etc/letsencrypt'
+RENEWAL_HOOK = CERTBOT + '/renewal-hooks/deploy/dockhand'
 JOBS = '/etc/init'
 JOB_LOGS = '/var/log/upstart'
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
@@ -97,6 +115,9 @@ HEALTH_TIMEOUT = 60                 # seconds for an app to answer in
 STEADY = 2.0                        # seconds that it must keep running
 RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
 DRAIN = 30                          # seconds for requests that were begun
+CERTBOT_TIMEOUT = 300               # seconds for the certificates of an app
+ORDER_AGAIN = 720                   # seconds until a push asks again for one
+WARN_DAYS = 14                      # before a certificate that people brought ends
 FILE_LIMIT = 2 ** 18                # bytes of a pushed file
 MOST_PATHS = 100000                 # files and folders of a commit
 LONGEST_PATH = 2000                 # letters of one of them, as git shows it
@@ -194,6 +215,23 @@ start on started docker
 task
 exec {program} recover
 '''
+# Which certbot runs for each certificate that it has renewed: with it, or after dockhand
+# has gone. It acts on those that dockhand ordered.
+RENEWAL_HOOK_TEXT = '''#!/bin/sh
+# dockhand: gives nginx its own copy of a certificate that certbot has renewed
+set -eu
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+umask 077
+name=$(basename "$RENEWED_LINEAGE")
+case $name in dockhand-*) name=${{name#dockhand-}} ;; *) exit 0 ;; esac
+cd {certificates} || exit 0
+new=.$name.pem.renewed
+cat "$RENEWED_LINEAGE/fullchain.pem" "$RENEWED_LINEAGE/privkey.pem" >"$new"
+[ "$(openssl x509 -noout -pubkey -in "$new")" = "$(openssl pkey -pubout -in "$new")" ]
+sync
+mv "$new" "$name.pem"
+[ ! -s /run/nginx.pid ] || {{ nginx -t -q && nginx -s reload; }}
+'''.format(certificates=CERTIFICATES)
 KEYS = '.ssh/authorized_keys'
 KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
@@ -430,10 +468,18 @@ class Clock(object):
     sleep = staticmethod(time.sleep)
     time = staticmethod(time.time)
 
-def open_connection(place, timeout):
-    """A socket that is connected to an (address, port); EnvironmentError if none is."""
+def open_connection(place, timeout, tls_name=None):
+    """A socket that is connected to an (address, port); EnvironmentError if none is.
+    tls_name: speak TLS, and ask for this host name; who answers is not verified"""
     import socket
-    return socket.create_connection(place, timeout)
+    connection = socket.create_connection(place, timeout)
+    if tls_name is None:
+        return connection
+    try:
+        return tls_context().wrap_socket(connection, server_hostname=tls_name)
+    except BaseException:
+        connection.close()
+        raise
 
 NEVER = '(?!)'                      # a pattern that matches nothing
 
@@ -447,9 +493,10 @@ class Host(object):
         self.user = user
         self.clock = clock
         self.connect = connect
-        # Chapters of their own, further down: how this host's docker and nginx are asked
+        # Chapters of their own, further down: what this host's docker and nginx are asked
         self.docker = Docker(self)
         self.nginx = Nginx(self)
+        self.certificates = Certificates(self)
         self.upstart = None             # what is_upstart found out
 
     def path(self, *parts):
@@ -648,8 +695,9 @@ def make_folder(path, mode=0o755, account=None):
     return made or os.stat(path)[:6] != before[:6]
 
 @contextmanager
-def locked(path, purpose):
-    """Hold a lock on a file that is never deleted; the purpose is written in it."""
+def locked(path, purpose, patience=None):
+    """Hold a lock on a file that is never deleted; the purpose is written in it.
+    patience: seconds to wait for it, then it is a Failure; None: as long as it takes"""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         os.makedirs(folder)
@@ -661,13 +709,27 @@ def locked(path, purpose):
         try:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except EnvironmentError:
-            step('Waiting for ' + ((read_file(path) or '').strip() or 'another command'))
-            fcntl.flock(holder, fcntl.LOCK_EX)
+            other = (read_file(path) or '').strip() or 'another command'
+            step('Waiting for ' + other)
+            if patience is None:
+                fcntl.flock(holder, fcntl.LOCK_EX)
+            else:
+                wait_for_lock(holder, patience, other)
 
         holder.truncate(0)
         holder.write('%s, since %s\n' % (purpose, time.strftime('%H:%M:%S')))
         holder.flush()
         yield
+
+def wait_for_lock(holder, patience, other):
+    """Take a lock that another command has, in so many seconds, or Failure."""
+    deadline = monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except EnvironmentError:
+            refuse_if(monotonic() > deadline, 'it took too long to wait for %s', other)
+            time.sleep(0.2)
 
 def attempt(title, function, *args):
     """Call a function; False where it fails, which is told under a title."""
@@ -1809,8 +1871,8 @@ def expand_word(word, env):
 
 # words: its name and arguments, without their quotes. line: in which it begins, from 1.
 # begin, end: where in the text it stands, its `;` or `}` included. inside: [Directive] of
-# its block, None where it ends with `;`.
-Directive = namedtuple('Directive', 'words line begin end inside')
+# its block, None where it ends with `;`. opened: where in the text that block begins.
+Directive = namedtuple('Directive', 'words line begin end inside opened')
 
 # What stands at one place of an nginx file. A bare word goes on over quotes, `#`, `}` and
 # what a backslash precedes; `{` ends it, but not right after `$`.
@@ -1843,7 +1905,7 @@ class NginxReader(object):
         self.text = text
         self.troubles = []
         self.directives = []
-        self.around = []        # of each open block: (words, line, begin, list it is in)
+        self.around = []        # of each open block: (it so far, list it is in)
         self.into = self.directives
         self.words = []         # of the directive that is being read
         self.line = 1           # in which it begins
@@ -1910,9 +1972,11 @@ class NginxReader(object):
             return False
 
         if mark == ';':
-            self.add(Directive(self.words, self.line, self.begin, match.end(), None))
+            self.add(Directive(self.words, self.line, self.begin, match.end(), None,
+                               None))
         elif mark == '{':
-            self.around.append((self.words, self.line, self.begin, self.into))
+            block = Directive(self.words, self.line, self.begin, None, None, match.end())
+            self.around.append((block, self.into))
             self.into = []
         else:
             self.close(match.end())
@@ -1922,8 +1986,8 @@ class NginxReader(object):
     def close(self, end):
         """End the innermost block."""
         inside = self.into
-        words, line, begin, self.into = self.around.pop()
-        self.add(Directive(words, line, begin, end, inside))
+        block, self.into = self.around.pop()
+        self.add(block._replace(end=end, inside=inside))
 
     def add(self, directive):
         self.into.append(directive)
@@ -2120,7 +2184,8 @@ OWN_VARIABLES = r'''(?xi)
         | proxy_add_x_forwarded_for | fastcgi_script_name | fastcgi_path_info
         | gzip_ratio | memcached_key | secure_link | secure_link_expires | slice_range
         | invalid_referer | date_local | date_gmt | modern_browser | ancient_browser
-        | msie | http2 | http3 | spdy | spdy_request_priority | dockhand_token)\Z'''
+        | msie | http2 | http3 | spdy | spdy_request_priority
+        | dockhand_(token | plain | none))\Z'''
 CAPTURE = r"""\(\?P?[<']([A-Za-z_]\w*)[>']"""
 
 def captured_variables(directives):
@@ -2605,8 +2670,224 @@ def robbed_text(claim, other, known):
     return '%s: "%s" would take requests from %s, which has "%s": %s' % (
         claim.place, name, owner_text(other.path, known), printable(other.name), remedy)
 
+# ---- Proxy files: https (pure functions) -----------------------------------------------
+# What nginx gets for an app with https besides its proxy file: where a certificate
+# authority looks, a way from http to https, and of each server a twin that listens with
+# TLS. It stands between two marks; what lies outside them is the file as it was pushed or
+# made. Uses the reader and what a file may say beside others.
+
+# path: of a file with the chain and its key; names: that it is good for, in lower case,
+# where `*.x` stands for one label before `.x`
+Certificate = namedtuple('Certificate', 'path names')
+
+HTTPS_BEGIN = '# dockhand: https, from here\n'
+HTTPS_END = '# dockhand: https, to here\n'
+
+# A challenge comes first: a `return` that the server says itself would answer before any
+# location, and the server may want a password.
+PASS_CHALLENGES = 'if ($uri ~ "^/\\.well-known/acme-challenge/") { break; }\n'
+CHALLENGE_LOCATION = '''location ^~ %s {
+    root %s;
+    auth_basic off; allow all; default_type text/plain;
+%%s}
+''' % (CHALLENGE_PATH, CHALLENGES)
+
+# Not for whom a proxy in front has sent here: it may have been asked by https.
+TO_HTTPS = '''if ($dockhand_plain ~* "^\\|({names})/(?!\\.well-known/acme-challenge/)") {{
+    return 301 https://$host$request_uri;
+}}
+'''
+SET_PLAIN = 'set $dockhand_plain "$http_x_forwarded_proto|$host$uri";\n'
+NAMES_AT_ONCE = 10              # in one expression: nginx takes no word over 4 KB
+
+# Mozilla's intermediate ones that want no DH parameters
+CIPHERS = ':'.join('ECDHE-%s-%s' % (key, cipher) for cipher in (
+    'AES128-GCM-SHA256', 'AES256-GCM-SHA384', 'CHACHA20-POLY1305')
+    for key in ('ECDSA', 'RSA'))
+
+def is_full_name(name):
+    """Whether a host name can stand in DNS as it is, and so be certified."""
+    labels = name.split('.')
+    if len(labels) < 2 or len(name) > 253 or labels[-1].isdigit():
+        return False
+    return all(re.match(r'[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z', label)
+               for label in labels)
+
+def is_covered_by(name, certified):
+    """Whether a certificate for some names is good for a server_name."""
+    parent = name.partition('.')[2]
+    is_host_name = re.match(r'(\*\.)?[a-z0-9._-]+\Z', name)
+    return bool(is_host_name) and (name in certified or '*.' + parent in certified)
+
+def plain_servers(directives):
+    """[(block, Server)] of those that https is made for: they listen on port 80 alone.
+    One that listens on 443 itself is left alone, and so are its names."""
+    servers = [(block, read_server(block, '')) for block in server_blocks(directives)]
+    own = set()
+    for _, server in servers:
+        if any(listen.port == '443' for listen in server.listens):
+            own.update(server.names)
+
+    plain = []
+    for block, server in servers:
+        names = [name for name in server.names if name not in own]
+        if names and all(is_plain_web(listen) for listen in server.listens):
+            plain.append((block, server._replace(names=names)))
+    return plain
+
+def is_plain_web(listen):
+    """Whether a Listen is for http as browsers ask for it."""
+    return listen.port == '80' and not set(listen.words) & set(['ssl', 'proxy_protocol'])
+
+def plain_names(text):
+    """The names of a proxy file that may have https, in their order."""
+    names = []
+    for _, server in plain_servers(NginxReader(text).directives):
+        names += [name for name in server.names if name not in names]
+    return names
+
+def names_for_https(text):
+    """Those of them that an authority certifies."""
+    return [name for name in plain_names(text) if is_full_name(name)]
+
+def uses_of(names, certificates):
+    """What each certificate is used for among some names: [(Certificate, [name])]. The
+    first that is good for a name has it."""
+    uses = []
+    left = list(names)
+    for certificate in certificates:
+        covered = [name for name in left if is_covered_by(name, certificate.names)]
+        left = [name for name in left if name not in covered]
+        if covered:
+            uses.append((certificate, covered))
+    return uses
+
+def with_https(text, certificates, version):
+    """A proxy file as it is installed for an app with https.
+    certificates: [Certificate] that are there; version: nginx's, as a tuple"""
+    reader = NginxReader(text)
+    if reader.troubles:
+        return text
+
+    for block, server in reversed(plain_servers(reader.directives)):
+        uses = uses_of(server.names, certificates)
+        twins = ''.join(render_twin(text, block, server, use, version) for use in uses)
+        if twins:
+            text = put_lines(text, block.end, twins)
+        names = [name for _, covered in uses for name in covered]
+        lines = challenge_lines(block) + redirect_lines(names)
+        if lines:
+            text = put_lines(text, block.opened, indented(lines), '    ')
+    return text
+
+def put_lines(text, at, lines, indent=''):
+    """A text with lines of ours behind a place in it, between our marks."""
+    before = indent
+    if text[at:at + 1] == '\n':
+        at += 1
+    else:
+        before = ' '
+    return text[:at] + before + HTTPS_BEGIN + lines + indent + HTTPS_END + text[at:]
+
+def without_https(text):
+    """A text without what with_https has put into it, in one pass whatever it is."""
+    pieces = text.split(HTTPS_BEGIN)
+    kept = pieces[:1]
+    for piece in pieces[1:]:
+        _, end, rest = piece.partition(HTTPS_END)
+        if end:
+            kept[-1] = kept[-1].rstrip(' ')
+            kept.append(rest)
+        else:
+            kept.append(HTTPS_BEGIN + piece)
+    return ''.join(kept)
+
+def indented(lines):
+    return ''.join('    ' + line for line in lines.splitlines(True))
+
+def challenge_lines(block):
+    """What lets challenges through a `server` block, '' where it has a place for them."""
+    more = ''
+    for directive in block.inside:
+        if directive.words[0] == 'location' and 'acme-challenge' in directive.words[-1]:
+            return ''
+        if directive.words[0] == 'auth_request':
+            more = '    auth_request off;\n'
+    return PASS_CHALLENGES + CHALLENGE_LOCATION % more
+
+def redirect_lines(names):
+    """What sends those who ask for these names by http to https."""
+    lines = ''
+    for at in range(0, len(names), NAMES_AT_ONCE):
+        some = '|'.join(expression_of(name) for name in names[at:at + NAMES_AT_ONCE])
+        lines += TO_HTTPS.format(names=some)
+    return lines and SET_PLAIN + lines
+
+def expression_of(name):
+    """The expression for the hosts of a server_name that its certificate is good for."""
+    return name.replace('.', '\\.').replace('*', '[^./|]+', 1)
+
+# What a twin says in its own way
+TWIN_SAYS = ('listen', 'server_name', 'ssl', 'ssl_certificate', 'ssl_certificate_key')
+
+def render_twin(text, block, server, use, version):
+    """A server as it listens with TLS for the names of a certificate.
+    use: (Certificate, [name])"""
+    certificate, names = use
+    said = set(directive.words[0] for directive in block.inside)
+    lines = tls_listens(server, version) + [
+        'server_name ' + ' '.join(names),
+        'ssl_certificate ' + certificate.path,
+        'ssl_certificate_key ' + certificate.path]
+    lines += [line for line in tls_lines(version) if line.split()[0] not in said]
+
+    head = ''.join('    %s;\n' % line for line in lines)
+    body = text_inside(text, block, TWIN_SAYS)
+    return 'server {\n' + head + indented(challenge_lines(block)) + body + '}\n'
+
+def text_inside(text, block, left_out):
+    """What stands in a block, without the directives of some names."""
+    parts = []
+    at = block.opened
+    for directive in block.inside:
+        if directive.words[0] in left_out:
+            parts.append(text[at:directive.begin].rstrip(' \t'))
+            at = directive.end
+            if parts[-1].endswith('\n') and text[at:at + 1] == '\n':
+                at += 1
+    parts.append(text[at:block.end - 1])
+    return ''.join(parts).lstrip('\n')
+
+def tls_listens(server, version):
+    """How the twin of a Server listens: on IPv6 where that does, and where nginx wants no
+    word for it that only one file may say."""
+    words = ' ssl'
+    if (1, 9, 5) <= version < (1, 25, 1):
+        words += ' http2'
+
+    addresses = [listen.address for listen in server.listens]
+    lines = []
+    if '*' in addresses or version < (1, 3, 4):
+        lines.append('listen 443' + words)
+    if '[::]' in addresses and version >= (1, 3, 4):
+        lines.append('listen [::]:443' + words)
+    return lines
+
+def tls_lines(version):
+    """What nginx is told of TLS, as [directive without its `;`]."""
+    lines = ['ssl_protocols TLSv1.2' + (' TLSv1.3' if version >= (1, 13) else ''),
+             'ssl_ciphers ' + CIPHERS,
+             'ssl_prefer_server_ciphers off',
+             'ssl_session_cache shared:dockhand:10m',
+             'ssl_session_timeout 1d']
+    if version >= (1, 5, 9):
+        lines.append('ssl_session_tickets off')
+    if version >= (1, 25, 1):
+        lines.append('http2 on')
+    return lines
+
 # ---- Proxy files: made, and held against the others' (pure functions) -----------------
-# The files that we make ourselves, and each file beside all others. Uses the three
+# The files that we make ourselves, and each file beside all others. Uses the four
 # sections above.
 
 GENERATED = '''{fronts}server {{
@@ -2813,7 +3094,15 @@ def place_text(place, known):
         return place
     return owner_text(path, known)
 
-CATCH = 'server {\n%s    server_name _;\n    %s;\n}\n'
+CATCH = 'server {\n%s    server_name _;\n%s}\n'
+
+# No certificate at all, for a nginx that takes one from a variable and cannot refuse
+# without: the handshake fails
+NO_CERTIFICATE = '''    set $dockhand_none "";
+    ssl_certificate data:$dockhand_none;
+    ssl_certificate_key data:$dockhand_none;
+    return 444;
+'''
 
 # nginx's first version that adds a header to an answer like 404 too
 ADD_ALWAYS = (1, 7, 5)
@@ -2824,10 +3113,11 @@ TOKEN_HEADER = '''map $request_uri $dockhand_token {{
 add_header X-Dockhand $dockhand_token always;
 '''
 
-def render_catch_all(servers, version, ipv6, token=''):
+def render_catch_all(servers, version, ipv6, token='', has_challenges=False):
     """000-dockhand.conf: a host name that no app has gets 404, on 443 no handshake; and
     one path, of any host name, by which a push knows that it reached this server.
-    servers: those of nginx's other files; version: nginx's, as a tuple"""
+    servers: those of nginx's other files; version: nginx's, as a tuple; has_challenges:
+    whether a certificate authority may ask for a name that no app has yet, or any more"""
     listens = [listen for server in servers for listen in server.listens]
     used = set((listen.address, listen.port) for listen in listens)
 
@@ -2840,19 +3130,33 @@ def render_catch_all(servers, version, ipv6, token=''):
         only = ' ipv6only=on' if version < (1, 3, 4) else ''
         plain += '    listen [::]:80%s;\n' % only
 
-    secure = ''
-    if ('*', '443') in used:
-        secure += '    listen 443 ssl;\n'
-    if ('[::]', '443') in used:
-        secure += '    listen [::]:443 ssl;\n'
-
     text = '# dockhand: what no app answers to; written anew when the apps change\n'
     if token and version >= ADD_ALWAYS:
         text += TOKEN_HEADER.format(path=TOKEN_PATH, token=token)
-    text += CATCH % (plain, 'return 404')
-    if secure and version >= (1, 19, 4):
-        text += CATCH % (secure, 'ssl_reject_handshake on')
-    return text
+    challenges = ''
+    if has_challenges:
+        challenges = indented(PASS_CHALLENGES + CHALLENGE_LOCATION % '')
+    text += CATCH % (plain, challenges + '    return 404;\n')
+    return text + render_secure_catch(used, version)
+
+def render_secure_catch(used, version):
+    """The server that refuses unknown names on 443, '' where nobody listens there, and
+    before 1.15.9, which would have to show them a certificate. What it says of TLS holds
+    for all: nginx takes the protocols from the first server of a port.
+    used: {(address, port)}"""
+    listens = ''
+    if ('*', '443') in used:
+        listens += '    listen 443 ssl;\n'
+    if ('[::]', '443') in used:
+        listens += '    listen [::]:443 ssl;\n'
+    if not listens or version < (1, 15, 9):
+        return ''
+
+    refusal = NO_CERTIFICATE
+    if version >= (1, 19, 4):
+        refusal = '    ssl_reject_handshake on;\n'
+    tls = ''.join('    %s;\n' % line for line in tls_lines(version))
+    return CATCH % (listens, tls + refusal)
 
 def stage_nginx_conf(text, catch_all, paths):
     """A copy of nginx.conf with our catch-all and these files for what is in conf.d."""
@@ -2936,8 +3240,8 @@ def unquoted(problem, known):
     place, _, said = problem.partition(': ')
     return '%s: %s' % (place_text(place, known), re.sub('"[^"]*"', '"..."', said))
 
-# ---- What docker and ss print (pure functions) -----------------------------------------
-# Read for "Docker" and "nginx" below.
+# ---- What docker, ss, openssl and certbot print (pure functions) -----------------------
+# Read for "Docker", "nginx" and "Certificates" below.
 
 class StageReader(object):
     """Finds in what the older builder prints what it made, or used again, on the way.
@@ -3021,6 +3325,77 @@ def read_sockets(text):
                               fields[4].rpartition(':')[0], pids))
     return sockets
 
+def pem_blocks(text):
+    """The certificates and keys in a text, [str], each from BEGIN to END."""
+    blocks = []
+    lines = None                    # of the block that is being read
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith('-----BEGIN '):
+            lines = []
+        if lines is None:
+            continue
+
+        lines.append(line)
+        if line.startswith('-----END '):
+            blocks.append('\n'.join(lines))
+            lines = None
+    return blocks
+
+# What a certificate says. names: [str] that it is good for; issuer: who signed it;
+# begins, ends: in seconds since 1970
+X509 = namedtuple('X509', 'names issuer begins ends')
+
+def read_x509(said):
+    """The X509 in what `openssl x509 -issuer -dates -text` prints, or None."""
+    issuer = re.search(r'(?m)^issuer=.*?(?:CN|O) ?= ?([^,/\n]+)[^=\n]*$', said)
+    begins = re.search(r'(?m)^notBefore=(.*)$', said)
+    ends = re.search(r'(?m)^notAfter=(.*)$', said)
+    names = re.search(r'X509v3 Subject Alternative Name:.*\n(.*)', said)
+    if not begins or not ends:
+        return None
+    return X509(re.findall(r'DNS:([^\s,]+)', names.group(1).lower()) if names else [],
+                issuer.group(1) if issuer else 'somebody without a name',
+                seconds_of(begins.group(1)), seconds_of(ends.group(1)))
+
+def seconds_of(moment):
+    """`Nov 29 01:00:00 2026 GMT`, as openssl prints a moment, in seconds since 1970."""
+    import calendar
+    return calendar.timegm(time.strptime(moment.strip(), '%b %d %H:%M:%S %Y GMT'))
+
+def certbot_reason(said):
+    """Why certbot got no certificate, in a line, of all that it printed: what the
+    authority says in detail, or else the line behind `An unexpected error`."""
+    lines = [line.strip() for line in said.splitlines()]
+    for at, line in enumerate(lines):
+        if line.startswith('Detail:'):
+            detail_lines = lines[at:]
+            end = detail_lines.index('') if '' in detail_lines else len(detail_lines)
+            return without_tokens(' '.join(detail_lines[:end])[len('Detail:'):].strip())
+        if line.startswith('An unexpected error occurred') and lines[at + 1:]:
+            return without_tokens(lines[at + 1])
+
+    told = [line for line in lines if line and not re.match(CERTBOT_NOISE, line)]
+    return without_tokens(told[-1]) if told else 'certbot says nothing'
+
+CERTBOT_NOISE = '(Saving debug log|Ask for help|Some challenges have failed|- - )'
+
+def without_tokens(reason):
+    """A reason without what is another one each time: the file that was asked for."""
+    return plain_line(re.sub(CHALLENGE_PATH + r'[\w-]+', CHALLENGE_PATH + '...', reason))
+
+def renewal_reason(log_text, lineage):
+    """Why a certificate was not renewed the last time, by certbot's own log, or ''. What
+    the authority said stands before the line that names it."""
+    failure = 'Failed to renew certificate %s with error: ' % lineage
+    before, mark, after = log_text.rpartition(failure)
+    if not mark:
+        return ''
+    told = before[before.rfind(':Notifying user: Renewing'):]
+    if 'Detail:' in told:
+        return certbot_reason(told)
+    return plain_line(after.partition('\n')[0])
+
 # ---- The machine: init, disk, routes ---------------------------------------------------
 # What differs between hosts, and is neither docker's nor nginx's.
 
@@ -3064,11 +3439,13 @@ def host_lock(host, who):
     who: the app's name, or the command's"""
     return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + who)
 
-def fetch_status(host, name, port, timeout=5, address='127.0.0.1'):
+HEAD_END = b'\r\n\r\n'            # of an answer
+
+def fetch_status(host, name, port, timeout=5, address='127.0.0.1', is_tls=False):
     """What nginx on this machine, or what is at an address, answers to a request for a
     host name: `200`, or `nothing`, with a reason if there is one."""
     try:
-        return status_in(fetch_head(host, name, port, timeout, address))
+        return status_in(fetch_head(host, name, port, timeout, address, is_tls=is_tls))
     except EnvironmentError as error:
         return 'nothing (%s)' % error
 
@@ -3079,9 +3456,10 @@ def status_in(head):
         return words[1]
     return 'nothing'
 
-def fetch_head(host, name, port, timeout, address, path='/'):
-    """The head of what an address answers to a request for a host name, up to 16 KB."""
-    connection = host.connect((address, port), timeout)
+def fetch_head(host, name, port, timeout, address, path='/', is_tls=False, end=HEAD_END):
+    """What an address answers to a request for a host name, up to 16 KB, to the end of
+    its head, or to other bytes."""
+    connection = host.connect((address, port), timeout, name if is_tls else None)
     deadline = host.clock.monotonic() + timeout
     head = b''
     try:
@@ -3093,7 +3471,7 @@ def fetch_head(host, name, port, timeout, address, path='/'):
         while len(head) < 16384 and host.clock.monotonic() < deadline:
             data = connection.recv(4096)
             head += data
-            if not data or b'\r\n\r\n' in head:
+            if not data or end in head:
                 break
     finally:
         connection.close()
@@ -3481,7 +3859,7 @@ class Nginx(object):
     def catch_all_text(self, files):
         """What 000-dockhand.conf is to hold beside these files, {path: ProxyFile}."""
         return render_catch_all(all_servers(files), self.version(), has_ipv6(self.host),
-                                self.token())
+                                self.token(), self.host.certificates.are_any())
 
     def token(self):
         """What nginx here says at TOKEN_PATH; '' before it was installed."""
@@ -3501,6 +3879,11 @@ class Nginx(object):
     def check_file(self, release, files, older, known):
         """The same; what it says names lines of nginx-proxy.conf, which nobody has seen
         where that was made here."""
+        self.check_rules(release, files, older, known)
+        self.check_text(release, files, known)
+
+    def check_rules(self, release, files, older, known):
+        """Failure where it clashes with another; nginx itself is not asked."""
         own = proxy_path(release.app)
         check_not_foreign(self.host, own, release.app)
         others = dict(files)
@@ -3515,6 +3898,8 @@ class Nginx(object):
         check_proxy(pushed.servers, all_servers(others), known)
         self.check_named_files(pushed.directives)
 
+    def check_text(self, release, files, known):
+        """Failure where nginx refuses it."""
         problem = self.test(release.app, pushed_part(release), files)
         if not problem:
             return
@@ -3630,23 +4015,70 @@ class Nginx(object):
         and make nginx follow. older, known: as check wants them"""
         app = release.app
         with host_lock(self.host, app):
-            if self.host.text(proxy_path(app)) == release.proxy:
+            if self.host.text(proxy_path(app)) == self.form(app, release.proxy):
                 return
 
             files = self.files()
-            if release.proxy:
-                self.check(release, files, older, known)
+            text = release.proxy
+            if text:
+                text = self.checked_form(release, files, older, known)
             neighbour = self.answering_neighbour(app, files)
-            if self.write(app, release.proxy, files):
+            if self.write(app, text, files):
                 self.reload()
                 self.check_neighbour(neighbour)
+
+    def checked_form(self, release, files, older, known):
+        """The form in which a release's proxy file is installed; Failure as check has
+        it."""
+        try:
+            self.check_rules(release, files, older, known)
+            text = self.usable_form(release.app, release.proxy, files)
+            if text == release.proxy:           # with https nginx has said yes already
+                self.check_text(release, files, known)
+            return text
+        except Failure as problem:
+            raise Failure('%s', told_of_file(release, str(problem)))
+
+    def form(self, app, text):
+        """An app's proxy file with what https adds to it now."""
+        return self.host.certificates.render(app, text)
+
+    def usable_form(self, app, text, files):
+        """The same; where nginx refuses the file only with https, the file alone: no
+        certificate, and nothing that we add, keeps an app from being served."""
+        form = self.form(app, text)
+        if form == text:
+            return text
+        problem = self.form_problem(app, form, files)
+        if problem:
+            step('https: nginx refuses the proxy file of %s with it, which goes on '
+                 'without: %s', app, problem)
+            return text
+        return form
+
+    def form_problem(self, app, form, files):
+        """What nginx says against an app's proxy file with https, and the line it means;
+        or ''."""
+        problem = self.test(app, form, files)
+        named = re.match(r'nginx-proxy\.conf:(\d+): ', problem)
+        if not named:
+            return problem
+        line = form.split('\n')[int(named.group(1)) - 1].strip()
+        return '%s (`%s`)' % (problem[named.end():], printable(line))
 
     def restore(self, app, text):
         """Put the text back that was live before, or take the file away: it is not
         checked again, and nginx reloads whatever lies there."""
         with host_lock(self.host, app):
-            self.write(app, text, self.files())
+            files = self.files()
+            self.write(app, self.usable_form(app, text, files), files)
             self.reload()
+
+    def refresh(self):
+        """Bring our catch-all up to date."""
+        with host_lock(self.host, 'dockhand'):
+            if replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files())):
+                self.reload()
 
     def remove(self, app):
         """Take an app's proxy file away for good."""
@@ -3810,6 +4242,249 @@ class Nginx(object):
             if address in [socket.peer for socket in held]:
                 return False
         return True
+
+# ---- Certificates ----------------------------------------------------------------------
+# For https: the files that nginx reads, which are ours, and certbot, who gets and renews
+# what is in them. nginx never reads certbot's own: where certbot is removed, or one of
+# its certificates, nginx would not start any more, and every site be down.
+
+LINEAGE = 'dockhand-'           # how certbot calls what we order, before the host name
+OTHER_CERTBOT = 'Another instance of Certbot is already running'
+NO_CERTBOT = 'certbot is missing: apt-get install certbot'
+OLD_HOST = ('the certbots of Ubuntu 12.04 and 14.04 speak a protocol that is gone: bring '
+            'a certificate, with `dockhand https APP --cert`')
+
+def is_whole_pem(text):
+    """Whether a text may be a certificate and its key."""
+    return '-----BEGIN CERTIFICATE-----' in text and ' KEY-----' in text
+
+class Certificates(object):
+    """The certificates of a server. What openssl said of a file is kept."""
+    def __init__(self, host):
+        self.host = host
+        self.known = {}             # {text of a file: its X509, or None}
+
+    # What nginx has
+
+    def path(self, name):
+        """The file for a host name, with its chain and key."""
+        return '%s/%s.pem' % (CERTIFICATES, name)
+
+    def own_path(self, app):
+        """The file that somebody brought for an app."""
+        return '%s/%s.pem' % (OWN_CERTIFICATES, app)
+
+    def are_any(self):
+        """Whether any app has, or had, https."""
+        return os.path.isdir(self.host.path(CERTIFICATES))
+
+    def is_on(self, app):
+        """Whether an app is to have https."""
+        return os.path.exists(self.host.path(STATE, 'apps', app, 'https'))
+
+    def is_there(self, path):
+        """Whether nginx can read a file: a power cut, or a person, may have taken it."""
+        return is_whole_pem(self.host.text(path))
+
+    def own(self, app):
+        """The Certificate that somebody brought for an app, or None."""
+        path = self.own_path(app)
+        if not self.is_there(path):
+            return None
+        x509 = self.read(path)
+        return Certificate(path, x509.names) if x509 else None
+
+    def of(self, app, names):
+        """[Certificate] that are there for an app's names; one that somebody brought wins
+        over certbot's."""
+        own = self.own(app)
+        found = [own] if own else []
+        return found + [Certificate(self.path(name), [name]) for name in names
+                        if self.is_there(self.path(name))]
+
+    def secured(self, app, text):
+        """The names of an app's proxy file that it has https for."""
+        if not self.is_on(app):
+            return []
+        names = names_for_https(text)
+        certified = [name for certificate in self.of(app, names)
+                     for name in certificate.names]
+        return [name for name in names if is_covered_by(name, certified)]
+
+    def render(self, app, text):
+        """What conf.d is to hold of an app's proxy file, with the certificates that are
+        there now. Where https is off again, what certbot has is renewed all the same."""
+        on = self.is_on(app)
+        ordered = [name[:-len('.pem')] for name in
+                   list_folder(self.host.path(CERTIFICATES)) if name.endswith('.pem')]
+        if not text or not (on or any(name in text for name in ordered)):
+            return text
+
+        names = names_for_https(text)
+        if not on and not set(names) & set(ordered):
+            return text
+        certificates = self.of(app, names) if on else []
+        return with_https(text, certificates, self.host.nginx.version())
+
+    def read(self, path):
+        """The X509 of the first certificate in a file, or None."""
+        text = self.host.text(path)
+        if text not in self.known:
+            self.known[text] = read_x509(self.openssl(
+                path, 'x509', '-noout', '-issuer', '-dates', '-text'))
+        return self.known[text]
+
+    def openssl(self, path, *words):
+        """What openssl prints of a file, '' where it cannot read it."""
+        argv = ('openssl', words[0], '-in', self.host.path(path)) + words[1:]
+        return self.host.ask(argv).out
+
+    def days_left(self, x509):
+        return int((x509.ends - self.host.clock.time()) // 86400)
+
+    def is_late(self, name):
+        """Whether less than a quarter of its time is left: certbot renews before that."""
+        x509 = self.read(self.path(name))
+        if x509 is None:
+            return True
+        left = x509.ends - self.host.clock.time()
+        return left < (x509.ends - x509.begins) / 4.0
+
+    def keep(self, path, text):
+        """Put a certificate and its key where nginx reads them; Failure where they do not
+        belong together. True if that changed anything."""
+        make_folder(self.host.path(CERTIFICATES), 0o700)
+        make_folder(os.path.dirname(self.host.path(path)), 0o700)
+        return replace_file(self.host.path(path), text, 0o600, self.check_pair)
+
+    def check_pair(self, path):
+        """Failure where a file's key is not that of its first certificate."""
+        of_key = self.host.ask(['openssl', 'pkey', '-in', path, '-pubout']).out
+        argv = ['openssl', 'x509', '-in', path, '-noout', '-pubkey']
+        refuse_if(not of_key or of_key != self.host.ask(argv).out,
+                  'the key does not belong to the certificate')
+
+    # Why there is none
+
+    def failed_path(self, name):
+        return self.host.path(CERTIFICATES, name + '.failed')
+
+    def note(self, name, why, was_asked):
+        """Write down why a name has no certificate, and when that was found out.
+        was_asked: whether the authority was: it counts how often it says no"""
+        make_folder(self.host.path(CERTIFICATES), 0o700)
+        told = {'time': round(self.host.clock.time(), 2), 'why': why, 'asked': was_asked}
+        replace_file(self.failed_path(name), to_json(told), 0o600)
+
+    def noted(self, name):
+        """{'time', 'why', 'asked'} of what was noted, or {}."""
+        return read_json(self.failed_path(name))
+
+    def is_refused_lately(self, name):
+        """Whether the authority said no a moment ago: after five times in an hour it says
+        nothing else any more."""
+        noted = self.noted(name)
+        is_recent = noted.get('time', 0) > self.host.clock.time() - ORDER_AGAIN
+        return bool(noted.get('asked')) and is_recent
+
+    # Certbot
+
+    def has_certbot(self):
+        return bool(self.host.ask(['which', 'certbot']).out)
+
+    def lineage_files(self, name):
+        """What certbot has for a name: its chain and its key."""
+        folder = self.host.path(CERTBOT, 'live', LINEAGE + name)
+        return [os.path.join(folder, file) for file in ('fullchain.pem', 'privkey.pem')]
+
+    def is_renewed(self, name):
+        """Whether certbot has a certificate for a name, which it renews."""
+        conf = self.host.path(CERTBOT, 'renewal', LINEAGE + name + '.conf')
+        has_files = all(map(os.path.exists, self.lineage_files(name)))
+        return has_files and bool(read_file(conf))
+
+    def is_settled(self, name):
+        """Whether nginx has a certificate for a name, and certbot renews it."""
+        return self.is_there(self.path(name)) and self.is_renewed(name)
+
+    def copy(self, name):
+        """Take over what certbot has for a name; False where it has nothing, or is just
+        changing it, or was killed at that."""
+        if not self.is_renewed(name):
+            return False
+        text = ''.join(read_file(path) or '' for path in self.lineage_files(name))
+        try:
+            self.keep(self.path(name), text)
+        except Failure:
+            return False
+        return is_whole_pem(text)
+
+    def order(self, name, deadline):
+        """Have certbot get a certificate for a name, and take it over; why not, or None.
+        deadline: a moment of the clock"""
+        make_folder(self.host.path(CHALLENGES))
+        hook = self.host.path(RENEWAL_HOOK)
+        if not os.path.isdir(os.path.dirname(hook)):
+            os.makedirs(os.path.dirname(hook))
+        replace_file(hook, RENEWAL_HOOK_TEXT, 0o755)
+        if not self.is_renewed(name):
+            self.remove_remains(name)
+
+        result = self.certbot(
+            deadline, 'certonly', '--webroot', '-w', CHALLENGES, '-d', name,
+            '--cert-name', LINEAGE + name, '--keep-until-expiring', '--agree-tos',
+            '--register-unsafely-without-email')
+        if result.status == 124:
+            return 'certbot did not end in time'
+        if result.status:
+            return certbot_reason(result.out + '\n' + result.err)
+        if not self.copy(name):
+            return 'certbot says that it has got one, and there is none: see %s' % CERTBOT
+        remove_file(self.failed_path(name))
+        return None
+
+    def certbot(self, deadline, *words):
+        """Run certbot until a deadline; its Result, or one of status 124. Another one,
+        which renews or was begun by hand, is waited for; each try leaves a folder in
+        /tmp."""
+        clock = self.host.clock
+        while True:
+            left = int(deadline - clock.monotonic())
+            if left <= 0:
+                return Result(124, '', '')
+            argv = ('timeout', '-k', '9', str(left), 'certbot') + words + ('-n',)
+            result = self.host.ask(argv)
+            if OTHER_CERTBOT not in result.err + result.out:
+                return result
+            clock.sleep(5)
+
+    def remove_remains(self, name):
+        """Remove what a certbot that was killed has left of a first order: it would call
+        the next one by another name."""
+        lineage = LINEAGE + name
+        remains = [self.host.path(CERTBOT, 'renewal', lineage + '.conf')]
+        remains += [self.host.path(CERTBOT, folder, lineage)
+                    for folder in ('live', 'archive')]
+        if any(os.path.lexists(path) for path in remains):
+            self.host.run(['rm', '-rf', '--'] + remains)
+
+    def has_anything(self, name):
+        """Whether there is anything for a name that would have to go with it."""
+        conf = self.host.path(CERTBOT, 'renewal', LINEAGE + name + '.conf')
+        return any(map(os.path.lexists, (
+            self.host.path(self.path(name)), self.failed_path(name), conf)))
+
+    def give_back(self, name):
+        """Remove all that there is for a name; Failure where certbot cannot now."""
+        if self.is_renewed(name) and self.has_certbot():
+            deadline = self.host.clock.monotonic() + 60
+            result = self.certbot(deadline, 'delete', '--cert-name', LINEAGE + name)
+            refuse_if(result.status, 'certbot does not delete the certificate of %s: %s',
+                      name, certbot_reason(result.out + '\n' + result.err))
+        self.remove_remains(name)
+        for path in (self.host.path(self.path(name)), self.failed_path(name)):
+            remove_file(temporary_of(path))
+            remove_file(path)
 
 # ---- An app: its folder, releases, repository ------------------------------------------
 # What the store and the repository have of an app. Nothing here starts or stops one.
@@ -3976,7 +4651,7 @@ class App(object):
         return os.path.exists(self.folder('stopped'))
 
     def wanted_proxy(self, release):
-        """What conf.d is to hold of a release's proxy file now."""
+        """A release's proxy file as its app is to be served now, without https."""
         if self.is_stopped():
             return self.proxy_when_stopped(release)
         return release.proxy
@@ -4851,9 +5526,10 @@ def drop(app, release, *options):
     return True
 
 def remove_records(app):
-    """Remove what the store has of an app without a release, but for its config."""
+    """Remove what the store has of an app without a release, but for its config, and
+    that it is to have https."""
     parts = ['']                    # all of the app's folder
-    if app.config():
+    if app.config() or app.host.certificates.is_on(app.name):
         parts = ['releases', 'env', 'live']
     app.host.run(['rm', '-rf', '--'] + [app.folder(part) for part in parts])
 
@@ -4867,10 +5543,35 @@ def clean_up(app, live):
               if release.number != live.number]
 
     clean_up_failed(app)
-    for release in others:
-        if not release.failed and release.number not in kept:
-            remove_release(app, release)
+    leaving = [release for release in others
+               if not release.failed and release.number not in kept]
+    staying = [release for release in others + [live] if release not in leaving]
+    if app.host.certificates.are_any():
+        give_certificates_back(app, certified_names(leaving), staying)
+    for release in leaving:
+        remove_release(app, release)
     clean_up_layers(app, others)    # the images that are gone may have held some
+
+def certified_names(releases):
+    """The names of some releases that there may be certificates for, as a set."""
+    return set(name for release in releases
+               for name in names_for_https(release.proxy or ''))
+
+def give_certificates_back(app, names, staying=()):
+    """Remove the certificates for names that an app has no more: certbot would renew them
+    for ever. staying: [Release] of the app that have theirs yet"""
+    certificates = app.host.certificates
+    leaving = set(name for name in names if certificates.has_anything(name))
+    if not leaving:
+        return
+
+    others = [App(app.host, name).live() for name in list_apps(app.host)
+              if name != app.name]
+    leaving -= certified_names(list(staying) + [live for live in others if live])
+    for name in sorted(leaving):
+        step('%s has no release with the name %s any more: its certificate goes',
+             app.name, name)
+        attempt('the certificate of %s stays' % name, certificates.give_back, name)
 
 def worth_keeping(releases):
     """Those of the last images, and of one image the newest alone, so that changes of
@@ -5033,12 +5734,14 @@ def holds_ours(app, live):
     """Whether conf.d has the proxy file of a live release, open or closed, or none: not
     one that a person has changed."""
     text = read_file(app.host.path(proxy_path(app.name)))
-    return text in (None, live.proxy, app.proxy_when_stopped(live))
+    if text is None:
+        return True
+    return without_https(text) in (live.proxy, app.proxy_when_stopped(live))
 
 def is_proxy_wrong(app, live):
     """Whether a live release's proxy file is gone, or in the form of the other state, as
-    a crash leaves it."""
-    wanted = app.wanted_proxy(live)
+    a crash leaves it, or names other certificates than there are."""
+    wanted = app.nginx.form(app.name, app.wanted_proxy(live))
     if not wanted or app.host.text(proxy_path(app.name)) == wanted:
         return False
     return holds_ours(app, live)
@@ -5114,8 +5817,8 @@ def time_text(seconds):
 # '' for every name; port: a str; is_tls: whether by https
 Site = namedtuple('Site', 'name port is_tls')
 
-def site_of(release):
-    """The Site of an app that says most, or None."""
+def site_of(release, secured=()):
+    """The Site of an app that says most, or None. secured: the names that have https"""
     for server in servers_of(release.proxy or ''):
         listens = [listen for listen in server.listens if listen.address in ALL]
         names = [name for name in server.names
@@ -5127,7 +5830,10 @@ def site_of(release):
             port = listens[0].port
             is_tls = port == '443' or any(listen.port == port and 'ssl' in listen.words
                                           for listen in listens)
-            return Site(min(names, key=vagueness), port, is_tls)
+            name = min(names, key=lambda name: (vagueness(name), name not in secured))
+            if name in secured:
+                return Site(name, '443', True)
+            return Site(name, port, is_tls)
     return None
 
 def vagueness(name):
@@ -5143,10 +5849,10 @@ def is_full(name):
     """Whether the name of a Site can stand in DNS as it is."""
     return '.' in name and not name.endswith('*')
 
-def address_text(release, address):
+def address_text(release, address, secured=()):
     """The address that a person would type for a web app; of another app, its ports.
-    address: of this server"""
-    site = site_of(release)
+    address: of this server; secured: as site_of wants it"""
+    site = site_of(release, secured)
     if site is None:
         return 'ports ' + ports_text(release) if release.job else '-'
 
@@ -5168,6 +5874,9 @@ def in_url(address):
 
 def curl_text(site, address):
     """How to ask an address for a Site whose name does not lead there."""
+    if site.is_tls:
+        return 'curl --resolve %s:%s:%s %s' % (site.name, site.port, in_url(address),
+                                               url_text(site.name, site))
     return "curl -H 'Host: %s' %s" % (bare_name(site), url_text(in_url(address), site))
 
 def bare_name(site):
@@ -5178,13 +5887,15 @@ def show_address(app, release, connection):
     """Tell where an app answers; it is asked through nginx first. connection: that of
     whoever pushed, None where it is not known"""
     address = web_address(connection)
-    site = site_of(release)
+    secured = app.host.certificates.secured(app.name, release.proxy or '')
+    site = site_of(release, secured)
     if site is None and not release.job:
         return                          # what else it is was said where that was new
-    if site is None or site.is_tls:
+    if site is None or site.is_tls and not is_full(site.name):
         return step('%s: %s', app.name, address_text(release, address or 'HOST'))
     if is_full(site.name):
-        return show_name(app, release, site, address)
+        show_name(app, release, site, address)
+        return offer_https(app, release)
 
     if site.name.endswith('.*') and address and show_link(app, site, address):
         return
@@ -5211,19 +5922,31 @@ def show_link(app, site, address):
 
 def show_name(app, release, site, address):
     """The same for a Site with a full host name: does that lead here?"""
-    status = fetch_status(app.host, site.name, int(site.port))
-    elsewhere = where_it_leads(app, release, site)
+    if site.is_tls and not SPEAKS_TLS:
+        return step('%s: %s', app.name, url_text(site.name, site))
+    status = fetch_status(app.host, site.name, int(site.port), is_tls=site.is_tls)
+    port = '80' if site.is_tls else site.port
+    elsewhere = where_it_leads(app, release.proxy, site.name, int(port))
     if not elsewhere:
         return step('%s: %s answers %s', app.name, url_text(site.name, site), status)
 
     step('%s answers %s: %s', app.name, status, curl_text(site, address or 'HOST'))
     detail('%s leads %s: point it here in DNS', site.name, elsewhere)
 
-def where_it_leads(app, release, site):
-    """Where the host name of a Site leads, in words; '' where that is this nginx, perhaps
-    by way of a router or a cache, and where that cannot be told."""
+def offer_https(app, release):
+    """Say how to get https, where a full name is new and has none."""
+    names = names_for_https(release.proxy)
+    kept = app.kept()
+    before = names_for_https(kept[1].proxy or '') if kept[1:] else []
+    is_on = app.host.certificates.is_on(app.name)
+    if set(names) - set(before) and not is_on:
+        detail('https: sudo dockhand https %s', app.name)
+
+def where_it_leads(app, text, name, port=80):
+    """Where a host name leads, in words; '' where that is this nginx, perhaps by way of a
+    router or a cache, and where that cannot be told. text: the app's proxy file"""
     own = app.host.ask(['hostname', '-I']).out.split()
-    there = resolve(app.host, site.name)
+    there = resolve(app.host, name)
     if not there:
         return 'nowhere yet'
     if set(there) & set(own):
@@ -5231,16 +5954,17 @@ def where_it_leads(app, release, site):
 
     address = there[0]
     try:
-        head = fetch_head(app.host, site.name, int(site.port), 3, address, TOKEN_PATH)
+        head = fetch_head(app.host, name, port, 3, address, TOKEN_PATH)
     except EnvironmentError:
         # Most routers do not let those behind them in by their outer address.
         alike = [each for each in own if (':' in each) == (':' in address)]
         is_behind_router = alike and all(is_private(each) for each in alike)
         return '' if is_behind_router and not is_private(address) else 'to ' + address
-    return '' if may_be_ours(app, release, head) else 'to ' + address
+    return '' if may_be_ours(app, text, head) else 'to ' + address
 
-def may_be_ours(app, release, head):
-    """Whether the head of an answer at TOKEN_PATH is, or may be, this nginx's."""
+def may_be_ours(app, text, head):
+    """Whether the head of an answer at TOKEN_PATH is, or may be, this nginx's.
+    text: the app's proxy file"""
     token = app.nginx.token()
     told = re.findall(r'(?im)^x-dockhand:\s*(\w+)', head)
     if token and token in told:
@@ -5251,7 +5975,7 @@ def may_be_ours(app, release, head):
 
     # An add_header of the app's own takes the place of ours.
     names = [directive.words[0]
-             for directive in all_directives(NginxReader(release.proxy).directives)]
+             for directive in all_directives(NginxReader(text).directives)]
     would_tell = token and app.nginx.version() >= ADD_ALWAYS and 'add_header' not in names
     return status.isdigit() and not would_tell
 
@@ -5293,6 +6017,145 @@ def plan_texts(release):
     """What a plan compares of a release: {name: text}."""
     return {'upstart.conf': release.job, 'nginx-proxy.conf': release.proxy,
             'ports': ports_text(release), 'image': release.image}
+
+# ---- Https: certificates got, and used -------------------------------------------------
+# After a push, in `recover`, and when somebody asks: what an app's names want is got from
+# certbot, without the app's lock, and nginx takes it up. Whatever goes wrong is told and
+# noted, and no deploy depends on it.
+
+def noted_names(app):
+    """The full names that config has for an app, whose own file may have others."""
+    domains = app.config().get('domains', '').split()
+    return [name for name in domains if is_full_name(name)]
+
+def wanted_names(app):
+    """The full names of an app that wait for certbot's certificate or have it: those that
+    no certificate which somebody brought is good for."""
+    live = app.live()
+    names = noted_names(app) if live is None else names_for_https(live.proxy or '')
+    own = app.host.certificates.own(app.name)
+    return [name for name in names if own is None or not is_covered_by(name, own.names)]
+
+def get_certificates(app, is_asked=False):
+    """Get what is missing, and have nginx use it: [(name, why it has none)].
+    is_asked: by a person: the authority is asked even where it said no a moment ago, or
+    the name leads elsewhere"""
+    host = app.host
+    certificates = host.certificates
+    missing = [name for name in wanted_names(app) if not certificates.is_settled(name)
+               or is_asked and certificates.is_late(name)]
+    if not missing:
+        return []
+
+    deadline = host.clock.monotonic() + CERTBOT_TIMEOUT
+    lock = host.path(LOCKS, '.https')
+    with locked(lock, 'certificates for ' + app.name, CERTBOT_TIMEOUT):
+        before = [host.text(certificates.path(name)) for name in missing]
+        problems = [(name, get_certificate(app, name, deadline, is_asked))
+                    for name in missing]
+        after = [host.text(certificates.path(name)) for name in missing]
+    if after != before:
+        use_certificates(app)
+    return [(name, why) for name, why in problems if why]
+
+def get_certificate(app, name, deadline, is_asked):
+    """Get the certificate for a name; why there is none, which is noted, or None."""
+    certificates = app.host.certificates
+    if certificates.copy(name) and not certificates.is_late(name):
+        remove_file(certificates.failed_path(name))
+        return None                 # what is there is never asked for
+    if not is_asked and certificates.is_refused_lately(name):
+        return certificates.noted(name)['why']
+
+    live = app.live()
+    elsewhere = where_it_leads(app, live.proxy if live else '', name)
+    if elsewhere and not is_asked:
+        why = 'it leads %s: point it here in DNS' % elsewhere
+        certificates.note(name, why, was_asked=False)
+        return why
+    if not certificates.has_certbot():
+        why = OLD_HOST if is_upstart(app.host) else NO_CERTBOT
+        certificates.note(name, why, was_asked=False)
+        return why
+
+    step('Getting a certificate for %s', name)
+    why = certificates.order(name, deadline)
+    if why is None:
+        log('%s: a certificate for %s', app.name, name)
+        return None
+    lost = lost_addresses(app.host, name)
+    if lost:
+        why += '; ' + lost
+    certificates.note(name, why, was_asked=True)
+    return why
+
+def lost_addresses(host, name):
+    """Which of the addresses of a name do not lead to our answers for an authority, in
+    words: a file of our own is fetched through each. '' where all do."""
+    import binascii
+    secret = to_text(binascii.hexlify(os.urandom(16)))
+    path = CHALLENGE_PATH + 'dockhand-' + secret
+    place = host.path(CHALLENGES + path)
+    lost = []
+    if not os.path.isdir(os.path.dirname(place)):
+        os.makedirs(os.path.dirname(place))
+    replace_file(place, secret)
+    try:
+        for address in sorted(set(resolve(host, name))):
+            said = answer_at(host, name, address, path, to_bytes(secret))
+            if said:
+                lost.append('%s does not lead here (it answers %s)' % (address, said))
+    finally:
+        remove_file(place)
+    return ', '.join(lost)
+
+def answer_at(host, name, address, path, wanted):
+    """What an address says that does not answer with some bytes, or ''."""
+    try:
+        answer = fetch_head(host, name, 80, 3, address, path, end=wanted)
+    except EnvironmentError as error:
+        return 'nothing: %s' % error
+    return '' if wanted in to_bytes(answer) else status_in(answer)
+
+def use_certificates(app):
+    """Have nginx take up the certificates that are there now, in an app's proxy file."""
+    with app_lock(app, 'https for ' + app.name) as live:
+        if live is None or not live.proxy:
+            return app.nginx.refresh()
+        refuse_if(not holds_ours(app, live), '%s was changed on the server, and stays as '
+                  'it is: see dockhand doctor', proxy_path(app.name))
+        app.nginx.restore(app.name, app.wanted_proxy(live))
+
+def get_and_tell(app):
+    """After a push, or in recover: get what is missing where https is on."""
+    certificates = app.host.certificates
+    if not certificates.is_on(app.name):
+        return
+    for name, why in get_certificates(app):
+        step('https: %s has no certificate: %s', name, why)
+        if certificates.is_refused_lately(name):
+            again = certificates.noted(name)['time'] + ORDER_AGAIN
+            detail('a push after %s tries again, or now: sudo dockhand https %s',
+                   time.strftime('%H:%M', time.localtime(again)), app.name)
+        else:
+            detail('the next push tries again, or: sudo dockhand https %s', app.name)
+
+    own = certificates.own_path(app.name)
+    if certificates.is_there(own):
+        ends = own_ends_text(app.host, own)
+        if ends:
+            step('https: %s: dockhand https %s --cert', ends, app.name)
+
+def own_ends_text(host, path):
+    """That a certificate which somebody brought ends soon, in words, or ''."""
+    x509 = host.certificates.read(path)
+    if x509 is None:
+        return path + ' cannot be read: bring another'
+    days = host.certificates.days_left(x509)
+    if days >= WARN_DAYS:
+        return ''
+    return 'the certificate that was brought ends on %s: bring another' % (
+        time_text(x509.ends))
 
 # ---- Deploying: check, build, plan -----------------------------------------------------
 # What a push does as root, up to `apply`. Uses all of the above.
@@ -5558,6 +6421,11 @@ def check_files(release, folder):
     read_pushed(folder, '.dockerignore')
     job = read_pushed(folder, 'upstart.conf')
     proxy = read_pushed(folder, 'nginx-proxy.conf')
+    if proxy:                           # it may have been copied from the server
+        proxy = without_https(proxy)
+        for mark in (HTTPS_BEGIN, HTTPS_END):
+            refuse_if(mark in proxy, 'nginx-proxy.conf: leave out the line `%s`, which '
+                      'is for what dockhand adds', mark.strip())
     if os.path.lexists(os.path.join(folder, '.gitmodules')):
         step('Note: submodules are not part of a push; their folders are empty')
     if 'filter=lfs' in (read_pushed(folder, '.gitattributes') or ''):
@@ -5603,8 +6471,11 @@ def check_edited(app, live, release):
     for name, folder, ours, new in installed:
         path = '%s/%s.conf' % (folder, app.name)
         text = read_file(app.host.path(path))
+        if not ours or text is None:
+            continue
+        text = without_https(text)
         # A crash may have come between a stop or a start and the proxy file of that.
-        if not ours or text in (None, ours, live.proxy, app.proxy_when_stopped(live)):
+        if text in (ours, live.proxy, app.proxy_when_stopped(live)):
             continue
 
         _, mark, where = ours.partition(MARK)
@@ -5805,6 +6676,7 @@ def after_push(app, connection):
             app.git('symbolic-ref', 'HEAD', 'refs/heads/' + live.branch)
             clean_up(app, live)
     if live is not None:
+        attempt('https', get_and_tell, app)
         show_address(app, live, connection)
 
 ZERO_INT = b'\0\0\0\0'            # for ioctl to fill; as an answer: nothing is unread
@@ -5856,6 +6728,8 @@ def installed_parts(host):
         parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
     elif has_init_scripts(host):
         parts.append(Part(BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
+    if os.path.isdir(host.path(CERTBOT)) and host.certificates.are_any():
+        parts.append(Part(RENEWAL_HOOK, RENEWAL_HOOK_TEXT, 0o755))
     return parts + hooks_in(TEMPLATE)
 
 def installed_hooks(host):
@@ -6072,7 +6946,7 @@ def app_problem(app):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
     if not app.is_stopped() and not engine_of(app, live).state(live).alive:
         return app.name + ' does not run', 'sudo dockhand start ' + app.name
-    if is_proxy_wrong(app, live):
+    if is_proxy_wrong(app, live) and not form_refused(app, live):
         return 'the proxy file of %s is not in place' % app.name, 'sudo dockhand recover'
     if live.proxy and not holds_ours(app, live):
         path = proxy_path(app.name)
@@ -6080,6 +6954,90 @@ def app_problem(app):
                 'commit that as nginx-proxy.conf, or: sudo rm %s; sudo dockhand recover'
                 % path)
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
+
+def https_problems(host):
+    """What keeps names from https, now or at the next renewal: rows for `demand`."""
+    certificates = host.certificates
+    apps = [App(host, name) for name in list_apps(host) if certificates.is_on(name)]
+    rows = []
+    if any(wanted_names(app) for app in apps):
+        rows += certbot_problems(host)
+
+    for app in apps:
+        retry = 'sudo dockhand https ' + app.name
+        if certificates.is_there(certificates.own_path(app.name)):
+            ends = own_ends_text(host, certificates.own_path(app.name))
+            rows.append((ends and '%s: %s' % (app.name, ends), retry + ' --cert'))
+        for name in wanted_names(app):
+            rows.append((name_problem(app, name), retry))
+
+        live = app.live()
+        if live is not None:
+            rows.append((form_refused(app, live), 'edit that file, and push'))
+            rows += [(served_problem(host, certificate),
+                      'nginx -t && nginx -s reload')
+                     for certificate in certificates.of(app.name, wanted_names(app))]
+    return rows
+
+def certbot_problems(host):
+    """What keeps certbot from renewing: rows for `demand`."""
+    if is_upstart(host) and not host.certificates.has_certbot():
+        return [(OLD_HOST, 'dockhand https APP --cert')]
+    status, out, err = host.ask(['certbot', '--version'])
+    if status:
+        return [('certbot does not run: ' + (last_line(err or out) or 'it is missing'),
+                 'apt-get update; apt-get install certbot')]
+
+    if is_systemd(host):
+        state = host.ask(['systemctl', 'is-active', 'certbot.timer']).out.strip()
+        return [(state != 'active' and 'certbot.timer, which renews, is ' + state,
+                 'systemctl enable --now certbot.timer')]
+    has_cron = os.path.exists(host.path('/etc/cron.d/certbot'))
+    return [(not has_cron and 'nothing runs `certbot renew`',
+             'apt-get install cron; apt-get install --reinstall certbot')]
+
+def name_problem(app, name):
+    """What is wrong with the certificate for a name, or ''."""
+    certificates = app.host.certificates
+    live = app.live()
+    noted = certificates.noted(name).get('why', 'there was no try yet')
+    if not certificates.is_there(certificates.path(name)):
+        return '%s has no certificate: %s' % (name, noted)
+    if not certificates.is_renewed(name):
+        return 'nothing renews the certificate of ' + name
+    elsewhere = where_it_leads(app, live.proxy if live else '', name)
+    if elsewhere:
+        return '%s leads %s, and so will not be renewed' % (name, elsewhere)
+
+    if certificates.is_late(name):
+        log_text = app.host.text('/var/log/letsencrypt/letsencrypt.log')
+        why = renewal_reason(log_text, LINEAGE + name)
+        days = certificates.days_left(certificates.read(certificates.path(name)))
+        return 'the certificate of %s ends in %d days, and is not renewed: %s' % (
+            name, days, why or 'certbot says nothing of it')
+    return ''
+
+def served_problem(host, certificate):
+    """Whether nginx serves another Certificate than the file holds, in words, or ''."""
+    name = certificate.names[0]
+    argv = ['timeout', '5', 'openssl', 's_client', '-connect', '127.0.0.1:443',
+            '-servername', name]
+    served = pem_blocks(host.ask(argv).out)
+    held = pem_blocks(host.text(certificate.path))
+    if served[:1] == held[:1]:
+        return ''
+    return 'nginx serves another certificate for %s than %s has' % (
+        name, certificate.path)
+
+def form_refused(app, live):
+    """What nginx says against an app's proxy file with https alone, or ''."""
+    text = app.wanted_proxy(live)
+    form = app.nginx.form(app.name, text)
+    if form in (text, app.host.text(proxy_path(app.name))):
+        return ''
+    with host_lock(app.host, app.name):
+        problem = app.nginx.form_problem(app.name, form, app.nginx.files())
+    return problem and '%s is served without https: %s' % (app.name, problem)
 
 def answer_problem(app, live):
     """What is wrong with what nginx answers for a live app, or None."""
@@ -6090,7 +7048,10 @@ def answer_problem(app, live):
         return None
 
     name, port = place
-    status = fetch_status(app.host, name, port)
+    is_tls = SPEAKS_TLS and name in app.host.certificates.secured(app.name, live.proxy)
+    if is_tls:                          # by http it is only sent on
+        port = 443
+    status = fetch_status(app.host, name, port, is_tls=is_tls)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
         direct = fetch_status(app.host, name, live.port, address=live.address)
@@ -6286,7 +7247,7 @@ def cmd_apps(host):
 
         origin = origin_text(live.commit, **live_since(live))
         tell('%-16s %-8s %s %s', name, state_text(app, live), origin,
-             address_text(live, here))
+             address_text(live, here, host.certificates.secured(name, live.proxy or '')))
 
 def state_text(app, live):
     """Whether a live app runs, in a word."""
@@ -6454,12 +7415,15 @@ def cmd_config(app, *changes, **options):
         elif not changed:
             tell('nothing changed')
         elif live is None:
+            names = noted_names(app)
             app.save_config(wanted)
+            give_certificates_back(app, set(names) - set(noted_names(app)))
             log('%s: config %s by %s', app.name, ' '.join(changed), person())
             tell('%s: noted for its first push', app.name)
         else:
             release_config(app, live, wanted, changed)
     if live is not None and 'domains' in changed:
+        attempt('https', get_and_tell, app)
         show_address(app, app.live(), own_connection(app.host))
 
 def show_config(config, with_values):
@@ -6517,6 +7481,174 @@ def change_config(config, changes, unset):
             del wanted[word]
     return wanted
 
+# Https
+
+@command('https', '[APP] [--off] [--cert]')
+def cmd_https(host, name=None, off=False, cert=False):
+    """answer by https, or --off; --cert: by the certificate that is piped in; a list"""
+    if name is None:
+        if off or cert:
+            raise Usage('wanted: https APP')
+        return list_https(host)
+
+    app = App(host, check_app_name(name))
+    if off and cert:
+        raise Usage('wanted: --off or --cert')
+    if off:
+        return turn_https_off(app)
+    if cert:
+        return bring_certificate(app)
+    turn_https_on(app)
+
+def turn_https_on(app):
+    """Have an app answer by https, and get the certificates for that."""
+    certificates = app.host.certificates
+    live = app.live()
+    names = noted_names(app) if live is None else names_for_https(live.proxy or '')
+    if live is not None or 'domains' in app.config():
+        refuse_if(not names, no_full_name_text(app, live))
+    wanted = wanted_names(app)
+    missing = [name for name in wanted if not certificates.is_renewed(name)]
+    refuse_if(missing and not certificates.has_certbot(),
+              OLD_HOST if is_upstart(app.host) else NO_CERTBOT)
+
+    note_https(app)
+    use_certificates(app)               # or no authority is let in
+    get_certificates(app, is_asked=True)
+    for name in names:
+        tell('%s: %s', name, https_text(app, name))
+    if not names:
+        tell('%s: noted; its certificates are got with its first push', app.name)
+
+def no_full_name_text(app, live):
+    """Why there is nothing to certify, and what to do."""
+    if live is not None and not live.proxy:
+        return '%s is no web app' % app.name
+    if live is not None and not is_made(live):
+        return ('a certificate wants a full name, on a server that listens on port 80 '
+                'alone: write it as server_name in nginx-proxy.conf')
+    return ('a certificate wants a full name: dockhand config %s domains="..."'
+            % app.name)
+
+def note_https(app):
+    """Write down that an app is to have https."""
+    make_folder(app.host.path(CERTIFICATES), 0o700)
+    make_folder(app.folder(), 0o700)
+    with app_lock(app, 'dockhand https ' + app.name):
+        if replace_file(app.folder('https'), ''):
+            log('%s: https by %s', app.name, person())
+
+def turn_https_off(app):
+    """Have an app answer by http alone. Its certificates stay, and are renewed."""
+    with app_lock(app, 'dockhand https ' + app.name):
+        was_on = remove_file(app.folder('https'))
+        if was_on:
+            log('%s: https --off by %s', app.name, person())
+    if app.live() is not None:
+        use_certificates(app)
+    tell('%s: %s', app.name, 'http again' if was_on else 'nothing changed')
+
+def bring_certificate(app):
+    """Take a chain and its key from standard input, for the names that it is good for."""
+    certificates = app.host.certificates
+    text = ordered_pem(read_stdin())
+    path = certificates.own_path(app.name)
+    make_folder(app.host.path(CERTIFICATES), 0o700)
+    make_folder(app.host.path(OWN_CERTIFICATES), 0o700)
+
+    trial = '%s/.%s.pem.trial' % (OWN_CERTIFICATES, app.name)
+    try:
+        replace_file(app.host.path(trial), text, 0o600)
+        certificates.check_pair(app.host.path(trial))
+        x509 = certificates.read(trial)
+        covered = covered_names(app, x509)
+        check_nginx_takes(app, Certificate(trial, x509.names))
+        certificates.keep(path, text)
+    finally:
+        remove_file(app.host.path(trial))
+
+    note_https(app)
+    use_certificates(app)
+    log('%s: https --cert by %s', app.name, person())
+    for name in covered:
+        tell('%s: %s', name, https_text(app, name))
+
+def ordered_pem(text):
+    """A chain and its key, the key last, as nginx wants them; Failure where one is
+    missing, or the key has a passphrase."""
+    blocks = pem_blocks(text)
+    chain = [block for block in blocks if block.startswith('-----BEGIN CERTIFICATE-----')]
+    keys = [block for block in blocks if ' PRIVATE KEY-----' in block]
+    refuse_if(not chain or len(keys) != 1, 'the certificate, its chain and its one key '
+              'are wanted, as PEM: cat fullchain.pem key.pem | ...')
+    refuse_if('ENCRYPTED' in keys[0], 'the key has a passphrase, for which nobody is '
+              'there when nginx starts: openssl pkey -in key.pem')
+    return '\n'.join(chain + keys) + '\n'
+
+def covered_names(app, x509):
+    """The names of an app that a certificate is good for; Failure where that is none, or
+    it is not good now. x509: an X509, or None"""
+    refuse_if(x509 is None, 'openssl cannot read this certificate')
+    now = app.host.clock.time()
+    refuse_if(x509.ends <= now, 'this certificate ended on %s', time_text(x509.ends))
+    refuse_if(x509.begins > now, 'this certificate begins on %s', time_text(x509.begins))
+
+    live = app.live()
+    names = noted_names(app) if live is None else plain_names(live.proxy or '')
+    covered = [name for name in names if is_covered_by(name, x509.names)]
+    refuse_if(not covered, 'this certificate is good for %s: none of that is a name of '
+              '%s, which has %s', printable(' '.join(x509.names) or 'no name'), app.name,
+              printable(' '.join(names) or 'no full name'))
+    return covered
+
+def check_nginx_takes(app, certificate):
+    """Failure where nginx takes no such certificate: of a weak key, say."""
+    live = app.live()
+    if live is None or not live.proxy:
+        return
+    text = app.wanted_proxy(live)
+    form = with_https(text, [certificate], app.nginx.version())
+    with host_lock(app.host, app.name):
+        files = app.nginx.files()
+        problem = app.nginx.form_problem(app.name, form, files)
+        refuse_if(problem and not app.nginx.test(app.name, text, files),
+                  'nginx does not take this certificate: %s', problem)
+
+def https_text(app, name):
+    """Whether a name of an app has https, until when and by whom, or why not."""
+    host = app.host
+    certificates = host.certificates
+    noted = certificates.noted(name)
+    for certificate in certificates.of(app.name, [name]):
+        x509 = certificates.read(certificate.path)
+        if x509 is None or not is_covered_by(name, certificate.names):
+            continue
+
+        text = 'https, %d days left, by %s' % (certificates.days_left(x509), x509.issuer)
+        is_own = certificate.path == certificates.own_path(app.name)
+        if not certificates.is_on(app.name):
+            return 'http; there is a certificate: sudo dockhand https ' + app.name
+        if not is_own and noted:
+            text += '; not renewed: ' + noted['why']
+        return text
+
+    if noted:
+        return 'no certificate: ' + noted['why']
+    if certificates.is_on(app.name):
+        return 'no certificate yet: sudo dockhand https ' + app.name
+    return 'http: sudo dockhand https ' + app.name
+
+def list_https(host):
+    """Each full name of each app, and whether it has https."""
+    for name in all_apps(host):
+        app = App(host, name)
+        live = app.live()
+        names = noted_names(app) if live is None else names_for_https(live.proxy or '')
+        for host_name in names:
+            tell('%-16s %-30s %s', name, host_name, https_text(app, host_name))
+        if not names and live is not None and live.proxy:
+            tell('%-16s %-30s %s', name, '-', no_full_name_text(app, live))
+
 @command('destroy', 'APP [--force] [--volumes]')
 def cmd_destroy(app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
@@ -6551,12 +7683,15 @@ def remove_app(app, live):
 
     for link in ('live', 'pending'):
         remove_file(app.folder(link))
+    releases = [app.load(number) for number in app.numbers()]
+    names = certified_names(releases) | set(noted_names(app))
     layers = []
-    for number in app.numbers():
-        release = app.load(number)
+    for release in releases:
         layers.extend(release.layers)
         drop(app, release)
     remove_unneeded(app, layers)
+    give_certificates_back(app, names)
+    remove_file(app.host.path(app.host.certificates.own_path(app.name)))
     app.docker.untag(app.name + ':plan')
     app.host.run(['rm', '-rf', '--', app.repository()], account=app.host.account())
     app.host.run(['rm', '-rf', '--', app.folder(),
@@ -6573,10 +7708,17 @@ def cmd_recover(host):
     """put right what a crash or a prune left; runs at boot, and when docker starts"""
     host.docker.wait()
     host.docker.free_ports()
-    runs = host.nginx.master() or attempt('nginx', partial(host.nginx.start, wait=False))
+    start_nginx = partial(host.nginx.start, wait=False)
+    runs = host.nginx.master() or attempt('nginx', start_nginx)
     names = set(list_apps(host) + list_folder(host.path(STATE, 'build')))
     wrong = [name for name in sorted(names)
              if not attempt(name, put_right, App(host, name))]
+
+    # It may have wanted a certificate that is lost, and its proxy file now does not.
+    runs = runs or host.nginx.master() or attempt('nginx', start_nginx)
+    if host.nginx.master():             # or no authority could ask it for anything
+        for name in list_apps(host):
+            attempt('https for ' + name, get_and_tell, App(host, name))
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 
@@ -6599,7 +7741,7 @@ def cmd_doctor(host):
             rows.append((path + ' is not as installed', INSTALL_AGAIN))
     for name in list_apps(host):
         rows.append(app_problem(App(host, name)))
-    demand(rows)
+    demand(rows + https_problems(host))
 
     for place in unread_files(host):
         tell('note: %s: what it names may clash with an app unnoticed', place)

@@ -1659,11 +1659,31 @@ server {
     return 404;
 }
 '''
-REJECT = '''server {
+REFUSE = '''server {
     listen 443 ssl;%s
     server_name _;
-    ssl_reject_handshake on;
-}
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_ciphers ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:\
+ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384:\
+ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305;
+    ssl_prefer_server_ciphers off;
+    ssl_session_cache shared:dockhand:10m;
+    ssl_session_timeout 1d;
+    ssl_session_tickets off;
+%s}
+'''
+REJECT = REFUSE % ('%s', '    ssl_reject_handshake on;\n')
+NO_CERTIFICATE = REFUSE % ('', '''    set $dockhand_none "";
+    ssl_certificate data:$dockhand_none;
+    ssl_certificate_key data:$dockhand_none;
+    return 444;
+''')
+CHALLENGE_ALL = '''    if ($uri ~ "^/\\.well-known/acme-challenge/") { break; }
+    location ^~ /.well-known/acme-challenge/ {
+        root /var/lib/dockhand/acme;
+        auth_basic off; allow all; default_type text/plain;
+    }
+    return 404;
 '''
 PLAIN_ALL, OLD_ALL = CATCH_ALL % ('', ''), CATCH_ALL % (' default_server', '')
 HEAD, _, REST = PLAIN_ALL.partition('server')
@@ -1686,7 +1706,11 @@ V6 = '\n    listen [::]:80%s;'
     ('{- 80 default}', (1, 1, 19), False, PLAIN_ALL),
     ('{- 81 default}', (1, 1, 19), False, OLD_ALL),
     ('{a 443 ssl}', (1, 19, 4), False, PLAIN_ALL + REJECT % ''),
-    ('{a 443 ssl}', (1, 19, 3), False, PLAIN_ALL),
+    ('{a 443 ssl}', (1, 19, 3), False, PLAIN_ALL + NO_CERTIFICATE),
+    ('{a 443 ssl}', (1, 15, 9), False, PLAIN_ALL + NO_CERTIFICATE),
+    ('{a 443 ssl}', (1, 15, 8), False, PLAIN_ALL),
+    ('{a 443 ssl}', (1, 25, 1), False, PLAIN_ALL + (REJECT % '').replace(
+        'tickets off;', 'tickets off;\n    http2 on;')),
     ('{a 443 ssl, [::]:443 ssl, [::]:80}', (1, 24, 0), True,
      CATCH_ALL % ('', V6 % '') + REJECT % '\n    listen [::]:443 ssl;')])
 def test_the_catch_all_listens_where_the_apps_do(text, version, ipv6, expected):
@@ -1696,6 +1720,10 @@ def test_the_catch_all_listens_where_the_apps_do(text, version, ipv6, expected):
     ((1, 24, 0), TOLD_ALL), ((1, 7, 5), TOLD_ALL), ((1, 7, 4), PLAIN_ALL)])
 def test_the_catch_all_tells_this_server_from_others_where_nginx_can(version, text):
     assert dh.render_catch_all([], version, False, 'abcd1234') == text
+
+def test_the_catch_all_lets_an_authority_ask_for_names_that_no_app_has_yet():
+    text = dh.render_catch_all([], (1, 24, 0), False, has_challenges=True)
+    assert text == PLAIN_ALL.replace('    return 404;\n', CHALLENGE_ALL)
 
 @table('text, address', r'''
     {Blog.org 80}         => http://blog.org/
@@ -4967,7 +4995,7 @@ def test_a_name_that_leads_elsewhere_is_wrong_only_where_it_does_not_come_back(
     plain.lives(but('proxy', 'server { listen 80; server_name there.org; %s }' % proxy))
     asked = []
 
-    def connect(place, timeout):
+    def connect(place, timeout, tls_name=None):
         connection = Machine.connect(plain, ('127.0.0.1', 80), timeout)
         if place == ('192.0.2.7', 80):
             connection = Heard(asked, 'HTTP/1.1 %s\r\n\r\n' % answer if answer else '')
@@ -5355,7 +5383,8 @@ def test_each_command_takes_what_its_pattern_promises():
         code = function.__code__
         options = re.findall(r'\[--?([a-z]+)', pattern)
         words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
-        words = words.replace('[N]', 'number').strip('[]').lower().split()
+        words = words.replace('[N]', 'number').replace('[APP]', 'name')
+        words = words.strip('[]').lower().split()
         words = [word for word in words if word != 'app']       # it is an App by then
         taken = [] if code.co_flags & 8 else options            # **options takes any
         assert sorted(code.co_varnames[1:code.co_argcount]) == sorted(words + taken)

@@ -169,10 +169,11 @@ class Machine(object):
         self.count += 1
         return self.count
 
-    def connect(self, place, timeout):
+    def connect(self, place, timeout, tls_name=None):
         """The app of a container that runs listens on its $PORT, unless it is mute."""
         at, port = place
-        if at in ('127.0.0.1', self.here) and port == 80 and self.read('/run/nginx.pid'):
+        is_nginx = at in ('127.0.0.1', self.here) and port == (443 if tls_name else 80)
+        if is_nginx and self.read('/run/nginx.pid'):
             return NginxConnection(self)
         if at.startswith('127.'):
             return dh.open_connection(place, timeout)
