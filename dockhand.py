@@ -3337,7 +3337,7 @@ def pem_blocks(text):
             continue
 
         lines.append(line)
-        if line.startswith('-----END '):
+        if line.startswith('-----END ') and line.endswith('-----'):
             blocks.append('\n'.join(lines))
             lines = None
     return blocks
@@ -3351,10 +3351,14 @@ def read_x509(said):
     issuer = re.search(r'(?m)^issuer=.*?(?:CN|O) ?= ?([^,/\n]+)[^=\n]*$', said)
     begins = re.search(r'(?m)^notBefore=(.*)$', said)
     ends = re.search(r'(?m)^notAfter=(.*)$', said)
-    names = re.search(r'X509v3 Subject Alternative Name:.*\n(.*)', said)
+    alternatives = re.search(r'X509v3 Subject Alternative Name:.*\n(.*)', said)
     if not begins or not ends:
         return None
-    return X509(re.findall(r'DNS:([^\s,]+)', names.group(1).lower()) if names else [],
+
+    names = []
+    if alternatives:
+        names = re.findall(r'DNS:([^\s,]+)', alternatives.group(1))
+    return X509([name.lower() for name in names],
                 issuer.group(1) if issuer else 'somebody without a name',
                 seconds_of(begins.group(1)), seconds_of(ends.group(1)))
 
@@ -3373,10 +3377,10 @@ def certbot_reason(said):
             end = detail_lines.index('') if '' in detail_lines else len(detail_lines)
             return without_tokens(' '.join(detail_lines[:end])[len('Detail:'):].strip())
         if line.startswith('An unexpected error occurred') and lines[at + 1:]:
-            return without_tokens(lines[at + 1])
+            return 'certbot: ' + re.sub(r'^\w*Error: ', '', without_tokens(lines[at + 1]))
 
     told = [line for line in lines if line and not re.match(CERTBOT_NOISE, line)]
-    return without_tokens(told[-1]) if told else 'certbot says nothing'
+    return 'certbot: ' + without_tokens(told[-1] if told else 'it says nothing')
 
 CERTBOT_NOISE = '(Saving debug log|Ask for help|Some challenges have failed|- - )'
 
@@ -6132,7 +6136,10 @@ def get_and_tell(app):
     if not certificates.is_on(app.name):
         return
     for name, why in get_certificates(app):
-        step('https: %s has no certificate: %s', name, why)
+        if certificates.is_there(certificates.path(name)):
+            step('https: nothing renews the certificate of %s: %s', name, why)
+        else:
+            step('https: %s has no certificate: %s', name, why)
         if certificates.is_refused_lately(name):
             again = certificates.noted(name)['time'] + ORDER_AGAIN
             detail('a push after %s tries again, or now: sudo dockhand https %s',
@@ -7533,8 +7540,8 @@ def no_full_name_text(app, live):
 def note_https(app):
     """Write down that an app is to have https."""
     make_folder(app.host.path(CERTIFICATES), 0o700)
-    make_folder(app.folder(), 0o700)
     with app_lock(app, 'dockhand https ' + app.name):
+        make_folder(app.folder(), 0o700)
         if replace_file(app.folder('https'), ''):
             log('%s: https by %s', app.name, person())
 

@@ -46,7 +46,7 @@ from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
     USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
-    keys_text, mode_in, release, switch_steps)
+    keys_text, mode_in, pem, release, switch_steps)
 from moments import (
     ACTS, RUNS, about_to, differences, explore, folder_with_room, kill, standing, trials,
     wrong)
@@ -2068,6 +2068,322 @@ def test_nginx_says_nothing_of_its_version(tmpdir, told):
                    alone.ask('GET / HTTP/1.1', BLOG, 'Cookie: ' + 'x' * 60000)]
     assert answers[0].startswith('HTTP/1.1 200 ') and ' 400 ' in answers[1][:20]
     assert not re.search(r'nginx/\d', str(answers))
+
+# ---- Https: what nginx gets, and what openssl and certbot print ------------------------
+
+CERTIFICATES = '/var/lib/dockhand/certificates'
+CIPHERS = ('ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:'
+           'ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384:'
+           'ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305')
+
+# A file of two servers, on lines of their own and on one, and what https makes of it: a
+# name has a certificate, one has none, and the second server wants a password.
+SHOP = '''upstream shop { server 10.86.0.2:80; }
+server {
+    listen 80;%s
+    # the names
+    server_name shop.test dead.test;
+    location / { proxy_pass http://shop; }
+}
+server { listen 80; server_name www.shop.test; auth_request /a; return 301 /; }
+'''
+SHOP_HTTPS = '''upstream shop { server 10.86.0.2:80; }
+server {
+    # dockhand: https, from here
+    if ($uri ~ "^/\\.well-known/acme-challenge/") { break; }
+    location ^~ /.well-known/acme-challenge/ {
+        root /var/lib/dockhand/acme;
+        auth_basic off; allow all; default_type text/plain;
+    }
+    set $dockhand_plain "$http_x_forwarded_proto|$host$uri";
+    if ($dockhand_plain ~* "^\\|(shop\\.test)/(?!\\.well-known/acme-challenge/)") {
+        return 301 https://$host$request_uri;
+    }
+    # dockhand: https, to here
+    listen 80;%(six)s
+    # the names
+    server_name shop.test dead.test;
+    location / { proxy_pass http://shop; }
+}
+# dockhand: https, from here
+server {
+    %(listen)s
+    server_name shop.test;
+    ssl_certificate /var/lib/dockhand/certificates/shop.test.pem;
+    ssl_certificate_key /var/lib/dockhand/certificates/shop.test.pem;
+    ssl_protocols %(protocols)s;
+    ssl_ciphers %(ciphers)s;
+    ssl_prefer_server_ciphers off;
+    ssl_session_cache shared:dockhand:10m;
+    ssl_session_timeout 1d;
+%(more)s    if ($uri ~ "^/\\.well-known/acme-challenge/") { break; }
+    location ^~ /.well-known/acme-challenge/ {
+        root /var/lib/dockhand/acme;
+        auth_basic off; allow all; default_type text/plain;
+    }
+    # the names
+    location / { proxy_pass http://shop; }
+}
+# dockhand: https, to here
+server { # dockhand: https, from here
+    if ($uri ~ "^/\\.well-known/acme-challenge/") { break; }
+    location ^~ /.well-known/acme-challenge/ {
+        root /var/lib/dockhand/acme;
+        auth_basic off; allow all; default_type text/plain;
+        auth_request off;
+    }
+    # dockhand: https, to here
+ listen 80; server_name www.shop.test; auth_request /a; return 301 /; }
+'''
+NO_TICKETS = '    ssl_session_tickets off;\n'
+BOTH_PROTOCOLS = 'TLSv1.2 TLSv1.3'
+
+def certificate(name, *names):
+    return dh.Certificate('%s/%s.pem' % (CERTIFICATES, name), list(names or [name]))
+
+@pytest.mark.parametrize('version, listen, protocols, more', [
+    ((1, 1, 19), '443 ssl', 'TLSv1.2', ''),
+    ((1, 4, 6), '443 ssl', 'TLSv1.2', ''),
+    ((1, 9, 4), '443 ssl', 'TLSv1.2', NO_TICKETS),
+    ((1, 9, 5), '443 ssl http2', 'TLSv1.2', NO_TICKETS),
+    ((1, 14, 0), '443 ssl http2', BOTH_PROTOCOLS, NO_TICKETS),
+    ((1, 18, 0), '443 ssl http2', BOTH_PROTOCOLS, NO_TICKETS),
+    ((1, 22, 1), '443 ssl http2', BOTH_PROTOCOLS, NO_TICKETS),
+    ((1, 25, 0), '443 ssl http2', BOTH_PROTOCOLS, NO_TICKETS),
+    ((1, 25, 1), '443 ssl', BOTH_PROTOCOLS, NO_TICKETS + '    http2 on;\n'),
+    ((1, 26, 2), '443 ssl', BOTH_PROTOCOLS, NO_TICKETS + '    http2 on;\n'),
+    ((1, 29, 8), '443 ssl', BOTH_PROTOCOLS, NO_TICKETS + '    http2 on;\n')])
+@pytest.mark.parametrize('six', ['', '\n    listen [::]:80;'])
+def test_what_https_adds_to_a_proxy_file_is_what_its_nginx_takes(
+        version, listen, protocols, more, six):
+    listens = 'listen %s;' % listen
+    if six and version >= (1, 3, 4):
+        listens += '\n    listen [::]:%s;' % listen
+    text = SHOP % six
+    made = dh.with_https(text, [certificate('shop.test')], version)
+    assert made == SHOP_HTTPS % {
+        'six': six, 'listen': listens, 'protocols': protocols, 'more': more,
+        'ciphers': CIPHERS}
+    assert dh.without_https(made) == text
+
+@pytest.mark.parametrize('text', [
+    SHOP % '', 'server { server_name a.test; }', 'server{server_name a.test;}server{}',
+    '# x\nserver\n{\nlisten 80;server_name a.test;}\n\n', 'server { listen 443 ssl; }',
+    'server {\n\n    server_name a.test;\n\n\n    return 200 "a\n\nb";\n}\n# end',
+    'server {\n    server_name a.test;   \n    listen 80; # plain\n}   \n',
+    '"server" # {\n{ server_name "a.test" b.test; }',
+    dh.render_proxy('a', 'a.test', (1, 24, 0), True, '10.0.0.0/8'),
+    dh.closed_proxy(dh.render_proxy('a', 'a.test', (1, 24, 0), True), (1, 24, 0))])
+def test_what_https_adds_can_be_taken_out_again(text):
+    made = dh.with_https(text, [certificate('a.test')], (1, 24, 0))
+    assert dh.without_https(made) == text
+    assert dh.without_https(text) == text
+    assert dh.NginxReader(made).troubles == []
+
+@table('servers, names', r'''
+    shop.test www.shop.test       => shop.test www.shop.test
+    hello hello.*                 =>
+    _ 80 default                  =>
+    ~^a.test$ *.test b.test       => b.test
+    a.test @80 @8080              =>
+    a.test @443 / a.test / b.test => b.test
+    a.test / a.test @[::]:443     =>
+    a.test @80 / a.test b.test    => a.test b.test
+    A.test                        => a.test''')
+def test_the_names_that_get_https_are_full_and_listen_on_port_80_alone(servers, names):
+    text = ''
+    for server in servers.split('/'):
+        words = server.split()
+        listens = ''.join('listen %s; ' % word[1:] for word in words if word[0] == '@')
+        words = [word for word in words if word[0] != '@']
+        text += 'server { %sserver_name %s; }\n' % (listens, ' '.join(words))
+    assert dh.names_for_https(text) == names.split()
+
+@table('name, is_full', '''
+    a.test          => yes
+    a-b.c.test      => yes
+    xn--bcher-kva.x => yes
+    a               =>
+    localhost       =>
+    192.0.2.7       =>
+    a..test         =>
+    .test           =>
+    a.test.         =>
+    -a.test         =>
+    a-.test         =>
+    a_b.test        =>
+    *.test          =>
+    ~a.test         =>
+    ../a.test       =>''')
+def test_a_name_that_an_authority_certifies_is_full(name, is_full):
+    assert dh.is_full_name(name) == bool(is_full)
+    assert not dh.is_full_name('a' * 64 + '.test')
+    assert not dh.is_full_name('.'.join(['a' * 60] * 5))
+
+@table('name, certified, is_good', '''
+    a.test    => a.test        => yes
+    a.test    => b.test        =>
+    a.x.test  => *.x.test      => yes
+    b.a.x.test => *.x.test     =>
+    x.test    => *.x.test      =>
+    *.x.test  => *.x.test      => yes
+    *.y.x.test => *.x.test     =>
+    x.test    => *.x.test x.test => yes
+    ~^a.test  => *.test        =>''')
+def test_a_wildcard_is_good_for_one_label(name, certified, is_good):
+    assert dh.is_covered_by(name, certified.split()) == bool(is_good)
+
+def test_the_certificate_that_somebody_brought_wins():
+    own = certificate('own/blog', '*.a.test', 'x.test')
+    uses = dh.uses_of(['a.test', 'b.a.test', 'x.test', 'c.test'],
+                      [own, certificate('a.test'), certificate('x.test')])
+    assert uses == [(own, ['b.a.test', 'x.test']), (certificate('a.test'), ['a.test'])]
+
+def test_a_place_for_challenges_that_a_file_brings_is_left_alone():
+    text = 'server {\n    listen 80;\n    server_name a.test;\n    location %s { x; }\n}\n'
+    for place in ('/.well-known/acme-challenge/', '= /.well-known/acme-challenge/x',
+                  r'~ ^/\.well-known/acme-challenge/'):
+        made = dh.with_https(text % place, [certificate('a.test')], (1, 24, 0))
+        assert made.count('acme-challenge/ {') + made.count('break') <= 2
+        assert 'root /var' not in made and made.count('return 301') == 1
+
+def test_what_a_server_says_of_tls_itself_is_not_said_twice():
+    text = ('server {\n    server_name a.test;\n    ssl_protocols TLSv1.3;\n'
+            '    ssl_certificate /x; ssl_certificate_key /x;\n    http2 off;\n}\n')
+    made = dh.with_https(text, [certificate('a.test')], (1, 26, 0))
+    twin = dh.server_blocks(dh.NginxReader(made).directives)[1]
+    words = [directive.words[0] for directive in twin.inside]
+    assert sorted(set(words)) == sorted(words) and '/x' not in made.partition('}\n#')[2]
+
+def test_many_names_are_sent_to_https_in_words_that_nginx_takes():
+    names = ['%s%d.test' % ('a' * 50, at) for at in range(150)]
+    text = 'server {\n    server_name %s;\n}\n' % '\n'.join(names)
+    made = dh.with_https(text, [certificate(name) for name in names], (1, 24, 0))
+    assert max(map(len, re.findall('"[^"]*"', made))) < 1000
+    assert made.count('return 301') == 15 and made.count('listen 443') == 150
+
+@pytest.mark.parametrize('mark', [dh.HTTPS_BEGIN, dh.HTTPS_END])
+def test_a_pushed_file_brings_no_marks_of_https_but_in_pairs(plain, mark):
+    plain.lives(an_app('one', proxy=WEB))
+    assert refusal(plain.push, an_app('two', proxy=WEB + mark)) == (
+        'nginx-proxy.conf: leave out the line `%s`, which is for what dockhand adds'
+        % mark.strip())
+    copied = WEB + dh.HTTPS_BEGIN + 'server { listen 443; }\n' + dh.HTTPS_END
+    plain.push(an_app('two', proxy=copied))
+    assert plain.app.live().proxy.partition(dh.MARK)[0] == PROXY_HEADER + WEB
+
+CERTBOT_SAYS = [
+    ('''Requesting a certificate for nodns.test
+
+Certbot failed to authenticate some domains (authenticator: webroot). The Certificate \
+Authority reported these problems:
+  Domain: nodns.test
+  Type:   connection
+  Detail: Get "http://nodns.test:80/.well-known/acme-challenge/5tCHySyND-K_q": could not \
+resolve
+
+Hint: The Certificate Authority failed to download the temporary challenge files.
+
+Saving debug log to /var/log/letsencrypt/letsencrypt.log
+Some challenges have failed.
+Ask for help or search for solutions at https://community.example. See the logfile
+''', 'Get "http://nodns.test:80/.well-known/acme-challenge/...": could not resolve'),
+    ('''IMPORTANT NOTES:
+ - The following errors were reported by the server:
+
+   Domain: a.test
+   Type:   dns
+   Detail: DNS problem: NXDOMAIN looking up A for a.test - check that
+   a DNS record exists for this domain
+
+ - Your account credentials have been saved
+''', 'DNS problem: NXDOMAIN looking up A for a.test - check that a DNS record exists for '
+     'this domain'),
+    ('''Saving debug log to /x
+An unexpected error occurred:
+ValueError: Requesting localhost/dir: Connection refused
+Ask for help or search for solutions
+''', 'certbot: Requesting localhost/dir: Connection refused'),
+    ('An unexpected error occurred:\n', 'certbot: An unexpected error occurred:'),
+    ('live directory exists for x-e.test\nAsk for help\n',
+     'certbot: live directory exists for x-e.test'),
+    ('', 'certbot: it says nothing'),
+    ('Saving debug log to /x\n', 'certbot: it says nothing')]
+
+@pytest.mark.parametrize('said, reason', CERTBOT_SAYS)
+def test_the_reason_of_certbot_is_found_in_what_it_says(said, reason):
+    assert dh.certbot_reason(said) == reason
+
+LOG_OF_CERTBOT = '''2026-11-29 01:14:40:DEBUG:x:Notifying user: Renewing an existing \
+certificate for a.test
+2026-11-29 01:14:47:DEBUG:x:Notifying user: Renewing an existing certificate for b.test
+2026-11-29 01:14:48:INFO:x:Challenge failed for domain b.test
+  Domain: b.test
+  Detail: Get "http://b.test:80/.well-known/acme-challenge/xy": connection refused
+
+2026-11-29 01:14:48:ERROR:x:Failed to renew certificate dockhand-b.test with error: \
+Some challenges have failed.
+2026-11-29 01:14:49:DEBUG:x:Notifying user: Renewing an existing certificate for c.test
+2026-11-29 01:14:50:ERROR:x:Failed to renew certificate dockhand-c.test with error: \
+Connection refused
+'''
+
+@table('name, reason', '''
+    a.test =>
+    b.test => Get "http://b.test:80/.well-known/acme-challenge/...": connection refused
+    c.test => Connection refused''')
+def test_why_a_certificate_was_not_renewed_stands_in_the_log_of_certbot(name, reason):
+    assert dh.renewal_reason(LOG_OF_CERTBOT, 'dockhand-' + name) == reason
+
+@table('issuer, name', r'''
+    C = US, O = Let's Encrypt, CN = R11  => R11
+    /C=US/O=Let's Encrypt/CN=R3          => R3
+    C=US, O=Let's Encrypt, CN=E5         => E5
+    CN = Pebble Intermediate CA 7a3013   => Pebble Intermediate CA 7a3013
+    O = Acme                             => Acme
+    C = US                               => somebody without a name''')
+def test_a_certificate_is_read_as_each_openssl_prints_it(issuer, name):
+    said = ('issuer=%s\nnotBefore=Nov  1 00:00:00 2026 GMT\n'
+            'notAfter=Dec 31 23:59:59 2026 GMT\nCertificate:\n'
+            '            X509v3 Subject Alternative Name: critical\n'
+            '                DNS:A.test, DNS:*.b.test, IP Address:192.0.2.7\n' % issuer)
+    assert dh.read_x509(said) == dh.X509(['a.test', '*.b.test'], name, 1793491200,
+                                         1798761599)
+    assert dh.read_x509('unable to load certificate\n') is None
+    assert dh.read_x509(said.replace('Alternative', '')).names == []
+
+PEM = ('-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----',
+       '-----BEGIN CERTIFICATE-----\nB\n-----END CERTIFICATE-----',
+       '-----BEGIN EC PRIVATE KEY-----\nC\n-----END EC PRIVATE KEY-----')
+
+def test_a_chain_and_its_key_are_put_in_the_order_that_nginx_wants():
+    wanted = '\n'.join(PEM) + '\n'
+    parameters = '-----BEGIN EC PARAMETERS-----\nD\n-----END EC PARAMETERS-----'
+    for given in (PEM, PEM[2:] + PEM[:2], ('Bag\n',) + PEM, (parameters,) + PEM):
+        assert dh.ordered_pem('\r\n'.join(given)) == wanted
+
+@pytest.mark.parametrize('given, said', [
+    ('', 'are wanted'), (PEM[0], 'are wanted'), (PEM[2], 'are wanted'),
+    ('\n'.join(PEM + PEM[2:]), 'are wanted'), ('\n'.join(PEM)[:-5], 'are wanted'),
+    ('\n'.join(PEM).replace('EC PRIVATE', 'ENCRYPTED PRIVATE'), 'a passphrase'),
+    ('\n'.join(PEM).replace('\nC', '\nProc-Type: 4,ENCRYPTED\nC'), 'a passphrase'),
+    ('\n'.join(PEM).replace('PRIVATE', 'PUBLIC'), 'are wanted')])
+def test_what_is_no_certificate_with_its_key_is_refused(given, said):
+    assert said in refusal(dh.ordered_pem, given)
+
+@pytest.mark.parametrize('line', [
+    '-----BEGIN CERTIFICATE-----\n', '-----END CERTIFICATE-----\n', dh.HTTPS_BEGIN,
+    dh.HTTPS_END, 'server {\n', 'Detail: x\n', 'An unexpected error occurred:\n',
+    'Failed to renew certificate dockhand-a.test with error: ', 'server_name a.test;'])
+def test_what_https_reads_is_read_in_one_pass(line):
+    text = line * (dh.FILE_LIMIT // len(line))
+    with ending():
+        dh.pem_blocks(text)
+        dh.certbot_reason(text)
+        dh.renewal_reason(text, 'dockhand-a.test')
+        dh.without_https(text)
+        dh.with_https(text, [certificate('a.test')], (1, 24, 0))
+        dh.read_x509(text)
 
 # ---- The machine: files, locks, signals, commands --------------------------------------
 
@@ -6541,6 +6857,410 @@ def test_who_keeps_nginx_from_starting_is_named(tmpdir, listener, holder):
     if holder:
         why = 'nginx does not start, since %s has port 80: stop that' % holder
     assert err.startswith('configure-system.sh: ' + why)
+
+# ---- Https: on a machine ---------------------------------------------------------------
+
+LIVE_FOLDER = '/etc/letsencrypt/live/dockhand-here.org'
+RENEWAL = '/etc/letsencrypt/renewal/dockhand-here.org.conf'
+
+@pytest.fixture
+def secure(plain, capfd):
+    """A web app with two full names, which has https."""
+    plain.lives(ONE_WEB, domains='here.org www.here.org')
+    dh.cmd_https(plain.host, 'blog')
+    capfd.readouterr()
+    del plain.ordered[:]
+    del plain.done[:]
+    return plain
+
+def installed(machine, name='blog'):
+    return machine.read('/etc/nginx/conf.d/%s.conf' % name)
+
+def secured_text(machine, *names):
+    """What is installed of the live release where these names have a certificate."""
+    text = machine.app.wanted_proxy(machine.app.live())
+    return dh.with_https(text, [certificate(name) for name in names], (1, 24, 0))
+
+def test_https_is_one_command(plain, capfd):
+    live = plain.lives(ONE_WEB, domains='here.org www.here.org blog')
+    dh.cmd_https(plain.host, 'blog')
+    assert plain.ordered == ['here.org', 'www.here.org']
+    assert installed(plain) == secured_text(plain, 'here.org', 'www.here.org')
+    assert plain.served[PROXY_FILE] == installed(plain) and plain.app.live() == live
+    out, err = capfd.readouterr()
+    assert re.sub(r'\d+ days', 'N days', out) == (
+        'here.org: https, N days left, by Test CA\n'
+        'www.here.org: https, N days left, by Test CA\n')
+    for path, mode in ((CERTIFICATES, '700'), (CERTIFICATES + '/here.org.pem', '600')):
+        assert mode_of(plain.host.path(path)) == mode
+    assert plain.read(dh.RENEWAL_HOOK) == dh.RENEWAL_HOOK_TEXT
+    assert mode_of(plain.host.path(dh.RENEWAL_HOOK)) == '755'
+    dh.cmd_https(plain.host, 'blog')
+    assert plain.ordered == ['here.org', 'www.here.org']     # what is there is not asked for
+
+def test_one_name_that_fails_leaves_the_others_their_https(plain, capfd):
+    plain.lives(ONE_WEB, domains='here.org dead.test www.here.org')
+    plain.refused['dead.test'] = 'no such name'
+    dh.cmd_https(plain.host, 'blog')
+    assert installed(plain) == secured_text(plain, 'here.org', 'www.here.org')
+    assert '\ndead.test: no certificate: no such name\n' in capfd.readouterr().out
+    noted = json.loads(plain.read(CERTIFICATES + '/dead.test.failed'))
+    assert (noted['why'], noted['asked']) == ('no such name', True)
+    del plain.refused['dead.test']
+    dh.cmd_https(plain.host, 'blog')
+    assert installed(plain) == secured_text(plain, 'here.org', 'dead.test', 'www.here.org')
+    assert plain.read(CERTIFICATES + '/dead.test.failed') is None
+
+def test_an_address_of_a_name_that_does_not_lead_here_is_named(plain, capfd):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.refused['here.org'] = 'timeout'
+    dh.cmd_https(plain.host, 'blog')
+    out = capfd.readouterr().out
+    assert 'here.org: no certificate: timeout; 192.0.2.2 does not lead here (it answers' in out
+    assert ', ::5 does not lead here' in out
+    assert dh.list_folder(plain.host.path(dh.CHALLENGES + dh.CHALLENGE_PATH)) == []
+
+def test_a_push_asks_for_what_is_missing_once_in_twelve_minutes(secure, capfd):
+    secure.refused['api.here.org'] = 'no'
+    dh.cmd_config(secure.app, 'domains=here.org api.here.org there.org')
+    assert secure.ordered == ['api.here.org']       # the last one leads elsewhere
+    for number in range(5):
+        dh.after_push(secure.app, None)
+    err = capfd.readouterr().err
+    assert secure.ordered == ['api.here.org']
+    assert err.count('https: api.here.org has no certificate: no;') == 6
+    assert 'has no certificate: it leads to 192.0.2.7: point it here in DNS\n' in err
+    assert re.search(r'a push after \d\d:\d\d tries again, or now: sudo dockhand https blog',
+                     err)
+    secure.host.clock.ahead += 721
+    dh.after_push(secure.app, None)
+    assert secure.ordered == ['api.here.org'] * 2
+
+def test_a_person_who_asks_is_not_kept_waiting(secure):
+    secure.refused['www.here.org'] = 'no'
+    os.unlink(secure.host.path(CERTIFICATES, 'www.here.org.pem'))
+    os.unlink(secure.host.path('/etc/letsencrypt/renewal/dockhand-www.here.org.conf'))
+    for number in range(2):
+        dh.cmd_https(secure.host, 'blog')
+    assert secure.ordered == ['www.here.org'] * 2
+
+def test_https_that_was_noted_comes_with_the_first_push(plain, capfd):
+    plain.nginx()
+    plain.host.nginx.restore('blog', None)
+    plain.write('/home/git/' + dh.KEYS, keys_text(Key('ssh-ed25519', 'AAAA', 'anna', ())))
+    dh.cmd_https(plain.host, 'blog')
+    assert capfd.readouterr().out.endswith('its certificates are got with its first push\n')
+    plain.refused['here.org'] = 'away'
+    plain.push(an_app('one', proxy=WEB.replace('blog.example', 'here')), old=ZERO, new=SHA)
+    dh.after_push(plain.app, None)
+    assert plain.app.live().number == 1 and plain.ordered == ['here.org']
+    plain.refused.clear()
+    dh.cmd_https(plain.host, 'blog')
+    assert installed(plain) == secured_text(plain, 'here.org')
+
+def test_before_the_first_push_the_names_of_config_are_certified(plain, capfd):
+    plain.nginx()
+    plain.host.nginx.restore('blog', None)
+    dh.cmd_config(plain.app, 'domains=here.org')
+    dh.cmd_https(plain.host, 'blog')
+    assert plain.ordered == ['here.org'] and 'acme-challenge' in plain.caught
+    assert 'here.org: https, ' in capfd.readouterr().out
+    dh.cmd_config(plain.app, 'domains=www.here.org')
+    assert plain.read(CERTIFICATES + '/here.org.pem') is None
+    assert plain.read(RENEWAL) is None
+
+@pytest.mark.parametrize('act', [
+    lambda machine: machine.push(TWO_WEB),
+    lambda machine: (machine.push(TWO_WEB), dh.cmd_rollback(machine.app)),
+    lambda machine: dh.cmd_config(machine.app, 'A=2'),
+    lambda machine: dh.cmd_rebuild(machine.app),
+    lambda machine: dh.cmd_restart(machine.app),
+    lambda machine: (dh.cmd_stop(machine.app), dh.cmd_start(machine.app)),
+    lambda machine: dh.cmd_stop(machine.app),
+    lambda machine: dh.cmd_recover(machine.host),
+    lambda machine: pytest.raises(Failure, machine.push, an_app('fail')),
+    lambda machine: pytest.raises(Failure, machine.push, an_app('dies'))])
+def test_https_stays_whatever_becomes_of_the_app(secure, act):
+    act(secure)
+    live = secure.app.live()
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+    assert secure.served[PROXY_FILE] == installed(secure) and secure.ordered == []
+    assert 'https' not in live.proxy and 'listen 443' in installed(secure)
+
+def test_a_rollback_to_before_https_is_served_by_https(plain):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.push(TWO_WEB)
+    dh.cmd_https(plain.host, 'blog')
+    dh.cmd_rollback(plain.app)
+    assert plain.app.live().number == 1
+    assert installed(plain) == secured_text(plain, 'here.org')
+
+def test_a_certificate_is_no_change_of_the_file_and_one_by_hand_is(secure, capfd):
+    os.unlink(secure.host.path(CERTIFICATES, 'www.here.org.pem'))
+    secure.push(TWO_WEB)
+    text = installed(secure)
+    assert text == secured_text(secure, 'here.org')
+    secure.write('/etc/nginx/conf.d/blog.conf', text.replace('100m', '1m'))
+    said = refusal(secure.push, an_app('three'), MAIN, SHA_2, SHA_3)
+    assert said.startswith('to keep that, commit it in nginx-proxy.conf and push')
+    err = capfd.readouterr().err
+    assert '-    client_max_body_size 100m;\n' in err and 'listen 443' not in err
+    assert refusal(dh.cmd_https, secure.host, 'blog') == (
+        '/etc/nginx/conf.d/blog.conf was changed on the server, and stays as it is: see '
+        'dockhand doctor')
+
+@pytest.mark.parametrize('text', [None, '', '-----BEGIN CERTIFICATE-----\nxxx'])
+def test_a_certificate_that_is_lost_costs_its_name_https_and_nginx_no_start(secure, text):
+    path = secure.host.path(CERTIFICATES, 'here.org.pem')
+    os.unlink(path)
+    if text is not None:
+        secure.write(CERTIFICATES + '/here.org.pem', text)
+    shutil.rmtree(secure.host.path('/proc/50'))             # nginx does not run
+    if text is None:
+        assert secure.nginx().status == 1
+    shutil.move(secure.host.path('/etc/letsencrypt'), secure.host.path('/aside'))
+    secure.refused['here.org'] = 'no'       # nothing can be had now
+    dh.cmd_recover(secure.host)
+    shutil.rmtree(secure.host.path('/etc/letsencrypt'))
+    shutil.move(secure.host.path('/aside'), secure.host.path('/etc/letsencrypt'))
+    secure.refused.clear()
+    del secure.ordered[:]
+    assert secure.host.nginx.master()
+    assert installed(secure) == secured_text(secure, 'www.here.org')
+    dh.cmd_https(secure.host, 'blog')
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+    assert secure.ordered == []             # certbot had it
+
+def test_where_certbot_is_removed_https_goes_on(secure, capfd):
+    shutil.rmtree(secure.host.path('/etc/letsencrypt'))
+    secure.has_certbot = False
+    secure.push(TWO_WEB)
+    dh.after_push(secure.app, None)
+    dh.cmd_recover(secure.host)
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+    assert ('https: nothing renews the certificate of here.org: certbot is missing: apt-get'
+            ' install certbot\n') in capfd.readouterr().err
+    assert refusal(dh.cmd_https, secure.host, 'blog') == (
+        'certbot is missing: apt-get install certbot')
+    secure.has_certbot = True               # without what it had
+    dh.after_push(secure.app, None)
+    assert secure.ordered == ['here.org', 'www.here.org']
+    assert 'key=k1' in secure.read(CERTIFICATES + '/here.org.pem')
+
+def test_another_certbot_is_waited_for(plain):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.others = 3
+    dh.cmd_https(plain.host, 'blog')
+    assert installed(plain) == secured_text(plain, 'here.org')
+
+def test_a_certbot_that_does_not_end_is_not_waited_for_for_ever(plain, capfd):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.others = 10 ** 6
+    dh.cmd_https(plain.host, 'blog')
+    assert 'here.org: no certificate: certbot did not end in time' in capfd.readouterr().out
+
+def test_what_a_killed_certbot_left_is_removed_before_the_next_order(plain):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.write(RENEWAL, '')
+    for folder in ('live', 'archive'):
+        plain.write('/etc/letsencrypt/%s/dockhand-here.org/cert1.pem' % folder, '')
+    dh.cmd_https(plain.host, 'blog')
+    assert installed(plain) == secured_text(plain, 'here.org')
+    assert dh.list_folder(plain.host.path('/etc/letsencrypt/live')) == [
+        'dockhand-here.org']
+
+def test_a_key_of_another_certificate_is_not_taken_over(secure, capfd):
+    before = secure.read(CERTIFICATES + '/here.org.pem')
+    text = dh.pem_blocks(secure.read(LIVE_FOLDER + '/privkey.pem'))[0]
+    secure.write(LIVE_FOLDER + '/privkey.pem', text.replace('k1', 'k9') + '\n')
+    os.unlink(secure.host.path(CERTIFICATES, 'here.org.pem'))
+    secure.refused['here.org'] = 'no'
+    dh.after_push(secure.app, None)
+    assert secure.read(CERTIFICATES + '/here.org.pem') is None
+    secure.write(LIVE_FOLDER + '/privkey.pem', text + '\n')
+    dh.after_push(secure.app, None)
+    assert secure.read(CERTIFICATES + '/here.org.pem') == before
+
+def test_a_name_that_no_release_has_any_more_gives_its_certificate_back(secure, capfd):
+    dh.cmd_config(secure.app, 'domains=here.org')
+    assert secure.read(CERTIFICATES + '/www.here.org.pem')      # the way back is there
+    dh.cmd_config(secure.app, 'A=2')
+    assert 'www.here.org' not in str(secure.files().keys())
+    assert 'its certificate goes' in capfd.readouterr().err
+    assert secure.read(CERTIFICATES + '/here.org.pem')
+
+def test_destroy_takes_the_certificates_of_an_app_and_no_others(secure):
+    secure.write('/etc/letsencrypt/renewal/here.org.conf', 'x')     # an admin's own
+    secure.write('/etc/letsencrypt/live/here.org/fullchain.pem', 'x')
+    other = dh.App(secure.host, 'wiki')
+    other.save(release(app='wiki', number=1, seconds=1, proxy=(
+        'server { listen 80; server_name www.here.org; }')))
+    other.set_link('live', release(number=1))
+    dh.cmd_destroy(secure.app, force=True)
+    assert secure.read(CERTIFICATES + '/here.org.pem') is None
+    assert secure.read(RENEWAL) is None
+    assert secure.read(CERTIFICATES + '/www.here.org.pem')
+    assert secure.read('/etc/letsencrypt/live/here.org/fullchain.pem') == 'x'
+
+def test_http_again_keeps_the_certificates_and_lets_them_be_renewed(secure, capfd):
+    dh.cmd_https(secure.host, 'blog', off=True)
+    assert installed(secure) == secured_text(secure)
+    assert 'acme-challenge' in installed(secure) and '443' not in installed(secure)
+    assert secure.read(CERTIFICATES + '/here.org.pem')
+    dh.cmd_https(secure.host, 'blog', off=True)
+    assert capfd.readouterr().out == 'blog: http again\nblog: nothing changed\n'
+    dh.cmd_https(secure.host, 'blog')
+    assert secure.ordered == []
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+
+@table('domains, files, said', r'''
+    blog blog.* =>                        => dockhand config blog domains="..."
+    _           =>                        => dockhand config blog domains="..."
+    here.org    => server { listen 80; server_name blog; } => in nginx-proxy.conf
+    here.org    => server { listen 8080; server_name here.org; } => in nginx-proxy.conf''')
+def test_what_cannot_be_certified_is_told_what_it_wants(plain, domains, files, said):
+    plain.lives(an_app('one', proxy=files or None), domains=domains)
+    before = plain.whole()
+    assert said in refusal(dh.cmd_https, plain.host, 'blog')
+    assert plain.changed(before) == []
+
+def test_https_of_what_nginx_does_not_serve_is_refused(plain):
+    plain.lives(an_app('one', ''))
+    assert refusal(dh.cmd_https, plain.host, 'blog') == 'blog is no web app'
+    for words in ({'off': True}, {'cert': True}):
+        with pytest.raises(dh.Usage):
+            dh.cmd_https(plain.host, **words)
+    with pytest.raises(dh.Usage):
+        dh.cmd_https(plain.host, 'blog', off=True, cert=True)
+
+def test_a_file_that_nginx_refuses_with_https_alone_goes_on_without(secure, capfd):
+    secure.push(an_app('two', proxy=(
+        'server {\n    listen 80;\n    server_name here.org;\n    # HTTPS BREAKS\n'
+        '    location / { proxy_pass http://blog; }\n}\n')))
+    assert installed(secure) == secure.app.live().proxy
+    assert ('https: nginx refuses the proxy file of blog with it, which goes on without: '
+            '"x" directive is duplicate (`if ($uri ~ ') in capfd.readouterr().err
+    dh.cmd_recover(secure.host)
+    assert installed(secure) == secure.app.live().proxy
+    said = refusal(dh.cmd_doctor, secure.host)
+    out = capfd.readouterr().out
+    assert 'WRONG  blog is served without https: "x" directive is duplicate' in out
+    assert 'not in place' not in out
+    secure.push(TWO_WEB, MAIN, SHA_2, SHA_3)
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+
+def brought(machine, monkeypatch, text, *words):
+    """What `dockhand https blog --cert` says with this on standard input."""
+    monkeypatch.setattr(dh, 'read_stdin', lambda: text)
+    dh.cmd_https(machine.host, 'blog', cert=True)
+
+@pytest.mark.parametrize('text, said', [
+    (pem('here.org').replace('key=k1\n-----END P', 'key=k2\n-----END P'),
+     'the key does not belong to the certificate'),
+    (pem('here.org', ends=1750000000), 'this certificate ended on 2025-06-1'),
+    (pem('here.org', begins=3900000000), 'this certificate begins on 2093-08-0'),
+    (pem('there.org'), 'good for there.org: none of that is a name of blog'),
+    (pem(''), 'good for no name: none of that is a name of blog, which has here.org'),
+    ('', 'are wanted, as PEM')])
+def test_a_certificate_that_will_not_do_is_refused(secure, monkeypatch, text, said):
+    before = secure.whole()
+    assert said in refusal(brought, secure, monkeypatch, text)
+    assert [path for path in secure.changed(before)
+            if path != CERTIFICATES + '/own'] == []
+
+def test_a_certificate_that_nginx_refuses_changes_nothing(plain, monkeypatch):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.host.nginx.form_problem = lambda *_: 'ee key too small'
+    assert refusal(brought, plain, monkeypatch, pem('here.org')) == (
+        'nginx does not take this certificate: ee key too small')
+    assert plain.read(CERTIFICATES + '/own/blog.pem') is None
+    assert not plain.host.certificates.is_on('blog')
+
+def test_a_wildcard_that_somebody_brought_is_used_for_all_that_it_is_good_for(
+        secure, monkeypatch, capfd):
+    brought(secure, monkeypatch, pem('*.here.org', 'k7'))
+    own = certificate('own/blog', '*.here.org')
+    text = dh.with_https(secure.app.live().proxy, [own, certificate('here.org')],
+                         (1, 24, 0))
+    assert installed(secure) == text and 'own/blog.pem' in text
+    assert mode_of(secure.host.path(CERTIFICATES, 'own/blog.pem')) == '600'
+    assert re.match(r'www.here.org: https, \d+ days left, by Test CA\n\Z',
+                    capfd.readouterr().out)
+    dh.cmd_destroy(secure.app, force=True)
+    assert dh.list_folder(secure.host.path(CERTIFICATES, 'own')) == []
+
+def test_a_certificate_that_somebody_brought_is_told_to_end(secure, monkeypatch, capfd):
+    ends = int(secure.host.clock.time()) + 13 * 86400
+    brought(secure, monkeypatch, pem('here.org', ends=ends))
+    dh.after_push(secure.app, None)
+    assert 'https: the certificate that was brought ends on %s: bring another: ' % (
+        dh.time_text(ends)) in capfd.readouterr().err
+
+def test_the_list_of_https_says_why_not(secure, capfd):
+    dh.cmd_config(secure.app, 'domains=here.org there.org')
+    other = dh.App(secure.host, 'wiki')
+    other.save(release(app='wiki', number=1, seconds=1, proxy=(
+        'server { listen 80; server_name wiki.test; }')))
+    other.set_link('live', release(number=1))
+    capfd.readouterr()
+    dh.cmd_https(secure.host)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(None, 2)[:2] for line in lines] == [
+        ['blog', 'here.org'], ['blog', 'there.org'], ['wiki', 'wiki.test']]
+    assert [re.sub(r'\d+ days', 'N days', line.split(None, 2)[2]) for line in lines] == [
+        'https, N days left, by Test CA',
+        'no certificate: it leads to 192.0.2.7: point it here in DNS',
+        'http: sudo dockhand https wiki']
+
+def test_the_hook_of_certbot_acts_on_our_certificates_alone(tmpdir):
+    demand_tool('openssl')
+    folder = tmpdir.mkdir('certificates')
+    lineage = tmpdir.mkdir('live').mkdir('dockhand-a.test')
+    text = dh.RENEWAL_HOOK_TEXT.replace(CERTIFICATES, str(folder))
+    text = text.replace('/run/nginx.pid', str(tmpdir.join('no.pid')))
+    hook = tmpdir.join('hook')
+    hook.write(text)
+
+    def renewed(path):
+        return subprocess.call(['sh', str(hook)], env={'RENEWED_LINEAGE': str(path)},
+                               stderr=subprocess.PIPE)
+    subprocess.check_call(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes',
+                           '-subj', '/CN=a', '-keyout', str(lineage.join('privkey.pem')),
+                           '-out', str(lineage.join('fullchain.pem'))],
+                          stderr=subprocess.PIPE)
+    assert renewed(lineage) == 0
+    assert folder.join('a.test.pem').read() == (
+        lineage.join('fullchain.pem').read() + lineage.join('privkey.pem').read())
+    assert mode_of(folder.join('a.test.pem')) == '600'
+
+    kept = folder.join('a.test.pem').read()
+    subprocess.check_call(['openssl', 'genrsa', '-out', str(lineage.join('privkey.pem')),
+                           '2048'], stderr=subprocess.PIPE)
+    assert renewed(lineage) != 0 and folder.join('a.test.pem').read() == kept
+    assert renewed(tmpdir.mkdir('live/a.test')) == 0        # somebody else's
+    folder.remove()
+    assert renewed(lineage) == 0                            # nobody wants it any more
+
+def test_the_key_and_its_certificate_are_held_together_by_openssl(tmpdir):
+    demand_tool('openssl')
+    certificates = Host(str(tmpdir)).certificates
+    for name in ('a', 'b'):
+        subprocess.check_call(
+            ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '90',
+             '-subj', '/CN=Some CA', '-addext', 'subjectAltName=DNS:%s.test' % name,
+             '-keyout', str(tmpdir.join(name + '.key')),
+             '-out', str(tmpdir.join(name + '.pem'))], stderr=subprocess.PIPE)
+    text = tmpdir.join('a.pem').read()
+    key = tmpdir.join('a.key').read()
+    path = certificates.path('a.test')
+    assert certificates.keep(path, dh.ordered_pem(key + text)) is True
+    assert certificates.keep(path, dh.ordered_pem(key + text)) is False
+    x509 = certificates.read(path)
+    assert x509.names == ['a.test'] and x509.issuer == 'Some CA'
+    assert certificates.days_left(x509) == 89 and not certificates.is_late('a.test')
+    said = refusal(certificates.keep, path, text + tmpdir.join('b.key').read())
+    assert said == 'the key does not belong to the certificate'
+    assert dh.read_file(str(tmpdir) + path) == dh.ordered_pem(key + text)
 
 # ---- The real layer --------------------------------------------------------------------
 

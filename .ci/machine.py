@@ -34,7 +34,7 @@ USER, GROUP = os.getuid() or 12345, os.getgid() or 12345
 def mode_in(found):
     return '%o' % stat.S_IMODE(found.st_mode)
 
-QUERIES = ('docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps',
+QUERIES = ('openssl', 'timeout 5 openssl', 'certbot --version', 'docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps',
            'ip', 'hostname', 'docker version', 'docker logs', 'docker diff', 'nginx -v',
            'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
 
@@ -56,6 +56,13 @@ class Clock(object):
 
     def monotonic(self):
         return dh.monotonic() + self.ahead
+
+def pem(names, key='k1', issuer='Test CA', begins=1700000000, ends=4000000000):
+    """A certificate for these names, and its key, as this machine's openssl reads them."""
+    return ('-----BEGIN CERTIFICATE-----\nkey=%s names=%s issuer=%s begins=%d ends=%d\n'
+            '-----END CERTIFICATE-----\n' % (key, names.replace(' ', ','),
+                                            issuer.replace(' ', '_'), begins, ends)
+            + '-----BEGIN PRIVATE KEY-----\nkey=%s\n-----END PRIVATE KEY-----\n' % key)
 
 def is_shown(how, network, route):
     """Whether `ip route show root|match NETWORK` shows a route: of a part, or of more."""
@@ -123,6 +130,12 @@ class Machine(object):
         self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
         self.history, self.named, self.answers = set(), SHA, {}
         self.here = None            # another address at which its nginx answers
+        self.refused = {}           # {host name: what the authority says against it}
+        self.ordered = []           # the names that certificates were ordered for
+        self.others = 0             # how often another certbot is running
+        self.has_certbot = True
+        self.timer = 'active'       # certbot's
+        self.caught, self.certified = None, {}
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         self.kinds = {}             # of what is pushed and is no commit: {id: kind}
@@ -353,8 +366,10 @@ class Machine(object):
     def initctl(self, verb):
         return 'init (upstart 1.5)\n'
 
-    def timeout(self, seconds, command, *words):
-        return getattr(self, command)(*words)
+    def timeout(self, *words):
+        if words[0] == '-k':
+            words = words[2:]
+        return getattr(self, words[1])(*words[2:])
 
     def ip(self, *words):
         if words[:3] == ('-4', 'route', 'show'):
@@ -368,6 +383,8 @@ class Machine(object):
 
     def getent(self, ahosts, name):
         return {'here.org': '192.0.2.2  STREAM here.org\n::5  STREAM\n',
+                'www.here.org': '192.0.2.2  STREAM www.here.org\n',
+                'api.here.org': '192.0.2.2  STREAM api.here.org\n',
                 'there.org': '192.0.2.7  STREAM there.org\n',
                 'blog.203-0-113-7.sslip.io': '203.0.113.7  STREAM x\n',
                 'blog.2001-db8--1.sslip.io': '2001:db8::1  STREAM x\n'}.get(name, '')
@@ -418,8 +435,106 @@ class Machine(object):
         if verb == '--no-block':
             assert words == ('start', 'nginx')
             return self.nginx()
+        if verb == 'is-active':
+            return self.timer + '\n'
         assert verb == 'is-system-running'
         return self.state + '\n'
+
+    # certificates
+
+    def certbot(self, verb, *words):
+        """As 2.1.0 was seen to do it: its reasons come on standard output, but for those
+        that are not the authority's."""
+        if not self.has_certbot:
+            raise dh.Failure('certbot: No such file or directory')
+        if self.others:
+            self.others -= 1
+            return Result(1, '', 'Another instance of Certbot is already running.\nAsk '
+                                 'for help or search for solutions at https://x\n')
+        if verb == '--version':
+            return 'certbot 2.1.0\n'
+
+        lineage = words[words.index('--cert-name') + 1]
+        if verb == 'delete':
+            return self.certbot_delete(lineage)
+        assert verb == 'certonly' and '-n' in words and '--agree-tos' in words
+        assert words[words.index('-w') + 1] == dh.CHALLENGES
+        name = words[words.index('-d') + 1]
+        assert lineage == 'dockhand-' + name
+        self.ordered.append(name)
+        if name in self.refused or not self.lets_challenges_through(name):
+            return Result(1, 'Requesting a certificate for %s\n\nCertbot failed to '
+                          'authenticate some domains (authenticator: webroot). The '
+                          'Certificate Authority reported these problems:\n  Domain: %s\n'
+                          '  Type:   connection\n  Detail: %s\n\nHint: x\n\n' % (
+                              name, name, self.refused.get(name, '404')),
+                          'Saving debug log to /x\nSome challenges have failed.\n')
+        return self.certbot_keep(lineage, name)
+
+    def certbot_keep(self, lineage, name):
+        """What a killed one has left makes it choose another name."""
+        conf = '/etc/letsencrypt/renewal/%s.conf'
+        if self.read(conf % lineage) == '':
+            lineage += '-0001'
+        count = len(re.findall(name, ' '.join(self.ordered)))
+        text = pem(name, 'k%d' % count)
+        chain, begin, key = text.partition('-----BEGIN PRIVATE')
+        self.write('/etc/letsencrypt/live/%s/fullchain.pem' % lineage, chain)
+        self.write('/etc/letsencrypt/live/%s/privkey.pem' % lineage, begin + key)
+        self.write(conf % lineage, 'cert = x\n')
+        return 'Successfully received certificate.\n'
+
+    def certbot_delete(self, lineage):
+        if not self.read('/etc/letsencrypt/renewal/%s.conf' % lineage):
+            return Result(1, '', 'No certificate found with name %s\n' % lineage)
+        os.unlink(self.host.path('/etc/letsencrypt/renewal/%s.conf' % lineage))
+        shutil.rmtree(self.host.path('/etc/letsencrypt/live', lineage))
+
+    def lets_challenges_through(self, name):
+        """Whether what nginx has taken up answers an authority for a host name."""
+        catch_all = self.caught or ''
+        for text in (self.served or {}).values():
+            for server in dh.servers_of(text):
+                if name in server.names:
+                    catch_all = text
+        return 'acme-challenge' in catch_all
+
+    def openssl(self, verb, *words):
+        if verb == 's_client':
+            return self.served_pem(words[words.index('-servername') + 1])
+        assert words[0] == '-in'
+        text = dh.read_file(words[1]) or ''
+        kind = 'PRIVATE KEY' if verb == 'pkey' else 'CERTIFICATE'
+        told = re.search('-----BEGIN %s-----\nkey=(.*)\n' % kind, text)
+        if told is None:
+            return Result(1, '', 'unable to load %s\n' % kind.lower())
+        key = told.group(1).split()[0]
+        if '-pubout' in words or '-pubkey' in words:
+            return key + '\n'
+        assert verb == 'x509' and words[2:] == ('-noout', '-issuer', '-dates', '-text')
+        said = dict(word.split('=') for word in ('key=' + told.group(1)).split())
+        moments = [time.strftime('%b %d %H:%M:%S %Y GMT', time.gmtime(int(said[which])))
+                   for which in ('begins', 'ends')]
+        return ('issuer=C = XX, CN = %s\nnotBefore=%s\nnotAfter=%s\nCertificate:\n    '
+                '        X509v3 Subject Alternative Name: \n                %s\n' % (
+                    said['issuer'].replace('_', ' '), moments[0], moments[1], ', '.join(
+                        'DNS:' + name for name in said['names'].split(',') if name)))
+
+    def served_pem(self, name):
+        """The certificate that nginx has taken up for a name."""
+        for text, path in self.certified:
+            if 'server_name %s;' % name in text or ' %s ' % name in text:
+                return self.certified[text, path]
+        return Result(1, '', 'no peer certificate available\n')
+
+    def secured_servers(self):
+        """{(text of a server, path of its certificate): what that holds, or None}"""
+        found = {}
+        for path in dh.list_folder(self.host.path('/etc/nginx/conf.d')):
+            for server in (self.read('/etc/nginx/conf.d/' + path) or '').split('\nserver'):
+                for pem_path in re.findall(r'ssl_certificate (/\S+);', server):
+                    found[server, pem_path] = self.read(pem_path)
+        return found
 
     def service(self, name, verb):
         if (name, verb) == ('docker', 'restart'):
@@ -430,6 +545,9 @@ class Machine(object):
     # nginx
 
     def nginx(self):
+        lost = [path for (_, path), text in self.secured_servers().items() if not text]
+        if lost:
+            return Result(1, '', 'nginx: [emerg] cannot load certificate "%s"\n' % lost[0])
         self.write('/run/nginx.pid', '50\n')
         self.process(50, 1, 'nginx: master process')
         self.nginx_s('-s', 'reload')
@@ -454,6 +572,14 @@ class Machine(object):
             for each in [each for each in told if each in found]:
                 line = found[:found.index(each)].count('\n') + 1
                 return Result(1, '', 'nginx: [emerg] %s in %s:%d\n' % (each, name, line))
+        for name in names:
+            if 'HTTPS BREAKS' in (self.read(name) or '') and 'listen 443' in self.read(name):
+                return Result(1, '', 'nginx: [emerg] "x" directive is duplicate in %s:4\n'
+                              % name)
+            for pem_path in re.findall('ssl_certificate (/.*);', self.read(name) or ''):
+                if not self.read(pem_path):
+                    return Result(1, '', 'nginx: [emerg] cannot load certificate "%s": '
+                                         'BIO_new_file() failed\n' % pem_path)
 
     def nginx_s(self, s, reload):
         for pid in os.listdir(self.host.path('/proc')):
@@ -463,6 +589,8 @@ class Machine(object):
         self.process(51, 50, 'nginx: worker process is shutting down')
         self.process(52, 1, 'nginx: worker process')
         self.served = dict((path, self.read(path)) for path in self.host.nginx.files())
+        self.caught = self.read(dh.CATCH_ALL)
+        self.certified = self.secured_servers()
 
     # git and files
 
@@ -518,7 +646,7 @@ class Machine(object):
         for path in words[2:]:
             assert path.startswith(self.root + '/')
             shutil.rmtree(path, ignore_errors=True)
-            if os.path.islink(path):
+            if os.path.islink(path) or os.path.isfile(path):
                 os.unlink(path)
 
     def ss(self, options):
@@ -528,6 +656,8 @@ class Machine(object):
     # installing
 
     def which(self, name):
+        if name == 'certbot' and not self.has_certbot:
+            return Result(1, '', '')
         return '/usr/bin/' + name
 
     def useradd(self, *words):
