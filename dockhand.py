@@ -4079,10 +4079,10 @@ class Nginx(object):
             self.reload()
 
     def refresh(self):
-        """Bring our catch-all up to date."""
+        """Bring our catch-all up to date, and have nginx take up all that lies there."""
         with host_lock(self.host, 'dockhand'):
-            if replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files())):
-                self.reload()
+            replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files()))
+            self.reload()
 
     def remove(self, app):
         """Take an app's proxy file away for good."""
@@ -4401,15 +4401,25 @@ class Certificates(object):
         folder = self.host.path(CERTBOT, 'live', LINEAGE + name)
         return [os.path.join(folder, file) for file in ('fullchain.pem', 'privkey.pem')]
 
+    def renewal_conf(self, name):
+        """Where certbot says how it renews the certificate for a name."""
+        return self.host.path(CERTBOT, 'renewal', LINEAGE + name + '.conf')
+
     def is_renewed(self, name):
         """Whether certbot has a certificate for a name, which it renews."""
-        conf = self.host.path(CERTBOT, 'renewal', LINEAGE + name + '.conf')
         has_files = all(map(os.path.exists, self.lineage_files(name)))
-        return has_files and bool(read_file(conf))
+        return has_files and bool(read_file(self.renewal_conf(name)))
+
+    def is_newest(self, name):
+        """Whether nginx has what certbot has: one that is killed before it runs its hook
+        never runs it for that certificate."""
+        chain = read_file(self.lineage_files(name)[0])
+        return not chain or self.host.text(self.path(name)).startswith(chain)
 
     def is_settled(self, name):
         """Whether nginx has a certificate for a name, and certbot renews it."""
-        return self.is_there(self.path(name)) and self.is_renewed(name)
+        is_there = self.is_there(self.path(name))
+        return is_there and self.is_renewed(name) and self.is_newest(name)
 
     def copy(self, name):
         """Take over what certbot has for a name; False where it has nothing, or is just
@@ -4431,7 +4441,7 @@ class Certificates(object):
         if not os.path.isdir(os.path.dirname(hook)):
             os.makedirs(os.path.dirname(hook))
         replace_file(hook, RENEWAL_HOOK_TEXT, 0o755)
-        if not self.is_renewed(name):
+        if not read_file(self.renewal_conf(name)):      # else certbot mends it itself
             self.remove_remains(name)
 
         result = self.certbot(
@@ -4465,18 +4475,17 @@ class Certificates(object):
     def remove_remains(self, name):
         """Remove what a certbot that was killed has left of a first order: it would call
         the next one by another name."""
-        lineage = LINEAGE + name
-        remains = [self.host.path(CERTBOT, 'renewal', lineage + '.conf')]
-        remains += [self.host.path(CERTBOT, folder, lineage)
+        remains = [self.renewal_conf(name)]
+        remains += [self.host.path(CERTBOT, folder, LINEAGE + name)
                     for folder in ('live', 'archive')]
         if any(os.path.lexists(path) for path in remains):
             self.host.run(['rm', '-rf', '--'] + remains)
 
     def has_anything(self, name):
         """Whether there is anything for a name that would have to go with it."""
-        conf = self.host.path(CERTBOT, 'renewal', LINEAGE + name + '.conf')
         return any(map(os.path.lexists, (
-            self.host.path(self.path(name)), self.failed_path(name), conf)))
+            self.host.path(self.path(name)), self.failed_path(name),
+            self.renewal_conf(name))))
 
     def give_back(self, name):
         """Remove all that there is for a name; Failure where certbot cannot now."""
@@ -5682,7 +5691,7 @@ def sweep(app):
     """Remove the temporary files and the build folder of a command that was killed."""
     host = app.host
     written = [app.folder(name)
-               for name in ('live', 'pending', 'stopped', 'config', 'env')]
+               for name in ('live', 'pending', 'stopped', 'config', 'env', 'https')]
     written += [host.path(folder, app.name + '.conf')
                 for folder in (JOBS, PROXIES, NGINX)]
     written += [app.release_folder(number) + '/release.json' for number in app.numbers()]
@@ -6051,6 +6060,9 @@ def get_certificates(app, is_asked=False):
     if not missing:
         return []
 
+    make_folder(host.path(CERTIFICATES), 0o700)
+    if app.live() is None:              # no server of its own lets an authority in
+        app.nginx.refresh()
     deadline = host.clock.monotonic() + CERTBOT_TIMEOUT
     lock = host.path(LOCKS, '.https')
     with locked(lock, 'certificates for ' + app.name, CERTBOT_TIMEOUT):
@@ -6083,6 +6095,7 @@ def get_certificate(app, name, deadline, is_asked):
         return why
 
     step('Getting a certificate for %s', name)
+    app.nginx.reload()              # a crash may have come before it let authorities in
     why = certificates.order(name, deadline)
     if why is None:
         log('%s: a certificate for %s', app.name, name)
@@ -6111,6 +6124,8 @@ def lost_addresses(host, name):
                 lost.append('%s does not lead here (it answers %s)' % (address, said))
     finally:
         remove_file(place)
+        for folder in (os.path.dirname(place), os.path.dirname(os.path.dirname(place))):
+            remove_if_empty(folder)
     return ', '.join(lost)
 
 def answer_at(host, name, address, path, wanted):
@@ -6988,12 +7003,14 @@ def https_problems(host):
 
 def certbot_problems(host):
     """What keeps certbot from renewing: rows for `demand`."""
-    if is_upstart(host) and not host.certificates.has_certbot():
-        return [(OLD_HOST, 'dockhand https APP --cert')]
+    bring = 'apt-get update; apt-get install certbot'
+    if not host.certificates.has_certbot():
+        if is_upstart(host):
+            return [(OLD_HOST, 'dockhand https APP --cert')]
+        return [('certbot is missing: no certificate will be renewed', bring)]
     status, out, err = host.ask(['certbot', '--version'])
     if status:
-        return [('certbot does not run: ' + (last_line(err or out) or 'it is missing'),
-                 'apt-get update; apt-get install certbot')]
+        return [('certbot does not run: ' + last_line(err or out), bring)]
 
     if is_systemd(host):
         state = host.ask(['systemctl', 'is-active', 'certbot.timer']).out.strip()
@@ -7012,6 +7029,9 @@ def name_problem(app, name):
         return '%s has no certificate: %s' % (name, noted)
     if not certificates.is_renewed(name):
         return 'nothing renews the certificate of ' + name
+    if not certificates.is_newest(name):
+        return 'certbot has renewed the certificate of %s, and nginx has the old one' % (
+            name)
     elsewhere = where_it_leads(app, live.proxy if live else '', name)
     if elsewhere:
         return '%s leads %s, and so will not be renewed' % (name, elsewhere)
@@ -7539,11 +7559,11 @@ def no_full_name_text(app, live):
 
 def note_https(app):
     """Write down that an app is to have https."""
-    make_folder(app.host.path(CERTIFICATES), 0o700)
     with app_lock(app, 'dockhand https ' + app.name):
         make_folder(app.folder(), 0o700)
         if replace_file(app.folder('https'), ''):
             log('%s: https by %s', app.name, person())
+        make_folder(app.host.path(CERTIFICATES), 0o700)
 
 def turn_https_off(app):
     """Have an app answer by http alone. Its certificates stay, and are renewed."""
@@ -7560,10 +7580,7 @@ def bring_certificate(app):
     certificates = app.host.certificates
     text = ordered_pem(read_stdin())
     path = certificates.own_path(app.name)
-    make_folder(app.host.path(CERTIFICATES), 0o700)
-    make_folder(app.host.path(OWN_CERTIFICATES), 0o700)
-
-    trial = '%s/.%s.pem.trial' % (OWN_CERTIFICATES, app.name)
+    trial = '%s/.%s.pem.trial' % (STATE, app.name)
     try:
         replace_file(app.host.path(trial), text, 0o600)
         certificates.check_pair(app.host.path(trial))
@@ -7726,6 +7743,8 @@ def cmd_recover(host):
     if host.nginx.master():             # or no authority could ask it for anything
         for name in list_apps(host):
             attempt('https for ' + name, get_and_tell, App(host, name))
+        if host.certificates.are_any():     # a crash may have come before nginx followed
+            attempt('nginx', host.nginx.refresh)
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 

@@ -2385,6 +2385,117 @@ def test_what_https_reads_is_read_in_one_pass(line):
         dh.with_https(text, [certificate('a.test')], (1, 24, 0))
         dh.read_x509(text)
 
+# ---- Https: what this machine's nginx makes of it --------------------------------------
+
+def self_signed(folder, names):
+    """The path of a certificate for these names, with its key."""
+    demand_tool('openssl')
+    path = str(folder.join(names[0] + '.pem'))
+    subprocess.check_call(
+        ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '90',
+         '-subj', '/CN=x', '-addext', 'subjectAltName=DNS:' + ',DNS:'.join(names),
+         '-keyout', path + '.key', '-out', path], stderr=subprocess.PIPE)
+    with open(path, 'a') as target:
+        target.write(dh.read_file(path + '.key'))
+    return path
+
+@contextmanager
+def behind_https(tmpdir, text, *names):
+    """nginx with a proxy file that has https for these names, and our catch-all. In the
+    folder `acme` is what an authority may ask for."""
+    demand_nginx()
+    version = Host('/').nginx.version()
+    path = self_signed(tmpdir.mkdir('pem'), names)
+    made = dh.with_https(text, [dh.Certificate(path, names)], version)
+    catch_all = dh.render_catch_all(dh.servers_of(made), version, False, 'abcd1234', True)
+    tmpdir.mkdir('acme').mkdir('.well-known').mkdir('acme-challenge').join('x').write('yes')
+    os.chmod(str(tmpdir), 0o755)
+    files = {'000-dockhand': catch_all, 'a': made}
+    for name in files:
+        files[name] = files[name].replace(dh.CHALLENGES, str(tmpdir.join('acme')))
+    with Alone(tmpdir, files) as alone:
+        yield alone
+
+CHALLENGE = 'GET /.well-known/acme-challenge/x HTTP/1.1'
+A_TEST = 'Host: a.test'
+GUARDED = '''server {
+    listen 80 default_server;
+    server_name a.test b.test;
+    auth_basic "Members only"; auth_basic_user_file /dev/null;
+    deny all;
+    location / { root /nowhere; }
+    location ~ /\\. { return 403; }
+}
+server {
+    listen 80;
+    server_name c.test;
+    return 301 $scheme://a.test$request_uri;
+}
+'''
+
+def test_nginx_lets_an_authority_in_whatever_else_a_file_says(tmpdir):
+    with behind_https(tmpdir, GUARDED, 'a.test', 'c.test') as alone:
+        for name in ('a.test', 'b.test', 'c.test', 'nobody.test'):
+            assert alone.ask(CHALLENGE, 'Host: ' + name).endswith('\r\n\r\nyes')
+        for name in ('a.test', 'c.test'):
+            answer = alone.ask_tls(name, CHALLENGE, 'Host: ' + name)
+            assert answer.endswith('\r\n\r\nyes')
+        assert ' 403 ' in alone.ask('GET / HTTP/1.1', 'Host: b.test')[:15]
+        assert ' 403 ' in alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)[:15]
+        answer = alone.ask_tls('c.test', 'GET /x?y HTTP/1.1', 'Host: c.test')
+        assert '\r\nLocation: https://a.test/x?y\r\n' in answer
+
+def test_nginx_sends_to_https_who_asked_by_http_for_a_name_that_has_it(tmpdir, told):
+    version = Host('/').nginx.version()
+    text = dh.render_proxy('a', 'a.test b.test', version, False)
+    text += dh.upstream('a', '127.0.0.1', told.port, version)
+    with behind_https(tmpdir, text, 'a.test') as alone:
+        for host in ('a.test', 'A.TEST', 'a.test:80'):
+            answer = alone.ask('GET /x%20y?z HTTP/1.1', 'Host: ' + host)
+            assert answer.startswith('HTTP/1.1 301 ')
+            assert '\r\nLocation: https://a.test/x%20y?z\r\n' in answer
+        answer = alone.ask('GET %s HTTP/1.1' % dh.TOKEN_PATH, A_TEST)
+        assert ' 301 ' in answer[:15] and '\r\nX-Dockhand: abcd1234\r\n' in answer
+        assert told.heads == []
+        assert ' 200 ' in alone.ask('GET / HTTP/1.1', 'Host: b.test')[:15]
+        for said in ('https', 'http', 'x|a.test/'):
+            answer = alone.ask('GET / HTTP/1.1', A_TEST, 'X-Forwarded-Proto: ' + said)
+            assert ' 200 ' in answer[:15]
+        assert ' 200 ' in alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)[:15]
+        assert fields_of(told.heads[-1])['x-forwarded-proto'] == 'https'
+
+def test_nginx_shows_nobodys_certificate_for_an_unknown_name(tmpdir):
+    with behind_https(tmpdir, GUARDED, 'a.test') as alone:
+        for name in ('nobody.test', 'b.test', 'c.test', None):
+            if name is None:
+                context = dh.tls_context()
+                connection = socket.create_connection(('127.0.0.1', alone.tls_port), 9)
+                with pytest.raises(EnvironmentError):
+                    context.wrap_socket(connection)
+                connection.close()
+            else:
+                with pytest.raises(EnvironmentError):
+                    alone.ask_tls(name, 'GET / HTTP/1.1', 'Host: ' + name)
+        assert ' 403 ' in alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)[:15]
+
+def test_nginx_answers_503_by_https_too_for_a_stopped_app(tmpdir, told):
+    version = Host('/').nginx.version()
+    text = dh.closed_proxy(dh.render_proxy('a', 'a.test', version, False), version)
+    text += dh.upstream('a', '127.0.0.1', told.port, version)
+    with behind_https(tmpdir, text, 'a.test') as alone:
+        answer = alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)
+        assert answer.startswith('HTTP/1.1 503 ') and 'Retry-After: 60\r\n' in answer
+        assert alone.ask(CHALLENGE, A_TEST).endswith('\r\n\r\nyes')
+        assert alone.ask_tls('a.test', CHALLENGE, A_TEST).endswith('\r\n\r\nyes')
+
+def test_nginx_finds_nothing_to_warn_of_in_what_https_adds(tmpdir, told):
+    version = Host('/').nginx.version()
+    text = dh.render_proxy('a', 'a.test b.test', version, False, '10.0.0.0/8')
+    text += dh.upstream('a', '127.0.0.1', told.port, version) + GUARDED.replace(
+        'a.test b.test', 'd.test')
+    with behind_https(tmpdir, text, 'a.test', 'c.test', 'd.test') as alone:
+        assert dh.read_file(alone.folder + '/error.log') == ''
+
 # ---- The machine: files, locks, signals, commands --------------------------------------
 
 def test_what_a_stranger_sent_is_printed_as_plain_ascii():
@@ -6707,6 +6818,9 @@ runs = pytest.mark.parametrize('act, init', RUNS)
 @runs
 def test_every_kind_of_effect_is_found(trials, act, init):
     kinds = set(what.split()[0] for _, what, _ in trials['kill', act, init])
+    if act == 'https':
+        assert kinds >= set('open flush fchmod rename mkdir timeout nginx'.split())
+        return
     assert kinds >= set('open flush fchmod rename unlink symlink docker git'.split())
     # the proxy file of a job app is its own, and the same with another config
     assert ('nginx' in kinds) == (init != 'upstart job')
@@ -7069,6 +7183,21 @@ def test_what_a_killed_certbot_left_is_removed_before_the_next_order(plain):
     assert dh.list_folder(plain.host.path('/etc/letsencrypt/live')) == [
         'dockhand-here.org']
 
+def test_what_certbot_renewed_before_it_was_killed_is_taken_over(secure, capfd):
+    for name, text in (('fullchain', pem('here.org', 'k5').partition('-----BEGIN P')[0]),
+                       ('privkey', pem('here.org', 'k5').partition('-----END C')[2])):
+        text = text.partition('\n')[2] if name == 'privkey' else text
+        secure.write('%s/%s.pem' % (LIVE_FOLDER, name), text)
+    assert 'and nginx has the old one' in refusal_of_doctor(secure, capfd)
+    for act in (lambda: dh.after_push(secure.app, None),
+                lambda: dh.cmd_recover(secure.host),
+                lambda: dh.cmd_https(secure.host, 'blog')):
+        secure.write(CERTIFICATES + '/here.org.pem', pem('here.org'))
+        act()
+        assert secure.read(CERTIFICATES + '/here.org.pem') == pem('here.org', 'k5')
+        assert 'key=k5' in secure.served_pem('here.org')
+    assert secure.ordered == []
+
 def test_a_key_of_another_certificate_is_not_taken_over(secure, capfd):
     before = secure.read(CERTIFICATES + '/here.org.pem')
     text = dh.pem_blocks(secure.read(LIVE_FOLDER + '/privkey.pem'))[0]
@@ -7165,8 +7294,7 @@ def brought(machine, monkeypatch, text, *words):
 def test_a_certificate_that_will_not_do_is_refused(secure, monkeypatch, text, said):
     before = secure.whole()
     assert said in refusal(brought, secure, monkeypatch, text)
-    assert [path for path in secure.changed(before)
-            if path != CERTIFICATES + '/own'] == []
+    assert secure.changed(before) == []
 
 def test_a_certificate_that_nginx_refuses_changes_nothing(plain, monkeypatch):
     plain.lives(ONE_WEB, domains='here.org')
@@ -7211,6 +7339,82 @@ def test_the_list_of_https_says_why_not(secure, capfd):
         'https, N days left, by Test CA',
         'no certificate: it leads to 192.0.2.7: point it here in DNS',
         'http: sudo dockhand https wiki']
+
+def refusal_of_doctor(machine, capfd):
+    """What doctor prints that finds something wrong."""
+    capfd.readouterr()
+    refusal(dh.cmd_doctor, machine.host)
+    return capfd.readouterr().out
+
+@pytest.fixture
+def checked(secure, capfd):
+    """A server with https at which doctor finds nothing."""
+    dh.cmd_install(secure.host)
+    secure.write('/etc/cron.d/certbot', 'x')
+    dh.cmd_doctor(secure.host)
+    assert capfd.readouterr().out.endswith('all is well\n')
+    return secure
+
+def late(machine):
+    """Let the certificate of here.org be in its last quarter, and certbot's log say why."""
+    now = int(machine.host.clock.time())
+    text = pem('here.org', 'k1', 'Test CA', now - 80 * 86400, now + 10 * 86400 + 60)
+    machine.write(CERTIFICATES + '/here.org.pem', text)
+    machine.write(LIVE_FOLDER + '/fullchain.pem', text.partition('-----BEGIN P')[0])
+    machine.nginx_s('-s', 'reload')
+    machine.write('/var/log/letsencrypt/letsencrypt.log',
+                  'x:Failed to renew certificate dockhand-here.org with error: no luck\n')
+
+@pytest.mark.parametrize('harm, said', [
+    (lambda machine: setattr(machine, 'has_certbot', False),
+     'certbot is missing: no certificate will be renewed\n       type: apt-get update; '
+     'apt-get install certbot'),
+    (lambda machine: machine.broken.update({'certbot --version': 1}),
+     'certbot does not run: broken on purpose'),
+    (lambda machine: os.unlink(machine.host.path('/etc/cron.d/certbot')),
+     'nothing runs `certbot renew`'),
+    (late, 'the certificate of here.org ends in 10 days, and is not renewed: no luck'),
+    (lambda machine: machine.write(CERTIFICATES + '/here.org.pem', pem('here.org', 'k9')),
+     'certbot has renewed the certificate of here.org, and nginx has the old one'),
+    (lambda machine: shutil.rmtree(machine.host.path('/etc/letsencrypt')),
+     'nothing renews the certificate of here.org'),
+    (lambda machine: setattr(machine, 'certified', []),
+     'nginx serves another certificate for here.org than'),
+    (lambda machine: machine.app.save(machine.app.live()._replace(
+        proxy=machine.app.live().proxy.replace('here.org www', 'there.org www'))),
+     'there.org has no certificate: there was no try yet'),
+    (lambda machine: os.unlink(machine.host.path(dh.RENEWAL_HOOK)),
+     dh.RENEWAL_HOOK + ' is not as installed')])
+def test_doctor_says_what_keeps_https_from_lasting(checked, capfd, harm, said):
+    harm(checked)
+    assert 'WRONG  ' + said in refusal_of_doctor(checked, capfd)
+
+def test_doctor_says_that_the_timer_of_certbot_does_not_run(tmpdir, capfd):
+    machine = Machine(tmpdir, 'systemd')
+    machine.lives(ONE_WEB, domains='here.org')
+    dh.cmd_https(machine.host, 'blog')
+    dh.cmd_install(machine.host)
+    machine.timer = 'inactive'
+    assert ('WRONG  certbot.timer, which renews, is inactive\n       type: systemctl enable '
+            '--now certbot.timer') in refusal_of_doctor(machine, capfd)
+
+def test_doctor_says_that_a_name_does_not_lead_here_any_more(checked, capfd):
+    checked.getent = lambda *_: '192.0.2.7  STREAM x\n'
+    assert ('WRONG  here.org leads to 192.0.2.7, and so will not be renewed'
+            in refusal_of_doctor(checked, capfd))
+
+def test_doctor_asks_an_app_with_https_by_https(checked, capfd):
+    asked = []
+    connect = checked.host.connect
+
+    def listen(place, timeout, tls_name=None):
+        asked.append((place[1], tls_name))
+        return connect(place, timeout, tls_name)
+    checked.host.connect = listen
+    dh.cmd_doctor(checked.host)
+    assert (443, 'here.org') in asked
+    checked.answers['here.org'] = '502'
+    assert 'blog answers 502 through nginx' in refusal_of_doctor(checked, capfd)
 
 def test_the_hook_of_certbot_acts_on_our_certificates_alone(tmpdir):
     demand_tool('openssl')

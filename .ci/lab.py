@@ -25,6 +25,8 @@ from contextlib import closing
 
 import pytest
 
+import dockhand as dh
+
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_FILES = ('dockhand.py', 'configure-system.sh', 'Vagrantfile', 'test_dockhand.py',
               'README.md')
@@ -567,17 +569,19 @@ class Told(object):
 
 class Alone(object):
     """This machine's nginx with these proxy files, {name: text}, inside a `with`: port 80
-    of theirs is at `port`."""
+    of theirs is at `port`, 443 at `tls_port`."""
     def __init__(self, folder, files):
         self.folder, self.files = str(folder), files
 
     def __enter__(self):
-        with closing(socket.socket()) as probe:
-            probe.bind(('127.0.0.1', 0))
-            self.port = probe.getsockname()[1]
-        here = 'listen 127.0.0.1:%d' % self.port
+        with closing(socket.socket()) as probe, closing(socket.socket()) as other:
+            for each in (probe, other):
+                each.bind(('127.0.0.1', 0))
+            self.port, self.tls_port = probe.getsockname()[1], other.getsockname()[1]
         for name, text in self.files.items():
-            self.write(name, re.sub(r'listen 80\b', here, text))
+            for usual, port in (('80', self.port), ('443', self.tls_port)):
+                text = re.sub(r'listen %s\b' % usual, 'listen 127.0.0.1:%d' % port, text)
+            self.write(name, text)
         self.write('nginx', NGINX_ALONE.format(folder=self.folder))
         os.rename(self.folder + '/nginx.conf', self.folder + '/nginx')
 
@@ -606,6 +610,14 @@ class Alone(object):
             return True
         except EnvironmentError:
             return False
+
+    def ask_tls(self, name, *lines):
+        """What is answered to a request over TLS, for a host that is named or is not."""
+        connection = dh.open_connection(('127.0.0.1', self.tls_port), 10, name)
+        connection.sendall('\r\n'.join(lines + ('Connection: close', '', '')).encode())
+        parts = list(iter(lambda: connection.recv(65536), b''))
+        connection.close()
+        return b''.join(parts).decode('latin-1')
 
     def connect(self, *lines):
         """A connection on which a request was sent, in HTTP/1.1 as these lines."""

@@ -135,7 +135,7 @@ class Machine(object):
         self.others = 0             # how often another certbot is running
         self.has_certbot = True
         self.timer = 'active'       # certbot's
-        self.caught, self.certified = None, {}
+        self.caught, self.certified = None, []
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         self.kinds = {}             # of what is pushed and is no commit: {id: kind}
@@ -522,18 +522,18 @@ class Machine(object):
 
     def served_pem(self, name):
         """The certificate that nginx has taken up for a name."""
-        for text, path in self.certified:
-            if 'server_name %s;' % name in text or ' %s ' % name in text:
-                return self.certified[text, path]
+        for server, _, text in self.certified:
+            if re.search(r'(?m)^ *server_name .*\b%s\b' % re.escape(name), server):
+                return text
         return Result(1, '', 'no peer certificate available\n')
 
     def secured_servers(self):
-        """{(text of a server, path of its certificate): what that holds, or None}"""
-        found = {}
+        """[(text of a server, path of its certificate, what that holds or None)]"""
+        found = []
         for path in dh.list_folder(self.host.path('/etc/nginx/conf.d')):
             for server in (self.read('/etc/nginx/conf.d/' + path) or '').split('\nserver'):
                 for pem_path in re.findall(r'ssl_certificate (/\S+);', server):
-                    found[server, pem_path] = self.read(pem_path)
+                    found.append((server, pem_path, self.read(pem_path)))
         return found
 
     def service(self, name, verb):
@@ -545,7 +545,7 @@ class Machine(object):
     # nginx
 
     def nginx(self):
-        lost = [path for (_, path), text in self.secured_servers().items() if not text]
+        lost = [path for _, path, text in self.secured_servers() if not text]
         if lost:
             return Result(1, '', 'nginx: [emerg] cannot load certificate "%s"\n' % lost[0])
         self.write('/run/nginx.pid', '50\n')
@@ -833,5 +833,8 @@ def an_app(name, more='EXPOSE 8000', proxy=None):
     return dict(files, **{'nginx-proxy.conf': proxy} if proxy else {})
 
 ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
+NAMED = ('server {\n    listen 80;\n    server_name here.org www.here.org;\n'
+         '    location / { proxy_pass http://blog; }\n}\n')
+ONE_NAMED, TWO_NAMED = [an_app(name, proxy=NAMED) for name in ('one', 'two')]
 ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data')
                       for name in ('one', 'two')]

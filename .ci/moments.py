@@ -23,10 +23,11 @@ import pytest
 import dockhand as dh
 from dockhand import Failure
 from machine import (
-    FILES, FILES_2, MAIN, ONE_DATA, ONE_WEB, SHA_2, TWO_DATA, TWO_WEB, ZERO, Machine,
-    half_deployed)
+    FILES, FILES_2, MAIN, ONE_DATA, ONE_NAMED, ONE_WEB, SHA_2, TWO_DATA, TWO_NAMED,
+    TWO_WEB, ZERO, Machine, half_deployed)
 
-HELD = 'images containers jobs commits refs served count volumes networks'.split()
+HELD = '''images containers jobs commits refs served count volumes networks
+    ordered caught certified'''.split()
 LOOKING = 'fspath read stat lstat fstat statvfs listdir readlink fdopen __exit__'.split()
 FREEING = 'unlink remove rmdir truncate chmod chown fchmod fchown'.split()
 GIT = 'git --git-dir=/home/git/blog.git '
@@ -37,9 +38,11 @@ TWICE = 'docker (build|start)|timeout|nginx'
 MOST = 8                            # processes at a time
 
 # (files of release 1, of release 2): of a job app, of a web app that is handed over, of
-# one that is stopped first for its VOLUME, of a job app that becomes a plain one
+# one that is stopped first for its VOLUME, of a job app that becomes a plain one, of a
+# web app that has https
 KINDS_OF_APP = {'job': (FILES, FILES_2), 'web': (ONE_WEB, TWO_WEB),
-                'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB)}
+                'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB),
+                'https': (ONE_NAMED, TWO_NAMED)}
 
 def deploy_two(machine):
     dh.deploy(machine.app, 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
@@ -47,6 +50,7 @@ def deploy_two(machine):
 ACTS = {'first': deploy_two, 'deploy': deploy_two,
         'rollback': lambda machine: dh.cmd_rollback(machine.app),
         'config': lambda machine: dh.cmd_config(machine.app, 'A=2', 'B=3'),
+        'https': lambda machine: dh.cmd_https(machine.host, 'blog'),
         'stop': lambda machine: dh.cmd_stop(machine.app),
         'start': lambda machine: dh.cmd_start(machine.app),
         'recover': lambda machine: dh.cmd_recover(machine.host)}
@@ -55,7 +59,8 @@ RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
     (act, 'none ' + kind) for kind in ('web', 'data')
     for act in ('first', 'deploy', 'rollback')] + [
     ('deploy', 'upstart turned'), ('rollback', 'upstart turned'),
-    ('config', 'none web'), ('config', 'upstart job')]
+    ('config', 'none web'), ('config', 'upstart job'), ('https', 'none https'),
+    ('deploy', 'none https'), ('rollback', 'none https')]
 
 def about_to(act, init, folder):
     """A Machine on which an act can begin. init: and the kind of the app after it"""
@@ -65,7 +70,7 @@ def about_to(act, init, folder):
         machine.nginx()
         machine.host.nginx.restore('blog', None)
         dh.make_folder(machine.host.path('/var/lib/dockhand/apps'))
-    elif act in ('deploy', 'config', 'stop', 'start'):
+    elif act in ('deploy', 'config', 'stop', 'start', 'https'):
         machine.lives(one, A='1')
         if act == 'start':
             dh.cmd_stop(machine.app)
@@ -73,6 +78,8 @@ def about_to(act, init, folder):
         machine.app.set_link('live', half_deployed(machine, files=(one, two)))
         dh.cmd_recover(machine.host)
     machine.commits[SHA_2] = two
+    if init.endswith(' https') and act != 'https':
+        dh.cmd_https(machine.host, 'blog')
     return machine
 
 class Moments(object):
@@ -179,7 +186,8 @@ def standing(machine):
     kept = [(release.commit, sorted(release.config.items()))
             for release in machine.app.kept()]
     found.update(refs=sorted(machine.refs.items()), running=machine.running(), kept=kept,
-                 jobs=sorted(machine.jobs), served=sorted(machine.served.items()))
+                 jobs=sorted(machine.jobs), served=sorted(machine.served.items()),
+                 certified=machine.certified)
     return dict((name, str(value)) for name, value in found.items())
 
 def unnumbered(state):
@@ -214,7 +222,7 @@ def after_a_kill(act, init, states, at, folder):
     if wrong or not is_new(machine, act, folder):
         return wrong
     dh.cmd_recover(machine.host)
-    if act in ('rollback', 'config') or standing(machine) != now:
+    if act in ('rollback', 'config', 'https') or standing(machine) != now:
         return differences(standing(machine), now)
     deploy_two(machine)
     machine.refs[MAIN] = SHA_2
@@ -276,7 +284,8 @@ def after_a_full_disk(act, init, states, at, wanting, folder):
     except (Failure, EnvironmentError) as error:
         said = str(error)
     machine.broken.clear()
-    if wanting or not said:         # `release 2 is live, but: ...; recover tries again`
+    # `release 2 is live, but: ...; recover tries again`; so it does with certificates
+    if wanting or not said or act == 'https':
         dh.cmd_recover(machine.host)
     return differences(standing(machine), *states) + [said] * ('\n' in said)
 
