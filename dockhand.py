@@ -17,7 +17,8 @@ and the rules for proxy files, are against accidents; they are no jail.
 It makes the user git, and writes to /usr/local/lib/dockhand, /usr/local/bin, /home/git,
 /var/lib/dockhand, /etc/sudoers.d/dockhand, /run/lock/dockhand; a unit, job or script that
 runs `recover` at boot; 000-dockhand.conf and one APP.conf each in nginx's conf.d, folders
-in /var/cache/nginx; a job each in /etc/init where that is Upstart; ".*.new" files beside
+in /var/cache/nginx; a job each in /etc/init where that is Upstart; where an app has https
+a hook of certbot's, who writes below /etc/letsencrypt; ".*.new" files beside
 what it replaces, and one in docker's folder, to see that it can be written. nginx's own
 default site, if nobody changed it, becomes *.disabled. To docker it gives images,
 containers, volumes and one network. Where nginx does not run, what wants it to reload
