@@ -39,9 +39,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '.ci
 pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
-    Busy, Crowd, Database, Load, Marked, Plain, Server, Watch, Worker, demand_engine,
-    demand_nginx, demand_tool, drill, drilled, everywhere, must, public_key, run, servers,
-    together, told, until, web_files)
+    Busy, Crowd, Database, Load, Marked, Plain, Secured, Server, Watch, Worker,
+    demand_engine, demand_nginx, demand_tool, drill, drilled, everywhere, must,
+    public_key, run, servers, together, told, until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
     ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
@@ -9260,6 +9260,415 @@ def test_real_the_push_of_what_was_rolled_back_deploys_it_again(server, size):
         assert (app.check_whole(mark), app.branch()) == (mark, commits[mark])
     assert app.push().status == 0       # of the newer one
     assert (app.check_whole('b'), app.branch()) == ('b', commits['b'])
+
+# ---- Drills: https ---------------------------------------------------------------------
+
+# Against a real authority, in the server itself. What is asked over https is asked by a
+# client that trusts that authority alone, so that 200 says that the chain is good too.
+
+RENEW = 'certbot -q renew --force-renewal --no-random-sleep-on-renew'
+PEM = '/var/lib/dockhand/certificates/%s.pem'
+TOKEN = '/.well-known/acme-challenge/token'
+
+def secured(server):
+    """An app with https for two of its three names, pushed before it had any, and the
+    authority, who cannot look the third one up."""
+    authority = server.authority()
+    if 'secured' not in server.apps:
+        app = server.apps['secured'] = Secured(server, 'secured')
+        authority.name('secured.test', 'www.secured.test')
+        authority.fails('dead.test')
+        server.ok('dockhand config secured '
+                  'domains="secured.test www.secured.test dead.test"')
+        app.first_push = app.deploy(app.files('a'))
+        app.switched_on = server.dockhand('https', 'secured')
+    return server.apps['secured'], authority
+
+def serial_of(server, path):
+    """The serial number of the certificate in a file, as it is served too."""
+    return server.ok('openssl x509 -noout -serial -in "$1"', path)
+
+def renew(server, authority, name):
+    """Renew a name's certificate, and wait until the new one is served: (seconds since
+    certbot ended, its serial number)."""
+    before = authority.serial(name)
+    server.ok(RENEW + ' --cert-name dockhand-' + name)
+    ended = time.time()
+    until(lambda: authority.serial(name) not in ('', before), True, 10)
+    took, serial = time.time() - ended, authority.serial(name)
+    assert serial not in ('', before)
+    return took, serial
+
+def pushed_part(text):
+    """A file of conf.d without what https adds to it."""
+    kept, is_ours = [], False
+    for line in text.splitlines():
+        is_ours = is_ours or line.strip() == '# dockhand: https, from here'
+        if not is_ours:
+            kept.append(line)
+        is_ours = is_ours and line.strip() != '# dockhand: https, to here'
+    return kept
+
+def check_pair(server, name):
+    """Key and chain of a name belong together, in a file that root alone reads."""
+    key, certificate, mode = server.ok(
+        'openssl pkey -in "$1" -pubout | sha256sum; '
+        'openssl x509 -in "$1" -noout -pubkey | sha256sum; '
+        'stat -c "%a %U" "$1" "${1%/*}" | tr "\\n" " "', PEM % name).splitlines()
+    assert key == certificate and mode.split() == ['600', 'root', '700', 'root']
+
+@drill('systemd')
+def test_real_https_is_one_command_and_a_name_that_fails_stops_no_other(server, size):
+    app, authority = secured(server)
+    hints = [line for line in app.first_push.out if 'sudo dockhand https secured' in line]
+    assert len(hints) == 1, app.first_push.out
+    on, lines = app.switched_on, app.switched_on.out.splitlines()
+    assert on.status == 0 and len(lines) == 3, on
+    for name, line in zip(('secured.test', 'www.secured.test'), lines):
+        assert re.match(r'%s: https, 18\d\d days left, by Pebble ' % name, line), line
+        assert app.says('https://%s/' % name) == '200 a'
+        assert app.says('http://%s/a?b=c' % name) == '301 https://%s/a?b=c' % name
+        check_pair(server, name)
+    assert authority.ask('https://secured.test/').version == '2'
+
+    # the one that the authority cannot look up
+    assert re.match(r'dead\.test: no certificate: .*could not resolve', lines[2]), lines
+    assert app.says('http://dead.test/') == '200 a'
+    assert app.says('https://dead.test/') == '000'
+
+    table = server.ok('dockhand https').splitlines()
+    rows = [re.split('  +', line, 2) for line in table if line.startswith('secured ')]
+    assert [row[1] for row in rows] == ['secured.test', 'www.secured.test', 'dead.test']
+    assert [re.split('[,:]', row[2])[0] for row in rows] == [
+        'https', 'https', 'no certificate'], rows
+    return ' / '.join(lines)
+
+@drill('systemd')
+def test_real_https_shows_no_certificate_to_whom_it_is_not_meant(server, size):
+    """And takes no protocol that is broken; what the app was pushed with stays."""
+    app, authority = secured(server)
+    asked = ['-servername', 'secured.test']
+    assert 'BEGIN CERTIFICATE' in authority.handshake('-tls1_2', *asked)
+    assert 'BEGIN CERTIFICATE' in authority.handshake('-tls1_3', *asked)
+    for options in (['-servername', 'dead.test'], ['-servername', 'elses.test'],
+                    ['-noservername'], ['-tls1_1', '-cipher', 'ALL@SECLEVEL=0'] + asked):
+        said = authority.handshake(*options)
+        assert 'BEGIN CERTIFICATE' not in said and 'SSL alert number' in said, said
+
+    tested = server.run('nginx', '-t')
+    assert tested.status == 0 and '[' not in tested.err, tested.err
+    installed = server.ok('cat /etc/nginx/conf.d/secured.conf')
+    assert 'listen 443 ssl' in installed
+    assert 'listen 443' not in '\n'.join(pushed_part(installed))
+
+    # who was sent by a proxy that speaks https itself would be sent here again
+    assert app.says('http://secured.test/', '-H', 'X-Forwarded-Proto: https') == '200 a'
+    server.ok('mkdir -p "/var/lib/dockhand/acme${1%/*}"; '
+              'printf token >"/var/lib/dockhand/acme$1"', TOKEN)
+    for url in ('http://secured.test', 'https://secured.test', 'http://dead.test'):
+        answer = authority.ask(url + TOKEN)
+        assert (answer.status, answer.body) == ('200', 'token'), url
+    server.ok('rm "/var/lib/dockhand/acme$1"', TOKEN)
+    return 'nginx says: ' + tested.err.splitlines()[-1]
+
+@drill('systemd')
+def test_real_https_that_was_noted_before_comes_with_the_first_push(server, size):
+    """Where the authority is away the push is accepted all the same."""
+    authority, said = server.authority(), []
+    early, late = Secured(server, 'early'), Secured(server, 'late')
+    try:
+        authority.name('early.test', 'late.test')
+        server.ok('dockhand config early domains=early.test; dockhand https early')
+        pushed = early.deploy(early.files('a'))
+        assert early.mark() == 'a'
+        assert pushed.out[-1] == '-----> early: https://early.test/ answers 200'
+        said.append(pushed.out[-1])
+
+        authority.stop()
+        server.ok('dockhand config late domains=late.test; dockhand https late')
+        pushed = late.deploy(late.files('a'))
+        assert late.says('http://late.test/') == '200 a'
+        told = [line for line in pushed.out if 'late.test has no certificate' in line]
+        assert len(told) == 1, pushed.out
+        said += told
+        early.release('b')
+
+        authority.start()
+        server.ok('dockhand https late')
+        assert late.mark() == 'a'
+        return ' / '.join(said)
+    finally:
+        authority.start()
+        for app in (early, late):
+            server.dockhand('destroy', app.name, '--force')
+
+@drill('systemd')
+def test_real_no_new_connection_fails_over_https_whatever_changes(server, size):
+    app, authority = secured(server)
+    serial = authority.serial('secured.test')
+    app.release('a')
+    with Load(app, tls=6) as load:
+        app.release('b')
+        server.ok('dockhand rollback secured')
+        app.check_whole('a')
+        server.ok('dockhand config secured COLOUR=blue')
+        app.check_whole('a')
+        assert authority.serial('secured.test') == serial
+        took, _ = renew(server, authority, 'secured.test')
+        time.sleep(1)
+    figures = '%s; a new serial %.1f s after a renewal' % (load.check(), took)
+    assert load.requests() >= 2000 and took < 2, figures
+    return figures
+
+@drill('systemd')
+def test_real_a_stopped_app_is_renewed(server, size):
+    app, authority = secured(server)
+    before = serial_of(server, PEM % 'secured.test')
+    server.ok('dockhand stop secured')
+    server.ok(RENEW + ' --cert-name dockhand-secured.test')
+    renewed = serial_of(server, PEM % 'secured.test')
+    server.ok('dockhand start secured')
+    app.check_whole('a')
+    assert authority.serial('secured.test') == renewed != before
+    return '%s, then %s' % (before, renewed)
+
+def recipe(title):
+    """The first piece of text that the README says is to be typed under a title."""
+    with io.open(os.path.join(HERE, 'README.md'), encoding='utf-8') as file:
+        rest = file.read().partition('**%s.**' % title)[2]
+    return str(rest.split('```\n')[1])
+
+@drill('systemd')
+def test_real_the_recipes_of_the_readme_hold_over_https(server, size):
+    """A password, and www redirected, as they are said there, on a proxy file of one's
+    own; the way to a certificate is past both."""
+    authority, app = server.authority(), Secured(server, 'recipes')
+    authority.name('recipes.test', 'www.recipes.test')
+    try:
+        app.deploy(app.files('a'))
+        server.ok('dockhand config recipes domains=recipes.test')
+        server.ok('echo "me:$(openssl passwd -apr1 secret)" | '
+                  'install -m 640 -g www-data /dev/stdin /etc/nginx/shop.htpasswd')
+        proxy = server.ok('dockhand proxy recipes') + '\n'
+        opened = proxy.index('server {\n') + len('server {\n')
+        proxy = proxy[:opened] + recipe('Basic auth') + proxy[opened:] + (
+            recipe('www redirect').replace('example.com', 'recipes.test'))
+        app.deploy(dict(app.files('b'), **{'nginx-proxy.conf': proxy}))
+        on = server.dockhand('https', 'recipes')
+        assert on.status == 0 and on.out.count(': https, ') == 2, on
+
+        plain, secure = 'http://recipes.test/', 'https://recipes.test/'
+        assert app.says(plain) == '301 ' + secure
+        assert app.says(secure) == '401'
+        assert app.says(secure, '-u', 'me:secret') == '200 b'
+        assert app.says('http://www.recipes.test/') == '301 https://www.recipes.test/'
+        assert app.says('https://www.recipes.test/a') == '301 ' + secure + 'a'
+        installed = server.ok('cat /etc/nginx/conf.d/recipes.conf')
+        assert proxy in '\n'.join(pushed_part(installed)) + '\n'
+
+        took, _ = renew(server, authority, 'www.recipes.test')
+        server.ok('dockhand https recipes --off')
+        assert app.says(plain) == '401' and app.says(secure) == '000'
+        return on.out.replace('\n', ' / ')
+    finally:
+        server.dockhand('destroy', 'recipes', '--force')
+        server.run('rm', '-f', '/etc/nginx/shop.htpasswd')
+
+def lineages(server):
+    """The certificates that certbot would renew."""
+    return server.ok('cd /etc/letsencrypt/renewal && ls *.conf || :').split()
+
+@drill('systemd')
+def test_real_a_name_more_is_one_order_and_one_less_is_forgotten(server, size):
+    """Once no release can be gone back to that has it. A name that fails meanwhile is
+    asked for once, however often one pushes."""
+    app, authority = secured(server)
+    authority.name('more.test')
+    authority.fails('never.test')
+    before = authority.orders()
+    domains = 'secured.test www.secured.test dead.test'
+    server.ok('dockhand config secured domains="%s more.test"' % domains)
+    assert app.says('https://more.test/') == '200 a'
+    assert (authority.orders('more.test'), authority.orders()) == (1, before + 1)
+    assert 'dockhand-more.test.conf' in lineages(server)
+
+    server.ok('dockhand config secured domains="%s never.test"' % domains)
+    for turn in range(5):
+        app.release('turn%d' % turn)
+    assert authority.orders('never.test') == 1
+    assert app.says('https://more.test/') == '000'
+    assert 'dockhand-more.test.conf' not in lineages(server)
+    assert server.run('test', '-e', PEM % 'more.test').status == 1
+    server.ok(RENEW)
+    server.ok('dockhand config secured domains="%s"' % domains)
+    app.release('a')
+    return '%d orders in all' % authority.orders()
+
+# A root of one's own, and what it signs: one that ends in 30 days for each word, good for
+# its names (which are parted by commas); one that has ended.
+OWN_ROOT = '''
+mkdir -p /root/own && cd /root/own && rm -f *
+openssl req -x509 -newkey rsa:2048 -nodes -days 99 -subj "/CN=One's own root" \
+    -keyout root.key -out root.pem 2>/dev/null
+signed() {
+    openssl req -newkey rsa:2048 -nodes -subj "/CN=$1" -keyout "$1.key" \
+        -out "$1.csr" 2>/dev/null
+    echo "subjectAltName=$3" >"$1.cnf"
+    openssl x509 -req -in "$1.csr" -CA root.pem -CAkey root.key -CAcreateserial \
+        -days "$2" -extfile "$1.cnf" -out "$1.pem" 2>/dev/null
+    cat "$1.pem" "$1.key" >"$1"
+}
+signed wildcard 30 'DNS:brought.test,DNS:*.brought.test'
+signed elses 30 DNS:elses.test
+signed ended 0 DNS:brought.test
+cat wildcard.pem elses.key >foreign
+head -n 5 wildcard >torn
+while openssl x509 -in ended -noout -checkend 0 >/dev/null; do sleep 0.1; done
+'''
+NOT_TAKEN = [('foreign', 'belong'), ('ended', 'expired|ended'), ('elses', 'none|covers'),
+             ('torn', 'certificate|key'), ('wildcard.pem', 'key')]
+
+@drill('systemd')
+def test_real_a_certificate_that_somebody_brings_is_used_or_refused(server, size):
+    """One that is refused changes nothing; one that is taken is for all its names."""
+    authority, app, said = server.authority(), Secured(server, 'brought'), []
+    names = ['brought.test', 'a.brought.test', 'b.brought.test', 'other.test']
+    server.ok(OWN_ROOT)
+
+    def bring(file):
+        return server.dockhand('https', 'brought', '--cert',
+                               stdin=server.ok('cat /root/own/' + file) + '\n')
+    try:
+        server.ok('dockhand config brought domains="$1"; '
+                  'install -d -m 700 /var/lib/dockhand/certificates/own',
+                  ' '.join(names))
+        app.deploy(app.files('a'))
+        paths = ('/etc/nginx', '/var/lib/dockhand/certificates',
+                 '/var/lib/dockhand/apps/brought')
+        before = server.manifest(*paths)
+        for file, reason in NOT_TAKEN:
+            outcome = bring(file)
+            assert outcome.status == 1 and re.search(reason, outcome.err), outcome
+            assert len(outcome.err.splitlines()) == 1
+            assert server.manifest(*paths) == before
+            said.append(outcome.err)
+
+        taken = bring('wildcard')
+        assert taken.status == 0, taken
+        for name in names[:3]:
+            assert app.says('https://%s/' % name, '--cacert', '/root/own/root.pem') == (
+                '200 a')
+        assert authority.serial(names[1]) == serial_of(server, '/root/own/wildcard.pem')
+        assert app.says('https://other.test/') == '000'
+        assert app.says('http://other.test/') == '200 a'
+        assert not any(map(authority.orders, names[:3]))
+        return ' / '.join(said + taken.out.splitlines())
+    finally:
+        server.dockhand('destroy', 'brought', '--force')
+
+# Waits for certbot, then until a file is there or so many nanoseconds are over, and kills
+# it with all of its process group.
+CERTBOT_KILLER = '''
+for _ in $(seq 500); do pid=$(pgrep -o -x certbot) && break; sleep 0.01; done
+end=$(($(date +%s%N) + $2))
+going() { kill -0 "$pid" && [ "$(date +%s%N)" -lt "$end" ]; }
+while [ ! -e "/etc/letsencrypt/$1" ] && going; do :; done
+kill -9 "-$(ps -o pgid= -p "$pid" | tr -d ' ')" && echo killed'''
+
+def kill_certbot(server, command, file, seconds):
+    """Run a command, and kill the certbot that it starts once a file of certbot's is
+    there, or after so long; whether it was."""
+    killed, _ = together(
+        functools.partial(server.run, 'sh', '-c', CERTBOT_KILLER, 'sh', file,
+                          '%d' % (seconds * 1e9)),
+        functools.partial(server.run, 'sh', '-c', command))
+    return killed.out == 'killed'
+
+@drill('systemd', 4, 20)
+def test_real_certbot_killed_in_mid_run_leaves_what_nginx_can_read(server, size):
+    """In a renewal and in a first order by turns; at first as it writes down what it
+    got."""
+    authority, app = server.authority(), Secured(server, 'killed')
+    generator, names, struck = random.Random(SEED), ['killed.test'], 0
+    authority.name(*names)
+    try:
+        server.ok('dockhand config killed domains=killed.test; dockhand https killed')
+        app.release('a')
+        for turn in range(size):
+            command = RENEW + ' --cert-name dockhand-killed.test'
+            file = 'live/dockhand-killed.test/previous_privkey.pem'
+            if turn % 2:
+                names.append('killed%d.test' % turn)
+                authority.name(names[-1])
+                command = 'dockhand config killed domains="%s"' % ' '.join(names)
+                file = 'renewal/dockhand-%s.conf' % names[-1]
+            if turn < 2:
+                struck += kill_certbot(server, command, file, 9)
+            else:
+                struck += kill_certbot(server, command, 'none', generator.random() * 3)
+
+            tested = server.run('nginx', '-t', '-q')
+            assert tested == (0, '', ''), tested
+            server.ok('systemctl restart nginx')
+            for file in server.ok('cd /var/lib/dockhand/certificates && ls').split():
+                if file.endswith('.pem'):
+                    check_pair(server, file[:-len('.pem')])
+            again = server.dockhand('https', 'killed')
+            assert again.out.count(': https, ') == len(names), again
+            assert app.mark() == 'a' and app.says('https://%s/' % names[-1]) == '200 a'
+
+            # certbot mends its own next time, and runs no hook for that
+            server.ok('certbot -q renew --no-random-sleep-on-renew; dockhand https killed')
+            for name in names:
+                assert authority.serial(name) == serial_of(
+                    server, '/etc/letsencrypt/live/dockhand-%s/cert.pem' % name)
+        assert sorted(name for name in lineages(server) if 'killed' in name) == sorted(
+            'dockhand-%s.conf' % name for name in names)
+        assert struck >= size / 2.0
+        return '%d of %d times certbot was killed' % (struck, size)
+    finally:
+        server.dockhand('destroy', 'killed', '--force')
+
+@drill('systemd')
+def test_real_https_stays_when_a_file_or_certbot_or_dockhand_goes(server, size):
+    """A file that is lost costs its name https and nginx nothing, and is taken from what
+    certbot has; where that is purged all goes on; where dockhand is removed as the README
+    says, what is renewed is served."""
+    app, authority = secured(server)
+    file = PEM % 'www.secured.test'
+
+    # the authority does not come back from the reboot, so nothing can be ordered
+    server.ok('rm "$1"', file)
+    server.reboot()
+    assert until(app.mark, 'a') == 'a'
+    assert until(lambda: app.says('http://www.secured.test/'), '200 a') == '200 a'
+    assert app.says('https://www.secured.test/') == '000'
+    server.ok('nginx -t -q && dockhand https secured')
+    assert app.says('https://www.secured.test/') == '200 a'
+    check_pair(server, 'www.secured.test')
+
+    server.ok('DEBIAN_FRONTEND=noninteractive apt-get -q -y purge certbot && '
+              'systemctl restart nginx')
+    app.release('b')
+    for name in ('secured.test', 'www.secured.test'):
+        assert app.says('https://%s/' % name) == '200 b'
+    examined = server.dockhand('doctor')
+    assert examined.status == 1 and 'apt-get install certbot' in examined.out, examined
+
+    authority.begin()
+    server.ok('dockhand https secured')
+    assert len([name for name in lineages(server) if 'secured' in name]) == 2
+    with io.open(os.path.join(HERE, 'README.md'), encoding='utf-8') as readme:
+        removing = readme.read().partition('\n## Removing it\n')[2].split('```\n')[1]
+    server.run('sh', '-c', removing.replace('sudo ', ''))
+    assert server.run('sh', '-c', 'command -v dockhand').status
+    try:
+        took, serial = renew(server, authority, 'secured.test')
+        assert app.mark() == 'b'
+    finally:
+        server.ok('/usr/bin/python3 /root/dockhand/dockhand.py install --user git')
+    app.release('a')
+    return 'doctor says: ' + examined.out.replace('\n', ' / ')
 
 # ---- Drills: plain apps ----------------------------------------------------------------
 
