@@ -9566,66 +9566,87 @@ def test_real_a_certificate_that_somebody_brings_is_used_or_refused(server, size
     finally:
         server.dockhand('destroy', 'brought', '--force')
 
-# Waits for certbot, then until a file is there or so many nanoseconds are over, and kills
-# it with all of its process group.
+# Waits for certbot, then until a file is there or some seconds are over, and kills it
+# with all of its process group. The loop starts no process, or it would come too late.
 CERTBOT_KILLER = '''
 for _ in $(seq 500); do pid=$(pgrep -o -x certbot) && break; sleep 0.01; done
-end=$(($(date +%s%N) + $2))
-going() { kill -0 "$pid" && [ "$(date +%s%N)" -lt "$end" ]; }
-while [ ! -e "/etc/letsencrypt/$1" ] && going; do :; done
-kill -9 "-$(ps -o pgid= -p "$pid" | tr -d ' ')" && echo killed'''
+over=$(mktemp -u)
+(sleep "$2"; : >"$over") &
+until [ -e "/etc/letsencrypt/$1" ] || [ -e "$over" ]; do kill -0 "$pid" || exit; done
+kill -STOP "$pid" && kill -9 "-$(ps -o pgid= -p "$pid" | tr -d ' ')" && echo killed'''
 
-def kill_certbot(server, command, file, seconds):
-    """Run a command, and kill the certbot that it starts once a file of certbot's is
-    there, or after so long; whether it was."""
+def kill_certbot(server, command, seconds, file='none'):
+    """Run a command, and kill the certbot that it starts after so long, or once a file of
+    certbot's is there; whether it was."""
     killed, _ = together(
         functools.partial(server.run, 'sh', '-c', CERTBOT_KILLER, 'sh', file,
-                          '%d' % (seconds * 1e9)),
+                          '%.2f' % seconds),
         functools.partial(server.run, 'sh', '-c', command))
     return killed.out == 'killed'
 
-@drill('systemd', 4, 20)
+# A renewal that is killed when all is written down and dockhand's hook has not run yet,
+# and the links that it would have left a moment before: the new key, and the old chain.
+KILLED_LATE = '''
+cd /etc/letsencrypt
+printf '#!/bin/sh\nrm "$0"; pkill -9 -x certbot\n' >renewal-hooks/deploy/1
+chmod 755 renewal-hooks/deploy/1
+! certbot -q renew --force-renewal --no-random-sleep-on-renew \
+    --cert-name dockhand-killed.test && [ ! -e renewal-hooks/deploy/1 ] || exit 1
+cd live/dockhand-killed.test
+for file in cert privkey chain fullchain; do
+    ln -s /etc/letsencrypt/archive/dockhand-killed.test/${file}1.pem previous_$file.pem
+done
+ln -sf ../../archive/dockhand-killed.test/fullchain1.pem fullchain.pem'''
+
+def check_whole_again(server, app, names):
+    """After a kill of certbot, and then, when certbot has run once more, as it does twice
+    a day, that what it has is served."""
+    authority = server.authority()
+    tested = server.run('nginx', '-t', '-q')
+    assert tested == (0, '', ''), tested
+    server.ok('systemctl restart nginx')
+    for file in server.ok('cd /var/lib/dockhand/certificates && ls').split():
+        if file.endswith('.pem'):
+            check_pair(server, file[:-len('.pem')])
+
+    again = server.dockhand('https', 'killed')
+    assert again.out.count(': https, ') == len(names), again
+    assert app.mark() == 'a' and app.says('https://%s/' % names[-1]) == '200 a'
+    server.ok('certbot -q renew --no-random-sleep-on-renew; dockhand https killed')
+    for name in names:
+        assert authority.serial(name) == serial_of(
+            server, '/etc/letsencrypt/live/dockhand-%s/cert.pem' % name), name
+
+@drill('systemd', 3, 19)
 def test_real_certbot_killed_in_mid_run_leaves_what_nginx_can_read(server, size):
-    """In a renewal and in a first order by turns; at first as it writes down what it
-    got."""
+    """In a renewal at its worst moment, in a first order at its worst one, and then in
+    both by turns at any."""
     authority, app = server.authority(), Secured(server, 'killed')
     generator, names, struck = random.Random(SEED), ['killed.test'], 0
     authority.name(*names)
     try:
         server.ok('dockhand config killed domains=killed.test; dockhand https killed')
         app.release('a')
+        server.ok(KILLED_LATE)
+        check_whole_again(server, app, names)
+
         for turn in range(size):
-            command = RENEW + ' --cert-name dockhand-killed.test'
-            file = 'live/dockhand-killed.test/previous_privkey.pem'
             if turn % 2:
+                struck += kill_certbot(
+                    server, RENEW + ' --cert-name dockhand-killed.test',
+                    generator.random() * 3)
+            else:
                 names.append('killed%d.test' % turn)
                 authority.name(names[-1])
-                command = 'dockhand config killed domains="%s"' % ' '.join(names)
-                file = 'renewal/dockhand-%s.conf' % names[-1]
-            if turn < 2:
-                struck += kill_certbot(server, command, file, 9)
-            else:
-                struck += kill_certbot(server, command, 'none', generator.random() * 3)
-
-            tested = server.run('nginx', '-t', '-q')
-            assert tested == (0, '', ''), tested
-            server.ok('systemctl restart nginx')
-            for file in server.ok('cd /var/lib/dockhand/certificates && ls').split():
-                if file.endswith('.pem'):
-                    check_pair(server, file[:-len('.pem')])
-            again = server.dockhand('https', 'killed')
-            assert again.out.count(': https, ') == len(names), again
-            assert app.mark() == 'a' and app.says('https://%s/' % names[-1]) == '200 a'
-
-            # certbot mends its own next time, and runs no hook for that
-            server.ok('certbot -q renew --no-random-sleep-on-renew; dockhand https killed')
-            for name in names:
-                assert authority.serial(name) == serial_of(
-                    server, '/etc/letsencrypt/live/dockhand-%s/cert.pem' % name)
+                struck += kill_certbot(
+                    server, 'dockhand config killed domains="%s"' % ' '.join(names),
+                    generator.random() * 3 if turn else 9,
+                    'none' if turn else 'renewal/dockhand-%s.conf' % names[-1])
+            check_whole_again(server, app, names)
         assert sorted(name for name in lineages(server) if 'killed' in name) == sorted(
             'dockhand-%s.conf' % name for name in names)
         assert struck >= size / 2.0
-        return '%d of %d times certbot was killed' % (struck, size)
+        return '%d of %d times certbot was killed, besides the first' % (struck, size)
     finally:
         server.dockhand('destroy', 'killed', '--force')
 
