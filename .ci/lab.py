@@ -129,6 +129,7 @@ class Server(object):
         self.kind, self.folder = kind, folder
         self.name = 'dockhand-test-%s-%s' % (KEEP or os.getpid(), kind)
         self.demo, self.apps, self.port = None, {}, 8100
+        self.own_authority = None
         self.config = os.path.join(folder, kind)
 
     def control(self, *words):
@@ -274,6 +275,11 @@ class Server(object):
             for name in sorted(BASES):
                 self.ok('docker build -q -t $1 -', name,
                         stdin='FROM bases:1\n' + BASES[name])
+
+    def authority(self):
+        """The certificate authority in this server, made at the first call."""
+        self.own_authority = self.own_authority or Authority(self)
+        return self.own_authority
 
     def apache(self):
         """The example of 2014, its base image made offline under the name it names."""
@@ -885,11 +891,21 @@ class Busy(Plain):
 
 # Runs in a server while /root/load is there; prints {kind: {what came of it: how often}}.
 LOADING = r'''
-import collections, http.client, json, os, random, select, sys, threading, time
+import collections, http.client, json, os, random, select, ssl, sys, threading, time
 name, kinds = sys.argv[1], sys.argv[2].split()
 came = collections.defaultdict(collections.Counter)
 going = lambda: os.path.exists('/root/load')
 longest = {}
+
+class Secure(http.client.HTTPConnection):
+    """To the app's name over TLS, which the authority's root has to vouch for"""
+    trusted = ssl.create_default_context()
+    if 'tls' in kinds:
+        trusted.load_verify_locations('/root/authority.pem')
+
+    def connect(self):
+        http.client.HTTPConnection.connect(self)
+        self.sock = self.trusted.wrap_socket(self.sock, server_hostname=name + '.test')
 
 def request(connection, path='/'):
     connection.request('GET', path, headers={'Host': name + '.test'})
@@ -920,7 +936,8 @@ def outcome(connection):
 
 def once(kind, act):
     begun = time.time()
-    connection = http.client.HTTPConnection('127.0.0.1', 80, timeout=60)
+    connection = (Secure('127.0.0.1', 443, timeout=60) if kind == 'tls' else
+                  http.client.HTTPConnection('127.0.0.1', 80, timeout=60))
     try:
         act(connection)
         came[kind][outcome(connection)] += 1
@@ -947,8 +964,8 @@ def kept(kind):
             connection.close()
 
 def work(kind):
-    act, pause = dict(new=(request, 0.01), slow=(slow, 0), upload=(upload, 0),
-                      late=(late, 0), kept=(None, 0))[kind]
+    act, pause = dict(new=(request, 0.01), tls=(request, 0.01), slow=(slow, 0),
+                      upload=(upload, 0), late=(late, 0), kept=(None, 0))[kind]
     if kind == 'kept':
         return kept(kind)
     while going():
@@ -999,7 +1016,8 @@ class Load(object):
         assert cut <= (dying and self.broken_off())
         return ('requests: %s; the longest new one took %.2f s; kept ones that met the '
                 'end of their connection: %d%s') % (
-                    ', '.join(counts), self.longest.get('new', 0), raced,
+                    ', '.join(counts), max(self.longest.get('new', 0),
+                                           self.longest.get('tls', 0)), raced,
                     '; answers that broke off: %d' % cut if dying else '')
 
     def broken_off(self):
@@ -1020,6 +1038,159 @@ class Load(object):
 
     def requests(self):
         return sum(sum(kind.values()) for kind in self.came.values())
+
+# ---- https -----------------------------------------------------------------------------
+
+# A certificate authority of one's own, Debian's pebble, and the DNS that it asks; certbot
+# trusts it as it trusts any other. Both forget all when they end, the authority its root
+# too, and the accounts, which certbot then has to forget.
+AUTHORITY = r"""
+for package in pebble certbot openssl iptables; do
+    dpkg -s $package >/dev/null 2>&1 || missing="$missing $package"
+done
+[ -z "$missing" ] || {
+    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -y -q install \
+        --no-install-recommends $missing
+} >/root/authority.apt 2>&1 || { cat /root/authority.apt; exit 1; }
+
+mkdir -p /root/authority && cd /root/authority
+[ -e key.pem ] || openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=localhost \
+    -addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem 2>/dev/null
+cp cert.pem /usr/local/share/ca-certificates/authority.crt
+update-ca-certificates >/dev/null 2>&1
+echo '{"pebble": {
+    "listenAddress": "127.0.0.1:14000", "managementListenAddress": "127.0.0.1:15000",
+    "certificate": "/root/authority/cert.pem", "privateKey": "/root/authority/key.pem",
+    "httpPort": 80, "tlsPort": 443, "ocspResponderURL": ""}}' >config.json
+grep -q '^server = ' /etc/letsencrypt/cli.ini ||
+    echo 'server = https://localhost:14000/dir' >>/etc/letsencrypt/cli.ini
+
+pidof pebble >/dev/null && exit
+rm -rf /etc/letsencrypt/accounts
+setsid pebble-challtestsrv -defaultIPv4 '' -defaultIPv6 '' -dns01 127.0.0.1:8053 \
+    -http01 '' -https01 '' -tlsalpn01 '' -management 127.0.0.1:8055 >dns.log 2>&1 &
+PEBBLE_VA_NOSLEEP=1 PEBBLE_WFE_NONCEREJECT=0 PEBBLE_AUTHZREUSE=0 setsid pebble \
+    -config config.json -dnsserver 127.0.0.1:8053 >authority.log 2>&1 &
+there() { curl -s https://localhost:15000/roots/0 >/root/authority.pem; }
+for _ in $(seq 100); do ! there || exit 0; sleep 0.1; done
+cat dns.log authority.log
+exit 1
+"""
+AWAY = 'iptables -%s OUTPUT -p tcp --dport 14000 -j REJECT --reject-with tcp-reset'
+
+# status: '200', '000' where there is no answer. version: '1.1' or '2'. location: '' or to
+# where. body: what was answered, or why nothing was.
+Answer = namedtuple('Answer', 'status version location body')
+
+class Authority(object):
+    """In a server, and what is asked of that server over https.
+
+    Names lead to the server's own address: for it itself, by its /etc/hosts, and for the
+    authority.
+    """
+
+    def __init__(self, server):
+        self.server, self.names = server, []
+        self.begin()
+
+    def begin(self):
+        """Start it where it does not run, with the names that lead to the server."""
+        self.server.ok(AUTHORITY)
+        self.name(*self.names)
+
+    def address(self):
+        return self.server.ok('ip -4 -o addr show eth0').split()[3].partition('/')[0]
+
+    def tell_dns(self, what, **said):
+        self.server.ok('curl -sSf -d "$1" http://127.0.0.1:8055/' + what,
+                       json.dumps(said))
+
+    def tell_server(self, name, addresses):
+        """What addresses a name has in the server's /etc/hosts, which stays this file."""
+        lines = ''.join('%s %s\n' % (address, name) for address in addresses)
+        self.server.ok(
+            'grep -v " $1$" /etc/hosts >/root/hosts || :; cat - >>/root/hosts; '
+            'cat /root/hosts >/etc/hosts', name, stdin=lines)
+
+    def name(self, *names):
+        """These names lead to the server."""
+        self.names = sorted(set(self.names).union(names))
+        for name in names:
+            address = self.address()
+            self.tell_dns('clear-servfail', host=name + '.')
+            self.tell_dns('add-a', host=name + '.', addresses=[address])
+            self.tell_server(name, [address])
+
+    def leads(self, name, *addresses):
+        """A name leads elsewhere, or nowhere, for the authority and the server."""
+        self.tell_dns('add-a', host=name + '.',
+                      addresses=[each for each in addresses if ':' not in each])
+        self.tell_dns('add-aaaa', host=name + '.',
+                      addresses=[each for each in addresses if ':' in each])
+        self.tell_server(name, addresses)
+
+    def fails(self, *names):
+        """The authority cannot look these names up any more; the server can."""
+        for name in names:
+            self.tell_dns('set-servfail', host=name + '.')
+            self.tell_server(name, [self.address()])
+
+    def stop(self):
+        """Nothing answers at its address."""
+        self.server.ok(AWAY % 'I')
+
+    def start(self):
+        while self.server.run(*(AWAY % 'D').split()).status == 0:
+            pass
+
+    def orders(self, name=''):
+        """How many orders it has taken for a name, or in all."""
+        wanted = 'Pulled a task .*"%s"' % name if name else 'Added order'
+        return int(self.server.ok('grep -c "$1" /root/authority/authority.log || :',
+                                  wanted))
+
+    # ---- asking
+
+    def ask(self, url, *options):
+        """The Answer to curl in the server: https has to be the authority's."""
+        asked = self.server.run(
+            'curl', '-sS', '-m', '20', '--http2', '--cacert', '/root/authority.pem',
+            '--connect-to', '::127.0.0.1:', '-w',
+            '\n%{http_code} %{http_version} %{redirect_url} .', *options + (url,))
+        body, _, line = asked.out.rpartition('\n')
+        status, version, location, _ = line.split(' ')
+        return Answer(status, version, location, body or asked.err)
+
+    def handshake(self, *options):
+        """What openssl says of a handshake on port 443, with these options."""
+        asked = self.server.run('openssl', 's_client', '-connect', '127.0.0.1:443',
+                                *options)
+        return asked.out + '\n' + asked.err
+
+    def serial(self, name):
+        """The serial number of the certificate that is served; '' for none."""
+        found = re.search('(?s)-----BEGIN .*?-----END [A-Z]+-----',
+                          self.handshake('-servername', name))
+        if not found:
+            return ''
+        return self.server.ok('openssl x509 -noout -serial', stdin=found.group())
+
+class Secured(Plain):
+    """A plain web app that is asked over https, as NAME.test."""
+
+    def says(self, url, *options):
+        """What is answered: `200 a` where its release a does; else the status, and where
+        it leads to; `000` where nothing is answered."""
+        answer = self.server.authority().ask(url, *options)
+        words = [answer.status] + re.findall(r'\A%s (\w+)\Z' % self.name, answer.body)
+        return ' '.join(words + answer.location.split())
+
+    def mark(self):
+        """The release that answers, '' if none does, the answer if it is another's."""
+        said = self.says('https://%s.test/' % self.name)
+        if said in ('000', '502', '503', '504'):
+            return ''
+        return re.sub(r'\A200 (?=\w+\Z)', '', said)
 
 # Whether docker answers. One that is away is not asked: systemd would start it for that.
 ALL_THERE = '''
