@@ -2738,7 +2738,8 @@ def plain_servers(directives):
 
 def is_plain_web(listen):
     """Whether a Listen is for http as browsers ask for it."""
-    return listen.port == '80' and not set(listen.words) & set(['ssl', 'proxy_protocol'])
+    is_plain = not set(listen.words) & set(['ssl', 'proxy_protocol'])
+    return listen.address in ALL and listen.port == '80' and is_plain
 
 def plain_names(text):
     """The names of a proxy file that may have https, in their order."""
@@ -2755,7 +2756,7 @@ def uses_of(names, certificates):
     """What each certificate is used for among some names: [(Certificate, [name])]. The
     first that is good for a name has it."""
     uses = []
-    left = list(names)
+    left = [name for at, name in enumerate(names) if name not in names[:at]]
     for certificate in certificates:
         covered = [name for name in left if is_covered_by(name, certificate.names)]
         left = [name for name in left if name not in covered]
@@ -4463,6 +4464,7 @@ class Certificates(object):
         which renews or was begun by hand, is waited for; each try leaves a folder in
         /tmp."""
         clock = self.host.clock
+        is_told = False
         while True:
             left = int(deadline - clock.monotonic())
             if left <= 0:
@@ -4471,6 +4473,10 @@ class Certificates(object):
             result = self.host.ask(argv)
             if OTHER_CERTBOT not in result.err + result.out:
                 return result
+
+            if not is_told:
+                detail('another certbot is running: waiting for it')
+                is_told = True
             clock.sleep(5)
 
     def remove_remains(self, name):

@@ -2189,6 +2189,8 @@ def test_what_https_adds_can_be_taken_out_again(text):
     a.test @443 / a.test / b.test => b.test
     a.test / a.test @[::]:443     =>
     a.test @80 / a.test b.test    => a.test b.test
+    a.test @192.0.2.7:80 / b.test => b.test
+    a.test @80 @[::]:80           => a.test
     A.test                        => a.test''')
 def test_the_names_that_get_https_are_full_and_listen_on_port_80_alone(servers, names):
     text = ''
@@ -2238,6 +2240,8 @@ def test_the_certificate_that_somebody_brought_wins():
     uses = dh.uses_of(['a.test', 'b.a.test', 'x.test', 'c.test'],
                       [own, certificate('a.test'), certificate('x.test')])
     assert uses == [(own, ['b.a.test', 'x.test']), (certificate('a.test'), ['a.test'])]
+    assert dh.uses_of(['a.test', 'a.test'], [certificate('a.test')]) == [
+        (certificate('a.test'), ['a.test'])]
 
 def test_a_place_for_challenges_that_a_file_brings_is_left_alone():
     text = 'server {\n    listen 80;\n    server_name a.test;\n    location %s { x; }\n}\n'
@@ -2352,22 +2356,22 @@ def test_a_certificate_is_read_as_each_openssl_prints_it(issuer, name):
     assert dh.read_x509('unable to load certificate\n') is None
     assert dh.read_x509(said.replace('Alternative', '')).names == []
 
-PEM = ('-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----',
+CHAIN = ('-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----',
        '-----BEGIN CERTIFICATE-----\nB\n-----END CERTIFICATE-----',
        '-----BEGIN EC PRIVATE KEY-----\nC\n-----END EC PRIVATE KEY-----')
 
 def test_a_chain_and_its_key_are_put_in_the_order_that_nginx_wants():
-    wanted = '\n'.join(PEM) + '\n'
+    wanted = '\n'.join(CHAIN) + '\n'
     parameters = '-----BEGIN EC PARAMETERS-----\nD\n-----END EC PARAMETERS-----'
-    for given in (PEM, PEM[2:] + PEM[:2], ('Bag\n',) + PEM, (parameters,) + PEM):
+    for given in (CHAIN, CHAIN[2:] + CHAIN[:2], ('Bag\n',) + CHAIN, (parameters,) + CHAIN):
         assert dh.ordered_pem('\r\n'.join(given)) == wanted
 
 @pytest.mark.parametrize('given, said', [
-    ('', 'are wanted'), (PEM[0], 'are wanted'), (PEM[2], 'are wanted'),
-    ('\n'.join(PEM + PEM[2:]), 'are wanted'), ('\n'.join(PEM)[:-5], 'are wanted'),
-    ('\n'.join(PEM).replace('EC PRIVATE', 'ENCRYPTED PRIVATE'), 'a passphrase'),
-    ('\n'.join(PEM).replace('\nC', '\nProc-Type: 4,ENCRYPTED\nC'), 'a passphrase'),
-    ('\n'.join(PEM).replace('PRIVATE', 'PUBLIC'), 'are wanted')])
+    ('', 'are wanted'), (CHAIN[0], 'are wanted'), (CHAIN[2], 'are wanted'),
+    ('\n'.join(CHAIN + CHAIN[2:]), 'are wanted'), ('\n'.join(CHAIN)[:-5], 'are wanted'),
+    ('\n'.join(CHAIN).replace('EC PRIVATE', 'ENCRYPTED PRIVATE'), 'a passphrase'),
+    ('\n'.join(CHAIN).replace('\nC', '\nProc-Type: 4,ENCRYPTED\nC'), 'a passphrase'),
+    ('\n'.join(CHAIN).replace('PRIVATE', 'PUBLIC'), 'are wanted')])
 def test_what_is_no_certificate_with_its_key_is_refused(given, said):
     assert said in refusal(dh.ordered_pem, given)
 
@@ -7347,7 +7351,7 @@ def refusal_of_doctor(machine, capfd):
     return capfd.readouterr().out
 
 @pytest.fixture
-def checked(secure, capfd):
+def sound(secure, capfd):
     """A server with https at which doctor finds nothing."""
     dh.cmd_install(secure.host)
     secure.write('/etc/cron.d/certbot', 'x')
@@ -7385,9 +7389,9 @@ def late(machine):
      'there.org has no certificate: there was no try yet'),
     (lambda machine: os.unlink(machine.host.path(dh.RENEWAL_HOOK)),
      dh.RENEWAL_HOOK + ' is not as installed')])
-def test_doctor_says_what_keeps_https_from_lasting(checked, capfd, harm, said):
-    harm(checked)
-    assert 'WRONG  ' + said in refusal_of_doctor(checked, capfd)
+def test_doctor_says_what_keeps_https_from_lasting(sound, capfd, harm, said):
+    harm(sound)
+    assert 'WRONG  ' + said in refusal_of_doctor(sound, capfd)
 
 def test_doctor_says_that_the_timer_of_certbot_does_not_run(tmpdir, capfd):
     machine = Machine(tmpdir, 'systemd')
@@ -7398,23 +7402,23 @@ def test_doctor_says_that_the_timer_of_certbot_does_not_run(tmpdir, capfd):
     assert ('WRONG  certbot.timer, which renews, is inactive\n       type: systemctl enable '
             '--now certbot.timer') in refusal_of_doctor(machine, capfd)
 
-def test_doctor_says_that_a_name_does_not_lead_here_any_more(checked, capfd):
-    checked.getent = lambda *_: '192.0.2.7  STREAM x\n'
+def test_doctor_says_that_a_name_does_not_lead_here_any_more(sound, capfd):
+    sound.getent = lambda *_: '192.0.2.7  STREAM x\n'
     assert ('WRONG  here.org leads to 192.0.2.7, and so will not be renewed'
-            in refusal_of_doctor(checked, capfd))
+            in refusal_of_doctor(sound, capfd))
 
-def test_doctor_asks_an_app_with_https_by_https(checked, capfd):
+def test_doctor_asks_an_app_with_https_by_https(sound, capfd):
     asked = []
-    connect = checked.host.connect
+    connect = sound.host.connect
 
     def listen(place, timeout, tls_name=None):
         asked.append((place[1], tls_name))
         return connect(place, timeout, tls_name)
-    checked.host.connect = listen
-    dh.cmd_doctor(checked.host)
+    sound.host.connect = listen
+    dh.cmd_doctor(sound.host)
     assert (443, 'here.org') in asked
-    checked.answers['here.org'] = '502'
-    assert 'blog answers 502 through nginx' in refusal_of_doctor(checked, capfd)
+    sound.answers['here.org'] = '502'
+    assert 'blog answers 502 through nginx' in refusal_of_doctor(sound, capfd)
 
 def test_the_hook_of_certbot_acts_on_our_certificates_alone(tmpdir):
     demand_tool('openssl')
