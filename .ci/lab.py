@@ -1143,11 +1143,10 @@ class Authority(object):
         while self.server.run(*(AWAY % 'D').split()).status == 0:
             pass
 
-    def orders(self, name=''):
-        """How many orders it has taken for a name, or in all."""
-        wanted = 'Pulled a task .*"%s"' % name if name else 'Added order'
-        return int(self.server.ok('grep -c "$1" /root/authority/authority.log || :',
-                                  wanted))
+    def orders(self, name):
+        """How many orders it has taken for a name: each is looked into once."""
+        return int(self.server.ok('grep -c "Pulled a task .*\\"$1\\"" '
+                                  '/root/authority/authority.log || :', name))
 
     # ---- asking
 
