@@ -6067,8 +6067,8 @@ def get_certificates(app, is_asked=False):
     if not missing:
         return []
 
-    make_folder(host.path(CERTIFICATES), 0o700)
-    if app.live() is None:              # no server of its own lets an authority in
+    is_first = make_folder(host.path(CERTIFICATES), 0o700)
+    if is_first or app.live() is None:  # our catch-all lets an authority in then
         app.nginx.refresh()
     deadline = host.clock.monotonic() + CERTBOT_TIMEOUT
     lock = host.path(LOCKS, '.https')
@@ -6102,7 +6102,6 @@ def get_certificate(app, name, deadline, is_asked):
         return why
 
     step('Getting a certificate for %s', name)
-    app.nginx.reload()              # a crash may have come before it let authorities in
     why = certificates.order(name, deadline)
     if why is None:
         log('%s: a certificate for %s', app.name, name)
@@ -7748,10 +7747,10 @@ def cmd_recover(host):
     # It may have wanted a certificate that is lost, and its proxy file now does not.
     runs = runs or host.nginx.master() or attempt('nginx', start_nginx)
     if host.nginx.master():             # or no authority could ask it for anything
-        for name in list_apps(host):
-            attempt('https for ' + name, get_and_tell, App(host, name))
         if host.certificates.are_any():     # a crash may have come before nginx followed
             attempt('nginx', host.nginx.refresh)
+        for name in list_apps(host):
+            attempt('https for ' + name, get_and_tell, App(host, name))
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 
