@@ -476,6 +476,7 @@ def open_connection(place, timeout, tls_name=None):
     connection = socket.create_connection(place, timeout)
     if tls_name is None:
         return connection
+
     try:
         return tls_context().wrap_socket(connection, server_hostname=tls_name)
     except BaseException:
@@ -2709,7 +2710,8 @@ CIPHERS = ':'.join('ECDHE-%s-%s' % (key, cipher) for cipher in (
 def is_full_name(name):
     """Whether a host name can stand in DNS as it is, and so be certified."""
     labels = name.split('.')
-    if len(labels) < 2 or len(name) > 253 or labels[-1].isdigit():
+    is_number = labels[-1].isdigit()        # as an address ends
+    if len(labels) < 2 or len(name) > 253 or is_number:
         return False
     return all(re.match(r'[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z', label)
                for label in labels)
@@ -2757,6 +2759,7 @@ def uses_of(names, certificates):
     first that is good for a name has it."""
     uses = []
     left = [name for at, name in enumerate(names) if name not in names[:at]]
+
     for certificate in certificates:
         covered = [name for name in left if is_covered_by(name, certificate.names)]
         left = [name for name in left if name not in covered]
@@ -2784,17 +2787,19 @@ def with_https(text, certificates, version):
 
 def put_lines(text, at, lines, indent=''):
     """A text with lines of ours behind a place in it, between our marks."""
-    before = indent
+    added = HTTPS_BEGIN + lines + indent + HTTPS_END
     if text[at:at + 1] == '\n':
         at += 1
+        added = indent + added
     else:
-        before = ' '
-    return text[:at] + before + HTTPS_BEGIN + lines + indent + HTTPS_END + text[at:]
+        added = ' ' + added
+    return text[:at] + added + text[at:]
 
 def without_https(text):
     """A text without what with_https has put into it, in one pass whatever it is."""
     pieces = text.split(HTTPS_BEGIN)
     kept = pieces[:1]
+
     for piece in pieces[1:]:
         _, end, rest = piece.partition(HTTPS_END)
         if end:
@@ -2852,11 +2857,15 @@ def text_inside(text, block, left_out):
     parts = []
     at = block.opened
     for directive in block.inside:
-        if directive.words[0] in left_out:
-            parts.append(text[at:directive.begin].rstrip(' \t'))
-            at = directive.end
-            if parts[-1].endswith('\n') and text[at:at + 1] == '\n':
-                at += 1
+        if directive.words[0] not in left_out:
+            continue
+        part = text[at:directive.begin].rstrip(' \t')
+        parts.append(part)
+
+        at = directive.end
+        has_line = part.endswith('\n') and text.startswith('\n', at)
+        if has_line:                    # of its own, which goes too
+            at += 1
     parts.append(text[at:block.end - 1])
     return ''.join(parts).lstrip('\n')
 
@@ -2877,11 +2886,15 @@ def tls_listens(server, version):
 
 def tls_lines(version):
     """What nginx is told of TLS, as [directive without its `;`]."""
-    lines = ['ssl_protocols TLSv1.2' + (' TLSv1.3' if version >= (1, 13) else ''),
+    protocols = 'TLSv1.2'
+    if version >= (1, 13):
+        protocols += ' TLSv1.3'
+    lines = ['ssl_protocols ' + protocols,
              'ssl_ciphers ' + CIPHERS,
              'ssl_prefer_server_ciphers off',
              'ssl_session_cache shared:dockhand:10m',
              'ssl_session_timeout 1d']
+
     if version >= (1, 5, 9):
         lines.append('ssl_session_tickets off')
     if version >= (1, 25, 1):
@@ -3381,7 +3394,8 @@ def certbot_reason(said):
         if line.startswith('An unexpected error occurred') and lines[at + 1:]:
             return 'certbot: ' + re.sub(r'^\w*Error: ', '', without_tokens(lines[at + 1]))
 
-    told = [line for line in lines if line and not re.match(CERTBOT_NOISE, line)]
+    told = [line for line in lines if line]
+    told = [line for line in told if not re.match(CERTBOT_NOISE, line)]
     return 'certbot: ' + without_tokens(told[-1] if told else 'it says nothing')
 
 CERTBOT_NOISE = '(Saving debug log|Ask for help|Some challenges have failed|- - )'
@@ -3397,6 +3411,7 @@ def renewal_reason(log_text, lineage):
     before, mark, after = log_text.rpartition(failure)
     if not mark:
         return ''
+
     told = before[before.rfind(':Notifying user: Renewing'):]
     if 'Detail:' in told:
         return certbot_reason(told)
@@ -4038,6 +4053,7 @@ class Nginx(object):
         it."""
         try:
             self.check_rules(release, files, older, known)
+
             text = self.usable_form(release.app, release.proxy, files)
             if text == release.proxy:           # with https nginx has said yes already
                 self.check_text(release, files, known)
@@ -4055,6 +4071,7 @@ class Nginx(object):
         form = self.form(app, text)
         if form == text:
             return text
+
         problem = self.form_problem(app, form, files)
         if problem:
             step('https: nginx refuses the proxy file of %s with it, which goes on '
@@ -4320,17 +4337,20 @@ class Certificates(object):
     def render(self, app, text):
         """What conf.d is to hold of an app's proxy file, with the certificates that are
         there now. Where https is off again, what certbot has is renewed all the same."""
-        on = self.is_on(app)
+        if not text or not self.are_any():
+            return text
+        version = self.host.nginx.version()
+        if self.is_on(app):
+            certificates = self.of(app, names_for_https(text))
+            return with_https(text, certificates, version)
+
+        # (Most texts name none of them, and need not be read for that.)
         ordered = [name[:-len('.pem')] for name in
                    list_folder(self.host.path(CERTIFICATES)) if name.endswith('.pem')]
-        if not text or not (on or any(name in text for name in ordered)):
-            return text
-
-        names = names_for_https(text)
-        if not on and not set(names) & set(ordered):
-            return text
-        certificates = self.of(app, names) if on else []
-        return with_https(text, certificates, self.host.nginx.version())
+        named = [name for name in ordered if name in text]
+        if named and set(named) & set(names_for_https(text)):
+            return with_https(text, [], version)
+        return text
 
     def read(self, path):
         """The X509 of the first certificate in a file, or None."""
@@ -4428,6 +4448,7 @@ class Certificates(object):
         changing it, or was killed at that."""
         if not self.is_renewed(name):
             return False
+
         text = ''.join(read_file(path) or '' for path in self.lineage_files(name))
         try:
             self.keep(self.path(name), text)
@@ -4501,6 +4522,7 @@ class Certificates(object):
             result = self.certbot(deadline, 'delete', '--cert-name', LINEAGE + name)
             refuse_if(result.status, 'certbot does not delete the certificate of %s: %s',
                       name, certbot_reason(result.out + '\n' + result.err))
+
         self.remove_remains(name)
         for path in (self.host.path(self.path(name)), self.failed_path(name)):
             remove_file(temporary_of(path))
@@ -6054,7 +6076,9 @@ def wanted_names(app):
     live = app.live()
     names = noted_names(app) if live is None else names_for_https(live.proxy or '')
     own = app.host.certificates.own(app.name)
-    return [name for name in names if own is None or not is_covered_by(name, own.names)]
+    if own is not None:
+        names = [name for name in names if not is_covered_by(name, own.names)]
+    return names
 
 def get_certificates(app, is_asked=False):
     """Get what is missing, and have nginx use it: [(name, why it has none)].
@@ -6062,8 +6086,10 @@ def get_certificates(app, is_asked=False):
     the name leads elsewhere"""
     host = app.host
     certificates = host.certificates
-    missing = [name for name in wanted_names(app) if not certificates.is_settled(name)
-               or is_asked and certificates.is_late(name)]
+    missing = [name for name in wanted_names(app) if not certificates.is_settled(name)]
+    if is_asked:
+        missing = [name for name in wanted_names(app)
+                   if name in missing or certificates.is_late(name)]
     if not missing:
         return []
 
@@ -6120,6 +6146,7 @@ def lost_addresses(host, name):
     path = CHALLENGE_PATH + 'dockhand-' + secret
     place = host.path(CHALLENGES + path)
     lost = []
+
     if not os.path.isdir(os.path.dirname(place)):
         os.makedirs(os.path.dirname(place))
     replace_file(place, secret)
@@ -7055,6 +7082,7 @@ def served_problem(host, certificate):
     name = certificate.names[0]
     argv = ['timeout', '5', 'openssl', 's_client', '-connect', '127.0.0.1:443',
             '-servername', name]
+
     served = pem_blocks(host.ask(argv).out)
     held = pem_blocks(host.text(certificate.path))
     if served[:1] == held[:1]:
@@ -7609,6 +7637,7 @@ def ordered_pem(text):
     blocks = pem_blocks(text)
     chain = [block for block in blocks if block.startswith('-----BEGIN CERTIFICATE-----')]
     keys = [block for block in blocks if ' PRIVATE KEY-----' in block]
+
     refuse_if(not chain or len(keys) != 1, 'the certificate, its chain and its one key '
               'are wanted, as PEM: cat fullchain.pem key.pem | ...')
     refuse_if('ENCRYPTED' in keys[0], 'the key has a passphrase, for which nobody is '
@@ -7636,6 +7665,7 @@ def check_nginx_takes(app, certificate):
     live = app.live()
     if live is None or not live.proxy:
         return
+
     text = app.wanted_proxy(live)
     form = with_https(text, [certificate], app.nginx.version())
     with host_lock(app.host, app.name):
