@@ -4273,6 +4273,7 @@ class Nginx(object):
 
 LINEAGE = 'dockhand-'           # how certbot calls what we order, before the host name
 OTHER_CERTBOT = 'Another instance of Certbot is already running'
+NO_TIME = 'certbot did not come to its end in time'
 NO_CERTBOT = 'certbot is missing: apt-get install certbot'
 OLD_HOST = ('the certbots of Ubuntu 12.04 and 14.04 speak a protocol that is gone: bring '
             'a certificate, with `dockhand https APP --cert`')
@@ -4472,7 +4473,7 @@ class Certificates(object):
             '--cert-name', LINEAGE + name, '--keep-until-expiring', '--agree-tos',
             '--register-unsafely-without-email')
         if result.status == 124:
-            return 'certbot did not end in time'
+            return NO_TIME
         if result.status:
             return certbot_reason(result.out + '\n' + result.err)
         if not self.copy(name):
@@ -6132,10 +6133,12 @@ def get_certificate(app, name, deadline, is_asked):
     if why is None:
         log('%s: a certificate for %s', app.name, name)
         return None
-    lost = lost_addresses(app.host, name)
-    if lost:
-        why += '; ' + lost
-    certificates.note(name, why, was_asked=True)
+
+    was_asked = why != NO_TIME
+    if was_asked:
+        lost = lost_addresses(app.host, name)
+        why += '; ' + lost if lost else ''
+    certificates.note(name, why, was_asked)
     return why
 
 def lost_addresses(host, name):
