@@ -7588,6 +7588,10 @@ def no_full_name_text(app, live):
     """Why there is nothing to certify, and what to do."""
     if live is not None and not live.proxy:
         return '%s is no web app' % app.name
+    listens = [listen for server in servers_of(live.proxy if live else '')
+               for listen in server.listens]
+    if any(listen.port == '443' for listen in listens):
+        return 'its nginx-proxy.conf listens on 443 itself, with certificates of its own'
     if live is not None and not is_made(live):
         return ('a certificate wants a full name, on a server that listens on port 80 '
                 'alone: write it as server_name in nginx-proxy.conf')
@@ -7687,10 +7691,14 @@ def https_text(app, name):
         if x509 is None or not is_covered_by(name, certificate.names):
             continue
 
-        text = 'https, %d days left, by %s' % (certificates.days_left(x509), x509.issuer)
-        is_own = certificate.path == certificates.own_path(app.name)
         if not certificates.is_on(app.name):
             return 'http; there is a certificate: sudo dockhand https ' + app.name
+        is_used = certificate.path in host.text(proxy_path(app.name))
+        if app.live() is not None and not is_used:
+            return 'http, though there is a certificate: see dockhand doctor'
+
+        text = 'https, %d days left, by %s' % (certificates.days_left(x509), x509.issuer)
+        is_own = certificate.path == certificates.own_path(app.name)
         if not is_own and noted:
             text += '; not renewed: ' + noted['why']
         return text

@@ -7256,7 +7256,8 @@ def test_http_again_keeps_the_certificates_and_lets_them_be_renewed(secure, capf
     blog blog.* =>                        => dockhand config blog domains="..."
     _           =>                        => dockhand config blog domains="..."
     here.org    => server { listen 80; server_name blog; } => in nginx-proxy.conf
-    here.org    => server { listen 8080; server_name here.org; } => in nginx-proxy.conf''')
+    here.org    => server { listen 8080; server_name here.org; } => in nginx-proxy.conf
+    here.org    => server { listen 443 ssl; server_name here.org; } => on 443 itself''')
 def test_what_cannot_be_certified_is_told_what_it_wants(plain, domains, files, said):
     plain.lives(an_app('one', proxy=files or None), domains=domains)
     before = plain.whole()
@@ -7281,6 +7282,9 @@ def test_a_file_that_nginx_refuses_with_https_alone_goes_on_without(secure, capf
             '"x" directive is duplicate (`if ($uri ~ ') in capfd.readouterr().err
     dh.cmd_recover(secure.host)
     assert installed(secure) == secure.app.live().proxy
+    dh.cmd_https(secure.host)
+    assert 'http, though there is a certificate: see dockhand doctor' in (
+        capfd.readouterr().out)
     said = refusal(dh.cmd_doctor, secure.host)
     out = capfd.readouterr().out
     assert 'WRONG  blog is served without https: "x" directive is duplicate' in out
