@@ -3853,8 +3853,7 @@ class Nginx(object):
         return self.known_version
 
     def files(self):
-        """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all. A push
-        asks three times: a file that has not changed is not parsed again."""
+        """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all."""
         host = self.host
         read = {}
         for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', '')):
@@ -3864,11 +3863,15 @@ class Nginx(object):
                 if not is_wanted or not os.path.isfile(host.path(path)):
                     continue
 
-                text = host.text(path)
-                if (path, text) not in self.parsed:
-                    self.parsed[path, text] = read_proxy_file(text, path)
-                read[path] = self.parsed[path, text]
+                read[path] = self.parse(path, host.text(path))
         return read
+
+    def parse(self, path, text):
+        """The ProxyFile of a text at a path. A push asks several times: what has not
+        changed is not parsed again."""
+        if (path, text) not in self.parsed:
+            self.parsed[path, text] = read_proxy_file(text, path)
+        return self.parsed[path, text]
 
     def main_directives(self):
         """What nginx.conf itself says in its http block, as [Directive]."""
@@ -3993,7 +3996,7 @@ class Nginx(object):
         candidate = temporary_of(own)
         staged = temporary_of(NGINX + '/%s.conf' % app)
 
-        parsed = read_proxy_file(text)
+        parsed = self.parse(own, text)
         files = dict(files, **{own: parsed})
         paths = [path for path in sorted(files) if path.startswith(PROXIES)]
         paths[paths.index(own)] = candidate
@@ -4117,7 +4120,7 @@ class Nginx(object):
         path = self.host.path(own)
         if text:
             changed = replace_file(path, text)
-            files[own] = read_proxy_file(text, own)
+            files[own] = self.parse(own, text)
         else:
             changed = is_ours(read_file(path), app) and remove_file(path)
             if changed:
