@@ -6172,7 +6172,7 @@ def answer_at(host, name, address, path, wanted):
     try:
         answer = fetch_head(host, name, 80, 3, address, path, end=wanted)
     except EnvironmentError as error:
-        return 'nothing: %s' % error
+        return 'nothing: %s' % (error.strerror or error)
     return '' if wanted in to_bytes(answer) else status_in(answer)
 
 def use_certificates(app):
@@ -7055,8 +7055,9 @@ def certbot_problems(host):
         state = host.ask(['systemctl', 'is-active', 'certbot.timer']).out.strip()
         return [(state != 'active' and 'certbot.timer, which renews, is ' + state,
                  'systemctl enable --now certbot.timer')]
-    has_cron = os.path.exists(host.path('/etc/cron.d/certbot'))
-    return [(not has_cron and 'nothing runs `certbot renew`',
+    has_line = os.path.exists(host.path('/etc/cron.d/certbot'))
+    has_cron = bool(host.ask(['which', 'cron']).out)
+    return [(not (has_line and has_cron) and 'nothing runs `certbot renew`',
              'apt-get install cron; apt-get install --reinstall certbot')]
 
 def name_problem(app, name):

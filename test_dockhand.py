@@ -7387,6 +7387,7 @@ def late(machine):
      'certbot does not run: broken on purpose'),
     (lambda machine: os.unlink(machine.host.path('/etc/cron.d/certbot')),
      'nothing runs `certbot renew`'),
+    (lambda machine: machine.absent.append('cron'), 'nothing runs `certbot renew`'),
     (late, 'the certificate of here.org ends in 10 days, and is not renewed: no luck'),
     (lambda machine: machine.write(CERTIFICATES + '/here.org.pem', pem('here.org', 'k9')),
      'certbot has renewed the certificate of here.org, and nginx has the old one'),

@@ -134,6 +134,7 @@ class Machine(object):
         self.ordered = []           # the names that certificates were ordered for
         self.others = 0             # how often another certbot is running
         self.has_certbot = True
+        self.absent = []            # other commands that are not here
         self.timer = 'active'       # certbot's
         self.caught, self.certified = None, []
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
@@ -656,7 +657,7 @@ class Machine(object):
     # installing
 
     def which(self, name):
-        if name == 'certbot' and not self.has_certbot:
+        if name == 'certbot' and not self.has_certbot or name in self.absent:
             return Result(1, '', '')
         return '/usr/bin/' + name
 
