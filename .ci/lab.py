@@ -1116,17 +1116,13 @@ class Authority(object):
         """These names lead to the server."""
         self.names = sorted(set(self.names).union(names))
         for name in names:
-            address = self.address()
-            self.tell_dns('clear-servfail', host=name + '.')
-            self.tell_dns('add-a', host=name + '.', addresses=[address])
-            self.tell_server(name, [address])
+            self.lead(name, self.address())
 
-    def leads(self, name, *addresses):
-        """A name leads elsewhere, or nowhere, for the authority and the server."""
-        self.tell_dns('add-a', host=name + '.',
-                      addresses=[each for each in addresses if ':' not in each])
-        self.tell_dns('add-aaaa', host=name + '.',
-                      addresses=[each for each in addresses if ':' in each])
+    def lead(self, name, *addresses):
+        """A name leads to these IPv4 addresses, for the authority and for the server."""
+        self.tell_dns('clear-servfail', host=name + '.')
+        self.tell_dns('clear-a', host=name + '.')       # it adds to what it has
+        self.tell_dns('add-a', host=name + '.', addresses=addresses)
         self.tell_server(name, addresses)
 
     def fails(self, *names):
