@@ -9444,12 +9444,12 @@ def test_real_no_new_connection_fails_over_https_whatever_changes(server, size):
 @drill('systemd')
 def test_real_a_stopped_app_is_renewed(server, size):
     app, authority = secured(server)
-    before = serial_of(server, NGINX_PEM % 'secured.test')
+    before, live = serial_of(server, NGINX_PEM % 'secured.test'), app.mark()
     server.ok('dockhand stop secured')
     server.ok(RENEW + ' --cert-name dockhand-secured.test')
     renewed = serial_of(server, NGINX_PEM % 'secured.test')
     server.ok('dockhand start secured')
-    app.check_whole('a')
+    app.check_whole(live)
     assert authority.serial('secured.test') == renewed != before
     return '%s, then %s' % (before, renewed)
 
@@ -9466,8 +9466,8 @@ def test_real_the_recipes_of_the_readme_hold_over_https(server, size):
     authority, app = server.authority(), Secured(server, 'recipes')
     authority.name('recipes.test', 'www.recipes.test')
     try:
-        app.deploy(app.files('a'))
         server.ok('dockhand config recipes domains=recipes.test')
+        app.deploy(app.files('a'))
         server.ok('echo "me:$(openssl passwd -apr1 secret)" | '
                   'install -m 640 -g www-data /dev/stdin /etc/nginx/shop.htpasswd')
         proxy = server.ok('dockhand proxy recipes') + '\n'
@@ -9515,21 +9515,42 @@ def test_real_a_name_more_is_one_order_and_one_less_is_forgotten(server, size):
         return [authority.orders(name) - orders for name, orders in zip(names, before)]
     domains = 'secured.test www.secured.test dead.test'
     server.ok('dockhand config secured domains="%s more.test"' % domains)
-    assert app.says('https://more.test/') == '200 a'
+    assert app.says('https://more.test/') == '200 ' + app.mark()
     assert more() == [0, 0, 1, 0]
     assert 'dockhand-more.test.conf' in lineages(server)
 
     server.ok('dockhand config secured domains="%s never.test"' % domains)
-    for turn in range(5):
-        app.release('turn%d' % turn)
+    for mark in 'bcdea':
+        app.release(mark)
     assert more() == [0, 0, 1, 1]
     assert app.says('https://more.test/') == '000'
     assert 'dockhand-more.test.conf' not in lineages(server)
     assert server.run('test', '-e', NGINX_PEM % 'more.test').status == 1
     server.ok(RENEW)
     server.ok('dockhand config secured domains="%s"' % domains)
-    app.release('a')
     return 'orders for %s: %s' % (', '.join(names), more())
+
+@drill('systemd')
+def test_real_a_name_that_leads_elsewhere_is_told_so_and_not_ordered(server, size):
+    """But where a person asks for it."""
+    authority, app = server.authority(), Secured(server, 'astray')
+    elsewhere = server.ok('ip route show default').split()[2]
+    authority.lead('astray.test', elsewhere)
+    before = authority.orders('astray.test')
+    try:
+        server.ok('dockhand https astray; dockhand config astray domains=astray.test')
+        pushed = app.deploy(app.files('a'))
+        told = [line for line in pushed.out if 'astray.test has no certificate' in line]
+        assert len(told) == 1 and elsewhere in told[0], pushed.out
+        assert authority.orders('astray.test') == before
+        assert app.says('http://astray.test/') == '200 a'
+
+        on = server.dockhand('https', 'astray')
+        assert on.status == 0 and elsewhere + ' does not lead here' in on.out, on
+        assert authority.orders('astray.test') == before + 1
+        return told[0] + ' / ' + on.out
+    finally:
+        server.dockhand('destroy', 'astray', '--force')
 
 # A root of one's own, and what it signs: one that ends in 30 days for each word, good for
 # its names (which are parted by commas); one that has ended.
@@ -9644,7 +9665,7 @@ def check_whole_again(server, app, names):
         assert authority.serial(name) == serial_of(
             server, '/etc/letsencrypt/live/dockhand-%s/cert.pem' % name), name
 
-@drill('systemd', 3, 19)
+@drill('systemd', 2, 19)
 def test_real_certbot_killed_in_mid_run_leaves_what_nginx_can_read(server, size):
     """In a renewal at its worst moment, in a first order at its worst one, and then in
     both by turns at any."""
@@ -9677,6 +9698,26 @@ def test_real_certbot_killed_in_mid_run_leaves_what_nginx_can_read(server, size)
     finally:
         server.dockhand('destroy', 'killed', '--force')
 
+@drill('systemd', 1, 20)
+def test_real_killed_pushes_leave_https_as_it_is(server, size):
+    app, authority = secured(server)
+    names = ['secured.test', 'www.secured.test']
+    serials = [authority.serial(name) for name in names]
+    begun = time.time()
+    app.release('b')
+    seconds = time.time() - begun
+
+    def killed(moment):
+        server.ok(KILLER, str(moment))
+
+    def recover():
+        server.ok('dockhand recover')
+        assert [authority.serial(name) for name in names] == serials
+    with Watch(server, app) as watch:
+        said = interrupt(app, size, seconds, killed, recover)
+    assert [authority.serial(name) for name in names] == serials
+    return '%s; %s' % (said, watch.figures())
+
 @drill('systemd')
 def test_real_https_stays_when_a_file_or_certbot_or_dockhand_goes(server, size):
     """A file that is lost costs its name https and nginx nothing, and is taken from what
@@ -9684,12 +9725,13 @@ def test_real_https_stays_when_a_file_or_certbot_or_dockhand_goes(server, size):
     says, what is renewed is served."""
     app, authority = secured(server)
     file = NGINX_PEM % 'www.secured.test'
+    app.release('a')
 
     # the authority does not come back from the reboot, so nothing can be ordered
     server.ok('rm "$1"', file)
     server.reboot()
     assert until(app.mark, 'a') == 'a'
-    assert until(lambda: app.says('http://www.secured.test/'), '200 a') == '200 a'
+    assert app.says('http://www.secured.test/') == '200 a'
     assert app.says('https://www.secured.test/') == '000'
     server.ok('nginx -t -q && dockhand https secured')
     assert app.says('https://www.secured.test/') == '200 a'
@@ -9715,7 +9757,7 @@ def test_real_https_stays_when_a_file_or_certbot_or_dockhand_goes(server, size):
         assert app.mark() == 'b'
     finally:
         server.ok('/usr/bin/python3 /root/dockhand/dockhand.py install --user git')
-    app.release('a')
+    app.release('c')
     return 'doctor says: ' + examined.out.replace('\n', ' / ')
 
 # ---- Drills: plain apps ----------------------------------------------------------------
