@@ -7029,8 +7029,7 @@ def https_problems(host):
         if certificates.is_there(certificates.own_path(app.name)):
             ends = own_ends_text(host, certificates.own_path(app.name))
             rows.append((ends and '%s: %s' % (app.name, ends), retry + ' --cert'))
-        for name in wanted_names(app):
-            rows.append((name_problem(app, name), retry))
+        rows += [name_problem(app, name, retry) for name in wanted_names(app)]
 
         live = app.live()
         if live is not None:
@@ -7060,29 +7059,32 @@ def certbot_problems(host):
     return [(not (has_line and has_cron) and 'nothing runs `certbot renew`',
              'apt-get install cron; apt-get install --reinstall certbot')]
 
-def name_problem(app, name):
-    """What is wrong with the certificate for a name, or ''."""
+def name_problem(app, name, retry):
+    """What is wrong with the certificate for a name, or '', and what to type: a row for
+    `demand`. retry: the command that gets it"""
     certificates = app.host.certificates
     live = app.live()
     noted = certificates.noted(name).get('why', 'there was no try yet')
     if not certificates.is_there(certificates.path(name)):
-        return '%s has no certificate: %s' % (name, noted)
+        return '%s has no certificate: %s' % (name, noted), retry
     if not certificates.is_renewed(name):
-        return 'nothing renews the certificate of ' + name
+        return 'nothing renews the certificate of ' + name, retry
     if not certificates.is_newest(name):
-        return 'certbot has renewed the certificate of %s, and nginx has the old one' % (
-            name)
+        return ('certbot has renewed the certificate of %s, and nginx has the old one'
+                % name, retry)
     elsewhere = where_it_leads(app, live.proxy if live else '', name)
     if elsewhere:
-        return '%s leads %s, and so will not be renewed' % (name, elsewhere)
+        return ('%s leads %s, and so will not be renewed' % (name, elsewhere),
+                'point it here in DNS, or: sudo dockhand config %s domains="..."'
+                % app.name)
 
     if certificates.is_late(name):
         log_text = app.host.text('/var/log/letsencrypt/letsencrypt.log')
         why = renewal_reason(log_text, LINEAGE + name)
         days = certificates.days_left(certificates.read(certificates.path(name)))
-        return 'the certificate of %s ends in %d days, and is not renewed: %s' % (
-            name, days, why or 'certbot says nothing of it')
-    return ''
+        return ('the certificate of %s ends in %d days, and is not renewed: %s' % (
+            name, days, why or 'certbot says nothing of it'), retry)
+    return '', retry
 
 def served_problem(host, certificate):
     """Whether nginx serves another Certificate than the file holds, in words, or ''."""
