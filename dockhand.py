@@ -2724,19 +2724,31 @@ def is_covered_by(name, certified):
 
 def plain_servers(directives):
     """[(block, Server)] of those that https is made for: they listen on port 80 alone.
-    One that listens on 443 itself is left alone, and so are its names."""
+    One that listens on 443 itself is left alone, and so is each name that it serves."""
     servers = [(block, read_server(block, '')) for block in server_blocks(directives)]
-    own = set()
-    for _, server in servers:
-        if any(listen.port == '443' for listen in server.listens):
-            own.update(server.names)
+    secure = [server for _, server in servers
+              if any(listen.port == '443' for listen in server.listens)]
 
     plain = []
     for block, server in servers:
-        names = [name for name in server.names if name not in own]
+        names = [name for name in server.names
+                 if not any(is_served_by(other, name) for other in secure)]
         if names and all(is_plain_web(listen) for listen in server.listens):
             plain.append((block, server._replace(names=names)))
     return plain
+
+def is_served_by(server, name):
+    """Whether a Server may get the requests for a server_name where it listens on 443: by
+    this name, a wildcard or an expression, or as the default there."""
+    if any(listen.port == '443' and listen.default for listen in server.listens):
+        return True
+    return name in server.names or any(stands_for(other, name) for other in server.names)
+
+def stands_for(other, name):
+    """Whether a wildcard or a `~expression` may stand for another server_name."""
+    if rank_of(other) == 3:
+        return may_match(other, name)
+    return rank_of(other) > 0 and is_covered(name, other)
 
 def is_plain_web(listen):
     """Whether a Listen is for http as browsers ask for it."""

@@ -2201,6 +2201,22 @@ def test_the_names_that_get_https_are_full_and_listen_on_port_80_alone(servers, 
         text += 'server { %sserver_name %s; }\n' % (listens, ' '.join(words))
     assert dh.names_for_https(text) == names.split()
 
+@table('listen, names, left', r'''
+    443 ssl                => a.test          => x.a.test b.test
+    443 ssl                => *.a.test        => a.test b.test
+    443 ssl                => .a.test         => b.test
+    443 ssl                => b.*             => a.test x.a.test
+    443 ssl                => ~^[a-z][.]a[.]te => a.test b.test
+    443 ssl                => ~^c             => a.test x.a.test b.test
+    443 ssl default_server => _               =>
+    [::]:443 ssl default   => c.test          =>
+    8443 ssl               => *.a.test        => a.test x.a.test b.test''')
+def test_a_name_that_a_file_serves_on_443_itself_in_any_way_is_left_alone(
+        listen, names, left):
+    text = ('server { listen 80; server_name a.test x.a.test b.test; }\n'
+            'server { listen %s; server_name %s; }\n' % (listen, names))
+    assert dh.names_for_https(text) == left.split()
+
 @table('name, is_full', '''
     a.test          => yes
     a-b.c.test      => yes
