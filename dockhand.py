@@ -4341,6 +4341,13 @@ class Certificates(object):
         return found + [Certificate(self.path(name), [name]) for name in names
                         if self.is_there(self.path(name))]
 
+    def uses(self, app, text):
+        """What each certificate that is there is used for in an app's proxy file:
+        [(Certificate, [server name])]."""
+        names = plain_names(text or '')
+        full_names = [name for name in names if is_full_name(name)]
+        return uses_of(names, self.of(app, full_names))
+
     def secured(self, app, text):
         """The names of an app's proxy file that it has https for."""
         if not self.is_on(app):
@@ -7046,9 +7053,9 @@ def https_problems(host):
         live = app.live()
         if live is not None:
             rows.append((form_refused(app, live), 'edit that file, and push'))
-            rows += [(served_problem(host, certificate),
+            rows += [(served_problem(host, certificate, names),
                       'nginx -t && nginx -s reload')
-                     for certificate in certificates.of(app.name, wanted_names(app))]
+                     for certificate, names in certificates.uses(app.name, live.proxy)]
     return rows
 
 def certbot_problems(host):
@@ -7098,9 +7105,10 @@ def name_problem(app, name, retry):
             name, days, why or 'certbot says nothing of it'), retry)
     return '', retry
 
-def served_problem(host, certificate):
-    """Whether nginx serves another Certificate than the file holds, in words, or ''."""
-    name = certificate.names[0]
+def served_problem(host, certificate, names):
+    """Whether nginx serves another Certificate than the file holds, in words, or ''.
+    names: server names that it is used for"""
+    name = names[0].replace('*', 'any', 1)
     argv = ['timeout', '5', 'openssl', 's_client', '-connect', '127.0.0.1:443',
             '-servername', name]
 

@@ -7420,6 +7420,21 @@ def test_doctor_says_what_keeps_https_from_lasting(sound, capfd, harm, said):
     harm(sound)
     assert 'WRONG  ' + said in refusal_of_doctor(sound, capfd)
 
+@pytest.mark.parametrize('names', [
+    '*.here.org here.org', 'api.here.org www.here.org', 'here.org', '', 'there.org'])
+def test_doctor_asks_for_a_certificate_by_a_name_that_it_is_used_for(
+        sound, monkeypatch, capfd, names):
+    sound.write(CERTIFICATES + '/own/blog.pem', pem(names, 'k7'))
+    dh.cmd_recover(sound.host)
+    dh.cmd_doctor(sound.host)
+    assert capfd.readouterr().out.endswith('all is well\n')
+    sound.certified = [(text, path, held.replace('k7', 'k8'))
+                       for text, path, held in sound.certified]
+    is_used = 'own/blog.pem' in installed(sound)
+    assert is_used == (names not in ('', 'there.org'))
+    if is_used:
+        assert 'nginx serves another certificate for ' in refusal_of_doctor(sound, capfd)
+
 def test_doctor_says_that_the_timer_of_certbot_does_not_run(tmpdir, capfd):
     machine = Machine(tmpdir, 'systemd')
     machine.lives(ONE_WEB, domains='here.org')

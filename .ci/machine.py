@@ -524,7 +524,7 @@ class Machine(object):
     def served_pem(self, name):
         """The certificate that nginx has taken up for a name."""
         for server, _, text in self.certified:
-            if re.search(r'(?m)^ *server_name .*\b%s\b' % re.escape(name), server):
+            if re.search(r'(?m)^ *server_name (.* )?%s[ ;]' % re.escape(name), server):
                 return text
         return Result(1, '', 'no peer certificate available\n')
 
