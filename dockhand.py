@@ -6199,9 +6199,14 @@ def use_certificates(app):
     with app_lock(app, 'https for ' + app.name) as live:
         if live is None or not live.proxy:
             return app.nginx.refresh()
+        check_holds_ours(app, live)
+        app.nginx.restore(app.name, app.wanted_proxy(live))
+
+def check_holds_ours(app, live):
+    """Failure where a person has changed an app's proxy file. live: may be None"""
+    if live is not None and live.proxy:
         refuse_if(not holds_ours(app, live), '%s was changed on the server, and stays as '
                   'it is: see dockhand doctor', proxy_path(app.name))
-        app.nginx.restore(app.name, app.wanted_proxy(live))
 
 def get_and_tell(app):
     """After a push, or in recover: get what is missing where https is on."""
@@ -7601,6 +7606,7 @@ def turn_https_on(app):
     missing = [name for name in wanted if not certificates.is_renewed(name)]
     refuse_if(missing and not certificates.has_certbot(),
               OLD_HOST if is_upstart(app.host) else NO_CERTBOT)
+    check_holds_ours(app, live)
 
     note_https(app)
     use_certificates(app)               # or no authority is let in
@@ -7646,6 +7652,7 @@ def bring_certificate(app):
     """Take a chain and its key from standard input, for the names that it is good for."""
     certificates = app.host.certificates
     text = ordered_pem(read_stdin())
+    check_holds_ours(app, app.live())
     path = certificates.own_path(app.name)
     trial = '%s/.%s.pem.trial' % (STATE, app.name)
     try:

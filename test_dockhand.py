@@ -7280,6 +7280,18 @@ def test_what_cannot_be_certified_is_told_what_it_wants(plain, domains, files, s
     assert said in refusal(dh.cmd_https, plain.host, 'blog')
     assert plain.changed(before) == []
 
+@pytest.mark.parametrize('words', [{}, {'cert': True}])
+def test_https_changes_nothing_where_a_person_has_changed_the_file(
+        plain, monkeypatch, words):
+    plain.lives(ONE_WEB, domains='here.org')
+    plain.write('/etc/nginx/conf.d/blog.conf', installed(plain) + '# by hand\n')
+    monkeypatch.setattr(dh, 'read_stdin', lambda: pem('here.org'))
+    before = plain.whole()
+    assert refusal(lambda: dh.cmd_https(plain.host, 'blog', **words)) == (
+        '/etc/nginx/conf.d/blog.conf was changed on the server, and stays as it is: see '
+        'dockhand doctor')
+    assert plain.changed(before) == []
+
 def test_https_of_what_nginx_does_not_serve_is_refused(plain):
     plain.lives(an_app('one', ''))
     assert refusal(dh.cmd_https, plain.host, 'blog') == 'blog is no web app'
