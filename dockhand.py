@@ -7460,6 +7460,7 @@ def cmd_rollback(app, number=None):
 
         log('%s: release %d of %s is live again: rollback from %d by %s', app.name,
             release.number, release.commit, live.number, person())
+    attempt('https', get_and_tell, app)         # its names may be others
     show_address(app, release, own_connection(app.host))
 
 def earlier_release(app, live, number):

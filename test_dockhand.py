@@ -7132,6 +7132,23 @@ def test_a_rollback_to_before_https_is_served_by_https(plain):
     assert plain.app.live().number == 1
     assert installed(plain) == secured_text(plain, 'here.org')
 
+@pytest.mark.parametrize('name, told', [
+    ('api.here.org', ''),
+    ('there.org', 'https: there.org has no certificate: it leads to 192.0.2.7: ')])
+def test_a_rollback_to_other_names_gets_their_certificates_or_says_why_not(
+        plain, capfd, name, told):
+    plain.lives(ONE_WEB, domains=name)
+    dh.cmd_config(plain.app, 'domains=here.org')
+    dh.cmd_https(plain.host, 'blog')
+    del plain.ordered[:]
+    dh.cmd_rollback(plain.app)
+    err = capfd.readouterr().err
+    if told:
+        assert told in err and plain.ordered == []
+    else:
+        assert installed(plain) == secured_text(plain, name)
+        assert 'blog: https://%s/ answers 200\n' % name in err
+
 def test_a_certificate_is_no_change_of_the_file_and_one_by_hand_is(secure, capfd):
     os.unlink(secure.host.path(CERTIFICATES, 'www.here.org.pem'))
     secure.push(TWO_WEB)
