@@ -4289,6 +4289,7 @@ class Nginx(object):
 LINEAGE = 'dockhand-'           # how certbot calls what we order, before the host name
 OTHER_CERTBOT = 'Another instance of Certbot is already running'
 NO_TIME = 'certbot did not come to its end in time'
+NO_TIME_LEFT = 'there was no time left for it: other names took too long'
 NO_CERTBOT = 'certbot is missing: apt-get install certbot'
 OLD_HOST = ('the certbots of Ubuntu 12.04 and 14.04 speak a protocol that is gone: bring '
             'a certificate, with `dockhand https APP --cert`')
@@ -6138,6 +6139,9 @@ def get_certificate(app, name, deadline, is_asked):
         return None                 # what is there is never asked for
     if not is_asked and certificates.is_refused_lately(name):
         return certificates.noted(name)['why']
+    if app.host.clock.monotonic() >= deadline:
+        certificates.note(name, NO_TIME_LEFT, was_asked=False)
+        return NO_TIME_LEFT
 
     live = app.live()
     elsewhere = where_it_leads(app, live.proxy if live else '', name)
