@@ -5623,6 +5623,18 @@ def certified_names(releases):
     return set(name for release in releases
                for name in names_for_https(release.proxy or ''))
 
+def full_names(app):
+    """The full names of an app, before its first push those of its config."""
+    live = app.live()
+    if live is None:
+        return noted_names(app)
+    return names_for_https(live.proxy or '')
+
+def noted_names(app):
+    """The full names that config has for an app, whose own file may have others."""
+    domains = app.config().get('domains', '').split()
+    return [name for name in domains if is_full_name(name)]
+
 def give_certificates_back(app, names, staying=()):
     """Remove the certificates for names that an app has no more: certbot would renew them
     for ever. staying: [Release] of the app that have theirs yet"""
@@ -5631,9 +5643,10 @@ def give_certificates_back(app, names, staying=()):
     if not leaving:
         return
 
-    others = [App(app.host, name).live() for name in list_apps(app.host)
-              if name != app.name]
-    leaving -= certified_names(list(staying) + [live for live in others if live])
+    leaving -= certified_names(staying)
+    for other in list_apps(app.host):
+        if other != app.name:
+            leaving.difference_update(full_names(App(app.host, other)))
     for name in sorted(leaving):
         step('%s has no release with the name %s any more: its certificate goes',
              app.name, name)
@@ -6089,16 +6102,10 @@ def plan_texts(release):
 # certbot, without the app's lock, and nginx takes it up. Whatever goes wrong is told and
 # noted, and no deploy depends on it.
 
-def noted_names(app):
-    """The full names that config has for an app, whose own file may have others."""
-    domains = app.config().get('domains', '').split()
-    return [name for name in domains if is_full_name(name)]
-
 def wanted_names(app):
     """The full names of an app that wait for certbot's certificate or have it: those that
     no certificate which somebody brought is good for."""
-    live = app.live()
-    names = noted_names(app) if live is None else names_for_https(live.proxy or '')
+    names = full_names(app)
     own = app.host.certificates.own(app.name)
     if own is not None:
         names = [name for name in names if not is_covered_by(name, own.names)]

@@ -7297,6 +7297,18 @@ def test_destroy_takes_the_certificates_of_an_app_and_no_others(secure):
     assert secure.read(CERTIFICATES + '/www.here.org.pem')
     assert secure.read('/etc/letsencrypt/live/here.org/fullchain.pem') == 'x'
 
+def test_an_app_under_another_name_takes_the_certificates_over(secure):
+    other = dh.App(secure.host, 'shop')
+    dh.cmd_config(other, 'domains=here.org www.here.org')
+    dh.cmd_https(secure.host, 'shop')
+    before = secure.read(CERTIFICATES + '/here.org.pem')
+    dh.cmd_destroy(secure.app, force=True)
+    assert secure.read(CERTIFICATES + '/here.org.pem') == before and secure.read(RENEWAL)
+    dh.cmd_config(other, 'domains=www.here.org')
+    assert secure.read(CERTIFICATES + '/here.org.pem') is None
+    assert secure.read(RENEWAL) is None and secure.ordered == []
+    assert secure.read(CERTIFICATES + '/www.here.org.pem')
+
 def test_http_again_keeps_the_certificates_and_lets_them_be_renewed(secure, capfd):
     dh.cmd_https(secure.host, 'blog', off=True)
     assert installed(secure) == secured_text(secure)
