@@ -6102,6 +6102,17 @@ def plan_texts(release):
 # certbot, without the app's lock, and nginx takes it up. Whatever goes wrong is told and
 # noted, and no deploy depends on it.
 
+def https_names(app):
+    """The names of an app that may have https: full ones, and wildcards that a
+    certificate which somebody brought is good for."""
+    live = app.live()
+    if live is None:
+        return noted_names(app)
+    own = app.host.certificates.own(app.name)
+    brought = own.names if own else []
+    return [name for name in plain_names(live.proxy or '')
+            if is_full_name(name) or is_covered_by(name, brought)]
+
 def wanted_names(app):
     """The full names of an app that wait for certbot's certificate or have it: those that
     no certificate which somebody brought is good for."""
@@ -7611,7 +7622,7 @@ def turn_https_on(app):
     """Have an app answer by https, and get the certificates for that."""
     certificates = app.host.certificates
     live = app.live()
-    names = noted_names(app) if live is None else names_for_https(live.proxy or '')
+    names = https_names(app)
     if live is not None or 'domains' in app.config():
         refuse_if(not names, no_full_name_text(app, live))
     wanted = wanted_names(app)
@@ -7759,7 +7770,7 @@ def list_https(host):
     for name in all_apps(host):
         app = App(host, name)
         live = app.live()
-        names = noted_names(app) if live is None else names_for_https(live.proxy or '')
+        names = https_names(app)
         for host_name in names:
             tell('%-16s %-30s %s', name, host_name, https_text(app, host_name))
         if not names and live is not None and live.proxy:

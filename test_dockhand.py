@@ -7411,6 +7411,20 @@ def test_a_wildcard_that_somebody_brought_is_used_for_all_that_it_is_good_for(
     dh.cmd_destroy(secure.app, force=True)
     assert dh.list_folder(secure.host.path(CERTIFICATES, 'own')) == []
 
+def test_https_of_a_wildcard_alone_is_listed_and_turned_off_and_on(
+        plain, monkeypatch, capfd):
+    plain.lives(an_app('one', proxy=WEB.replace('blog.example', '*.here')))
+    brought(plain, monkeypatch, pem('*.here.org'))
+    text = installed(plain)
+    capfd.readouterr()
+    dh.cmd_https(plain.host)
+    assert re.match(r'blog +\*\.here\.org +https, \d+ days left, by Test CA\n\Z',
+                    capfd.readouterr().out)
+    dh.cmd_https(plain.host, 'blog', off=True)
+    assert '443' not in installed(plain)
+    dh.cmd_https(plain.host, 'blog')
+    assert installed(plain) == text and 'own/blog.pem' in text and plain.ordered == []
+
 def test_a_certificate_that_somebody_brought_is_told_to_end(secure, monkeypatch, capfd):
     ends = int(secure.host.clock.time()) + 13 * 86400
     brought(secure, monkeypatch, pem('here.org', ends=ends))
