@@ -4427,8 +4427,14 @@ class Certificates(object):
         replace_file(self.failed_path(name), to_json(told), 0o600)
 
     def noted(self, name):
-        """{'time', 'why', 'asked'} of what was noted, or {}."""
-        return read_json(self.failed_path(name))
+        """{'time', 'why', 'asked'} of what was noted, or {}, as where a person has written
+        something else there."""
+        try:
+            noted = read_json(self.failed_path(name))
+        except ValueError:
+            return {}
+        is_whole = isinstance(noted, dict) and set(noted) >= set(['time', 'why', 'asked'])
+        return noted if is_whole else {}
 
     def is_refused_lately(self, name):
         """Whether the authority said no a moment ago: after five times in an hour it says

@@ -7073,6 +7073,16 @@ def test_a_push_asks_for_what_is_missing_once_in_twelve_minutes(secure, capfd):
     dh.after_push(secure.app, None)
     assert secure.ordered == ['api.here.org'] * 2
 
+@pytest.mark.parametrize('text', ['{', '[]', '{"time": 1}', '\0'])
+def test_what_is_no_note_of_a_failure_is_none(secure, capfd, text):
+    os.unlink(secure.host.path(CERTIFICATES, 'here.org.pem'))
+    shutil.rmtree(secure.host.path(LIVE_FOLDER))
+    secure.write(CERTIFICATES + '/here.org.failed', text)
+    dh.cmd_https(secure.host)
+    assert 'here.org                       no certificate yet: ' in capfd.readouterr().out
+    dh.after_push(secure.app, None)
+    assert secure.ordered == ['here.org']
+
 def test_a_person_who_asks_is_not_kept_waiting(secure):
     secure.refused['www.here.org'] = 'no'
     os.unlink(secure.host.path(CERTIFICATES, 'www.here.org.pem'))
