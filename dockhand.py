@@ -3878,6 +3878,26 @@ class Nginx(object):
                 read[path] = self.parse(path, host.text(path))
         return read
 
+    def files_without_lost(self, writing=None):
+        """The same, once no app's file names a certificate that is lost: nginx would
+        refuse whatever is changed of another app. The host's lock is held.
+        writing: the app whose file is written anyway"""
+        host = self.host
+        files = self.files()
+        for path in sorted(files):
+            app = app_of_file(path)
+            text = host.text(path)
+            lost = host.certificates.lost(text)
+            if not lost or app == writing:
+                continue
+
+            step('https: %s is lost: installing the proxy file of %s without', lost[0],
+                 app)
+            form = self.form(app, without_https(text))
+            replace_file(host.path(path), form)
+            files[path] = self.parse(path, form)
+        return files
+
     def parse(self, path, text):
         """The ProxyFile of a text at a path. A push asks several times: what has not
         changed is not parsed again."""
@@ -4054,7 +4074,7 @@ class Nginx(object):
             if self.host.text(proxy_path(app)) == self.form(app, release.proxy):
                 return
 
-            files = self.files()
+            files = self.files_without_lost(app)
             text = release.proxy
             if text:
                 text = self.checked_form(release, files, older, known)
@@ -4108,20 +4128,21 @@ class Nginx(object):
         """Put the text back that was live before, or take the file away: it is not
         checked again, and nginx reloads whatever lies there."""
         with host_lock(self.host, app):
-            files = self.files()
+            files = self.files_without_lost(app)
             self.write(app, self.usable_form(app, text, files), files)
             self.reload()
 
     def refresh(self):
         """Bring our catch-all up to date, and have nginx take up all that lies there."""
         with host_lock(self.host, 'dockhand'):
-            replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files()))
+            files = self.files_without_lost()
+            replace_file(self.host.path(CATCH_ALL), self.catch_all_text(files))
             self.reload()
 
     def remove(self, app):
         """Take an app's proxy file away for good."""
         with host_lock(self.host, app):
-            if self.write(app, '', self.files()):
+            if self.write(app, '', self.files_without_lost(app)):
                 self.reload()
 
     def write(self, app, text, files):
@@ -4325,6 +4346,14 @@ class Certificates(object):
     def is_there(self, path):
         """Whether nginx can read a file: a power cut, or a person, may have taken it."""
         return is_whole_pem(self.host.text(path))
+
+    def lost(self, text):
+        """The files that an app's proxy file has its certificates from, and that are not
+        there."""
+        if HTTPS_BEGIN not in text:
+            return []
+        paths = re.findall(r'ssl_certificate (%s/\S+);' % CERTIFICATES, text)
+        return [path for path in paths if not self.is_there(path)]
 
     def own(self, app):
         """The Certificate that somebody brought for an app, or None."""
@@ -5327,7 +5356,8 @@ def check_proxy_change(app, release, older=False):
     older: as Nginx.check wants it"""
     if release.proxy:
         with host_lock(app.host, app.name):
-            app.nginx.check(release, app.nginx.files(), older, app.known)
+            files = app.nginx.files_without_lost(app.name)
+            app.nginx.check(release, files, older, app.known)
 
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
 # spent on health checks
@@ -6604,7 +6634,7 @@ def check_edited(app, live, release):
 def check_pushed_proxy(app, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
     with host_lock(app.host, app.name):
-        app.nginx.check_alone(release, app.nginx.files())
+        app.nginx.check_alone(release, app.nginx.files_without_lost(app.name))
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
         step('nginx-proxy.conf:%d: warning: %s', line, text)
 
@@ -7185,6 +7215,13 @@ def answer_problem(app, live):
         return '%s answers %s through nginx' % (live.app, status)
     return None
 
+def nginx_problem(host):
+    """What nginx says against its files: a row for `demand`."""
+    problem = host.nginx.problem()
+    if CERTIFICATES in problem:
+        return problem, 'sudo dockhand recover'
+    return problem, 'edit that file, then nginx -t'
+
 def unread_files(host):
     """[PATH:LINE: what] of nginx's own files that names may stand in unread."""
     return ['%s:%d: %s' % (path, line, text)
@@ -7738,7 +7775,7 @@ def check_nginx_takes(app, certificate):
     text = app.wanted_proxy(live)
     form = with_https(text, [certificate], app.nginx.version())
     with host_lock(app.host, app.name):
-        files = app.nginx.files()
+        files = app.nginx.files_without_lost(app.name)
         problem = app.nginx.form_problem(app.name, form, files)
         refuse_if(problem and not app.nginx.test(app.name, text, files),
                   'nginx does not take this certificate: %s', problem)
@@ -7866,7 +7903,7 @@ def cmd_doctor(host):
         (not read_keys(host) and 'no key may push',
          'dockhand upload-key NAME < id_ed25519.pub'),
         (sudo_problem(host), 'visudo'),
-        (host.nginx.problem(), 'edit that file, then nginx -t'),
+        nginx_problem(host),
         (not host.nginx.master() and 'nginx does not run', nginx_advice(host)),
         (not host.nginx.token() and TOKEN_FILE + ' is missing', INSTALL_AGAIN)]
     rows += sshd_problems(host)

@@ -7195,6 +7195,43 @@ def test_a_certificate_that_is_lost_costs_its_name_https_and_nginx_no_start(secu
     assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
     assert secure.ordered == []             # certbot had it
 
+def push_wiki(machine):
+    machine.commits[SHA_3] = an_app('one', proxy=(
+        'server { listen 80; server_name wiki.test; location / { proxy_pass http://wiki; }'
+        ' }\n'))
+    branches, machine.refs = machine.refs, {}
+    dh.receive(machine.host, 'update', 'wiki', 'anna', MAIN, ZERO, SHA_3)
+    machine.refs = branches
+
+@pytest.mark.parametrize('text', [None, '', 'x', '-----BEGIN CERTIFICATE-----\nxxx'])
+@pytest.mark.parametrize('act', [
+    push_wiki,
+    lambda machine: machine.host.nginx.refresh(),
+    lambda machine: machine.host.nginx.remove('wiki'),
+    lambda machine: machine.host.nginx.restore('wiki', None)])
+def test_a_certificate_that_is_lost_keeps_no_other_app_from_its_changes(
+        secure, capfd, act, text):
+    path = CERTIFICATES + '/here.org.pem'
+    os.unlink(secure.host.path(path))
+    if text is not None:
+        secure.write(path, text)
+    secure.write('/home/git/' + dh.KEYS, keys_text(Key('ssh-ed25519', 'AAAA', 'anna', ())))
+    act(secure)
+    assert ('https: %s is lost: installing the proxy file of blog without\n' % path
+            in capfd.readouterr().err)
+    assert installed(secure) == secured_text(secure, 'www.here.org')
+    if act is push_wiki:
+        assert dh.App(secure.host, 'wiki').live().number == 1
+    dh.after_push(secure.app, None)
+    assert secure.read(path) and secure.ordered == []
+
+def test_doctor_has_lost_certificates_mended_by_recover(sound, capfd):
+    os.unlink(sound.host.path(CERTIFICATES, 'here.org.pem'))
+    sound.nginx_t = lambda *_: Result(
+        1, '', 'nginx: [emerg] cannot load certificate "%s/here.org.pem": x\n' % CERTIFICATES)
+    assert re.search('WRONG  cannot load certificate .*\n       type: sudo dockhand recover\n',
+                     refusal_of_doctor(sound, capfd))
+
 def test_where_certbot_is_removed_https_goes_on(secure, capfd):
     shutil.rmtree(secure.host.path('/etc/letsencrypt'))
     secure.has_certbot = False

@@ -248,8 +248,9 @@ class Machine(object):
     def docker_build(self, *words):
         folder, tag = words[-1], words[words.index('-t') + 1]
         text = dh.read_file(os.path.join(folder, 'Dockerfile'))
-        record = '/var/lib/dockhand/apps/blog/releases/%s/release.json' % tag[5:]
-        assert tag == 'blog:plan' or '"seconds": null' in self.read(record)
+        name, _, number = tag.partition(':')
+        record = '/var/lib/dockhand/apps/%s/releases/%s/release.json' % (name, number)
+        assert number == 'plan' or '"seconds": null' in self.read(record)
         self.each('Step 1/1 : ' + text)
         self.images[tag] = image(text)
         if 'fail' in text:
@@ -578,7 +579,7 @@ class Machine(object):
                 return Result(1, '', 'nginx: [emerg] "x" directive is duplicate in %s:4\n'
                               % name)
             for pem_path in re.findall('ssl_certificate (/.*);', self.read(name) or ''):
-                if not self.read(pem_path):
+                if not dh.is_whole_pem(self.read(pem_path) or ''):
                     return Result(1, '', 'nginx: [emerg] cannot load certificate "%s": '
                                          'BIO_new_file() failed\n' % pem_path)
 
