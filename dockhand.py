@@ -2861,8 +2861,23 @@ def render_twin(text, block, server, use, version):
     lines += [line for line in tls_lines(version) if line.split()[0] not in said]
 
     head = ''.join('    %s;\n' % line for line in lines)
-    body = text_inside(text, block, TWIN_SAYS)
+    body = with_server_name(text_inside(text, block, TWIN_SAYS), block, names)
     return 'server {\n' + head + indented(challenge_lines(block)) + body + '}\n'
+
+def with_server_name(body, block, names):
+    """A twin's body in which `$server_name` is what it is in its server, that one's first
+    name: many send all others there. names: those of the twin"""
+    first = first_name(block)
+    if first == names[0] or not is_full_name(first):
+        return body
+    return re.sub(r'\$(server_name\b|\{server_name\})', first, body)
+
+def first_name(block):
+    """What nginx calls a `server` block: its first name."""
+    for directive in block.inside:
+        if directive.words[0] == 'server_name' and directive.words[1:]:
+            return read_server_names(directive.words[1:])[0]
+    return ''
 
 def text_inside(text, block, left_out):
     """What stands in a block, without the directives of some names."""

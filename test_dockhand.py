@@ -2275,6 +2275,20 @@ def test_what_a_server_says_of_tls_itself_is_not_said_twice():
     words = [directive.words[0] for directive in twin.inside]
     assert sorted(set(words)) == sorted(words) and '/x' not in made.partition('}\n#')[2]
 
+@pytest.mark.parametrize('said, in_twin', [
+    ('return 301 $scheme://$server_name$request_uri;',
+     'return 301 $scheme://a.test$request_uri;'),
+    ('set $x "${server_name}/$server_name_x";', 'set $x "a.test/$server_name_x";'),
+    ('if ($host != $server_name) { return 404; }', 'if ($host != a.test) { return 404; }')])
+def test_the_name_of_a_server_is_its_first_one_by_https_too(said, in_twin):
+    text = 'server { server_name A.test b.test; %s }\n' % said
+    made = dh.with_https(text, [certificate('a.test'), certificate('b.test')], (1, 24, 0))
+    servers = made.split('server {')[2:]
+    assert [said in server for server in servers] == [True, False]
+    assert in_twin in servers[1] and dh.without_https(made) == text
+    text = text.replace('A.test', '*.a.test')
+    assert said in dh.with_https(text, [certificate('b.test')], (1, 24, 0)).split('443')[1]
+
 def test_many_names_are_sent_to_https_in_words_that_nginx_takes():
     names = ['%s%d.test' % ('a' * 50, at) for at in range(150)]
     text = 'server {\n    server_name %s;\n}\n' % '\n'.join(names)
@@ -2483,6 +2497,21 @@ def test_nginx_sends_to_https_who_asked_by_http_for_a_name_that_has_it(tmpdir, t
             assert ' 200 ' in answer[:15]
         assert ' 200 ' in alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)[:15]
         assert fields_of(told.heads[-1])['x-forwarded-proto'] == 'https'
+
+def test_nginx_sends_to_the_first_name_by_https_as_by_http(tmpdir):
+    text = ('server {\n    listen 80; server_name a.test b.test;\n'
+            '    if ($host != $server_name) { return 301 '
+            '$scheme://$server_name$request_uri; }\n    return 200 $server_name;\n}\n')
+    demand_nginx()
+    folder = tmpdir.mkdir('other')
+    certificates = [dh.Certificate(self_signed(folder, [name]), [name])
+                    for name in ('a.test', 'b.test')]
+    made = dh.with_https(text, certificates, Host('/').nginx.version())
+    os.chmod(str(tmpdir), 0o755)
+    with Alone(tmpdir, {'a': made}) as alone:
+        answer = alone.ask_tls('b.test', 'GET /x HTTP/1.1', 'Host: b.test')
+        assert '\r\nLocation: https://a.test/x\r\n' in answer
+        assert alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST).endswith('a.test')
 
 def test_nginx_shows_nobodys_certificate_for_an_unknown_name(tmpdir):
     demand_nginx()
