@@ -350,11 +350,21 @@ def execute(argv, env=None, cwd='/', account=None, each=None, idle=None):
             read_lines(process.stdout.fileno(), each, idle)
         out, err = process.communicate()
     except BaseException:                   # a signal: the command must not go on alone
+        end_group(process)
         process.kill()
-        process.stdout.close()
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
         process.wait()
         raise
     return Result(process.returncode, to_text(out), to_text(err or b''))
+
+def end_group(process):
+    """Kill those whom a process leads, as `timeout` does what it runs."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError as error:
+        if error.errno != errno.ESRCH:      # it leads none
+            raise
 
 def become(account):
     """In the process of a command: what Python ignores, and who runs it."""

@@ -2723,6 +2723,16 @@ def test_a_signal_is_raised_so_that_undo_runs(number):
         os.kill(os.getpid(), number)
     assert str(caught.value) == 'stopped by signal %d' % number
 
+def test_what_timeout_runs_does_not_go_on_alone_when_we_are_stopped(tmpdir):
+    noted = str(tmpdir.join('pid'))
+    before = signal.signal(signal.SIGALRM, dh.leave)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    with pytest.raises(dh.Stopped):
+        dh.execute(['timeout', '30', 'sh', '-c', 'echo $$ >%s; exec sleep 30' % noted])
+    signal.signal(signal.SIGALRM, before)
+    title = '/proc/%s/cmdline' % dh.read_file(noted).strip()
+    assert until(lambda: dh.read_file(title) or '', '', 5) == ''
+
 def read_to_end(fd):
     parts = []
     while parts[-1:] != [b'']:
