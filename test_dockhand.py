@@ -2341,6 +2341,8 @@ Ask for help or search for solutions
     ('An unexpected error occurred:\n', 'certbot: An unexpected error occurred:'),
     ('live directory exists for x-e.test\nAsk for help\n',
      'certbot: live directory exists for x-e.test'),
+    ('Unable to find deploy-hook command x in the PATH.\n(PATH is /usr/bin:/bin)\n',
+     'certbot: Unable to find deploy-hook command x in the PATH.'),
     ('', 'certbot: it says nothing'),
     ('Saving debug log to /x\n', 'certbot: it says nothing')]
 
@@ -7073,6 +7075,13 @@ def test_https_is_one_command(plain, capfd):
     assert mode_of(plain.host.path(dh.RENEWAL_HOOK)) == '755'
     dh.cmd_https(plain.host, 'blog')
     assert plain.ordered == ['here.org', 'www.here.org']     # what is there is not asked for
+
+def test_how_a_name_is_proved_goes_before_what_certbots_own_file_says(plain):
+    plain.lives(ONE_WEB, domains='here.org')
+    dh.cmd_https(plain.host, 'blog')
+    [order] = [words for words in plain.done if 'certbot certonly' in words]
+    assert '--authenticator webroot ' in order and '--webroot ' not in order
+    assert '--preferred-challenges http ' in order
 
 def test_one_name_that_fails_leaves_the_others_their_https(plain, capfd):
     plain.lives(ONE_WEB, domains='here.org dead.test www.here.org')
