@@ -4405,13 +4405,14 @@ class Certificates(object):
         return uses_of(names, self.of(app, full_names))
 
     def secured(self, app, text):
-        """The names of an app's proxy file that it has https for."""
+        """The full names of an app's proxy file that it has https for: nginx may have
+        refused the file with a certificate that is there."""
         if not self.is_on(app):
             return []
-        names = names_for_https(text)
-        certified = [name for certificate in self.of(app, names)
-                     for name in certificate.names]
-        return [name for name in names if is_covered_by(name, certified)]
+        installed = self.host.text(proxy_path(app))
+        return [name for certificate, names in self.uses(app, text)
+                for name in names
+                if certificate.path in installed and is_full_name(name)]
 
     def render(self, app, text):
         """What conf.d is to hold of an app's proxy file, with the certificates that are
@@ -7142,10 +7143,11 @@ def https_problems(host):
 
         live = app.live()
         if live is not None:
-            rows.append((form_refused(app, live), 'edit that file, and push'))
+            rows.append(form_problem_row(app, live))
             rows += [(served_problem(host, certificate, names),
                       'nginx -t && nginx -s reload')
-                     for certificate, names in certificates.uses(app.name, live.proxy)]
+                     for certificate, names in certificates.uses(app.name, live.proxy)
+                     if certificate.path in host.text(proxy_path(app.name))]
     return rows
 
 def certbot_problems(host):
@@ -7203,11 +7205,23 @@ def served_problem(host, certificate, names):
             '-servername', name]
 
     served = pem_blocks(host.ask(argv).out)
-    held = pem_blocks(host.text(certificate.path))
+    held = [block for block in pem_blocks(host.text(certificate.path))
+            if block.startswith('-----BEGIN CERTIFICATE-----')]
     if served[:1] == held[:1]:
         return ''
     return 'nginx serves another certificate for %s than %s has' % (
         name, certificate.path)
+
+def form_problem_row(app, live):
+    """That an app goes on without https, and what to do: a row for `demand`."""
+    certificates = app.host.certificates
+    problem = form_refused(app, live)
+    own = certificates.own_path(app.name)
+    if own in problem:
+        return problem, 'sudo rm %s; sudo dockhand https %s' % (own, app.name)
+    if CERTIFICATES in problem:
+        return problem, 'sudo dockhand https ' + app.name
+    return problem, 'change what it says of that in nginx-proxy.conf, and push'
 
 def form_refused(app, live):
     """What nginx says against an app's proxy file with https alone, or ''."""

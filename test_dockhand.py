@@ -7608,6 +7608,28 @@ def test_doctor_asks_for_a_certificate_by_a_name_that_it_is_used_for(
     if is_used:
         assert 'nginx serves another certificate for ' in refusal_of_doctor(sound, capfd)
 
+def test_a_certificate_put_there_by_hand_that_nginx_refuses_is_named(sound, capfd):
+    own = CERTIFICATES + '/own/blog.pem'
+    sound.write(own, pem('here.org'))
+    sound.host.nginx.form_problem = lambda *_: 'PrivateKey("%s") failed' % own
+    dh.cmd_recover(sound.host)
+    assert '443' not in installed(sound)
+    dh.after_push(sound.app, None)
+    assert 'blog: http://here.org/ answers 200\n' in capfd.readouterr().err
+    said = refusal_of_doctor(sound, capfd)
+    assert said == (
+        'WRONG  blog is served without https: PrivateKey("%s") failed\n'
+        '       type: sudo rm %s; sudo dockhand https blog\n' % (own, own))
+
+def test_a_key_may_stand_before_its_certificate(sound, capfd):
+    chain, begin, key = pem('here.org', 'k4').partition('-----BEGIN PRIVATE')
+    sound.write(CERTIFICATES + '/own/blog.pem', begin + key + chain)
+    dh.cmd_recover(sound.host)
+    assert 'own/blog.pem' in installed(sound)
+    sound.served_pem = lambda name: pem('here.org', 'k4').partition('-----BEGIN P')[0] if (
+        name == 'here.org') else sound.read(CERTIFICATES + '/%s.pem' % name)
+    dh.cmd_doctor(sound.host)
+
 def test_doctor_says_that_the_timer_of_certbot_does_not_run(tmpdir, capfd):
     machine = Machine(tmpdir, 'systemd')
     machine.lives(ONE_WEB, domains='here.org')
