@@ -7133,6 +7133,10 @@ def https_problems(host):
     rows = []
     if any(wanted_names(app) for app in apps):
         rows += certbot_problems(host)
+    if certificates.are_any():
+        others = mode_of(host.path(CERTIFICATES)) & 0o077
+        rows.append((others and 'others may read the keys in ' + CERTIFICATES,
+                     'chmod 700 ' + CERTIFICATES))
 
     for app in apps:
         retry = 'sudo dockhand https ' + app.name

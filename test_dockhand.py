@@ -7588,7 +7588,10 @@ def late(machine):
         proxy=machine.app.live().proxy.replace('here.org www', 'there.org www'))),
      'there.org has no certificate: there was no try yet'),
     (lambda machine: os.unlink(machine.host.path(dh.RENEWAL_HOOK)),
-     dh.RENEWAL_HOOK + ' is not as installed')])
+     dh.RENEWAL_HOOK + ' is not as installed'),
+    (lambda machine: os.chmod(machine.host.path(CERTIFICATES), 0o755),
+     'others may read the keys in %s\n       type: chmod 700 %s' % (
+         CERTIFICATES, CERTIFICATES))])
 def test_doctor_says_what_keeps_https_from_lasting(sound, capfd, harm, said):
     harm(sound)
     assert 'WRONG  ' + said in refusal_of_doctor(sound, capfd)
