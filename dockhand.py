@@ -3910,6 +3910,9 @@ class Nginx(object):
         writing: the app whose file is written anyway"""
         host = self.host
         files = self.files()
+        if not host.certificates.are_any():
+            return files
+
         for path in sorted(files):
             app = app_of_file(path)
             text = host.text(path)
