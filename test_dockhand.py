@@ -2725,13 +2725,14 @@ def test_a_signal_is_raised_so_that_undo_runs(number):
         os.kill(os.getpid(), number)
     assert str(caught.value) == 'stopped by signal %d' % number
 
-def test_what_timeout_runs_does_not_go_on_alone_when_we_are_stopped(tmpdir):
+@pytest.mark.parametrize('before', [[], ['timeout', '30']])
+def test_a_command_does_not_go_on_alone_when_we_are_stopped(tmpdir, before):
     noted = str(tmpdir.join('pid'))
-    before = signal.signal(signal.SIGALRM, dh.leave)
+    earlier = signal.signal(signal.SIGALRM, dh.leave)
     signal.setitimer(signal.ITIMER_REAL, 1)
     with pytest.raises(dh.Stopped):
-        dh.execute(['timeout', '30', 'sh', '-c', 'echo $$ >%s; exec sleep 30' % noted])
-    signal.signal(signal.SIGALRM, before)
+        dh.execute(before + ['sh', '-c', 'echo $$ >%s; exec sleep 30' % noted])
+    signal.signal(signal.SIGALRM, earlier)
     title = '/proc/%s/cmdline' % dh.read_file(noted).strip()
     assert until(lambda: dh.read_file(title) or '', '', 5) == ''
 
