@@ -227,6 +227,7 @@ name=$(basename "$RENEWED_LINEAGE")
 case $name in dockhand-*) name=${{name#dockhand-}} ;; *) exit 0 ;; esac
 cd {certificates} || exit 0
 new=.$name.pem.renewed
+trap 'rm -f "$new"' EXIT
 cat "$RENEWED_LINEAGE/fullchain.pem" "$RENEWED_LINEAGE/privkey.pem" >"$new"
 [ "$(openssl x509 -noout -pubkey -in "$new")" = "$(openssl pkey -pubout -in "$new")" ]
 sync

@@ -7686,6 +7686,7 @@ def test_the_hook_of_certbot_acts_on_our_certificates_alone(tmpdir):
     subprocess.check_call(['openssl', 'genrsa', '-out', str(lineage.join('privkey.pem')),
                            '2048'], stderr=subprocess.PIPE)
     assert renewed(lineage) != 0 and folder.join('a.test.pem').read() == kept
+    assert os.listdir(str(folder)) == ['a.test.pem']        # no key lies about
     assert renewed(tmpdir.mkdir('live/a.test')) == 0        # somebody else's
     folder.remove()
     assert renewed(lineage) == 0                            # nobody wants it any more
