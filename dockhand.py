@@ -3858,7 +3858,7 @@ class Docker(object):
 # proxy files' sections.
 
 def remove_if_empty(path):
-    """Remove a log or a folder that a test of nginx made, and nothing was written to."""
+    """Remove a file or a folder that we made, and nothing was written to."""
     if os.path.isdir(path):
         if not os.listdir(path):
             os.rmdir(path)
@@ -7758,6 +7758,7 @@ def turn_https_off(app):
         was_on = remove_file(app.folder('https'))
         if was_on:
             log('%s: https --off by %s', app.name, person())
+            remove_if_empty(app.folder())       # as of a name that was typed wrong
     if app.live() is not None:
         use_certificates(app)
     tell('%s: %s', app.name, 'http again' if was_on else 'nothing changed')

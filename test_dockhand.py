@@ -7440,6 +7440,16 @@ def test_https_changes_nothing_where_a_person_has_changed_the_file(
         'dockhand doctor')
     assert plain.changed(before) == []
 
+def test_a_name_that_was_typed_wrong_leaves_no_app_once_https_is_off(secure, capfd):
+    before = secure.whole()
+    dh.cmd_https(secure.host, 'bolg')
+    dh.cmd_https(secure.host, 'bolg', off=True)
+    assert secure.changed(before) == []
+    dh.cmd_config(dh.App(secure.host, 'bolg'), 'A=1')
+    dh.cmd_https(secure.host, 'bolg')
+    dh.cmd_https(secure.host, 'bolg', off=True)
+    assert dh.App(secure.host, 'bolg').config() == {'A': '1'}
+
 def test_https_of_what_nginx_does_not_serve_is_refused(plain):
     plain.lives(an_app('one', ''))
     assert refusal(dh.cmd_https, plain.host, 'blog') == 'blog is no web app'
