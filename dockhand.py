@@ -2844,6 +2844,11 @@ def challenge_lines(block):
             more = '    auth_request off;\n'
     return PASS_CHALLENGES + CHALLENGE_LOCATION % more
 
+def answers_challenges(text, name):
+    """Whether a proxy file has a place of its own for what an authority asks of a name."""
+    return any(name in server.names and not challenge_lines(block)
+               for block, server in plain_servers(NginxReader(text).directives))
+
 def redirect_lines(names):
     """What sends those who ask for these names by http to https."""
     lines = ''
@@ -6248,6 +6253,8 @@ def get_certificate(app, name, deadline, is_asked):
     was_asked = why != NO_TIME
     if was_asked:
         lost = lost_addresses(app.host, name)
+        if lost and live and answers_challenges(live.proxy or '', name):
+            lost = 'its nginx-proxy.conf has a location for that path: leave it out'
         why += '; ' + lost if lost else ''
     certificates.note(name, why, was_asked)
     return why

@@ -7106,6 +7106,23 @@ def test_an_address_of_a_name_that_does_not_lead_here_is_named(plain, capfd):
     assert ', ::5 does not lead here' in out
     assert dh.list_folder(plain.host.path(dh.CHALLENGES + dh.CHALLENGE_PATH)) == []
 
+@table('place, is_own', r"""
+    /.well-known/acme-challenge/        => yes
+    ^~ /.well-known/acme-challenge      => yes
+    ~ ^/[.]well-known/acme-challenge/.+ => yes
+    /.well-known/                       =>
+    /                                   =>""")
+def test_a_place_for_challenges_that_a_file_brings_is_told_where_no_certificate_came(
+        plain, capfd, place, is_own):
+    plain.lives(an_app('one', proxy=WEB.replace('blog.example', 'here').replace(
+        'location', 'location %s { root /var/www; }\n location /x' % place, 1)))
+    plain.refused['here.org'] = '404'
+    dh.cmd_https(plain.host, 'blog')
+    out = capfd.readouterr().out
+    told = '404; its nginx-proxy.conf has a location for that path: leave it out\n'
+    assert (told in out) == bool(is_own)
+    assert ('does not lead here' in out) == (not is_own)
+
 def test_a_push_asks_for_what_is_missing_once_in_twelve_minutes(secure, capfd):
     secure.refused['api.here.org'] = 'no'
     dh.cmd_config(secure.app, 'domains=here.org api.here.org there.org')
