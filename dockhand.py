@@ -3875,6 +3875,11 @@ Neighbour = namedtuple('Neighbour', 'app name port status')
 
 NO_ANSWERS = ('400', '401', '403', '404', '444')    # what a file can make of other apps
 
+def refused_certificate(said):
+    """The file of ours with a certificate that nginx says it cannot load, or None."""
+    match = re.search(r'"(%s/[^"]+\.pem)"' % CERTIFICATES, said)
+    return match.group(1) if match else None
+
 def is_working(title):
     """Whether this is the command line of a worker that still takes requests."""
     return 'nginx' in title and 'shutting down' not in title
@@ -3931,6 +3936,23 @@ class Nginx(object):
             replace_file(host.path(path), form)
             files[path] = self.parse(path, form)
         return files
+
+    def mend_certificates(self, problem):
+        """Set aside each certificate that nginx cannot load, as it says itself, so that
+        nothing in conf.d names one; True where there was any. The host's lock is held.
+        problem: what nginx said: where that is of a certificate, it is asked what it says
+        of what lies there"""
+        if not refused_certificate(problem):
+            return False
+        mended = False
+        path = refused_certificate(self.problem())
+        while path and os.path.exists(self.host.path(path)):
+            step('https: nginx cannot load %s: it is %s.broken now', path, path)
+            os.rename(self.host.path(path), self.host.path(path + '.broken'))
+            self.files_without_lost()
+            mended = True
+            path = refused_certificate(self.problem())
+        return mended
 
     def parse(self, path, text):
         """The ProxyFile of a text at a path. A push asks several times: what has not
@@ -3991,6 +4013,8 @@ class Nginx(object):
     def check_text(self, release, files, known):
         """Failure where nginx refuses it."""
         problem = self.test(release.app, pushed_part(release), files)
+        if self.mend_certificates(problem):
+            problem = self.test(release.app, pushed_part(release), self.files())
         if not problem:
             return
         before = self.problem()
@@ -4142,6 +4166,9 @@ class Nginx(object):
             return text
 
         problem = self.form_problem(app, form, files)
+        if self.mend_certificates(problem):
+            form = self.form(app, text)
+            problem = self.form_problem(app, form, self.files())
         if problem:
             step('https: nginx refuses the proxy file of %s with it, which goes on '
                  'without: %s', app, problem)
@@ -4244,13 +4271,22 @@ class Nginx(object):
         if master is None:
             return self.start()
         earlier = self.workers(master)
-        host.run(['nginx', '-s', 'reload'])
+        self.order_reload()
 
         deadline = host.clock.monotonic() + RELOAD_TIMEOUT
         while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):
             if host.clock.monotonic() > deadline:
                 raise Failure('nginx keeps its old configuration: ' + self.complaint())
             host.clock.sleep(0.01)
+
+    def order_reload(self):
+        """Tell nginx to take up its configuration; Failure where it refuses it."""
+        argv = ['nginx', '-s', 'reload']
+        result = self.host.ask(argv)
+        if self.mend_certificates(result.err):
+            result = self.host.ask(argv)
+        refuse_if(result.status, 'nginx -s reload failed (%d): %s', result.status,
+                  last_line(result.err))
 
     def start(self, wait=True):
         """Start nginx by whatever init is there. While systemd boots it does that itself,
@@ -4621,6 +4657,7 @@ class Certificates(object):
         self.remove_remains(name)
         for path in (self.host.path(self.path(name)), self.failed_path(name)):
             remove_file(temporary_of(path))
+            remove_file(path + '.broken')
             remove_file(path)
 
 # ---- An app: its folder, releases, repository ------------------------------------------
@@ -7929,11 +7966,19 @@ def remove_app(app, live):
 
 # The server itself
 
+def load_certificates(host):
+    """Have nginx's files name no certificate that is lost, or that it cannot load."""
+    with host_lock(host, 'dockhand'):
+        host.nginx.files_without_lost()
+        host.nginx.mend_certificates(host.nginx.problem())
+
 @command('recover')
 def cmd_recover(host):
     """put right what a crash or a prune left; runs at boot, and when docker starts"""
     host.docker.wait()
     host.docker.free_ports()
+    if host.certificates.are_any():     # or nginx would not start, and every site be down
+        attempt('certificates', load_certificates, host)
     start_nginx = partial(host.nginx.start, wait=False)
     runs = host.nginx.master() or attempt('nginx', start_nginx)
     names = set(list_apps(host) + list_folder(host.path(STATE, 'build')))

@@ -7291,6 +7291,34 @@ def test_a_certificate_that_is_lost_keeps_no_other_app_from_its_changes(
     dh.after_push(secure.app, None)
     assert secure.read(path) and secure.ordered == []
 
+BROKEN_PEM = pem('here.org').replace('names=', 'BROKEN names=')
+
+@pytest.mark.parametrize('act', [
+    push_wiki,
+    lambda machine: machine.host.nginx.refresh(),
+    lambda machine: machine.push(TWO_WEB),
+    lambda machine: dh.cmd_stop(machine.app),
+    lambda machine: (shutil.rmtree(machine.host.path('/proc/50')),
+                     dh.cmd_recover(machine.host))])
+def test_a_certificate_that_nginx_cannot_load_keeps_it_from_nothing(secure, capfd, act):
+    path = CERTIFICATES + '/here.org.pem'
+    secure.write('/home/git/' + dh.KEYS, keys_text(Key('ssh-ed25519', 'AAAA', 'anna', ())))
+    shutil.move(secure.host.path('/etc/letsencrypt'), secure.host.path('/aside'))
+    secure.refused['here.org'] = 'no'       # nothing else can be had now
+    secure.refused['www.here.org'] = 'no'
+    secure.write(path, BROKEN_PEM)
+    act(secure)
+    assert ('https: nginx cannot load %s: it is %s.broken now\n' % (path, path)
+            in capfd.readouterr().err)
+    assert secure.read(path) is None and secure.read(path + '.broken') == BROKEN_PEM
+    assert installed(secure) == secured_text(secure, 'www.here.org')
+    assert secure.host.nginx.master() and path not in str(secure.served)
+    secure.refused.clear()
+    dh.cmd_https(secure.host, 'blog')
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+    dh.cmd_destroy(secure.app, force=True)
+    assert dh.list_folder(secure.host.path(CERTIFICATES)) == []
+
 def test_doctor_has_lost_certificates_mended_by_recover(sound, capfd):
     os.unlink(sound.host.path(CERTIFICATES, 'here.org.pem'))
     sound.nginx_t = lambda *_: Result(

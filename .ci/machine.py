@@ -547,7 +547,8 @@ class Machine(object):
     # nginx
 
     def nginx(self):
-        lost = [path for _, path, text in self.secured_servers() if not text]
+        lost = [path for _, path, _ in self.secured_servers()
+                if not self.is_loadable(path)]
         if lost:
             return Result(1, '', 'nginx: [emerg] cannot load certificate "%s"\n' % lost[0])
         self.write('/run/nginx.pid', '50\n')
@@ -563,6 +564,9 @@ class Machine(object):
 
     def nginx_t(self, t, q, c='-c', path='/etc/nginx/nginx.conf'):
         names = re.findall(r'include (/etc/nginx/\S*[^*\s]);', self.read(path))
+        if path == '/etc/nginx/nginx.conf':
+            names = ['/etc/nginx/conf.d/' + name for name in dh.list_folder(
+                self.host.path('/etc/nginx/conf.d'))]
         known = re.findall('upstream (.*) {',
                            '\n'.join(self.read(name) or '' for name in names))
         for name in [name for name in names if name.endswith('.new')]:
@@ -579,11 +583,19 @@ class Machine(object):
                 return Result(1, '', 'nginx: [emerg] "x" directive is duplicate in %s:4\n'
                               % name)
             for pem_path in re.findall('ssl_certificate (/.*);', self.read(name) or ''):
-                if not dh.is_whole_pem(self.read(pem_path) or ''):
+                if not self.is_loadable(pem_path):
                     return Result(1, '', 'nginx: [emerg] cannot load certificate "%s": '
                                          'BIO_new_file() failed\n' % pem_path)
 
+    def is_loadable(self, pem_path):
+        text = self.read(pem_path) or ''
+        return dh.is_whole_pem(text) and 'BROKEN' not in text
+
     def nginx_s(self, s, reload):
+        for _, path, text in self.secured_servers():
+            if not self.is_loadable(path):
+                return Result(1, '', 'nginx: [emerg] cannot load certificate "%s": x\n'
+                              % path)
         for pid in os.listdir(self.host.path('/proc')):
             if pid != '50':
                 shutil.rmtree(self.host.path('/proc', pid))
