@@ -2845,7 +2845,7 @@ def challenge_lines(block):
     return PASS_CHALLENGES + CHALLENGE_LOCATION % more
 
 def answers_challenges(text, name):
-    """Whether a proxy file has a place of its own for what an authority asks of a name."""
+    """Whether a proxy file has a place of its own for what an authority asks for."""
     return any(name in server.names and not challenge_lines(block)
                for block, server in plain_servers(NginxReader(text).directives))
 
@@ -4527,8 +4527,8 @@ class Certificates(object):
         replace_file(self.failed_path(name), to_json(told), 0o600)
 
     def noted(self, name):
-        """{'time', 'why', 'asked'} of what was noted, or {}, as where a person has written
-        something else there."""
+        """{'time', 'why', 'asked'} of what was noted, or {}, also where a person has
+        written something else there."""
         try:
             noted = read_json(self.failed_path(name))
         except ValueError:
