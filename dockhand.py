@@ -2736,8 +2736,7 @@ def plain_servers(directives):
     """[(block, Server)] of those that https is made for: they listen on port 80 alone.
     One that listens on 443 itself is left alone, and so is each name that it serves."""
     servers = [(block, read_server(block, '')) for block in server_blocks(directives)]
-    secure = [server for _, server in servers
-              if any(listen.port == '443' for listen in server.listens)]
+    secure = [server for _, server in servers if listens_on_443(server)]
 
     plain = []
     for block, server in servers:
@@ -2746,6 +2745,9 @@ def plain_servers(directives):
         if names and all(is_plain_web(listen) for listen in server.listens):
             plain.append((block, server._replace(names=names)))
     return plain
+
+def listens_on_443(server):
+    return any(listen.port == '443' for listen in server.listens)
 
 def is_served_by(server, name):
     """Whether a Server may get the requests for a server_name where it listens on 443: by
@@ -3944,6 +3946,7 @@ class Nginx(object):
         of what lies there"""
         if not refused_certificate(problem):
             return False
+
         mended = False
         path = refused_certificate(self.problem())
         while path and os.path.exists(self.host.path(path)):
@@ -4017,6 +4020,7 @@ class Nginx(object):
             problem = self.test(release.app, pushed_part(release), self.files())
         if not problem:
             return
+
         before = self.problem()
         refuse_if(before, "nginx's configuration was broken before this push: %s",
                   unquoted(before, known))
@@ -4445,18 +4449,20 @@ class Certificates(object):
         """What each certificate that is there is used for in an app's proxy file:
         [(Certificate, [server name])]."""
         names = plain_names(text or '')
-        full_names = [name for name in names if is_full_name(name)]
-        return uses_of(names, self.of(app, full_names))
+        return uses_of(names, self.of(app, names_for_https(text or '')))
 
     def secured(self, app, text):
         """The full names of an app's proxy file that it has https for: nginx may have
         refused the file with a certificate that is there."""
         if not self.is_on(app):
             return []
+
         installed = self.host.text(proxy_path(app))
-        return [name for certificate, names in self.uses(app, text)
-                for name in names
-                if certificate.path in installed and is_full_name(name)]
+        found = []
+        for certificate, names in self.uses(app, text):
+            if certificate.path in installed:
+                found += [name for name in names if is_full_name(name)]
+        return found
 
     def render(self, app, text):
         """What conf.d is to hold of an app's proxy file, with the certificates that are
@@ -6217,9 +6223,11 @@ def https_names(app):
     live = app.live()
     if live is None:
         return noted_names(app)
+
     own = app.host.certificates.own(app.name)
     brought = own.names if own else []
-    return [name for name in plain_names(live.proxy or '')
+    names = plain_names(live.proxy or '')
+    return [name for name in names
             if is_full_name(name) or is_covered_by(name, brought)]
 
 def wanted_names(app):
@@ -6271,7 +6279,10 @@ def get_certificate(app, name, deadline, is_asked):
         return NO_TIME_LEFT
 
     live = app.live()
-    elsewhere = where_it_leads(app, live.proxy if live else '', name)
+    text = ''
+    if live is not None and live.proxy:
+        text = live.proxy
+    elsewhere = where_it_leads(app, text, name)
     if elsewhere and not is_asked:
         why = 'it leads %s: point it here in DNS' % elsewhere
         certificates.note(name, why, was_asked=False)
@@ -6288,11 +6299,11 @@ def get_certificate(app, name, deadline, is_asked):
         return None
 
     was_asked = why != NO_TIME
-    if was_asked:
-        lost = lost_addresses(app.host, name)
-        if lost and live and answers_challenges(live.proxy or '', name):
-            lost = 'its nginx-proxy.conf has a location for that path: leave it out'
-        why += '; ' + lost if lost else ''
+    lost = lost_addresses(app.host, name) if was_asked else ''
+    if lost and answers_challenges(text, name):
+        lost = 'its nginx-proxy.conf has a location for that path: leave it out'
+    if lost:
+        why += '; ' + lost
     certificates.note(name, why, was_asked)
     return why
 
@@ -7778,9 +7789,9 @@ def no_full_name_text(app, live):
     """Why there is nothing to certify, and what to do."""
     if live is not None and not live.proxy:
         return '%s is no web app' % app.name
-    listens = [listen for server in servers_of(live.proxy if live else '')
-               for listen in server.listens]
-    if any(listen.port == '443' for listen in listens):
+
+    servers = servers_of(live.proxy) if live else []
+    if any(listens_on_443(server) for server in servers):
         return 'its nginx-proxy.conf listens on 443 itself, with certificates of its own'
     if live is not None and not is_made(live):
         return ('a certificate wants a full name, on a server that listens on port 80 '
