@@ -4385,6 +4385,8 @@ LINEAGE = 'dockhand-'           # how certbot calls what we order, before the ho
 OTHER_CERTBOT = 'Another instance of Certbot is already running'
 NO_TIME = 'certbot did not come to its end in time'
 NO_TIME_LEFT = 'there was no time left for it: other names took too long'
+NOT_YET = ('an app that takes all names answers to it now: it is got with the first '
+           'push')
 NO_CERTBOT = 'certbot is missing: apt-get install certbot'
 OLD_HOST = ('the certbots of Ubuntu 12.04 and 14.04 speak a protocol that is gone: bring '
             'a certificate, with `dockhand https APP --cert`')
@@ -6292,6 +6294,10 @@ def get_certificate(app, name, deadline, is_asked):
         certificates.note(name, why, was_asked=False)
         return why
 
+    if live is None and lost_among(app.host, name, ['127.0.0.1']):
+        certificates.note(name, NOT_YET, was_asked=False)
+        return NOT_YET
+
     step('Getting a certificate for %s', name)
     why = certificates.order(name, deadline)
     if why is None:
@@ -6309,7 +6315,11 @@ def get_certificate(app, name, deadline, is_asked):
 
 def lost_addresses(host, name):
     """Which of the addresses of a name do not lead to our answers for an authority, in
-    words: a file of our own is fetched through each. '' where all do."""
+    words; '' where all do."""
+    return lost_among(host, name, sorted(set(resolve(host, name))))
+
+def lost_among(host, name, addresses):
+    """The same of some addresses: a file of our own is fetched through each."""
     import binascii
     secret = to_text(binascii.hexlify(os.urandom(16)))
     path = CHALLENGE_PATH + 'dockhand-' + secret
@@ -6320,7 +6330,7 @@ def lost_addresses(host, name):
         os.makedirs(os.path.dirname(place))
     replace_file(place, secret)
     try:
-        for address in sorted(set(resolve(host, name))):
+        for address in addresses:
             said = answer_at(host, name, address, path, to_bytes(secret))
             if said:
                 lost.append('%s does not lead here (it answers %s)' % (address, said))

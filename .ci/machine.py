@@ -87,13 +87,18 @@ class NginxConnection(object):
 
     def sendall(self, data):
         name = re.search(r'Host: (\S+)', dh.to_text(data)).group(1)
+        path = dh.to_text(data).split()[1]
+        self.body = ''
+        is_challenge = path.startswith(dh.CHALLENGE_PATH)
+        if is_challenge and self.machine.lets_challenges_through(name):
+            self.body = self.machine.read(dh.CHALLENGES + path) or ''
         denied = re.search('(?m)^deny all',
                            str(list((self.machine.served or {}).values())))
         self.status = '403' if denied else self.machine.answers.get(name, '200')
 
     def recv(self, size):
         answer = 'HTTP/1.1 %s\r\n\r\n' % self.status if self.status.isdigit() else ''
-        return dh.to_bytes(answer)
+        return dh.to_bytes(answer and answer + self.body)
 
     def close(self):
         pass
@@ -494,12 +499,14 @@ class Machine(object):
 
     def lets_challenges_through(self, name):
         """Whether what nginx has taken up answers an authority for a host name."""
-        catch_all = self.caught or ''
-        for text in (self.served or {}).values():
-            for server in dh.servers_of(text):
-                if name in server.names:
-                    catch_all = text
-        return 'acme-challenge' in catch_all
+        answering = self.caught or ''
+        for server, text in [(server, text) for text in (self.served or {}).values()
+                             for server in dh.servers_of(text)]:
+            if name in server.names:
+                return 'acme-challenge' in text
+            if any(listen.default for listen in server.listens):
+                answering = text
+        return 'acme-challenge' in answering
 
     def openssl(self, verb, *words):
         if verb == 's_client':
