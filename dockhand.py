@@ -4133,25 +4133,26 @@ class Nginx(object):
         and make nginx follow. older, known: as check wants them"""
         app = release.app
         with host_lock(self.host, app):
-            if self.host.text(proxy_path(app)) == self.form(app, release.proxy):
+            form = self.form(app, release.proxy)
+            if self.host.text(proxy_path(app)) == form:
                 return
 
             files = self.files_without_lost(app)
             text = release.proxy
             if text:
-                text = self.checked_form(release, files, older, known)
+                text = self.checked_form(release, form, files, older, known)
             neighbour = self.answering_neighbour(app, files)
             if self.write(app, text, files):
                 self.reload()
                 self.check_neighbour(neighbour)
 
-    def checked_form(self, release, files, older, known):
+    def checked_form(self, release, form, files, older, known):
         """The form in which a release's proxy file is installed; Failure as check has
-        it."""
+        it. form: the one with https"""
         try:
             self.check_rules(release, files, older, known)
 
-            text = self.usable_form(release.app, release.proxy, files)
+            text = self.usable_form(release.app, release.proxy, form, files)
             if text == release.proxy:           # with https nginx has said yes already
                 self.check_text(release, files, known)
             return text
@@ -4162,10 +4163,10 @@ class Nginx(object):
         """An app's proxy file with what https adds to it now."""
         return self.host.certificates.render(app, text)
 
-    def usable_form(self, app, text, files):
-        """The same; where nginx refuses the file only with https, the file alone: no
-        certificate, and nothing that we add, keeps an app from being served."""
-        form = self.form(app, text)
+    def usable_form(self, app, text, form, files):
+        """A form of a proxy file with https; where nginx refuses the file only with that,
+        the file alone: no certificate, and nothing that we add, keeps an app from being
+        served."""
         if form == text:
             return text
 
@@ -4194,7 +4195,8 @@ class Nginx(object):
         checked again, and nginx reloads whatever lies there."""
         with host_lock(self.host, app):
             files = self.files_without_lost(app)
-            self.write(app, self.usable_form(app, text, files), files)
+            form = self.usable_form(app, text, self.form(app, text), files)
+            self.write(app, form, files)
             self.reload()
 
     def refresh(self):
