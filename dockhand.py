@@ -505,7 +505,7 @@ class Host(object):
         self.user = user
         self.clock = clock
         self.connect = connect
-        # Chapters of their own, further down: what this host's docker and nginx are asked
+        # Chapters of their own, further down: how this host's docker and nginx are asked
         self.docker = Docker(self)
         self.nginx = Nginx(self)
         self.certificates = Certificates(self)
@@ -2884,17 +2884,10 @@ def render_twin(text, block, server, use, version):
 def with_server_name(body, block, names):
     """A twin's body in which `$server_name` is what it is in its server, that one's first
     name: many send all others there. names: those of the twin"""
-    first = first_name(block)
+    first = read_server(block, '').names[0]
     if first == names[0] or not is_full_name(first):
         return body
     return re.sub(r'\$(server_name\b|\{server_name\})', first, body)
-
-def first_name(block):
-    """What nginx calls a `server` block: its first name."""
-    for directive in block.inside:
-        if directive.words[0] == 'server_name' and directive.words[1:]:
-            return read_server_names(directive.words[1:])[0]
-    return ''
 
 def text_inside(text, block, left_out):
     """What stands in a block, without the directives of some names."""
@@ -3882,6 +3875,15 @@ def refused_certificate(said):
     match = re.search(r'"(%s/[^"]+\.pem)"' % CERTIFICATES, said)
     return match.group(1) if match else None
 
+@contextmanager
+def telling_of_file(release):
+    """What a Failure says of lines of a proxy file that was made here is told by what it
+    was made of: nobody has seen them."""
+    try:
+        yield
+    except Failure as problem:
+        raise Failure('%s', told_of_file(release, str(problem)))
+
 def is_working(title):
     """Whether this is the command line of a worker that still takes requests."""
     return 'nginx' in title and 'shutting down' not in title
@@ -3916,46 +3918,43 @@ class Nginx(object):
                 read[path] = self.parse(path, host.text(path))
         return read
 
-    def files_without_lost(self, writing=None):
-        """The same, once no app's file names a certificate that is lost: nginx would
-        refuse whatever is changed of another app. The host's lock is held.
-        writing: the app whose file is written anyway"""
-        host = self.host
-        files = self.files()
-        if not host.certificates.are_any():
-            return files
-
-        for path in sorted(files):
-            app = app_of_file(path)
-            text = host.text(path)
-            lost = host.certificates.lost(text)
-            if not lost or app == writing:
-                continue
-
-            step('https: %s is lost: installing the proxy file of %s without', lost[0],
-                 app)
-            form = self.form(app, without_https(text))
-            replace_file(host.path(path), form)
-            files[path] = self.parse(path, form)
-        return files
-
     def mend_certificates(self, problem):
-        """Set aside each certificate that nginx cannot load, as it says itself, so that
-        nothing in conf.d names one; True where there was any. The host's lock is held.
-        problem: what nginx said: where that is of a certificate, it is asked what it says
-        of what lies there"""
+        """Have no file in conf.d name a certificate that nginx cannot load: it would
+        refuse whatever is changed of another app. True where there was one. The host's
+        lock is held. problem: what nginx said; where that is of a certificate, it is
+        asked again: only what it says of what lies there counts, not of a file that is
+        tried"""
         if not refused_certificate(problem):
             return False
 
         mended = False
         path = refused_certificate(self.problem())
-        while path and os.path.exists(self.host.path(path)):
-            step('https: nginx cannot load %s: it is %s.broken now', path, path)
-            os.rename(self.host.path(path), self.host.path(path + '.broken'))
-            self.files_without_lost()
+        while path and self.go_on_without(path):
             mended = True
             path = refused_certificate(self.problem())
         return mended
+
+    def go_on_without(self, lost):
+        """Set a certificate aside, where it is there, and write what names it in conf.d
+        anew; False where nothing of ours does. lost: its path"""
+        host = self.host
+        if host.certificates.is_there(lost):
+            step('https: nginx cannot load %s: it is %s.broken now', lost, lost)
+            os.rename(host.path(lost), host.path(lost + '.broken'))
+
+        is_named = False
+        for path in sorted(self.files()):
+            text = host.text(path)
+            alone = without_https(text)
+            if lost not in text or alone == text:
+                continue
+
+            is_named = True
+            app = app_of_file(path)
+            step('https: %s is lost: installing the proxy file of %s without', lost, app)
+            replace_file(host.path(path), self.form(app, alone))
+        replace_file(host.path(CATCH_ALL), self.catch_all_text(self.files()))
+        return is_named
 
     def parse(self, path, text):
         """The ProxyFile of a text at a path. A push asks several times: what has not
@@ -3986,16 +3985,9 @@ class Nginx(object):
         """Failure where a release's proxy file clashes with another, or nginx refuses it.
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
         is newer only warns; known: the apps that the asker may know of, None for all"""
-        try:
-            self.check_file(release, files, older, known)
-        except Failure as problem:
-            raise Failure('%s', told_of_file(release, str(problem)))
-
-    def check_file(self, release, files, older, known):
-        """The same; what it says names lines of nginx-proxy.conf, which nobody has seen
-        where that was made here."""
-        self.check_rules(release, files, older, known)
-        self.check_text(release, files, known)
+        with telling_of_file(release):
+            self.check_rules(release, files, older, known)
+            self.check_text(release, files, known)
 
     def check_rules(self, release, files, older, known):
         """Failure where it clashes with another; nginx itself is not asked."""
@@ -4017,7 +4009,8 @@ class Nginx(object):
         """Failure where nginx refuses it."""
         problem = self.test(release.app, pushed_part(release), files)
         if self.mend_certificates(problem):
-            problem = self.test(release.app, pushed_part(release), self.files())
+            files.update(self.files())
+            problem = self.test(release.app, pushed_part(release), files)
         if not problem:
             return
 
@@ -4137,7 +4130,7 @@ class Nginx(object):
             if self.host.text(proxy_path(app)) == form:
                 return
 
-            files = self.files_without_lost(app)
+            files = self.files()
             text = release.proxy
             if text:
                 text = self.checked_form(release, form, files, older, known)
@@ -4149,15 +4142,12 @@ class Nginx(object):
     def checked_form(self, release, form, files, older, known):
         """The form in which a release's proxy file is installed; Failure as check has
         it. form: the one with https"""
-        try:
+        with telling_of_file(release):
             self.check_rules(release, files, older, known)
-
             text = self.usable_form(release.app, release.proxy, form, files)
             if text == release.proxy:           # with https nginx has said yes already
                 self.check_text(release, files, known)
-            return text
-        except Failure as problem:
-            raise Failure('%s', told_of_file(release, str(problem)))
+        return text
 
     def form(self, app, text):
         """An app's proxy file with what https adds to it now."""
@@ -4172,8 +4162,9 @@ class Nginx(object):
 
         problem = self.form_problem(app, form, files)
         if self.mend_certificates(problem):
+            files.update(self.files())
             form = self.form(app, text)
-            problem = self.form_problem(app, form, self.files())
+            problem = self.form_problem(app, form, files)
         if problem:
             step('https: nginx refuses the proxy file of %s with it, which goes on '
                  'without: %s', app, problem)
@@ -4194,7 +4185,7 @@ class Nginx(object):
         """Put the text back that was live before, or take the file away: it is not
         checked again, and nginx reloads whatever lies there."""
         with host_lock(self.host, app):
-            files = self.files_without_lost(app)
+            files = self.files()
             form = self.usable_form(app, text, self.form(app, text), files)
             self.write(app, form, files)
             self.reload()
@@ -4202,14 +4193,13 @@ class Nginx(object):
     def refresh(self):
         """Bring our catch-all up to date, and have nginx take up all that lies there."""
         with host_lock(self.host, 'dockhand'):
-            files = self.files_without_lost()
-            replace_file(self.host.path(CATCH_ALL), self.catch_all_text(files))
+            replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files()))
             self.reload()
 
     def remove(self, app):
         """Take an app's proxy file away for good."""
         with host_lock(self.host, app):
-            if self.write(app, '', self.files_without_lost(app)):
+            if self.write(app, '', self.files()):
                 self.reload()
 
     def write(self, app, text, files):
@@ -4288,11 +4278,12 @@ class Nginx(object):
     def order_reload(self):
         """Tell nginx to take up its configuration; Failure where it refuses it."""
         argv = ['nginx', '-s', 'reload']
-        result = self.host.ask(argv)
-        if self.mend_certificates(result.err):
-            result = self.host.ask(argv)
-        refuse_if(result.status, 'nginx -s reload failed (%d): %s', result.status,
-                  last_line(result.err))
+        try:
+            self.host.run(argv)
+        except Failure as problem:
+            if not self.mend_certificates(str(problem)):
+                raise
+            self.host.run(argv)
 
     def start(self, wait=True):
         """Start nginx by whatever init is there. While systemd boots it does that itself,
@@ -4425,14 +4416,6 @@ class Certificates(object):
         """Whether nginx can read a file: a power cut, or a person, may have taken it."""
         return is_whole_pem(self.host.text(path))
 
-    def lost(self, text):
-        """The files that an app's proxy file has its certificates from, and that are not
-        there."""
-        if HTTPS_BEGIN not in text:
-            return []
-        paths = re.findall(r'ssl_certificate (%s/\S+);' % CERTIFICATES, text)
-        return [path for path in paths if not self.is_there(path)]
-
     def own(self, app):
         """The Certificate that somebody brought for an app, or None."""
         path = self.own_path(app)
@@ -4497,7 +4480,10 @@ class Certificates(object):
     def openssl(self, path, *words):
         """What openssl prints of a file, '' where it cannot read it."""
         argv = ('openssl', words[0], '-in', self.host.path(path)) + words[1:]
-        return self.host.ask(argv).out
+        try:
+            return self.host.ask(argv).out
+        except Failure:             # it is not here: no reason to refuse a push
+            return ''
 
     def days_left(self, x509):
         return int((x509.ends - self.host.clock.time()) // 86400)
@@ -4557,6 +4543,10 @@ class Certificates(object):
 
     def has_certbot(self):
         return bool(self.host.ask(['which', 'certbot']).out)
+
+    def no_certbot_text(self):
+        """What to do where there is none."""
+        return OLD_HOST if is_upstart(self.host) else NO_CERTBOT
 
     def lineage_files(self, name):
         """What certbot has for a name: its chain and its key."""
@@ -4661,8 +4651,8 @@ class Certificates(object):
         if self.is_renewed(name) and self.has_certbot():
             deadline = self.host.clock.monotonic() + 60
             result = self.certbot(deadline, 'delete', '--cert-name', LINEAGE + name)
-            refuse_if(result.status, 'certbot does not delete the certificate of %s: %s',
-                      name, certbot_reason(result.out + '\n' + result.err))
+            refuse_if(result.status, '%s; later: certbot delete --cert-name %s',
+                      certbot_reason(result.out + '\n' + result.err), LINEAGE + name)
 
         self.remove_remains(name)
         for path in (self.host.path(self.path(name)), self.failed_path(name)):
@@ -5439,8 +5429,7 @@ def check_proxy_change(app, release, older=False):
     older: as Nginx.check wants it"""
     if release.proxy:
         with host_lock(app.host, app.name):
-            files = app.nginx.files_without_lost(app.name)
-            app.nginx.check(release, files, older, app.known)
+            app.nginx.check(release, app.nginx.files(), older, app.known)
 
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
 # spent on health checks
@@ -6026,9 +6015,9 @@ def site_of(release, secured=()):
 
         if names and listens:
             port = listens[0].port
-            is_tls = port == '443' or any(listen.port == port and 'ssl' in listen.words
-                                          for listen in listens)
-            name = min(names, key=lambda name: (vagueness(name), name not in secured))
+            with_tls = [listen.port for listen in listens if 'ssl' in listen.words]
+            is_tls = port == '443' or port in with_tls
+            name = min(names, key=lambda each: (vagueness(each), each not in secured))
             if name in secured:
                 return Site(name, '443', True)
             return Site(name, port, is_tls)
@@ -6089,11 +6078,11 @@ def show_address(app, release, connection):
     site = site_of(release, secured)
     if site is None and not release.job:
         return                          # what else it is was said where that was new
-    if site is None or site.is_tls and not is_full(site.name):
-        return step('%s: %s', app.name, address_text(release, address or 'HOST'))
-    if is_full(site.name):
+    if site is not None and is_full(site.name):
         show_name(app, release, site, address)
         return offer_https(app, release)
+    if site is None or site.is_tls:
+        return step('%s: %s', app.name, address_text(release, address or 'HOST'))
 
     if site.name.endswith('.*') and address and show_link(app, site, address):
         return
@@ -6133,11 +6122,10 @@ def show_name(app, release, site, address):
 
 def offer_https(app, release):
     """Say how to get https, where a full name is new and has none."""
-    names = names_for_https(release.proxy)
-    kept = app.kept()
-    before = names_for_https(kept[1].proxy or '') if kept[1:] else []
-    is_on = app.host.certificates.is_on(app.name)
-    if set(names) - set(before) and not is_on:
+    names = set(names_for_https(release.proxy))
+    if not names or app.host.certificates.is_on(app.name):
+        return
+    if not names <= certified_names(app.kept()[1:2]):       # the one that was live before
         detail('https: sudo dockhand https %s', app.name)
 
 def where_it_leads(app, text, name, port=80):
@@ -6249,9 +6237,10 @@ def get_certificates(app, is_asked=False):
     the name leads elsewhere"""
     host = app.host
     certificates = host.certificates
-    missing = [name for name in wanted_names(app) if not certificates.is_settled(name)]
+    wanted = wanted_names(app)
+    missing = [name for name in wanted if not certificates.is_settled(name)]
     if is_asked:
-        missing = [name for name in wanted_names(app)
+        missing = [name for name in wanted
                    if name in missing or certificates.is_late(name)]
     if not missing:
         return []
@@ -6278,42 +6267,51 @@ def get_certificate(app, name, deadline, is_asked):
         return None                 # what is there is never asked for
     if not is_asked and certificates.is_refused_lately(name):
         return certificates.noted(name)['why']
-    if app.host.clock.monotonic() >= deadline:
-        certificates.note(name, NO_TIME_LEFT, was_asked=False)
-        return NO_TIME_LEFT
 
-    live = app.live()
-    text = ''
-    if live is not None and live.proxy:
-        text = live.proxy
-    elsewhere = where_it_leads(app, text, name)
-    if elsewhere and not is_asked:
-        why = 'it leads %s: point it here in DNS' % elsewhere
-        certificates.note(name, why, was_asked=False)
-        return why
-    if not certificates.has_certbot():
-        why = OLD_HOST if is_upstart(app.host) else NO_CERTBOT
-        certificates.note(name, why, was_asked=False)
-        return why
-
-    if live is None and lost_among(app.host, name, ['127.0.0.1']):
-        certificates.note(name, NOT_YET, was_asked=False)
-        return NOT_YET
-
-    step('Getting a certificate for %s', name)
-    why = certificates.order(name, deadline)
+    why = reason_not_to_order(app, name, deadline, is_asked)
+    was_asked = why is None
+    if was_asked:
+        step('Getting a certificate for %s', name)
+        why = certificates.order(name, deadline)
     if why is None:
         log('%s: a certificate for %s', app.name, name)
         return None
 
-    was_asked = why != NO_TIME
-    lost = lost_addresses(app.host, name) if was_asked else ''
-    if lost and answers_challenges(text, name):
-        lost = 'its nginx-proxy.conf has a location for that path: leave it out'
-    if lost:
-        why += '; ' + lost
+    if why == NO_TIME:              # the authority did not say no
+        was_asked = False
+    if was_asked:
+        why = '; '.join([why] + lost_text(app, name))
     certificates.note(name, why, was_asked)
     return why
+
+def reason_not_to_order(app, name, deadline, is_asked):
+    """Why the authority need not be asked for a name, since it would say no, and counts
+    that; or None."""
+    host = app.host
+    if host.clock.monotonic() >= deadline:
+        return NO_TIME_LEFT
+    elsewhere = where_it_leads(app, live_proxy(app), name)
+    if elsewhere and not is_asked:
+        return 'it leads %s: point it here in DNS' % elsewhere
+    if not host.certificates.has_certbot():
+        return host.certificates.no_certbot_text()
+    if app.live() is None and lost_among(host, name, ['127.0.0.1']):
+        return NOT_YET
+    return None
+
+def live_proxy(app):
+    """The proxy file of what is live, '' where there is none."""
+    live = app.live()
+    if live is None or not live.proxy:
+        return ''
+    return live.proxy
+
+def lost_text(app, name):
+    """What may keep an authority from our answers for a name: [str]."""
+    lost = lost_addresses(app.host, name)
+    if lost and answers_challenges(live_proxy(app), name):
+        return ['its nginx-proxy.conf has a location for that path: leave it out']
+    return [lost] if lost else []
 
 def lost_addresses(host, name):
     """Which of the addresses of a name do not lead to our answers for an authority, in
@@ -6732,7 +6730,7 @@ def check_edited(app, live, release):
 def check_pushed_proxy(app, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
     with host_lock(app.host, app.name):
-        app.nginx.check_alone(release, app.nginx.files_without_lost(app.name))
+        app.nginx.check_alone(release, app.nginx.files())
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
         step('nginx-proxy.conf:%d: warning: %s', line, text)
 
@@ -7201,6 +7199,10 @@ def https_problems(host):
     certificates = host.certificates
     apps = [App(host, name) for name in list_apps(host) if certificates.is_on(name)]
     rows = []
+    if apps:
+        has_openssl = bool(host.ask(['which', 'openssl']).out)
+        rows.append((not has_openssl and 'openssl is missing: it reads certificates',
+                     'apt-get update; apt-get install openssl'))
     if any(wanted_names(app) for app in apps):
         rows += certbot_problems(host)
     if certificates.are_any():
@@ -7248,7 +7250,6 @@ def name_problem(app, name, retry):
     """What is wrong with the certificate for a name, or '', and what to type: a row for
     `demand`. retry: the command that gets it"""
     certificates = app.host.certificates
-    live = app.live()
     noted = certificates.noted(name).get('why', 'there was no try yet')
     if not certificates.is_there(certificates.path(name)):
         return '%s has no certificate: %s' % (name, noted), retry
@@ -7257,16 +7258,19 @@ def name_problem(app, name, retry):
     if not certificates.is_newest(name):
         return ('certbot has renewed the certificate of %s, and nginx has the old one'
                 % name, retry)
-    elsewhere = where_it_leads(app, live.proxy if live else '', name)
+    elsewhere = where_it_leads(app, live_proxy(app), name)
     if elsewhere:
         return ('%s leads %s, and so will not be renewed' % (name, elsewhere),
                 'point it here in DNS, or: sudo dockhand config %s domains="..."'
                 % app.name)
 
+    x509 = certificates.read(certificates.path(name))
+    if x509 is None:
+        return 'openssl cannot read the certificate of ' + name, retry
     if certificates.is_late(name):
         log_text = app.host.text('/var/log/letsencrypt/letsencrypt.log')
         why = renewal_reason(log_text, LINEAGE + name)
-        days = certificates.days_left(certificates.read(certificates.path(name)))
+        days = certificates.days_left(x509)
         return ('the certificate of %s ends in %d days, and is not renewed: %s' % (
             name, days, why or 'certbot says nothing of it'), retry)
     return '', retry
@@ -7785,8 +7789,7 @@ def turn_https_on(app):
         refuse_if(not names, no_full_name_text(app, live))
     wanted = wanted_names(app)
     missing = [name for name in wanted if not certificates.is_renewed(name)]
-    refuse_if(missing and not certificates.has_certbot(),
-              OLD_HOST if is_upstart(app.host) else NO_CERTBOT)
+    refuse_if(missing and not certificates.has_certbot(), certificates.no_certbot_text())
     check_holds_ours(app, live)
 
     note_https(app)
@@ -7891,7 +7894,7 @@ def check_nginx_takes(app, certificate):
     text = app.wanted_proxy(live)
     form = with_https(text, [certificate], app.nginx.version())
     with host_lock(app.host, app.name):
-        files = app.nginx.files_without_lost(app.name)
+        files = app.nginx.files()
         problem = app.nginx.form_problem(app.name, form, files)
         refuse_if(problem and not app.nginx.test(app.name, text, files),
                   'nginx does not take this certificate: %s', problem)
@@ -7990,9 +7993,8 @@ def remove_app(app, live):
 # The server itself
 
 def load_certificates(host):
-    """Have nginx's files name no certificate that is lost, or that it cannot load."""
+    """Have nginx's files name no certificate that it cannot load."""
     with host_lock(host, 'dockhand'):
-        host.nginx.files_without_lost()
         host.nginx.mend_certificates(host.nginx.problem())
 
 @command('recover')
@@ -8002,14 +8004,11 @@ def cmd_recover(host):
     host.docker.free_ports()
     if host.certificates.are_any():     # or nginx would not start, and every site be down
         attempt('certificates', load_certificates, host)
-    start_nginx = partial(host.nginx.start, wait=False)
-    runs = host.nginx.master() or attempt('nginx', start_nginx)
+    runs = host.nginx.master() or attempt('nginx', partial(host.nginx.start, wait=False))
     names = set(list_apps(host) + list_folder(host.path(STATE, 'build')))
     wrong = [name for name in sorted(names)
              if not attempt(name, put_right, App(host, name))]
 
-    # It may have wanted a certificate that is lost, and its proxy file now does not.
-    runs = runs or host.nginx.master() or attempt('nginx', start_nginx)
     if host.nginx.master():             # or no authority could ask it for anything
         if host.certificates.are_any():     # a crash may have come before nginx followed
             attempt('nginx', host.nginx.refresh)

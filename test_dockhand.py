@@ -7298,6 +7298,8 @@ def test_a_certificate_that_is_lost_keeps_no_other_app_from_its_changes(
     if text is not None:
         secure.write(path, text)
     secure.write('/home/git/' + dh.KEYS, keys_text(Key('ssh-ed25519', 'AAAA', 'anna', ())))
+    if act is not push_wiki:
+        secure.write('/etc/nginx/conf.d/wiki.conf', "# dockhand: wiki's proxy file\n")
     act(secure)
     assert ('https: %s is lost: installing the proxy file of blog without\n' % path
             in capfd.readouterr().err)
@@ -7334,6 +7336,20 @@ def test_a_certificate_that_nginx_cannot_load_keeps_it_from_nothing(secure, capf
     assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
     dh.cmd_destroy(secure.app, force=True)
     assert dh.list_folder(secure.host.path(CERTIFICATES)) == []
+
+def test_a_push_goes_on_where_openssl_is_not_here(secure, capfd):
+    secure.write(CERTIFICATES + '/own/blog.pem', pem('*.here.org'))
+    secure.openssl = lambda *_: refuse_openssl()
+    secure.push(TWO_WEB)
+    dh.after_push(secure.app, None)
+    assert secure.app.live().number == 2
+    assert installed(secure) == secured_text(secure, 'here.org', 'www.here.org')
+    secure.absent.append('openssl')
+    assert 'WRONG  openssl is missing: it reads certificates\n' in (
+        refusal_of_doctor(secure, capfd))
+
+def refuse_openssl():
+    raise Failure('openssl: No such file or directory')
 
 def test_doctor_has_lost_certificates_mended_by_recover(sound, capfd):
     os.unlink(sound.host.path(CERTIFICATES, 'here.org.pem'))

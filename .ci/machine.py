@@ -376,7 +376,10 @@ class Machine(object):
     def timeout(self, *words):
         if words[0] == '-k':
             words = words[2:]
-        return getattr(self, words[1])(*words[2:])
+        try:
+            return getattr(self, words[1])(*words[2:])
+        except dh.Failure as problem:           # there is no such command
+            return Result(127, '', str(problem))
 
     def ip(self, *words):
         if words[:3] == ('-4', 'route', 'show'):
