@@ -3429,7 +3429,8 @@ def certbot_reason(said):
             end = detail_lines.index('') if '' in detail_lines else len(detail_lines)
             return without_tokens(' '.join(detail_lines[:end])[len('Detail:'):].strip())
         if line.startswith('An unexpected error occurred') and lines[at + 1:]:
-            return 'certbot: ' + re.sub(r'^\w*Error: ', '', without_tokens(lines[at + 1]))
+            reason = without_tokens(lines[at + 1])
+            return 'certbot: ' + re.sub(r'^[\w.]*Error: ', '', reason)
 
     told = [line for line in lines if line]
     told = [line for line in told if not re.match(CERTBOT_NOISE, line)]
@@ -7199,10 +7200,9 @@ def https_problems(host):
     certificates = host.certificates
     apps = [App(host, name) for name in list_apps(host) if certificates.is_on(name)]
     rows = []
-    if apps:
-        has_openssl = bool(host.ask(['which', 'openssl']).out)
-        rows.append((not has_openssl and 'openssl is missing: it reads certificates',
-                     'apt-get update; apt-get install openssl'))
+    if apps and not host.ask(['which', 'openssl']).out:     # all else would be of that
+        return [('openssl is missing: it reads certificates',
+                 'apt-get update; apt-get install openssl')]
     if any(wanted_names(app) for app in apps):
         rows += certbot_problems(host)
     if certificates.are_any():
