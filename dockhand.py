@@ -6246,9 +6246,9 @@ def get_certificates(app, is_asked=False):
     if not missing:
         return []
 
-    is_first = make_folder(host.path(CERTIFICATES), 0o700)
-    if is_first or app.live() is None:  # our catch-all lets an authority in then
-        app.nginx.refresh()
+    was_missing = make_folder(host.path(CERTIFICATES), 0o700)
+    if was_missing or app.live() is None:   # as long as it is, no authority is let in
+        use_certificates(app)
     deadline = host.clock.monotonic() + CERTBOT_TIMEOUT
     lock = host.path(LOCKS, '.https')
     with locked(lock, 'certificates for ' + app.name, CERTBOT_TIMEOUT):
