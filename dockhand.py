@@ -1164,7 +1164,7 @@ def environment_text(config, port):
 
 Release = namedtuple('Release', '''
     app number plan commit branch by how time seconds failed turn revived
-    image layers config port web volumes address job proxy''')
+    image layers config port web volumes addresses job proxy part''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
 # A numbered deployment of an app. What is None is not known yet, or not written down.
@@ -1184,12 +1184,14 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # port      of a plain app, which it listens on; 0: it is a worker, or a job
 # web       whether nginx passes requests to that port
 # volumes   of a plain app, [path] of each VOLUME
-# address   of a plain app, on our network; '' for a job
+# addresses of a plain app, on our network: of each process that has one of its own
 # job       its upstart.conf as it is installed; '' where it brings none
 # proxy     its proxy file as it is installed, pushed or made; '' where it has none
+# part      the names of the containers that it is about, None for all; never saved
 
 # What stands in a release for that which is known not to be there.
-NOTHING = {'port': 0, 'web': False, 'volumes': [], 'address': '', 'job': '', 'proxy': ''}
+NOTHING = {'port': 0, 'web': False, 'volumes': [], 'addresses': [], 'job': '',
+           'proxy': ''}
 
 # What is written into job and proxy files besides what was pushed
 MARK = '# dockhand: where requests go\n'
@@ -1224,6 +1226,20 @@ def names_of_config(release):
     """The host names that root set in `domains`, [] where the proxy file was pushed: one
     of these may be a name that another app's wildcard gets now."""
     return release.config.get('domains', '').split() if is_made(release) else []
+
+# ---- Processes: what of an app runs by itself (pure functions) -------------------------
+# Each is a container of a release. Uses the record.
+
+# name: that of its container; address: of its own on our network, or ''
+Process = namedtuple('Process', 'name address')
+
+def processes_of(release):
+    """The [Process] of a release, or of the part of it that this is about."""
+    addresses = release.addresses or ['']       # they are not known before the build
+    processes = [Process(container_name(release), addresses[0])]
+    if release.part is not None:
+        processes = [process for process in processes if process.name in release.part]
+    return processes
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 # From the text of a job to its stanzas, their commands and the options of `docker run`,
@@ -1796,15 +1812,15 @@ def gateway_of(address):
     """The server itself, as a container with an address on our network reaches it."""
     return address.rsplit('.', 2)[0] + '.0.1'
 
-def plain_container(release, env_file):
-    """The Container of a release that brings no job: it runs as its Dockerfile says."""
+def plain_container(release, process, env_file):
+    """The Container of a process of a plain app: it runs as its Dockerfile says."""
     app = release.app
-    options = ['--net=' + NETWORK, '--ip=' + release.address]
+    options = ['--net=' + NETWORK, '--ip=' + process.address]
     if '.' not in app:          # or it would stand in the way of a real site of that name
         options.append('--net-alias=' + app)
     options.append('--env-file=' + env_file)
     # Docker's own word for the server, `host-gateway`, wants its version 20.10.
-    options.append('--add-host=host.docker.internal:' + gateway_of(release.address))
+    options.append('--add-host=host.docker.internal:' + gateway_of(process.address))
     options += ['--volume=%s:%s' % (volume_of(app, path), path)
                 for path in release.volumes]
     return Container(options, app, command=[], env={}, folder='/', at_boot=True,
@@ -3074,19 +3090,20 @@ def closed_proxy(text, version):
     begin = 'server {\n'
     return text.replace(begin, begin + CLOSED.format(header=header), 1)
 
-def upstream(app, address, port, version):
+def upstream(app, addresses, port, version):
     """Where `proxy_pass http://APP` leads. Where nginx can do that, it closes an idle
     connection before the app may."""
+    servers = ''.join('    server %s:%d;\n' % (address, port) for address in addresses)
     limit = ''
     if version >= (1, 15, 3):
         limit = '    keepalive_timeout 1s;\n'
-    return MARK + 'upstream %s {\n    server %s:%d;\n    keepalive 64;\n%s}\n' % (
-        app, address, port, limit)
+    return MARK + 'upstream %s {\n%s    keepalive 64;\n%s}\n' % (app, servers, limit)
 
-def with_backup(text, address, port):
-    """A proxy file that turns to another address where its own does not answer."""
+def with_backup(text, addresses, port):
+    """A proxy file that turns to other addresses where its own do not answer."""
     body, mark, where = text.partition(MARK)
-    backup = '    server %s:%d backup;\n' % (address, port)
+    backup = ''.join('    server %s:%d backup;\n' % (address, port)
+                     for address in addresses)
     return body + mark + where.replace('    keepalive', backup + '    keepalive', 1)
 
 def server_claims(server):
@@ -3655,9 +3672,9 @@ class Docker(object):
         return sorted(running, reverse=True,
                       key=lambda container: container['State']['StartedAt'])
 
-    def on_container(self, release, *words):
-        """Run a command on a release's container; False where that is gone."""
-        argv = ('docker',) + words + (container_name(release),)
+    def on_containers(self, names, *words):
+        """Run a command on some containers; False where one of them is gone."""
+        argv = ('docker',) + words + tuple(names)
         return self.host.run_unless('No such container', argv)
 
     def written_files(self, container):
@@ -4344,16 +4361,17 @@ class Nginx(object):
         titles = children(self.host, master)
         return [pid for pid in titles if is_working(titles[pid])]
 
-    def drain(self, address):
-        """Wait, DRAIN seconds at most, until no request can reach an address any more."""
+    def drain(self, addresses):
+        """Wait, DRAIN seconds at most, until no request can reach some addresses any
+        more."""
         clock = self.host.clock
         deadline = clock.monotonic() + DRAIN
-        while not self.is_drained(address) and clock.monotonic() < deadline:
+        while not self.is_drained(addresses) and clock.monotonic() < deadline:
             clock.sleep(0.1)
 
-    def is_drained(self, address):
-        """Whether each worker that is shutting down has no connection to an address, and
-        no more clients than connections to apps: one more may be about to connect
+    def is_drained(self, addresses):
+        """Whether each worker that is shutting down has no connection to some addresses,
+        and no more clients than connections to apps: one more may be about to connect
         there."""
         sockets = read_sockets(self.host.run(['ss', '-tanp']))
         ports = [socket.port for socket in sockets if socket.state == 'LISTEN']
@@ -4366,7 +4384,7 @@ class Nginx(object):
             to_apps = len(held) - len(clients)
             if len(clients) > to_apps:
                 return False
-            if address in [socket.peer for socket in held]:
+            if any(socket.peer in addresses for socket in held):
                 return False
         return True
 
@@ -4739,6 +4757,8 @@ class App(object):
             record.update(by=record['key'], how='push')
             if record.get('failed') and record.get('image'):    # the last layer, there
                 record.update(layers=[record['image']])
+        if record.get('address'):       # and knew of one alone
+            record.update(addresses=[record['address']])
         record.update(app=self.name, number=number, plan=False,
                       job=read_file(folder + '/upstart.conf'),
                       proxy=read_file(folder + '/nginx-proxy.conf'))
@@ -4765,7 +4785,7 @@ class App(object):
     def save_record(self, release):
         """Write down what is known of a release, but for its files."""
         record = dict(release._asdict())
-        for field in ('plan', 'job', 'proxy'):
+        for field in ('plan', 'job', 'proxy', 'part'):
             del record[field]
         folder = self.release_folder(release.number)
         replace_file(folder + '/release.json', to_json(record), 0o600)
@@ -4901,20 +4921,24 @@ def is_finished_older(record):
     is_newer = 'seconds' in record or 'failed' in record
     return bool(record.get('image')) and not is_newer
 
-def free_address(host):
-    """An address on our network that no release of any app has."""
+def free_addresses(host, count):
+    """Some addresses on our network that no release of any app has."""
     taken = set()
     for name in list_apps(host):
         app = App(host, name)
         for number in app.numbers():
             record = read_json(app.release_folder(number) + '/release.json')
-            taken.add(record.get('address'))
+            taken.add(record.get('address'))        # of an older version
+            taken.update(record.get('addresses') or [])
 
     subnet = host.docker.subnet(sorted(filter(None, taken)))
+    free = []
     for at in range(60000):
         address = '%s.%d.%d' % (subnet, at // 250, at % 250 + 2)
         if address not in taken:
-            return address
+            free.append(address)
+        if len(free) == count:
+            return free
     raise Failure('no address is free on the network of the apps')
 
 # ---- The engines: what keeps an app running --------------------------------------------
@@ -4947,6 +4971,19 @@ def container_state(container):
              if port.endswith('/tcp')]
     places = [(address, port) for address in addresses[:1] for port in ports]
     return State(alive, identity, places, health, text)
+
+def joined_state(states):
+    """The State of some containers as one: as well as the one that is worst."""
+    def by_health(state):
+        return ['unhealthy', 'starting', 'healthy', ''].index(state.health)
+
+    worst = min(states, key=by_health)
+    dead = [state for state in states if state.alive is False]
+    alive = all(state.alive for state in states)
+    return State(False if dead else alive or None,
+                 tuple(state.identity for state in states),
+                 [port for state in states for port in state.ports],
+                 worst.health, (dead + states)[0].text, worst.check)
 
 CHECK_LETTERS = 160             # of what a HEALTHCHECK prints: its end, as curl has it
 
@@ -4995,7 +5032,7 @@ class Engine(object):
 
     def names_taken(self, release):
         """The names that nobody else's container may have when it comes."""
-        return [container_name(release)]
+        return [process.name for process in processes_of(release)]
 
     def prepare(self, release):
         """Make ready what can be while an earlier release goes on: the gap is as long as
@@ -5037,9 +5074,9 @@ class Engine(object):
         """Whether two releases, either may be None, may run at once for a time."""
         return False
 
-    def address(self, release):
-        """Where nginx reaches it, '' where it has no address of its own."""
-        return ''
+    def addresses(self, release):
+        """Where nginx reaches it: [str], none where it has no address of its own."""
+        return []
 
     def image_ref(self, release):
         """What docker makes its containers from."""
@@ -5052,7 +5089,7 @@ class Engine(object):
 
     def remove(self, release):
         """Remove what is left of it in docker, but for its image and its data."""
-        self.docker.on_container(release, 'rm', '-f', '-v')
+        self.docker.on_containers(self.names_taken(release), 'rm', '-f', '-v')
         if 'release' in release.config:
             self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
 
@@ -5103,25 +5140,29 @@ def once_name(release):
     return container_name(release) + '--release'
 
 class Containers(Engine):
-    """Docker itself keeps the app running: one container a release, named APP--N."""
+    """Docker itself keeps the app running: a container for each process."""
     @classmethod
     def takes(cls, host, release):
         return True
 
-    def job(self, release):
-        """How docker runs a release; Failure where it cannot."""
+    def container(self, release, process):
+        """How docker runs a process; Failure where it cannot."""
         env_file = self.app.release_folder(release.number) + '/env'
         if not release.job:
-            return plain_container(release, env_file)
+            return plain_container(release, process, env_file)
         job = container_of(job_of(release), release.app)
         # A job names the file that Upstart's engine writes; each release has its own.
         env_in_force = '%s/apps/%s/env' % (STATE, release.app)
         return job._replace(options=[option.replace(env_in_force, env_file)
                                      for option in job.options])
 
+    def any_container(self, release):
+        """The same where it is the same for all."""
+        return self.container(release, processes_of(release)[0])
+
     def check(self, release):
         if release.job:
-            self.job(release)
+            self.any_container(release)
         # With another init `install` has asked for that already.
         refuse_if(is_upstart(self.host) and self.docker.version() < (1, 11),
                   'without an upstart.conf an app wants docker 1.11 or later')
@@ -5134,7 +5175,7 @@ class Containers(Engine):
 
     def image_ref(self, release):
         """Its own image by id, or that which its job names."""
-        image = self.job(release).image
+        image = self.any_container(release).image
         return release.image if is_image_of(release.app, image) else image
 
     def overlaps(self, old, new):
@@ -5142,95 +5183,115 @@ class Containers(Engine):
         two that share a volume destroy it."""
         if old is None or new is None:
             return False
-        if not old.address or not new.address:
+        if old.job or new.job:
             return False
         both_safe = all(release.web and not release.volumes for release in (old, new))
         return new.config.get('overlap', 'yes' if both_safe else 'no') == 'yes'
 
-    def address(self, release):
-        return release.address or ''
+    def addresses(self, release):
+        return release.addresses
 
     def running(self, releases):
         """A job's own container was stopped before the next one was started."""
-        plain = dict((container_name(release), release)
-                     for release in releases if release.address)
-        containers = self.docker.inspect(*plain) if plain else []
-        return [plain[container['Name'][1:]] for container in containers
-                if container['State']['Running']]
+        plain = [release for release in releases if not release.job]
+        names = [name for release in plain for name in self.names_taken(release)]
+        containers = self.docker.inspect(*names) if names else []
+        running = set(container['Name'][1:] for container in containers
+                      if container['State']['Running'])
+        return [release for release in plain
+                if running.intersection(self.names_taken(release))]
 
     def run_once(self, release, argv, each):
         """Beside the app: with its volumes and its network, but not its names there."""
-        job = self.job(release)
+        job = self.any_container(release)
         options = without_places(job.options)
-        if release.address:
-            self.docker.ensure_network(release.address)
+        if not release.job:
+            self.docker.ensure_network(release.addresses[0])
         return run_in_image(self.host, release, options, argv, each, job.env,
                             job.folder)
 
     def prepare(self, release):
-        """Create the container, so that the gap is a stop and a start, no more. That of a
-        kept release is there. Until it is checked, docker does not start it at boot."""
-        job = self.job(release)
-        argv = ['docker', 'create', '--name', container_name(release)] + job.options
+        """Create the containers, so that the gap is a stop and a start, no more. Those of
+        a kept release are there. Until it is checked, docker starts none at boot."""
+        there = [process.name for process in processes_of(release)
+                 if not self.create(release, process)]
+        if there:
+            self.docker.on_containers(there, 'update', '--restart', 'no')
+
+    def create(self, release, process):
+        """Create the container of a process; False where it is there."""
+        job = self.container(release, process)
+        argv = ['docker', 'create', '--name', process.name] + job.options
         argv.append('--label=dockhand.app=' + release.app)
-        if release.address and self.docker.has_init():
+        if not release.job and self.docker.has_init():
             argv.append('--init')
         if not any(option.startswith('--log-') for option in job.options):
             argv += LOG_CAP
         if not any(option.startswith('--pids-limit') for option in job.options):
             argv.append(PIDS_CAP)
         argv += [self.image_ref(release)] + job.command
-
-        is_new = self.host.run_unless('already in use', argv, env=job.env,
-                                      cwd=job.folder)
-        if not is_new:
-            self.docker.on_container(release, 'update', '--restart', 'no')
+        return self.host.run_unless('already in use', argv, env=job.env, cwd=job.folder)
 
     def start(self, release):
-        """Start the container; if it was pruned away, or its network, it is new."""
-        argv = ['docker', 'start', container_name(release)]
+        for process in processes_of(release):
+            self.start_process(release, process)
+
+    def start_process(self, release, process):
+        """Start a container; if it was pruned away, or its network, it is new."""
+        argv = ['docker', 'start', process.name]
         if self.host.run_unless('No such container|network .* not found', argv):
             return
-        self.docker.on_container(release, 'rm', '-f')
-        if release.address:
-            self.docker.ensure_network(release.address)
-        self.prepare(release)
+        self.docker.on_containers([process.name], 'rm', '-f')
+        if not release.job:
+            self.docker.ensure_network(release.addresses[0])
+        self.create(release, process)
         self.host.run(argv)
 
     def stop(self, release):
         """Stop it for good: docker's own start must not bring it back beside another, not
         even where docker dies half-way. While a container is coming to its end, docker
         refuses to update it: then that is done afterwards."""
-        forbid = ['docker', 'update', '--restart', 'no', container_name(release)]
+        names = self.names_taken(release)
+        forbid = ['docker', 'update', '--restart', 'no'] + names
         refused = self.host.ask(forbid).status != 0
-        self.docker.on_container(release, 'stop', '-t', self.job(release).grace)
+        grace = self.any_container(release).grace
+        self.docker.on_containers(names, 'stop', '-t', grace)
         if refused:
             self.host.run_unless('No such container', forbid)
 
     def revives(self, release):
         """As its job says; a plain app is started."""
-        return self.job(release).at_boot
+        return self.any_container(release).at_boot
 
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too. (With the policy
         `unless-stopped` it would not after a kill of dockerd.)"""
-        policy = 'always' if self.job(release).at_boot else 'on-failure'
-        self.docker.on_container(release, 'update', '--restart', policy)
+        policy = 'always' if self.revives(release) else 'on-failure'
+        self.docker.on_containers(self.names_taken(release), 'update', '--restart',
+                                  policy)
 
     def state(self, release):
-        containers = self.docker.inspect(container_name(release))
-        if not containers:
+        found = dict((container['Name'][1:], container)
+                     for container in self.docker.inspect(*self.names_taken(release)))
+        return joined_state([self.process_state(release, process, found.get(process.name))
+                             for process in processes_of(release)])
+
+    def process_state(self, release, process, container):
+        """The State of a process. container: as docker describes it, None if it is
+        gone"""
+        if container is None:
             return State(False, None, [], '', 'its container is gone')
-        state = container_state(containers[0])
-        if not release.address:
+        state = container_state(container)
+        if release.job:
             return state
 
         # nginx connects to a web app's port, even if a HEALTHCHECK says that it is well
         is_asked = release.web or release.port and not state.health
-        return state._replace(ports=[(release.address, release.port)] if is_asked else [])
+        return state._replace(ports=[(process.address, release.port)] if is_asked else [])
 
     def logs_command(self, release, lines, *follow):
-        return ('docker', 'logs', '--tail', lines) + follow + (container_name(release),)
+        process = processes_of(release)[0]
+        return ('docker', 'logs', '--tail', lines) + follow + (process.name,)
 
     def log_end(self, release):
         """A moment, in the one form of `--since` that every docker reads in parts of a
@@ -5497,8 +5558,8 @@ def hand_over(app, old, new):
 
     shown = new
     if on_trial:
-        address = engine_of(app, old).address(old)
-        shown = new._replace(proxy=with_backup(new.proxy, address, old.port))
+        addresses = engine_of(app, old).addresses(old)
+        shown = new._replace(proxy=with_backup(new.proxy, addresses, old.port))
     app.nginx.install(shown, was_live(old, new), app.known)
     app.docker.tag(image_tag(new), latest_tag(app))
 
@@ -5589,7 +5650,7 @@ def ways_back(app, old, new):
     proxy = [(app.nginx.restore, app.name, app.wanted_proxy(old))]
 
     if served and new_engine.overlaps(old, new):
-        stop = [(app.nginx.drain, new_engine.address(new)), (new_engine.stop, new)]
+        stop = [(app.nginx.drain, new_engine.addresses(new)), (new_engine.stop, new)]
         return start + proxy + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
@@ -5648,7 +5709,7 @@ def stop_others(app, live):
         engine = kind(app)
         theirs = [release for release in others if kind.takes(app.host, release)]
         for release in engine.running(theirs):
-            app.nginx.drain(engine.address(release))
+            app.nginx.drain(engine.addresses(release))
             engine.stop(release)
 
 # ---- Keeping: what is removed, and when ------------------------------------------------
@@ -5668,7 +5729,7 @@ def forget(app, release, reason=None):
         note_layers_below(app, live, release)
         drop(app, release, '--no-prune')        # the mended push builds on what is there
         app.save(app.load(release.number)._replace(
-            failed=why, job='', proxy='', config={}, address=''))
+            failed=why, job='', proxy='', config={}, addresses=[]))
         if live is None:
             remove_file(app.folder('live'))
             clean_up_failed(app)
@@ -5813,7 +5874,9 @@ def remove_release(app, release):
     """Remove an old release, but not the image of somebody's container."""
     images = app.docker.images_folder()
     free = free_bytes(app.host, images)
-    written = app.docker.written_files(container_name(release))
+    written = []
+    for name in engine_of(app, release).names_taken(release):
+        written += app.docker.written_files(name)
     if not drop(app, release):
         return step('Release %d stays: a container uses its image', release.number)
 
@@ -5968,7 +6031,7 @@ def ports_text(release):
     """Where it listens: for a job, what it publishes."""
     if release.job:
         return ', '.join(published_ports(job_of(release))) or 'none'
-    return '%s on %s' % (release.port or 'none', release.address)
+    return '%s on %s' % (release.port or 'none', ' '.join(release.addresses))
 
 def kind_text(release):
     """What a plain app is, and how to change that."""
@@ -6178,7 +6241,7 @@ def show_plan(app, live, release, size):
     now = plan_texts(release)
     was = dict(dict.fromkeys(now, ''), ports='none')
     if live is not None:
-        was = plan_texts(moved_to(live, release.address))
+        was = plan_texts(moved_to(live, release.addresses))
 
     for name in ('upstart.conf', 'nginx-proxy.conf', 'ports'):
         diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
@@ -6193,12 +6256,13 @@ def show_plan(app, live, release, size):
     detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size / 1e6,
            free_bytes(app.host, STATE) / 1e6)
 
-def moved_to(release, address):
-    """A Release as it would be at another address: each gets one of its own, which is no
-    change that a person made."""
+def moved_to(release, addresses):
+    """A Release as it would be at other addresses: each gets its own, which is no change
+    that a person made."""
     body, mark, where = (release.proxy or '').partition(MARK)
-    where = where.replace('server %s:' % release.address, 'server %s:' % address)
-    return release._replace(address=address, proxy=body + mark + where)
+    for before, after in zip(release.addresses, addresses):
+        where = where.replace('server %s:' % before, 'server %s:' % after)
+    return release._replace(addresses=addresses, proxy=body + mark + where)
 
 def plan_texts(release):
     """What a plan compares of a release: {name: text}."""
@@ -6675,7 +6739,7 @@ def check_files(release, folder):
     if job is None:
         if proxy:               # until the image is built, its port is not known
             proxy = proxy.partition(MARK)[0]
-            proxy += upstream(release.app, '127.0.0.1', 80, ())
+            proxy += upstream(release.app, ['127.0.0.1'], 80, ())
         return release._replace(job='', proxy=proxy)
 
     job, old_words = modernize_job(job)
@@ -6737,7 +6801,7 @@ def check_pushed_proxy(app, release):
 
 def complete_job(app, live, release, settings):
     """The Release of a job app, its job held against the Config of its image."""
-    release = release._replace(port=0, web=False, volumes=[], address='')
+    release = release._replace(port=0, web=False, volumes=[], addresses=[])
     ports = proxied_ports(release.proxy)
     volumes = settings.get('Volumes') or {}
     try:
@@ -6764,7 +6828,7 @@ def complete_plain(app, live, release, settings):
 
     with host_lock(app.host, app.name):         # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
-                                   address=free_address(app.host))
+                                   addresses=free_addresses(app.host, 1))
         release = release._replace(proxy=complete_proxy(app, release))
         if not release.plan:
             app.save(release)
@@ -6808,7 +6872,7 @@ def complete_proxy(app, release):
         text = MADE % (name, name)
         text += render_proxy(name, domains, version, has_ipv6(app.host),
                              release.config.get('trust', ''))
-    return text + upstream(name, release.address, release.port, version)
+    return text + upstream(name, release.addresses, release.port, version)
 
 def run_release_command(app, release):
     """Run what config's `release` says in the new image: with its volumes and its
@@ -7326,7 +7390,7 @@ def answer_problem(app, live):
     status = fetch_status(app.host, name, port, is_tls=is_tls)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
-        direct = fetch_status(app.host, name, live.port, address=live.address)
+        direct = fetch_status(app.host, name, live.port, address=live.addresses[0])
         if direct != status:
             return '%s answers %s through nginx, and %s by itself' % (
                 live.app, status, direct)

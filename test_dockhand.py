@@ -1077,7 +1077,8 @@ def test_a_volume_is_named_for_its_path(path, name):
 
 def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
     plain_one = release(volumes=['/data', '/var/lib/x'])
-    assert dh.plain_container(plain_one, '/r/env') == dh.Container(
+    process, = dh.processes_of(plain_one)
+    assert dh.plain_container(plain_one, process, '/r/env') == dh.Container(
         ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/r/env',
          '--add-host=host.docker.internal:10.86.0.1',
          '--volume=blog--data:/data', '--volume=blog--var_lib_x:/var/lib/x'],
@@ -1087,7 +1088,8 @@ def test_a_plain_release_becomes_a_container_as_its_dockerfile_says():
     blog            => --net-alias=blog
     api.example.com =>''')
 def test_an_app_is_never_a_host_name_with_a_dot_on_the_network(app, alias):
-    options = dh.plain_container(release(app=app), '/env').options
+    process, = dh.processes_of(release(app=app))
+    options = dh.plain_container(release(app=app), process, '/env').options
     assert [each for each in options if 'alias' in each] == alias.split()
 
 @table('options, said', '''
@@ -1883,10 +1885,10 @@ upstream blog {
     ((1, 4, 6), ''), ((1, 15, 2), ''), ((1, 15, 3), '    keepalive_timeout 1s;\n'),
     ((1, 31, 0), '    keepalive_timeout 1s;\n')])
 def test_an_upstream_leads_to_the_container_and_keeps_connections(version, more):
-    text = dh.upstream('blog', '10.86.0.2', 8000, version)
+    text = dh.upstream('blog', ['10.86.0.2'], 8000, version)
     assert text == UPSTREAM % more
     made = 'keepalive_min_timeout 1s;\n    keepalive 1;\n'
-    assert dh.with_backup(made + text, '10.86.0.9', 90) == made + text.replace(
+    assert dh.with_backup(made + text, ['10.86.0.9'], 90) == made + text.replace(
         '8000;\n', '8000;\n    server 10.86.0.9:90 backup;\n')
 
 # ---- Proxy files that are made, asked through nginx ------------------------------------
@@ -1900,7 +1902,7 @@ def before_an_app(tmpdir, told, domains='blog blog.*', edit=None, **config):
     demand_nginx()
     nginx = Host('/').nginx
     text = dh.render_proxy('blog', domains, nginx.version(), False, **config)
-    text += dh.upstream('blog', '127.0.0.1', told.port, nginx.version())
+    text += dh.upstream('blog', ['127.0.0.1'], told.port, nginx.version())
     if edit is not None:
         text = edit(text, nginx.version())
     assert dh.read_proxy_file(text).troubles == []
@@ -2054,7 +2056,7 @@ def test_nginx_keeps_the_fronts_of_two_apps_apart(tmpdir, told):
     files = {}
     for name in trusted:
         files[name] = dh.render_proxy(name, name, version, False, trusted[name])
-        files[name] += dh.upstream(name, '127.0.0.1', told.port, version)
+        files[name] += dh.upstream(name, ['127.0.0.1'], told.port, version)
     schemes = {}
     with Alone(tmpdir, files) as alone:
         for name in trusted:
@@ -2486,7 +2488,7 @@ def test_nginx_lets_an_authority_in_whatever_else_a_file_says(tmpdir):
 def test_nginx_sends_to_https_who_asked_by_http_for_a_name_that_has_it(tmpdir, told):
     version = Host('/').nginx.version()
     text = dh.render_proxy('a', 'a.test b.test', version, False)
-    text += dh.upstream('a', '127.0.0.1', told.port, version)
+    text += dh.upstream('a', ['127.0.0.1'], told.port, version)
     with behind_https(tmpdir, text, 'a.test') as alone:
         for host in ('a.test', 'A.TEST', 'a.test:80'):
             answer = alone.ask('GET /x%20y?z HTTP/1.1', 'Host: ' + host)
@@ -2537,7 +2539,7 @@ def test_nginx_shows_nobodys_certificate_for_an_unknown_name(tmpdir):
 def test_nginx_answers_503_by_https_too_for_a_stopped_app(tmpdir, told):
     version = Host('/').nginx.version()
     text = dh.closed_proxy(dh.render_proxy('a', 'a.test', version, False), version)
-    text += dh.upstream('a', '127.0.0.1', told.port, version)
+    text += dh.upstream('a', ['127.0.0.1'], told.port, version)
     with behind_https(tmpdir, text, 'a.test') as alone:
         answer = alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)
         assert answer.startswith('HTTP/1.1 503 ') and 'Retry-After: 60\r\n' in answer
@@ -2547,7 +2549,7 @@ def test_nginx_answers_503_by_https_too_for_a_stopped_app(tmpdir, told):
 def test_nginx_finds_nothing_to_warn_of_in_what_https_adds(tmpdir, told):
     version = Host('/').nginx.version()
     text = dh.render_proxy('a', 'a.test b.test', version, False, '10.0.0.0/8')
-    text += dh.upstream('a', '127.0.0.1', told.port, version) + GUARDED.replace(
+    text += dh.upstream('a', ['127.0.0.1'], told.port, version) + GUARDED.replace(
         'a.test b.test', 'd.test')
     with behind_https(tmpdir, text, 'a.test', 'c.test', 'd.test') as alone:
         assert dh.read_file(alone.folder + '/error.log') == ''
@@ -3064,7 +3066,7 @@ def test_a_network_gets_a_subnet_that_nobody_has(plain, there, routes, subnet):
                              'dockhand')
     assert plain.host.docker.subnet() == subnet
     live = plain.lives(ONE_WEB)
-    assert live.address == subnet + '.0.2'
+    assert live.addresses == [subnet + '.0.2']
     assert plain.networks['dockhand']['IPAM']['Config'][0]['Subnet'] == subnet + '.0.0/16'
 
 def test_a_host_without_a_free_subnet_is_said(plain):
@@ -3074,11 +3076,11 @@ def test_a_host_without_a_free_subnet_is_said(plain):
 def test_an_address_is_given_once_kept_releases_included(plain):
     wiki = dh.App(plain.host, 'wiki')
     for number, address in enumerate(['10.86.0.2', None, '10.86.0.4', '10.86.0.250'], 1):
-        wiki.save(release(app='wiki', number=number, address=address))
+        wiki.save(release(app='wiki', number=number, addresses=[address] if address else []))
     assert len(os.listdir(wiki.folder('releases'))) == 4
-    assert dh.free_address(plain.host) == '10.86.0.3'
-    plain.app.save(release(number=1, address='10.86.0.3'))
-    assert dh.free_address(plain.host) == '10.86.0.5'
+    assert dh.free_addresses(plain.host, 2) == ['10.86.0.3', '10.86.0.5']
+    plain.app.save(release(number=1, addresses=['10.86.0.3']))
+    assert dh.free_addresses(plain.host, 1) == ['10.86.0.5']
 
 def test_there_are_more_addresses_than_one_byte_holds(plain):
     for at in range(251):
@@ -3086,7 +3088,7 @@ def test_there_are_more_addresses_than_one_byte_holds(plain):
         dh.make_folder(os.path.dirname(path))
         with open(path, 'w') as target:
             json.dump({'address': '10.86.%d.%d' % (at // 250, at % 250 + 2)}, target)
-    assert dh.free_address(plain.host) == '10.86.1.3'
+    assert dh.free_addresses(plain.host, 1) == ['10.86.1.3']
 
 DAEMON = '/etc/docker/daemon.json'
 
@@ -3476,6 +3478,7 @@ def write_down_again(machine, number, era, **changes):
     path = RECORD % number
     record = dict(json.loads(machine.read(path)), **changes)
     record.setdefault('key', record.get('by'))
+    record.setdefault('address', ''.join(record.get('addresses', [])[:1]))
     machine.write(path, json.dumps(dict((key, record[key]) for key in keys.split())))
     folder = os.path.dirname(path)
     proxies = [folder + '/nginx-proxy.conf']
@@ -3845,8 +3848,8 @@ def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init):
     ({}, {}, True), ({'volumes': ['/a']}, {}, False), ({}, {'volumes': ['/a']}, False),
     ({'volumes': ['/a']}, {'volumes': ['/a']}, False), ({'web': False}, {}, False),
     ({}, {'web': False}, False), ({'web': False}, {'web': False, 'port': 0}, False),
-    ({'address': None, 'job': 'exec x'}, {}, None),
-    ({}, {'address': None, 'job': 'x'}, None), (None, {}, None), ({}, None, None)])
+    ({'addresses': [], 'job': 'exec x'}, {}, None),
+    ({}, {'addresses': [], 'job': 'x'}, None), (None, {}, None), ({}, None, None)])
 def test_only_web_apps_without_data_are_handed_over_unless_told(
         old, new, expected, overlap):
     config = {'overlap': overlap} if overlap else {}
@@ -3899,8 +3902,8 @@ def test_a_plain_web_app_is_switched_in_this_order(
     assert policies == {'blog--1': 'no', 'blog--2': 'always'}
     assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
     live = plain.app.live()
-    assert (live.number, live.port, live.web, live.address, live.config, live.job) == (
-        2, 8000, True, '10.86.0.3', config, '')
+    assert (live.number, live.port, live.web, live.addresses, live.config, live.job) == (
+        2, 8000, True, ['10.86.0.3'], config, '')
     assert live.volumes == (['/data'] if more else []) and live.seconds > 0
     said = re.sub(r'\d\.\d s', 'N s', capfd.readouterr().err)
     assert re.findall('-----> (.*)', said) == [
@@ -4115,15 +4118,15 @@ def test_an_old_release_is_drained_when_no_request_can_reach_it(
     sockets.update((each, [60]) for each in held)
     plain.sockets = ss_lines(sockets, form)
     plain.process(60, 50, 'nginx: ' + title)
-    assert plain.host.nginx.is_drained('10.86.0.2') is drained
-    assert plain.host.nginx.is_drained('10.86.0.9') is (
+    assert plain.host.nginx.is_drained(['10.86.0.2']) is drained
+    assert plain.host.nginx.is_drained(['10.86.0.9']) is (
         drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
 
 def test_workers_of_another_nginx_do_not_count(plain):
     plain.nginx()
     plain.sockets = ss_lines({LISTEN: [59], CLIENT: [60], TO_OLD: [60]})
     plain.process(60, 1, 'nginx: ' + GOING)
-    assert plain.host.nginx.is_drained('10.86.0.2')
+    assert plain.host.nginx.is_drained(['10.86.0.2'])
 
 def test_ss_of_this_machine_tells_who_holds_a_connection():
     server = socket.socket()
@@ -4522,7 +4525,7 @@ def test_a_network_that_was_pruned_is_made_again_as_it_was(plain):
     assert plain.changed(before) == []
     plain.networks.clear()
     plain.containers.clear()
-    assert dh.free_address(plain.host) == '10.99.0.3'
+    assert dh.free_addresses(plain.host, 1) == ['10.99.0.3']
     dh.cmd_recover(plain.host)
     assert plain.changed(before) == []
 
@@ -5555,8 +5558,8 @@ def test_a_push_says_what_the_app_is_where_that_is_new(plain, capfd, more, said,
     plain.push(an_app('one', more), old=ZERO, new=SHA)
     assert '-----> blog is ' + said in capfd.readouterr().err
     live = plain.app.live()
-    assert (str(live.port), live.web, live.address) == (
-        port, said.startswith('a web'), address)
+    assert (str(live.port), live.web, live.addresses) == (
+        port, said.startswith('a web'), [address])
     served = {'/etc/nginx/conf.d/blog.conf': plain_proxy(1, port=3000)}
     assert plain.served == (served if live.web else {})
     env = 'PORT=3000\n' if live.web else ''

@@ -832,13 +832,13 @@ def switch_steps(host, old, new, run=True):
     return steps + ([lambda: engine.start(new)] if run else [])
 
 # What a release with a job has not, and a plain one only once its image is known.
-OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'address': ''}
+OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'addresses': []}
 
 def release(**changes):
     """The dh.Release of a plain web app, changed by keywords."""
     fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', by='anna',
                   how='push', layers=[], time=1, seconds=None, failed=None, image='sha256:x', config={},
-                  port=8000, web=True, volumes=[], address='10.86.0.2', job='', proxy='')
+                  port=8000, web=True, volumes=[], addresses=['10.86.0.2'], job='', proxy='')
     return dh.Release(**dict(fields, **changes))
 
 def half_deployed(machine, steps=99, files=None):
