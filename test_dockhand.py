@@ -8541,8 +8541,11 @@ def look_at_job(server, name):
     containers = server.ok('docker ps -aq --filter ancestor=%s:latest' % name).split()
     return state, len(containers)
 
-@pytest.mark.parametrize('command', ['start orphan', 'restart orphan', 'recover'])
-@pytest.mark.parametrize('harm', LEFT, ids=['running', 'created', 'ended'])
+@pytest.mark.parametrize('harm, command', [
+    (LEFT[0], 'recover'), (LEFT[0], 'restart orphan'), (LEFT[1], 'recover'),
+    (LEFT[2], 'start orphan'), (LEFT[2], 'recover')],
+    ids=['running-recover', 'running-restart', 'created-recover', 'ended-start',
+         'ended-recover'])
 def test_real_an_app_comes_back_though_its_name_is_held_by_a_container(
         servers, harm, command):
     """Upstart gave up: each client it started ended at once, and so would the next."""
