@@ -1053,6 +1053,9 @@ def lines_that_log_in(lines, keys):
 # What the server knows of an app, and what it writes down of each release.
 
 def is_port(value):
+    """Whether a value is a port, or says that there is none."""
+    if value == 'none':
+        return True
     is_number = re.match('[1-9][0-9]{0,4}\\Z', value) is not None
     return is_number and int(value) < 2 ** 16
 
@@ -1075,13 +1078,29 @@ def is_yes_or_no(value):
 def is_patience(value):
     return re.match('([3-9]|[1-9][0-9]{1,3})\\Z', value) is not None
 
-def is_command(value):
-    """Whether a value is a command, as run_release_command reads it."""
+def are_words(value):
+    """Whether a value is words, as of a command: their quotes are closed."""
     import shlex
     try:
         return bool(shlex.split(value))
     except ValueError:
         return False
+
+def is_folder(value):
+    """Whether a value is the path of a folder of a repository: services/api."""
+    parts = value.split('/')
+    return all(re.match(r'[\w.@+-]+\Z', part) and part not in ('.', '..', '.git')
+               for part in parts)
+
+def is_url_path(value):
+    return re.match(r'/[!-~]{0,1000}\Z', value) is not None
+
+def is_scale(value):
+    """Whether a value says how many there are of some processes: web=2 worker=3."""
+    words = value.split()
+    kinds = [word.partition('=')[0] for word in words]
+    return bool(words) and len(set(kinds)) == len(kinds) and all(
+        re.match(PROCESS_TYPE + '=(0|[1-9][0-9]?)\\Z', word) for word in words)
 
 def are_networks(value):
     """Whether a value is addresses and networks, as nginx reads them in a `geo`."""
@@ -1104,67 +1123,171 @@ def is_network(word):
 
 Setting = namedtuple('Setting', 'fits wanted')      # whether a value does; what does
 
+PROCESS_TYPE = '[a-z][a-z0-9]*(?:-[a-z0-9]+)*'      # of a Procfile
+
 # What config says of the app itself; every other key is a variable of its environment.
 SETTINGS = {
     'domains': Setting(are_host_names, 'host names in lower case are wanted, with one '
-                       'blank between two; _ is for all that no app has'),
-    'port': Setting(is_port, 'a number from 1 to 65535 is wanted'),
+                       'blank between two; _ is for all that no app has, none for no '
+                       'name at all'),
+    'port': Setting(is_port, 'a number from 1 to 65535 is wanted, or none'),
     'branch': Setting(is_branch_name, 'the name of a branch is wanted, as main or live/x,'
                       ' but not plan'),
     'overlap': Setting(is_yes_or_no, 'yes or no is wanted'),
     'timeout': Setting(is_patience, 'a number of seconds from 3 to 9999 is wanted'),
-    'release': Setting(is_command, 'a command is wanted, its quotes closed'),
+    'release': Setting(are_words, 'a command is wanted, its quotes closed'),
     'trust': Setting(are_networks, 'addresses are wanted, as 192.0.2.7, and networks by '
-                     'their first one, as 10.0.0.0/8')}
+                     'their first one, as 10.0.0.0/8'),
+    'options': Setting(are_words, 'words of `docker create` are wanted, as '
+                       '--memory 512m, their quotes closed'),
+    'build': Setting(are_words, 'words of `docker build` are wanted, as --target prod, '
+                     'their quotes closed'),
+    'folder': Setting(is_folder, 'the path of a folder of the repository is wanted, as '
+                      'services/api'),
+    'check': Setting(is_url_path, 'the path of a page is wanted, as /up'),
+    'scale': Setting(is_scale, 'how many of which process is wanted, as web=2 worker=3')}
 
-def check_setting(key, value):
-    """Failure unless docker's env files or dockhand can hold it."""
-    if not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', key):
+# A variable whose name is like that of a setting, small letters alone, has this before
+# its key: as it is typed. All other keys of a config are what they name.
+ENV = '--env '
+
+# What variables of older versions are not: all that these knew as settings
+OLDER_SETTINGS = ('branch', 'domains', 'overlap', 'port', 'release', 'timeout', 'trust')
+
+# Words of other tools, and of docker, for what is a setting here or no setting at all
+HINTS = {
+    'options': 'cpus cpuset devices dns gpus hosts memory mounts publish shm sysctl '
+               'ulimit user volume volumes',
+    'build': 'args arg dockerfile nocache platform secret secrets target',
+    'folder': 'context dir directory path root subdir',
+    'check': 'health healthcheck healthz probe',
+    'scale': 'instances processes replicas web worker workers',
+    'domains': 'host hostname vhost'}
+FILES_INSTEAD = {
+    'command': 'commit a Procfile', 'cmd': 'commit a Procfile',
+    'cron': 'commit a crontab', 'crontab': 'commit a crontab',
+    'proxy': 'commit an nginx-proxy.conf', 'nginx': 'commit an nginx-proxy.conf',
+    'ssl': 'it is a command: dockhand https', 'tls': 'it is a command: dockhand https',
+    'https': 'it is a command: dockhand https'}
+EXAMPLES = {'options': 'options="--memory 512m"', 'build': 'build="--target prod"',
+            'folder': 'folder=services/api', 'check': 'check=/up',
+            'scale': 'scale="web=2"', 'domains': 'domains="www.example.com"'}
+
+def variable_key(name):
+    """The key in a config of the variable with this name."""
+    return ENV + name if is_like_setting(name) else name
+
+def is_like_setting(name):
+    return re.match('[a-z]+\\Z', name) is not None
+
+def variables_of(config):
+    """{name: value} of what a config has for the environment of an app."""
+    return dict((key[len(ENV):] if key.startswith(ENV) else key, config[key])
+                for key in config if key not in SETTINGS)
+
+def config_record(config):
+    """A config as it is written down, settings told apart from variables."""
+    settings = dict((key, config[key]) for key in config if key in SETTINGS)
+    return {'settings': settings, 'variables': variables_of(config)}
+
+def read_config(record):
+    """The config that was written down; older versions had a single map."""
+    settings = record.get('settings')
+    variables = record.get('variables')
+    if not isinstance(settings, dict) or not isinstance(variables, dict):
+        settings = dict((key, record[key]) for key in record if key in OLDER_SETTINGS)
+        variables = dict((key, record[key]) for key in record if key not in settings)
+
+    config = dict(settings)
+    for name in variables:
+        config[variable_key(name)] = variables[name]
+    return config
+
+def check_variable(name, value):
+    """Failure unless an environment can hold this."""
+    if not re.match(r'[A-Za-z_][A-Za-z0-9_.-]*\Z', name):
         raise Failure('"%s" is no name for a variable: letters, digits and "_"',
-                      printable(key))
+                      printable(name))
 
     data = to_bytes(value)
     text = data.decode('utf-8', 'replace')
-    if re.search(u'[\r\n\0\ufffd]', text) or len(data) > 32768:
-        raise Failure("%s: docker's env files hold one line of UTF-8, up to 32 KB: write "
-                      'it as base64', printable(key))
+    refuse_if(re.search(u'[\0\ufffd]', text) or len(data) > 32768, '%s: a variable is '
+              'text in UTF-8, up to 32 KB: write it as base64', name)
+    refuse_if(has_lines(value) and steers_docker(name), '%s: docker itself would go by '
+              'it: a value of several lines wants another name', name)
 
-    setting = SETTINGS.get(key)
-    if setting and not setting.fits(value):
+def has_lines(value):
+    """Whether a value is more than one line, which docker's env files cannot hold."""
+    return '\n' in value or '\r' in value
+
+def steers_docker(name):
+    """Whether docker, or what loads it, goes by a variable of this name itself."""
+    prefixes = ('LD_', 'DOCKER_', 'BUILDKIT_', 'BUILDX_', 'COMPOSE_', 'OTEL_',
+                'SSL_CERT_', 'GO')
+    names = ('PATH', 'HOME', 'TMPDIR', 'IFS', 'ENV')
+    if name.lower() in ('http_proxy', 'https_proxy', 'all_proxy', 'no_proxy'):
+        return True
+    return name in names or name.startswith(prefixes)
+
+def check_setting(key, value):
+    """Failure unless this is a setting that dockhand can follow."""
+    if not re.match(r'[a-z]+\Z', key):
+        return check_variable(key, value)
+    check_is_known(key)
+    setting = SETTINGS[key]
+    if has_lines(value) or '\0' in value or not setting.fits(value):
         raise Failure('%s=%s: %s', key, printable(value), setting.wanted)
 
 def check_is_known(key):
     """Failure for a name of small letters alone, as settings have them, that is none: as
     a variable it would change nothing, and seem to. With a capital letter, a digit, `_`,
     `-` or `.` (http_proxy, spring.profiles.active) it is a variable."""
-    if key in SETTINGS or not re.match('[a-z]+\\Z', key):
+    if key in SETTINGS:
         return
+    raise Failure('no setting is called "%s": %s variables are in upper case (in lower '
+                  'case: --env %s=...)', printable(key), hint_for(key), printable(key))
 
+def hint_for(word):
+    """What somebody may have meant by a word that is no setting."""
     import difflib
-    remedy = 'they are %s;' % ', '.join(sorted(SETTINGS))
-    nearest = difflib.get_close_matches(key, sorted(SETTINGS), 1)
-    if nearest:
-        remedy = 'did you mean "%s"?' % nearest[0]
-    raise Failure('no setting is called "%s": %s variables are in upper case',
-                  printable(key), remedy)
+    if word in FILES_INSTEAD:
+        return FILES_INSTEAD[word] + ';'
+    known = dict((each, EXAMPLES[setting]) for setting in HINTS
+                 for each in HINTS[setting].split())
+    known.update((setting, '"%s"' % setting) for setting in SETTINGS)
+
+    # (What is longer than any of them is like none, and would take long to compare.)
+    alike = difflib.get_close_matches(word[:30], sorted(known), 1)
+    if alike:
+        return 'did you mean %s?' % known[alike[0]]
+    return 'they are %s;' % ', '.join(sorted(SETTINGS))
+
+def read_env_file(text):
+    """[(name, value)] of a file as docker's --env-file reads it; Failure by line."""
+    pairs = []
+    for number, line in enumerate(text.split('\n'), 1):
+        line = line.rstrip('\r').lstrip()
+        if not line or line.startswith('#'):
+            continue
+
+        name, equals, value = line.partition('=')
+        refuse_if(not equals, 'line %d of it, `%s`, is not NAME=VALUE', number,
+                  printable(name, 40))
+        try:
+            check_variable(name, value)
+        except Failure as problem:
+            raise Failure('line %d of it: %s', number, problem)
+        pairs.append((name, value))
+    return pairs
 
 def changed_keys(before, after):
     """The keys of two configs that differ in their values, in their order."""
     return sorted(key for key in set(before) | set(after)
                   if before.get(key) != after.get(key))
 
-def environment_text(config, port):
-    """The variables of a config as docker's --env-file has them; PORT for a web app."""
-    variables = {}
-    if port:
-        variables['PORT'] = port
-    variables.update(config)
-    names = sorted(name for name in variables if name not in SETTINGS)
-    return ''.join('%s=%s\n' % (name, variables[name]) for name in names)
-
 Release = namedtuple('Release', '''
     app number plan commit branch by how time seconds failed turn revived
-    image layers config port web volumes addresses job proxy part''')
+    image layers config port web volumes addresses job proxy procfile part''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
 # A numbered deployment of an app. What is None is not known yet, or not written down.
@@ -1187,6 +1310,7 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # addresses of a plain app, on our network: of each process that has one of its own
 # job       its upstart.conf as it is installed; '' where it brings none
 # proxy     its proxy file as it is installed, pushed or made; '' where it has none
+# procfile  its Procfile as it was pushed; '' where it has none, None: it was not read
 # part      the names of the containers that it is about, None for all; never saved
 
 # What stands in a release for that which is known not to be there.
@@ -1218,6 +1342,27 @@ def pushed_part(release):
     """What a release's proxy file says below our first line, as it was pushed or made."""
     return (release.proxy or '').partition('\n')[2]
 
+def environment_of(release):
+    """{name: value} of what a release finds in its environment: what config says, the
+    commit, and its port where it may choose that."""
+    variables = {'GIT_REV': release.commit}
+    if release.web or release.port and release.config.get('domains') == 'none':
+        variables['PORT'] = str(release.port)
+    variables.update(variables_of(release.config))
+    return variables
+
+def environment_text(release):
+    """The environment of a release as docker's --env-file has it: it holds lines."""
+    variables = environment_of(release)
+    return ''.join('%s=%s\n' % (name, variables[name]) for name in sorted(variables)
+                   if not has_lines(variables[name]))
+
+def long_variables(release):
+    """The rest of it: what has several lines."""
+    variables = environment_of(release)
+    return dict((name, variables[name]) for name in variables
+                if has_lines(variables[name]))
+
 def is_made(release):
     """Whether its proxy file was made here, not pushed."""
     return (release.proxy or '').startswith(MADE % (release.app, release.app))
@@ -1228,18 +1373,140 @@ def names_of_config(release):
     return release.config.get('domains', '').split() if is_made(release) else []
 
 # ---- Processes: what of an app runs by itself (pure functions) -------------------------
-# Each is a container of a release. Uses the record.
+# From a Procfile to the processes of a release, a container each. Uses the record.
 
-# name: that of its container; address: of its own on our network, or ''
-Process = namedtuple('Process', 'name address')
+# The types that answer requests: that of a Procfile, and the one of an app without
+FRONT = ('web', '')
+RESERVED_TYPES = {
+    'run': 'another name is wanted',
+    'cron': 'what runs at its time stands in a file `crontab`'}
+
+# What has one of these is run by a shell, as Upstart does it with an `exec`.
+SHELL_LETTERS = '[~`!$^&*()=|\\\\{}[\\];"\'<>?]'
+# What a shell does beside running one program: `exec` before that would be wrong.
+COMPOUND = '[;&|(){}!\n]'
+SHELL_WORDS = '''. : alias break case cd command continue eval exec exit export for if
+    local read readonly return set shift source test time trap type ulimit umask unset
+    until wait while'''.split()
+
+# type: see FRONT; number: from 1 in a release's processes of that type; name: that of its
+# container; command: [word], None for what the image says; address: of its own, or ''
+Process = namedtuple('Process', 'type number name command address')
+
+def parse_procfile(text):
+    """The [(type, command)] of a Procfile; Failure by line."""
+    commands = []
+    for number, line in enumerate(text.split('\n'), 1):
+        line = line.strip()
+        if not line or line.startswith('#'):
+            continue
+
+        kind, colon, command = [part.strip() for part in line.partition(':')]
+        place = 'Procfile:%d: ' % number
+        refuse_if(not colon or not command or not re.match(PROCESS_TYPE + r'\Z', kind),
+                  place + '`%s` is no `TYPE: COMMAND`, the type in lower case, as '
+                  '`worker: ./work`', printable(line, 40))
+        refuse_if(kind in RESERVED_TYPES, place + 'no process can be called %s: %s', kind,
+                  RESERVED_TYPES.get(kind))
+        refuse_if(kind in dict(commands), place + '%s is there already', kind)
+        commands.append((kind, command))
+    refuse_if(not commands, 'Procfile: it names no process')
+    return commands
+
+def procfile_of(release):
+    """The [(type, command)] of a release's Procfile, [] where it has none."""
+    return parse_procfile(release.procfile) if release.procfile else []
+
+def process_types(release):
+    """The [(type, command)] of what of a release is to go on, `web` first; with '' and
+    None for the one process of an app that its image says all of."""
+    commands = [pair for pair in procfile_of(release) if pair[0] != 'release']
+    commands.sort(key=lambda pair: pair[0] != 'web')
+    return commands or [('', None)]
+
+def has_web(release):
+    """Whether its Procfile says that it answers requests."""
+    return 'web' in dict(procfile_of(release))
+
+def has_front(release):
+    """Whether a release has a process that may answer requests."""
+    return process_types(release)[0][0] in FRONT
+
+def command_words(command):
+    """A command of a Procfile, or a crontab, as docker gets it: [word]."""
+    if not re.search(SHELL_LETTERS, command):
+        return command.split()
+    first = command.split()[0]
+    is_compound = re.search(COMPOUND, command) or '=' in first or first in SHELL_WORDS
+    # The program takes the place of the shell, so that a signal finds it.
+    return ['sh', '-c', command if is_compound else 'exec ' + command]
+
+def release_command(release):
+    """(the release command as somebody wrote it, its [word]), or None. That of config
+    goes before that of the Procfile."""
+    import shlex
+    if 'release' in release.config:
+        said = release.config['release']
+        return said, shlex.split(said)
+    said = dict(procfile_of(release)).get('release')
+    return (said, command_words(said)) if said else None
+
+def scale_of(release):
+    """{type: how many} as config says it."""
+    words = release.config.get('scale', '').split()
+    return dict((word.partition('=')[0], int(word.partition('=')[2])) for word in words)
+
+def counted_types(release):
+    """The [(type, command, how many)] of a release."""
+    scale = scale_of(release)
+    return [(kind, command, scale.get(kind or 'web', 1))
+            for kind, command in process_types(release)]
+
+def count_addresses(release):
+    """How many of its processes have an address of their own. There is one at least: it
+    says which network is meant."""
+    return max([1] + [count for kind, _, count in counted_types(release)
+                      if kind in FRONT])
 
 def processes_of(release):
     """The [Process] of a release, or of the part of it that this is about."""
-    addresses = release.addresses or ['']       # they are not known before the build
-    processes = [Process(container_name(release), addresses[0])]
+    processes = []
+    for kind, command, count in counted_types(release):
+        addresses = release.addresses if kind in FRONT else None
+        for number in range(1, count + 1):
+            address = (addresses or [])[number - 1:number]
+            words = command_words(command) if command else None
+            processes.append(Process(kind, number, process_name(release, kind, number),
+                                     words, ''.join(address)))
     if release.part is not None:
         processes = [process for process in processes if process.name in release.part]
     return processes
+
+def process_name(release, kind, number):
+    """The name of a process's container."""
+    name = container_name(release)
+    if kind not in FRONT:
+        name += '--' + kind
+    return name if number == 1 else '%s--%d' % (name, number)
+
+def part_of(release, names):
+    """A release as far as it is in some containers."""
+    return release._replace(part=tuple(names))
+
+def front_of(release):
+    """The part of a release that answers requests."""
+    return part_of(release, [process.name for process in processes_of(release)
+                             if process.type in FRONT])
+
+def workers_of(release):
+    """The rest of it."""
+    return part_of(release, [process.name for process in processes_of(release)
+                             if process.type not in FRONT])
+
+def title_of(process):
+    """What a person calls a process: `worker`, or the second one `worker.2`."""
+    title = process.type or 'web'
+    return title if process.number == 1 else '%s.%d' % (title, process.number)
 
 # ---- Jobs: upstart.conf read and checked, its `docker run` understood (pure functions) -
 # From the text of a job to its stanzas, their commands and the options of `docker run`,
@@ -1285,8 +1552,8 @@ JOB_CHECKS = [
     (['--name'], r'.?\Z', 'docker wants a name of two characters at least')]
 
 # Options of `docker run` that take no value, and the letters for those with and without.
-FLAGS = set('''detach disable-content-trust init interactive no-healthcheck quiet rm tty
-    oom-kill-disable privileged publish-all read-only sig-proxy use-api-socket'''.split())
+FLAGS = set('''detach disable-content-trust help init interactive no-healthcheck quiet rm
+    tty oom-kill-disable privileged publish-all read-only sig-proxy use-api-socket'''.split())
 LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname interactive
     label memory publish publish-all quiet tty user volume workdir'''.split()))
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
@@ -1530,7 +1797,13 @@ def read_run(words):
     """`run` and what follows it, as ([Option], [Word]): from the image on it is words."""
     rest = deque(words)
     run = rest.popleft()
+    options, rest = take_options(rest)
+    refuse_if(not rest, 'upstart.conf:%d: `docker run` names no image', run.line)
+    return options, rest
 
+def take_options(rest):
+    """The [Option] that some words begin with, and the words behind them. rest: a deque
+    of [Word]"""
     options = []
     while rest and is_option(rest[0].value):
         word = rest.popleft()
@@ -1540,8 +1813,6 @@ def read_run(words):
             if value is None and name not in FLAGS and rest:
                 value = rest.popleft().value
             options.append(Option(name, value or '', word))
-
-    refuse_if(not rest, 'upstart.conf:%d: `docker run` names no image', run.line)
     return options, list(rest)
 
 def is_option(text):
@@ -1813,38 +2084,141 @@ def gateway_of(address):
     return address.rsplit('.', 2)[0] + '.0.1'
 
 def plain_container(release, process, env_file):
-    """The Container of a process of a plain app: it runs as its Dockerfile says."""
+    """The Container of a process of a plain app: it runs as its Dockerfile, its Procfile
+    and config say."""
     app = release.app
-    options = ['--net=' + NETWORK, '--ip=' + process.address]
-    if '.' not in app:          # or it would stand in the way of a real site of that name
+    env = long_variables(release)
+    options = ['--net=' + NETWORK]
+    if process.address:
+        options.append('--ip=' + process.address)
+    # With a dot it would stand in the way of a real site of that name.
+    if process.type in FRONT and '.' not in app:
         options.append('--net-alias=' + app)
     options.append('--env-file=' + env_file)
+    options += ['--env=' + name for name in sorted(env)]
     # Docker's own word for the server, `host-gateway`, wants its version 20.10.
-    options.append('--add-host=host.docker.internal:' + gateway_of(process.address))
-    options += ['--volume=%s:%s' % (volume_of(app, path), path)
-                for path in release.volumes]
-    return Container(options, app, command=[], env={}, folder='/', at_boot=True,
-                     grace='10')
+    gateway = gateway_of(release.addresses[0])
+    options.append('--add-host=host.docker.internal:' + gateway)
 
-def read_image(settings, config, proxied):
-    """(port or 0, whether it is for nginx, [volume path]) by the Config of an image.
-    proxied: the app's own proxy file, if it has one"""
+    own = own_options(release)
+    mounted = set(mounted_path(option.name, option.value) for option in own)
+    options += ['--volume=%s:%s' % (volume_of(app, path), path)
+                for path in release.volumes if path.rstrip('/') not in mounted]
+    own = [long_option(option) for option in own]
+    is_first = process.type in FRONT and process.number == 1
+    options += own if is_first else without_places(own)
+    return Container(options, app, command=process.command or [], env=env, folder='/',
+                     at_boot=True, grace=grace_of(release))
+
+# Options of `docker create` that dockhand says itself, and why
+OURS = dict.fromkeys(['attach', 'detach', 'interactive', 'tty', 'sig-proxy', 'rm',
+                      'detach-keys', 'help', 'quiet'], 'a service runs by itself')
+OURS.update(dict.fromkeys(['net', 'network', 'ip', 'ip6', 'link-local-ip', 'net-alias',
+                           'network-alias', 'link'],
+                          'the apps are on one network, where each has its name'))
+OURS.update({
+    'name': 'dockhand names the containers', 'cidfile': 'dockhand names the containers',
+    'restart': 'docker starts them again, until dockhand stop',
+    'pull': 'the image is what was pushed', 'platform': 'the image is what was pushed',
+    'publish-all': 'say which: -p PORT:PORT',
+    'volumes-from': 'mount what is wanted: -v /srv/data:/data',
+    'label-file': 'some labels are dockhand\'s: --label'})
+
+def read_options(text):
+    """The [Option] of config's `options`; Failure for a word that cannot be one."""
+    import shlex
+    words = [Word(word, word, 0, 0) for word in shlex.split(text)]
+    options, rest = take_options(deque(words))
+    others = [word.value for word in rest or words if rest or word.value == '--']
+    refuse_if(others, 'options: `%s` is no option, which begins with a dash',
+              printable(''.join(others[:1])))
+    for option in options:
+        refuse_if(option.name in OURS, 'options: leave out `%s`: %s',
+                  printable(option.word.value), OURS.get(option.name))
+        refuse_if(option.name == 'label' and option.value.startswith('dockhand'),
+                  'options: leave out `%s`: dockhand\'s own labels begin like this',
+                  printable(option.value))
+        is_number = re.match('[0-9]{1,4}\\Z', option.value)
+        refuse_if(option.name == 'stop-timeout' and not is_number, 'options: '
+                  '--stop-timeout wants a number of seconds, 9999 at most')
+    return options
+
+def own_options(release):
+    """The [Option] that config has for a release."""
+    text = release.config.get('options')
+    return read_options(text) if text else []
+
+def grace_of(release):
+    """How many seconds a stop may take, a str."""
+    given = [option.value for option in own_options(release)
+             if option.name == 'stop-timeout']
+    return given[-1] if given else '10'
+
+# What an option mounts. source: a path, the name of a volume, or ''
+Mount = namedtuple('Mount', 'source is_read_only')
+
+def mounts_of(options):
+    """The [Mount] of some [Option]; what only the container itself has is none."""
+    mounts = []
+    for option in options:
+        if option.name == 'volume':
+            parts = option.value.split(':')
+            modes = parts[2].split(',') if parts[2:] else []
+            if parts[1:]:
+                mounts.append(Mount(parts[0], 'ro' in modes))
+        elif option.name == 'mount':
+            mounts.extend(mounts_of_fields(option.value))
+    return mounts
+
+def mounts_of_fields(value):
+    """The [Mount] of a --mount: KEY=VALUE,... as CSV; a volume may be a path in disguise,
+    by an option of its driver."""
+    import csv
+    mounts = []
+    fields = [field.partition('=') for field in next(csv.reader([value]), [])]
+    said = dict((key.strip().lower(), text) for key, _, text in fields)
+    read_only = [said[key] for key in ('ro', 'readonly') if key in said]
+    is_read_only = bool(read_only) and read_only[0] in ('', '1', 'true')
+
+    source = said.get('source', said.get('src', ''))
+    if source:
+        mounts.append(Mount(source, is_read_only))
+    for key, _, text in fields:
+        option, _, path = text.partition('=')
+        if key.strip().lower() == 'volume-opt' and option == 'device':
+            mounts.append(Mount(path, is_read_only))
+    return mounts
+
+def has_places(release):
+    """Whether two of a release cannot run at once: they would share a port, or data."""
+    options = own_options(release)
+    publishes = any(option.name == 'publish' for option in options)
+    return publishes or any(not mount.is_read_only for mount in mounts_of(options))
+
+WEB_PORT = 5000         # of a `web` that neither EXPOSE nor config says more of
+
+def read_image(settings, release):
+    """(port or 0, whether it is for nginx, [volume path]) by the Config of an image, and
+    what a release says: its config, its Procfile, its own proxy file if it has one."""
+    config = release.config
     listed = settings.get('ExposedPorts') or {}
     exposed = [port.split('/')[0] for port in listed if port.endswith('/tcp')]
     web_ports = [port for port in WEB_PORTS if port in exposed]
     exposed = sorted(int(port) for port in exposed)
 
-    if 'port' in config:
+    if config.get('port') == 'none' or not has_front(release):
+        port = 0
+    elif 'port' in config:
         port = int(config['port'])
     elif web_ports:
         port = int(web_ports[0])
     elif exposed:
         port = exposed[0]
     else:
-        port = 0
+        port = WEB_PORT if has_web(release) else 0
 
-    wanted = bool(web_ports or 'port' in config or proxied)
-    is_web = port != 0 and wanted
+    wanted = bool(web_ports or 'port' in config or has_web(release) or release.proxy)
+    is_web = port != 0 and wanted and config.get('domains') != 'none'
     return port, is_web, sorted(settings.get('Volumes') or {})
 
 def refuse_here_if(wrong, place, what, remedy):
@@ -4730,13 +5104,13 @@ class App(object):
 
     def config(self):
         """{key: value} of what the host knows about it and its repository does not."""
-        return read_json(self.folder('config'))
+        return read_config(read_json(self.folder('config')))
 
     def save_config(self, config):
         make_folder(self.folder(), 0o700)
         path = self.folder('config')
         if config:
-            replace_file(path, to_json(config), 0o600)
+            replace_file(path, to_json(config_record(config)), 0o600)
         else:
             remove_file(path)
 
@@ -4751,6 +5125,7 @@ class App(object):
         """A Release from the store."""
         folder = self.release_folder(number)
         record = dict({'config': {}, 'layers': []}, **read_json(folder + '/release.json'))
+        record['config'] = read_config(record['config'])
         if is_finished_older(record) and self.linked_number('pending') != number:
             record['seconds'] = 0
         if 'key' in record:             # older versions wrote down only whose push it was
@@ -4778,13 +5153,13 @@ class App(object):
         texts = {'upstart.conf': release.job, 'nginx-proxy.conf': release.proxy}
         for name in sorted(texts):
             write_or_remove(os.path.join(folder, name), texts[name] or None)
-        env = environment_text(release.config, release.port if release.web else None)
-        write_or_remove(folder + '/env', None if release.failed else env)
+        env = None if release.failed else environment_text(release)
+        write_or_remove(folder + '/env', env)
         self.save_record(release)
 
     def save_record(self, release):
         """Write down what is known of a release, but for its files."""
-        record = dict(release._asdict())
+        record = dict(release._asdict(), config=config_record(release.config))
         for field in ('plan', 'job', 'proxy', 'part'):
             del record[field]
         folder = self.release_folder(release.number)
@@ -5090,7 +5465,7 @@ class Engine(object):
     def remove(self, release):
         """Remove what is left of it in docker, but for its image and its data."""
         self.docker.on_containers(self.names_taken(release), 'rm', '-f', '-v')
-        if 'release' in release.config:
+        if release_command(release):
             self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
 
     def logs_command(self, release, lines, *follow):
@@ -5152,9 +5527,14 @@ class Containers(Engine):
             return plain_container(release, process, env_file)
         job = container_of(job_of(release), release.app)
         # A job names the file that Upstart's engine writes; each release has its own.
-        env_in_force = '%s/apps/%s/env' % (STATE, release.app)
-        return job._replace(options=[option.replace(env_in_force, env_file)
-                                     for option in job.options])
+        env_in_force = '--env-file=%s/apps/%s/env' % (STATE, release.app)
+        if env_in_force not in job.options:
+            return job
+        env = long_variables(release)
+        options = ['--env-file=' + env_file if option == env_in_force else option
+                   for option in job.options]
+        options += ['--env=' + name for name in sorted(env)]
+        return job._replace(options=options, env=dict(job.env, **env))
 
     def any_container(self, release):
         """The same where it is the same for all."""
@@ -5185,7 +5565,8 @@ class Containers(Engine):
             return False
         if old.job or new.job:
             return False
-        both_safe = all(release.web and not release.volumes for release in (old, new))
+        both_safe = all(release.web and not release.volumes and not has_places(release)
+                        for release in (old, new))
         return new.config.get('overlap', 'yes' if both_safe else 'no') == 'yes'
 
     def addresses(self, release):
@@ -5287,6 +5668,9 @@ class Containers(Engine):
 
         # nginx connects to a web app's port, even if a HEALTHCHECK says that it is well
         is_asked = release.web or release.port and not state.health
+        if process.type not in FRONT:
+            is_asked = False
+            state = state._replace(text='%s %s' % (title_of(process), state.text))
         return state._replace(ports=[(process.address, release.port)] if is_asked else [])
 
     def logs_command(self, release, lines, *follow):
@@ -5326,8 +5710,7 @@ class Upstart(Engine):
         check_not_foreign(self.host, '%s/%s.conf' % (JOBS, release.app), release.app)
 
     def place(self, release):
-        env = environment_text(release.config, None)
-        replace_file(self.app.folder('env'), env, 0o600)
+        replace_file(self.app.folder('env'), environment_text(release), 0o600)
         replace_file(self.path(release, '.override'), self.held)
         replace_file(self.path(release, '.conf'), release.job)
 
@@ -5551,10 +5934,11 @@ def hand_over(app, old, new):
     clock = app.host.clock
     on_trial = old.web and new.web      # the old one answers where the new one fails
     log_end = engine.log_end(new)
-    engine.start(new)
+    engine.start(front_of(new))
     begun = clock.monotonic()
-    check_or_show_log(app, new, log_end, steady=0 if on_trial else STEADY)
+    check_or_show_log(app, front_of(new), log_end, steady=0 if on_trial else STEADY)
     checked = clock.monotonic() - begun
+    checked += hand_work_over(app, old, new, log_end)
 
     shown = new
     if on_trial:
@@ -5569,6 +5953,21 @@ def hand_over(app, old, new):
         checked += clock.monotonic() - begun
         app.nginx.install(new, was_live(old, new), app.known)
     return Switch(None, checked)
+
+def hand_work_over(app, old, new, log_end):
+    """Stop the workers of a release, and start those of another: never two at once, which
+    would fetch the same message. The seconds spent on checking them."""
+    clock = app.host.clock
+    engine = engine_of(app, new)
+    if workers_of(old).part:
+        engine_of(app, old).stop(workers_of(old))
+    if not workers_of(new).part:
+        return 0
+
+    engine.start(workers_of(new))
+    begun = clock.monotonic()
+    check_or_show_log(app, new, log_end)
+    return clock.monotonic() - begun
 
 def stop_then_start(app, old, new):
     """Never two at once: they would share data, a port, or a job. Gives a Switch."""
@@ -5606,29 +6005,59 @@ def check_or_show_log(app, release, log_end=None, steady=STEADY):
     try:
         return check_health(release, engine, timeout, steady)
     except Failure as error:
-        lines = deque(maxlen=LOG_LINES)
-        argv = engine.logs_command(release, str(LOG_LINES))
-        if log_end is not None:
-            argv = engine.new_lines_command(release, str(LOG_LINES), log_end)
-        app.host.ask(argv, each=lines.append)
-
-        step('The last lines of its log:' if any(lines) else 'It printed nothing')
-        detail('\n'.join(lines))
-        for port in loopback_ports(app, release):
-            step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
+        for process in processes_to_blame(engine, release):
+            show_log(app, engine, release, process, log_end)
+        tell_where_it_listens(app, release)
         raise Failure('release %d failed its health check: %s', release.number, error)
 
-def loopback_ports(app, release):
-    """The ports on which an app listens for its own container alone."""
-    # 127.0.0.1, the same as an IPv6 address, and ::1, as /proc has them; 0A: it listens
-    listens = r': (?:(?:0{16}FFFF0000)?0100007F|0{24}01000000):(\w+) \S+ 0A '
-    ports = set()
+def processes_to_blame(engine, release):
+    """Those [Process] of a release that are not well, or all of them where all are."""
+    processes = processes_of(release)
+    if len(processes) == 1:
+        return processes
+    dead = [process for process in processes
+            if not engine.state(part_of(release, [process.name])).alive]
+    return dead or processes
+
+def show_log(app, engine, release, process, log_end):
+    """Show the last lines of a process's log. log_end: as check_or_show_log has it"""
+    part = part_of(release, [process.name])
+    lines = deque(maxlen=LOG_LINES)
+    argv = engine.logs_command(part, str(LOG_LINES))
+    if log_end is not None:
+        argv = engine.new_lines_command(part, str(LOG_LINES), log_end)
+    app.host.ask(argv, each=lines.append)
+
+    whose = 'its log' if process.type == '' else 'the log of ' + title_of(process)
+    it = 'It' if process.type == '' else title_of(process)
+    step('The last lines of %s:' % whose if any(lines) else it + ' printed nothing')
+    detail('\n'.join(lines))
+
+def tell_where_it_listens(app, release):
+    """Say where a release listens that does not answer where it is asked."""
+    alone, open_ports = listening_ports(app, release)
+    for port in alone:
+        step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
+    for port in open_ports:
+        if not release.job and port != release.port:
+            step('It listens on %d: dockhand config %s port=%d', port, app.name, port)
+
+# 127.0.0.1, the same as an IPv6 address, and ::1, as /proc has them; 0A: it listens
+LOOPBACK = '(?:0{16}FFFF0000)?0100007F|0{24}01000000'
+LISTENS = r': ([0-9A-F]+):(\w+) \S+ 0A '
+
+def listening_ports(app, release):
+    """([port that it listens on for its own container alone], [for others too])."""
+    alone = set()
+    open_ports = set()
     for container in app.docker.running(release.image):
         pid = str(container['State'].get('Pid'))
         for name in ('tcp', 'tcp6'):
             table = app.host.text('/proc', pid, 'net', name)
-            ports.update(int(port, 16) for port in re.findall(listens, table))
-    return sorted(ports)
+            for address, port in re.findall(LISTENS, table):
+                is_alone = re.match('(?:%s)\\Z' % LOOPBACK, address)
+                (alone if is_alone else open_ports).add(int(port, 16))
+    return sorted(alone - open_ports), sorted(open_ports)
 
 def take_away(app, release):
     """What undoes a first deploy, as [(function, argument...)]."""
@@ -5650,8 +6079,10 @@ def ways_back(app, old, new):
     proxy = [(app.nginx.restore, app.name, app.wanted_proxy(old))]
 
     if served and new_engine.overlaps(old, new):
+        workers = workers_of(new)       # two releases' never run at once
+        rest = [(new_engine.stop, workers)] if workers.part else []
         stop = [(app.nginx.drain, new_engine.addresses(new)), (new_engine.stop, new)]
-        return start + proxy + tag + stop + settle
+        return rest + start + proxy + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
     again = [(old_engine.stop, old)] if served else []
@@ -5727,7 +6158,8 @@ def forget(app, release, reason=None):
 
     try:
         note_layers_below(app, live, release)
-        drop(app, release, '--no-prune')        # the mended push builds on what is there
+        noted = app.load(release.number)        # with all that its build found out
+        drop(app, noted, '--no-prune')          # the mended push builds on what is there
         app.save(app.load(release.number)._replace(
             failed=why, job='', proxy='', config={}, addresses=[]))
         if live is None:
@@ -6040,7 +6472,8 @@ def kind_text(release):
                 'config %s port=N)' % (release.port, release.app))
 
     if not release.port:
-        return 'a worker without a port (a web app has an EXPOSE in its Dockerfile)'
+        return ('a worker without a port (a web app has an EXPOSE in its Dockerfile, or '
+                'a `web` in its Procfile)')
     if '.' in release.app:
         return ('a service on port %d that no other app can reach by its name, for the '
                 'dot in it' % release.port)
@@ -6561,7 +6994,7 @@ def make_release(app, live, release, options=()):
         release, size = build_release(app, live, release, options)
         app.git('update-ref', HELD_REF % release.number, release.commit)
         app.save(release)
-        if 'release' in release.config:
+        if release_command(release):
             run_release_command(app, release)
         built = clock.monotonic() - begun
         step('Switching to release %d', release.number)
@@ -6615,6 +7048,7 @@ def build_release(app, live, release, options=()):
     many bytes docker says that the image has."""
     step('Checking %s', release.commit[:10])
     if release.image:               # of a change of config: that of the live release
+        check_config(app, live, release)
         app.docker.tag(release.image, image_tag(release))
     else:
         release = build_commit(app, live, release, options)
@@ -6640,6 +7074,9 @@ def build_commit(app, live, release, options):
         app.host.run(['mkdir', folder], account=app.host.git_account())
         check_out(app, release.commit, folder)
         release = check_files(release, folder)
+        check_config(app, live, release)
+        if live is not None and live.procfile is None and release.procfile:
+            tell_procfile_is_read(app, live)
         engine_of(app, release).check(release)
 
         if live is not None:
@@ -6662,6 +7099,80 @@ def build_commit(app, live, release, options):
         raise
     finally:
         app.empty_build_folder()
+
+def tell_procfile_is_read(app, live):
+    """Say that a Procfile counts which was there before and did not, for older versions
+    did not read it."""
+    name = os.path.join(live.config.get('folder', ''), 'Procfile')
+    there = app.git('cat-file', '-e', '%s:%s' % (live.commit, name), act=app.host.ask)
+    if there.status == 0:
+        step('Note: the Procfile says from now on what runs; before it was not read')
+
+# What config may not say of an app with a job, which says it itself
+NOT_FOR_JOBS = ('overlap', 'options', 'check', 'scale', 'port')
+
+def check_config(app, live, release):
+    """Failure for what config says and this release cannot have. live: may be None"""
+    config = release.config
+    if release.job:
+        for key in NOT_FOR_JOBS:
+            refuse_if(key in config, '%s is for apps without a job, whose upstart.conf '
+                      'says itself what runs: dockhand config %s --unset %s', key,
+                      app.name, key)
+        lines = sorted(long_variables(release))
+        refuse_if(lines and is_upstart(app.host), '%s has several lines, which no job of '
+                  'init can have: write it as base64', ''.join(lines[:1]))
+        return
+
+    refuse_if(config.get('domains') == 'none' and release.proxy and not is_made(release),
+              'domains=none keeps it off nginx: remove nginx-proxy.conf, or dockhand '
+              'config %s --unset domains', app.name)
+    check_scale(app, live, release)
+    if 'options' in config:
+        check_options(app, config['options'])
+
+def check_scale(app, live, release):
+    """Failure where config counts processes that a release has not; of one that has gone
+    from the Procfile that is only told."""
+    kinds = [kind or 'web' for kind, _ in process_types(release)]
+    scale = scale_of(release)
+    for kind in sorted(set(scale) - set(kinds)):
+        text = 'scale counts %s, and there is no such process, but %s' % (
+            kind, ' '.join(kinds))
+        before = live.config.get('scale') if live else None
+        refuse_if(before != release.config['scale'], text)
+        step('Note: %s', text)
+    refuse_if(scale.get('web') == 0, 'scale: without a web process nothing answers; to '
+              'stop an app: dockhand stop %s', app.name)
+    refuse_if(not processes_of(release), 'scale: with this nothing of %s would run',
+              app.name)
+
+def check_options(app, text):
+    """Failure for words of config's `options` that dockhand or docker does not take, or
+    that reach what is not the app's."""
+    options = read_options(text)
+    for mount in mounts_of(options):
+        check_mount(app, mount)
+    # An image that nobody has, by its id: docker looks at all else before, and asks no
+    # registry for it.
+    argv = ['docker', 'create'] + [long_option(option) for option in options]
+    result = app.host.ask(argv + ['sha256:' + 64 * '0'])
+    said = result.err + result.out
+    refuse_if('No such image' not in said, 'options: %s', last_line(said))
+
+def check_mount(app, mount):
+    """Failure for a Mount of what is another app's, or dockhand's."""
+    name, dashes, _ = mount.source.partition('--')
+    if '/' not in mount.source:
+        refuse_if(dashes and name != app.name, 'options: %s is a volume of %s',
+                  printable(mount.source), printable(name))
+        return
+
+    path = os.path.realpath(app.host.path(os.path.join('/', mount.source)))
+    for folder in (STATE, LIBRARY, app.host.home(), LOCKS, app.docker.images_folder()):
+        ours = os.path.realpath(app.host.path(folder))
+        refuse_if((path + '/').startswith(ours + '/'), 'options: %s is below %s, which '
+                  'is no place for an app', printable(mount.source), folder)
 
 def check_tree(app, commit):
     """Failure where a commit is too large to be checked out: a few kilobytes of folders,
@@ -6724,6 +7235,12 @@ def check_files(release, folder):
               'service by itself')
     read_pushed(folder, '.dockerignore')
     job = read_pushed(folder, 'upstart.conf')
+    procfile = read_pushed(folder, 'Procfile') or ''
+    if procfile:
+        refuse_if(job is not None, 'upstart.conf says itself what runs, and so does '
+                  'Procfile: remove one of the two')
+        parse_procfile(procfile)
+    release = release._replace(procfile=procfile)
     proxy = read_pushed(folder, 'nginx-proxy.conf')
     if proxy:                           # it may have been copied from the server
         proxy = without_https(proxy)
@@ -6821,14 +7338,15 @@ def complete_plain(app, live, release, settings):
     """The Release of a plain app, with what the Config of its image and its own say."""
     if is_made(release):
         release = release._replace(proxy='')
-    port, web, volumes = read_image(settings, release.config, release.proxy)
+    port, web, volumes = read_image(settings, release)
     if live is None:
         for name in app.docker.volumes_of(app.name):
             step('Found a volume of an earlier %s: %s', app.name, name)
 
     with host_lock(app.host, app.name):         # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
-                                   addresses=free_addresses(app.host, 1))
+                                   addresses=free_addresses(
+                                       app.host, count_addresses(release)))
         release = release._replace(proxy=complete_proxy(app, release))
         if not release.plan:
             app.save(release)
@@ -6875,12 +7393,13 @@ def complete_proxy(app, release):
     return text + upstream(name, release.addresses, release.port, version)
 
 def run_release_command(app, release):
-    """Run what config's `release` says in the new image: with its volumes and its
-    network, but of a job under Upstart nothing but config's variables is known."""
-    import shlex
-    said = release.config['release']
+    """Run the release command in the new image: with its volumes and its network, but of
+    a job under Upstart nothing but config's variables is known."""
+    said, words = release_command(release)
+    if 'release' in release.config and 'release' in dict(procfile_of(release)):
+        step('Note: config has a release command, that of the Procfile is not run')
     step('Running the release command: %s', said)
-    status = engine_of(app, release).run_once(release, shlex.split(said), detail)
+    status = engine_of(app, release).run_once(release, words, detail)
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
 # ---- Receiving: serve and the two hooks ------------------------------------------------
@@ -7589,25 +8108,50 @@ def cmd_apps(host):
             continue
 
         origin = origin_text(live.commit, **live_since(live))
-        tell('%-16s %-8s %s %s', name, state_text(app, live), origin,
-             address_text(live, here, host.certificates.secured(name, live.proxy or '')))
+        state, why = state_text(app, live)
+        secured = host.certificates.secured(name, live.proxy or '')
+        tell('%-16s %-8s %s %s%s', name, state, origin,
+             address_text(live, here, secured), why + counts_text(live))
 
 def state_text(app, live):
-    """Whether a live app runs, in a word."""
-    if engine_of(app, live).state(live).alive:
-        return 'running'
-    return 'stopped' if app.is_stopped() else 'DOWN'
+    """(whether a live app runs, in a word, and why not)."""
+    state = engine_of(app, live).state(live)
+    if state.alive:
+        return 'running', ''
+    if app.is_stopped():
+        return 'stopped', ''
+    return 'DOWN', '  ' + state.text
 
-@command('logs', 'APP [-f] [-n N]')
-def cmd_logs(app, n='100', f=False):
+def counts_text(live):
+    """How many there are of which process, where a Procfile says what runs."""
+    counts = ['%s=%d' % (kind, count) for kind, _, count in counted_types(live) if kind]
+    return '  ' + ' '.join(counts) if counts else ''
+
+@command('logs', 'APP [PROCESS] [-f] [-n N]')
+def cmd_logs(app, process=None, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
     if app.is_waiting():
         raise Failure('%s was never live; it waits %s', app.name, app.waiting_text())
     live = app.must_be_live()
+    part = part_of(live, [process_called(live, process).name])
     follow = ['-f'] if f else []
-    words = engine_of(app, live).logs_command(live, n, *follow)
+    words = engine_of(app, live).logs_command(part, n, *follow)
     os.execvpe(words[0], words, dict(os.environ, **ENVIRONMENT))
+
+def process_called(live, title):
+    """The Process that a person means by `worker` or `worker.2`, the first without."""
+    processes = processes_of(live)
+    if title is None:
+        if len(processes) > 1:
+            say('dockhand: this is %s; there are also: %s', title_of(processes[0]),
+                ' '.join(title_of(process) for process in processes[1:]))
+        return processes[0]
+
+    known = dict((title_of(process), process) for process in processes)
+    refuse_if(title not in known, 'no process of %s is called %s: %s', live.app,
+              printable(title), ' '.join(title_of(process) for process in processes))
+    return known[title]
 
 def start_live(app, live, is_restart=False):
     """Start a live release and see it answer. One that was stopped is so again where it
@@ -7746,12 +8290,14 @@ def cmd_proxy(app):
     text = complete_proxy(app, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
-@command('config', 'APP [KEY=VALUE...] [--unset] [--values]')
+@command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--values]')
 def cmd_config(app, *changes, **options):
-    """print what only this server knows of an app, or change it; KEY=- reads a secret"""
+    """print what only this server knows of an app, or change it; KEY=- reads a secret,
+    `-` a file of variables; --env: they are variables, whatever their names"""
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
-        wanted = change_config(before, changes, 'unset' in options)
+        wanted = change_config(before, changes, unset='unset' in options,
+                               env='env' in options)
         changed = changed_keys(before, wanted)
 
         if not changes:
@@ -7759,6 +8305,8 @@ def cmd_config(app, *changes, **options):
         elif not changed:
             tell('nothing changed')
         elif live is None:
+            if 'options' in changed and 'options' in wanted:
+                check_options(app, wanted['options'])
             names = noted_names(app)
             app.save_config(wanted)
             give_certificates_back(app, set(names) - set(noted_names(app)))
@@ -7784,8 +8332,6 @@ def release_config(app, live, wanted, changed):
               app.name)
     refuse_if(has_own_file and 'trust' in changed and 'trust' in wanted,
               'whom %s trusts stands in its own nginx-proxy.conf', app.name)
-    refuse_if(live.job and 'overlap' in changed and 'overlap' in wanted,
-              'overlap is for apps without a job: this one is stopped, then started')
     check_edited(app, live, live)
     if live.job and '/apps/%s/env' % app.name not in live.job:
         step('Note: its upstart.conf has no `--env-file %s/apps/%s/env`: it sees no '
@@ -7798,32 +8344,50 @@ def release_config(app, live, wanted, changed):
                           'config ' + ' '.join(changed))
     make_release(app, live, release._replace(
         config=wanted, image=live.image, layers=live.layers, job=live.job,
-        proxy=live.proxy))
+        proxy=live.proxy, procfile=live.procfile))
     clean_up(app, app.live())
 
-def change_config(config, changes, unset):
-    """What words, KEY=VALUE or, to unset one, KEY, make of a config: a new one."""
-    unsets = [word for word in changes if '=' not in word]
+def change_config(config, changes, unset=False, env=False):
+    """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
+    is piped in, or, to unset one, KEY; env: all of them are variables"""
+    unsets = [word for word in changes if '=' not in word and word != '-']
     refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
-    piped = [word for word in changes if word.partition('=')[2] == '-']
+    piped = [word for word in changes if word == '-' or word.partition('=')[2] == '-']
     refuse_if(len(piped) > 1, 'only one KEY=- at a time: the next would find nothing')
 
     wanted = dict(config)
     for word in changes:
-        key, equals, value = word.partition('=')
-
-        if equals:
+        name, equals, value = word.partition('=')
+        if word == '-':
+            for name, value in read_env_file(read_stdin()):
+                wanted[variable_key(name)] = value
+        elif equals:
             if value == '-':
                 value = re.sub(r'\r?\n\Z', '', read_stdin())
-            check_setting(key, value)
-            if key not in config:           # older versions took any
-                check_is_known(key)
-            wanted[key] = value
+            wanted[checked_key(config, name, value, env)] = value
         else:
             refuse_if(not unset, '"%s" is not KEY=VALUE', printable(word))
-            refuse_if(word not in wanted, 'no %s is set', printable(word))
-            del wanted[word]
+            keys = [key for key in (key_meant(wanted, name, env), variable_key(name))
+                    if key in wanted]
+            refuse_if(not keys, 'no %s is set', printable(word))
+            del wanted[keys[0]]
     return wanted
+
+def checked_key(config, name, value, env):
+    """The key of a config that somebody means by a name; Failure where it cannot have
+    this value."""
+    key = key_meant(config, name, env)
+    if key.startswith(ENV):
+        check_variable(name, value)
+    else:
+        check_setting(key, value)
+    return key
+
+def key_meant(config, name, env):
+    """The key for a name that somebody typed: a word that is no setting may be a variable
+    that an app has from the time when any was taken."""
+    is_older = name not in SETTINGS and variable_key(name) in config
+    return variable_key(name) if env or is_older else name
 
 # Https
 

@@ -44,8 +44,8 @@ from lab import (
     public_key, run, servers, together, told, until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
-    ONE_DATA, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA, TWO_WEB,
-    USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
+    ONE_DATA, ONE_TYPES, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA,
+    TWO_TYPES, TWO_WEB, USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
     keys_text, mode_in, pem, release, switch_steps)
 from moments import (
     ACTS, RUNS, about_to, differences, explore, folder_with_room, kill, standing, trials,
@@ -205,7 +205,7 @@ def test_an_image_with_every_port_and_a_volume_in_every_folder_is_read_in_one_pa
     settings = {'ExposedPorts': dict(('%d/tcp' % port, {}) for port in range(1, 65536)),
                 'Volumes': dict(('/a/%d' % number, {}) for number in range(65536))}
     with ending():
-        port, is_web, volumes = dh.read_image(settings, {}, None)
+        port, is_web, volumes = dh.read_image(settings, release())
         job = dh.parse_job('exec docker run --rm blog')
         assert len(dh.check_job(job, 'blog', (), settings['Volumes'])) == 65536
     assert (port, is_web, len(volumes)) == (80, True, 65536)
@@ -540,9 +540,14 @@ def test_a_setting_may_have_any_value_on_one_line(key, value):
     1A        => 1      => "1A" is no name
     A\_B      => 1      => "A B" is no name
     A\n       => 1      => "A?" is no name
-    A         => a\nb   => A: docker's env files hold one line of UTF-8, up to 32 KB
-    A         => a\r    => A: docker's env files hold one line
-    A         => a\0b   => A: docker's env files hold one line
+    A         => a\0b   => A: a variable is text in UTF-8, up to 32 KB: write it as base64
+    PATH      => a\nb   => PATH: docker itself would go by it: a value of several lines
+    HOME      => a\rb   => HOME: docker itself would go by it
+    LD_AUDIT  => a\nb   => LD_AUDIT: docker itself would go by it
+    DOCKER_HOST => a\nb => DOCKER_HOST: docker itself would go by it
+    https_proxy => a\nb => https_proxy: docker itself would go by it
+    SSL_CERT_FILE => a\nb => SSL_CERT_FILE: docker itself would go by it
+    release   => a\nb   => release=a?b: a command is wanted
     port      => 0      => port=0: a number from 1 to 65535 is wanted
     port      => 80/udp => port=80/udp: a number from 1 to 65535 is wanted
     port      => 65536  => port=65536: a number
@@ -591,20 +596,33 @@ def test_a_setting_that_nothing_can_hold_is_refused(key, value, said):
 
 @pytest.mark.parametrize('data, times, said', [
     (b'x', 32769, 'up to 32 KB'), (b'\xc3\xa9', 16385, 'up to 32 KB'),
-    (b'caf\xe9', 1, 'one line of UTF-8')])
-def test_a_value_that_dockers_env_files_cannot_hold_is_refused(data, times, said):
+    (b'caf\xe9', 1, 'text in UTF-8')])
+def test_a_value_that_no_environment_can_hold_is_refused(data, times, said):
     assert said in refusal(dh.check_setting, 'A', dh.to_text(data * times))
     dh.check_setting('A', dh.to_text(b'\xc3\xa9' * 16384))
 
 def test_an_environment_is_written_as_docker_reads_it():
     config = {'B': 'it\'s "a" = #1, $X \\ ', 'A': dh.to_text(b'\xe2\x98\x83'), 'C': '',
               'port': '8000', 'domains': 'a b', 'release': 'x', 'branch': 'b',
-              'overlap': 'no', 'timeout': '5', 'a.b': '1'}
-    assert dh.environment_text(config, 8000) == dh.to_text(
-        b'A=\xe2\x98\x83\nB=it\'s "a" = #1, $X \\ \nC=\nPORT=8000\na.b=1\n')
-    assert dh.environment_text(dict(config, PORT='9'), 8000).count('PORT=') == 1
-    assert 'PORT' not in dh.environment_text(config, None)
-    assert dh.environment_text({}, None) == ''
+              'overlap': 'no', 'timeout': '5', 'a.b': '1', '--env port': '2'}
+    assert dh.environment_text(release(config=config)) == dh.to_text(
+        b'A=\xe2\x98\x83\nB=it\'s "a" = #1, $X \\ \nC=\nGIT_REV=%s\nPORT=8000\n'
+        b'a.b=1\nport=2\n' % dh.to_bytes(SHA))
+    own = release(config=dict(config, PORT='9', GIT_REV='v1'))
+    assert 'GIT_REV=v1\nPORT=9\na' in dh.environment_text(own)
+    assert 'PORT' not in dh.environment_text(release(web=False, config=config))
+    assert dh.environment_text(release(web=False)) == 'GIT_REV=%s\n' % SHA
+
+def test_what_has_several_lines_is_handed_to_docker_by_name_alone():
+    config = {'KEY': 'a\nb', 'CR': 'a\rb', 'A': '1', '--env pem': 'c\n'}
+    app = release(config=config, volumes=[])
+    assert dh.environment_text(app) == 'A=1\nGIT_REV=%s\nPORT=8000\n' % SHA
+    process, = dh.processes_of(app)
+    container = dh.plain_container(app, process, '/env')
+    assert container.env == {'KEY': 'a\nb', 'CR': 'a\rb', 'pem': 'c\n'}
+    assert container.options[3:7] == [
+        '--env-file=/env', '--env=CR', '--env=KEY', '--env=pem']
+    assert 'a\nb' not in repr(container.options)
 
 @pytest.mark.parametrize('words, unset, wanted', [
     (['A=1'], False, {'A': '1', 'port': '80'}),
@@ -636,7 +654,15 @@ def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     overlaps => "overlaps": did you mean "overlap"?
     timout   => "timout": did you mean "timeout"?
     realease => "realease": did you mean "release"?
-    memory   => "memory": they are branch, domains, overlap, port, release, timeout,
+    memory   => "memory": did you mean options="--memory 512m"? variables are in upper
+    volume   => "volume": did you mean options="--memory 512m"?
+    cpu      => "cpu": did you mean options=
+    dockerfile => "dockerfile": did you mean build="--target prod"?
+    subdir   => "subdir": did you mean folder=services/api?
+    healthcheck => "healthcheck": did you mean check=/up?
+    replica  => "replica": did you mean scale="web=2"?
+    command  => "command": commit a Procfile; variables
+    ssl      => "ssl": it is a command: dockhand https; variables
     x        => "x": they are branch,""")
 def test_a_word_in_lower_case_that_is_no_setting_is_refused_with_the_nearest(key, said):
     assert ('no setting is called ' + said) in refusal(
@@ -647,28 +673,72 @@ def test_any_other_name_is_that_of_a_variable(key):
     assert dh.change_config({}, [key + '=1'], False) == {key: '1'}
 
 def test_a_variable_that_an_app_has_may_be_changed_and_taken_away_whatever_its_name():
-    found = {'memory': '1g'}
-    assert dh.change_config(found, ['memory=2g'], False) == {'memory': '2g'}
-    assert dh.change_config(found, ['memory'], True) == {}
+    found = dh.read_config({'memory': '1g', 'check': 'x', 'settings': 'a'})
+    assert dh.change_config(found, ['memory=2g']) == dict(found, **{'--env memory': '2g'})
+    assert dh.change_config(found, ['check=/up']) == dict(found, check='/up')
+    assert dh.change_config(found, ['check=y'], env=True) == dict(
+        found, **{'--env check': 'y'})
+    both = dict(found, check='/up')
+    for env in (False, True):
+        once = dh.change_config(both, ['check'], unset=True, env=env)
+        assert once == dict((key, both[key]) for key in both
+                            if key != ('--env check' if env else 'check'))
+    assert dh.change_config(
+        both, ['memory', 'check', 'settings', 'check'], unset=True) == {}
+
+@pytest.mark.parametrize('record', [
+    {}, {'A': '1', 'domains': 'a', 'check': 'old', 'x': ''}, {'settings': 's'},
+    {'settings': {'check': '/up'}, 'variables': {'check': 'v', 'settings': 'w'}}])
+def test_a_setting_stays_one_and_a_variable_too_however_they_are_called(record):
+    config = dh.read_config(record)
+    assert dh.read_config(dh.config_record(config)) == config
+    variables = record.get('variables') or dict(
+        (key, record[key]) for key in record if key != 'domains')
+    assert dh.variables_of(config) == variables
+    assert config.get('check') == (
+        '/up' if isinstance(record.get('settings'), dict) else None)
+
+def test_a_file_of_variables_is_read_as_docker_reads_it():
+    with standard_input(b'# all\n\n  A=1 # no comment\r\nB="q"\nmemory=2\nport=x\nC=\nA=3'):
+        assert dh.change_config({'Z': '9'}, ['-', 'Y=8']) == {
+            'Z': '9', 'A': '3', 'B': '"q"', '--env memory': '2', '--env port': 'x',
+            'C': '', 'Y': '8'}
+
+@pytest.mark.parametrize('data, said', [
+    (b'A=1\nB\n', 'line 2 of it, `B`, is not NAME=VALUE'),
+    (b'A B=1', 'line 1 of it: "A B" is no name for a variable'),
+    (b'\n\n=1', 'line 3 of it: "" is no name'),
+    (b'A=\xff', 'line 1 of it: A: a variable is text in UTF-8')])
+def test_a_file_of_variables_is_refused_by_line_and_as_a_whole(data, said):
+    with standard_input(data):
+        assert said in refusal(dh.change_config, {}, ['-'])
 
 @pytest.mark.parametrize('data, value', [
     (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
-    (b'a#"\' ', 'a#"\' '), (b'-\n', '-'), (b'', ''),
+    (b'a#"\' ', 'a#"\' '), (b'-\n', '-'), (b'', ''), (b'a\nb\n\n', 'a\nb\n'),
     (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
 def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
     with standard_input(data):
         assert dh.change_config({}, ['A=-'], False) == {'A': value}
 
 @pytest.mark.parametrize('data, times, said', [
-    (b'a\n', 2, "A: docker's env files"), (b'\xff\n', 1, 'one line of UTF-8'),
+    (b'\xff\n', 1, 'text in UTF-8'),
     (b'x', 40000, 'up to 32 KB'), (b'x', 300000, 'larger than')])
 def test_a_secret_that_will_not_do_is_refused(data, times, said):
     with standard_input(data * times):
         assert said in refusal(dh.change_config, {}, ['A=-'], False)
 
-@table('exposed, port, proxied, found, web', """
+@table('exposed, port, more, found, web', """
                         =>      =>     => 0    => False
                         => 9000 =>     => 9000 => True
+                        => none =>     => 0    => False
+    8000/tcp            => none => yes => 0    => False
+                        =>      => web => 5000 => True
+    9000/tcp            =>      => web => 9000 => True
+                        => 81   => web => 81   => True
+                        => none => web => 0    => False
+    8000/tcp            => 81   => worker => 0 => False
+    8000/tcp            =>      => hidden => 8000 => False
                         =>      => yes => 0    => False
     8000/tcp            =>      =>     => 8000 => True
     3000/tcp 8080/tcp 443/tcp  =>      =>     => 8080 => True
@@ -683,16 +753,160 @@ def test_a_secret_that_will_not_do_is_refused(data, times, said):
     53/udp              =>      =>     => 0    => False
     80/udp              =>      =>     => 0    => False
     80/sctp             =>      =>     => 0    => False""")
-def test_what_an_image_exposes_says_what_an_app_is(exposed, port, proxied, found, web):
+def test_what_an_image_exposes_says_what_an_app_is(exposed, port, more, found, web):
     settings = {'ExposedPorts': dict((each, {}) for each in exposed.split()) or None}
     config = {'port': port} if port else {}
-    assert [str(each) for each in dh.read_image(settings, config, proxied)] == [
-        found, web, '[]']
+    if more == 'hidden':
+        config['domains'] = 'none'
+    app = release(config=config, proxy='x' if more == 'yes' else '',
+                  procfile='%s: ./run\n' % more if more.startswith('w') else '')
+    assert [str(each) for each in dh.read_image(settings, app)] == [found, web, '[]']
+    env = dh.environment_text(app._replace(port=int(found), web=web == 'True'))
+    assert ('PORT=%s\n' % found in env) == (found != '0' and (
+        web == 'True' or more == 'hidden'))
 
 def test_an_image_of_any_docker_is_read():
-    assert dh.read_image({}, {}, None) == (0, False, [])
+    assert dh.read_image({}, release()) == (0, False, [])
     volumes = {'/var/lib/b': {}, '/a b': {}}
-    assert dh.read_image({'Volumes': volumes}, {}, None)[2] == ['/a b', '/var/lib/b']
+    assert dh.read_image({'Volumes': volumes}, release())[2] == ['/a b', '/var/lib/b']
+
+# ---- Processes -------------------------------------------------------------------------
+
+def test_a_procfile_is_read_line_by_line():
+    assert dh.parse_procfile(
+        '# what runs\n\nworker: ./work --all  \r\n  web:serve -p $PORT\n'
+        'release: ./migrate; true\nfetch-mail2: a: b\n') == [
+            ('worker', './work --all'), ('web', 'serve -p $PORT'),
+            ('release', './migrate; true'), ('fetch-mail2', 'a: b')]
+
+@table('text, said', r"""
+    web                => Procfile:1: `web` is no `TYPE: COMMAND`, the type in lower case
+    web:               => Procfile:1: `web:` is no `TYPE: COMMAND`
+    : a                => Procfile:1: `: a` is no `TYPE: COMMAND`
+    \n\nWeb: a         => Procfile:3: `Web: a` is no `TYPE: COMMAND`
+    a--b: c            => Procfile:1: `a--b: c` is no
+    a_b: c             => Procfile:1: `a_b: c` is no
+    1a: c              => Procfile:1: `1a: c` is no
+    a b: c             => Procfile:1: `a b: c` is no
+    web: a\nweb: b     => Procfile:2: web is there already
+    run: a             => Procfile:1: no process can be called run: another name is wanted
+    a: b\ncron: c      => Procfile:2: no process can be called cron: what runs at its time
+    # nothing          => Procfile: it names no process""")
+def test_a_line_that_is_no_process_is_refused_by_file_and_line(text, said):
+    assert refusal(dh.parse_procfile, text).startswith(said)
+
+@table('command, words', r"""
+    ./work --all            => ./work|--all
+    serve -p 5000 a:b       => serve|-p|5000|a:b
+    serve -p $PORT          => sh|-c|exec serve -p $PORT
+    work 'a b' > /dev/null  => sh|-c|exec work 'a b' > /dev/null
+    A=1 ./work              => sh|-c|A=1 ./work
+    cd /srv; ./work $A      => sh|-c|cd /srv; ./work $A
+    a && b                  => sh|-c|a && b
+    (a)                     => sh|-c|(a)
+    exec a "$B"             => sh|-c|exec a "$B"
+    while true              => while|true""")
+def test_a_command_is_run_by_a_shell_where_that_knows_a_letter_of_it(command, words):
+    assert dh.command_words(command) == words.split('|')
+
+def names_of(app):
+    return ['%s %s' % (process.name, process.address or '-')
+            for process in dh.processes_of(app)]
+
+def test_each_process_is_a_container_and_each_web_has_an_address():
+    app = release(procfile='mail-in: a\nweb: b\nrelease: c\n', number=7,
+                  config={'scale': 'web=2 mail-in=3'}, addresses=['10.86.0.2', '10.86.0.9'])
+    assert names_of(app) == [
+        'blog--7 10.86.0.2', 'blog--7--2 10.86.0.9', 'blog--7--mail-in -',
+        'blog--7--mail-in--2 -', 'blog--7--mail-in--3 -']
+    assert dh.count_addresses(app) == 2
+    assert [dh.title_of(each) for each in dh.processes_of(app)] == [
+        'web', 'web.2', 'mail-in', 'mail-in.2', 'mail-in.3']
+    assert dh.front_of(app).part == ('blog--7', 'blog--7--2')
+    assert names_of(dh.workers_of(app)) == [
+        'blog--7--mail-in -', 'blog--7--mail-in--2 -', 'blog--7--mail-in--3 -']
+
+@table('procfile, scale, names', """
+                       =>          => blog--3 10.86.0.2
+    release: migrate   =>          => blog--3 10.86.0.2
+    a: x               =>          => blog--3--a -
+    a: x               => a=0      =>
+                       => web=1    => blog--3 10.86.0.2""")
+def test_an_app_has_one_process_unless_its_procfile_says_what_runs(procfile, scale, names):
+    app = release(procfile=procfile, config={'scale': scale} if scale else {})
+    assert ', '.join(names_of(app)) == names
+    assert dh.count_addresses(app) == 1
+
+def test_only_web_has_the_name_of_the_app_and_its_ports():
+    app = release(procfile='web: serve $PORT\nworker: work\n', volumes=['/data', '/tmp/x'],
+                  config={'options': '-p 25:25 -v /srv/x:/tmp/x/ --memory 1g'})
+    web, worker = dh.processes_of(app)
+    assert dh.plain_container(app, web, '/env') == dh.Container(
+        ['--net=dockhand', '--ip=10.86.0.2', '--net-alias=blog', '--env-file=/env',
+         '--add-host=host.docker.internal:10.86.0.1', '--volume=blog--data:/data',
+         '--publish=25:25', '--volume=/srv/x:/tmp/x/', '--memory=1g'],
+        'blog', ['sh', '-c', 'exec serve $PORT'], {}, '/', True, '10')
+    assert dh.plain_container(app, worker, '/env') == dh.Container(
+        ['--net=dockhand', '--env-file=/env', '--add-host=host.docker.internal:10.86.0.1',
+         '--volume=blog--data:/data', '--volume=/srv/x:/tmp/x/', '--memory=1g'],
+        'blog', ['work'], {}, '/', True, '10')
+
+@table('options, said', r"""
+    --name x                 => options: leave out `--name`: dockhand names the containers
+    --net=host               => options: leave out `--net=host`: the apps are on one
+    --network host           => options: leave out `--network`: the apps are on one network
+    --ip 10.0.0.1            => options: leave out `--ip`
+    --ip6 ::1                => options: leave out `--ip6`
+    --net-alias x            => options: leave out `--net-alias`
+    --network-alias x        => options: leave out `--network-alias`
+    --link a                 => options: leave out `--link`
+    --restart always         => options: leave out `--restart`: docker starts them again
+    --cidfile /x             => options: leave out `--cidfile`
+    --volumes-from x         => options: leave out `--volumes-from`: mount what is wanted
+    --pull always            => options: leave out `--pull`: the image is what was pushed
+    -P                       => options: leave out `-P`: say which: -p PORT:PORT
+    -d                       => options: leave out `-d`: a service runs by itself
+    -itm 1g                  => options: leave out `-itm`: a service runs by itself
+    --rm                     => options: leave out `--rm`
+    --help                   => options: leave out `--help`
+    --label dockhand.app=x   => options: leave out `dockhand.app=x`: dockhand's own labels
+    -l dockhand=x            => options: leave out `dockhand=x`
+    --label-file /x          => options: leave out `--label-file`
+    --memory 1g image        => options: `image` is no option, which begins with a dash
+    x                        => options: `x` is no option
+    --                       => options: `--` is no option
+    --memory 1g --           => options: `--` is no option
+    --stop-timeout -1        => options: --stop-timeout wants a number of seconds
+    --stop-timeout 1m        => options: --stop-timeout wants a number of seconds""")
+def test_an_option_that_is_dockhands_is_refused_by_word(options, said):
+    assert refusal(dh.read_options, options).startswith(said)
+
+@pytest.mark.parametrize('options, mounts', [
+    ('-v /srv/a:/a -v b:/b:ro -v /c --tmpfs /d', [('/srv/a', False), ('b', True)]),
+    ('-v a:/a:z,ro -v/b:/b:rw', [('a', True), ('/b', False)]),
+    ('--mount type=bind,source=/a,target=/b --mount src=c,dst=/d,readonly',
+     [('/a', False), ('c', True)]),
+    ('--mount type=tmpfs,dst=/x --mount src=c,dst=/d,ro=false', [('c', False)]),
+    ('--mount \'"src=/a,b",dst=/b,readonly=true\'', [('/a,b', True)]),
+    ('--mount type=volume,dst=/x,volume-opt=o=bind,volume-opt=device=/etc',
+     [('/etc', False)]),
+    ('-p 80:80 --memory 1g', [])])
+def test_what_options_mount_is_known(options, mounts):
+    assert dh.mounts_of(dh.read_options(options)) == [dh.Mount(*each) for each in mounts]
+
+@table('options, safe', """
+    --memory 1g                     => True
+    -v /srv/a:/a:ro --tmpfs /b      => True
+    -p 25:25                        =>
+    -p 127.0.0.1:25:25              =>
+    -v /srv/a:/a                    =>
+    --mount src=a,dst=/a            =>""")
+def test_a_published_port_or_a_mount_that_is_written_wants_a_gap(options, safe):
+    old, new = release(), release(config={'options': options})
+    overlaps = dh.Containers(dh.App(Host(), 'blog')).overlaps
+    assert overlaps(old, new) is overlaps(new, old) is bool(safe)
+    allowed = new._replace(config=dict(new.config, overlap='yes'))
+    assert overlaps(old, allowed)
 
 # ---- Jobs ------------------------------------------------------------------------------
 
@@ -3361,7 +3575,8 @@ def test_an_app_that_listens_for_itself_alone_is_told(plain, address, state, por
     plain.containers['blog--1']['State']['Pid'] = 77
     tcp(plain, 77, 'tcp6' if len(address) > 8 else 'tcp',
         (address + ':1F40', '0' * len(address) + ':0000', state))
-    assert dh.loopback_ports(plain.app, live) == ports
+    open_ports = [8000] if state == '0A' and not ports else []
+    assert dh.listening_ports(plain.app, live) == (ports, open_ports)
 
 def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, capfd):
     plain.docker_network('network', 'create', '--subnet=127.86.0.0/16', 'dockhand')
@@ -3843,6 +4058,199 @@ def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init):
 
 # Handed over, or stopped and started.
 
+def docker_acts(machine):
+    """What docker was told to start and stop, in their order, and nginx's reloads."""
+    return [re.sub(' -t [0-9]+', '', line[len('docker '):]) if line[0] == 'd' else 'nginx'
+            for line in machine.done
+            if re.match('docker (start|stop|update)|nginx -s', line)]
+
+def test_the_new_workers_start_when_the_old_ones_are_stopped_and_then_nginx_turns(plain):
+    plain.lives(ONE_TYPES)
+    plain.push(TWO_TYPES)
+    assert docker_acts(plain) == [
+        'start blog--2', 'update --restart no blog--1--worker', 'stop blog--1--worker',
+        'start blog--2--worker', 'nginx', 'nginx',
+        'update --restart always blog--2 blog--2--worker',
+        'update --restart no blog--1 blog--1--worker', 'stop blog--1 blog--1--worker']
+    assert [plain.containers[name]['command'] for name in ('blog--2', 'blog--2--worker')
+            ] == [['serve'], ['work', 'two']]
+    dh.cmd_rollback(plain.app)
+    assert sorted(name for name, each in plain.containers.items()
+                  if each['State']['Running']) == ['blog--1', 'blog--1--worker']
+
+def test_a_worker_that_dies_is_put_back_with_the_whole_release_and_its_log_shown(
+        plain, capfd):
+    live = plain.lives(ONE_TYPES)
+    before = plain.whole()
+    dying = dict(TWO_TYPES, Procfile='web: serve\nworker: work dies\n')
+    assert refusal(plain.push, dying) == (
+        'release 2 failed its health check: it does not run: worker exited with 1')
+    assert plain.changed(before) == [] and plain.app.live() == live
+    assert plain.containers['blog--1--worker']['policy'] == 'always'
+    assert plain.containers['blog--1--worker']['State']['Running']
+    assert [line for line in docker_acts(plain) if line.startswith('start')] == [
+        'start blog--2', 'start blog--2--worker', 'start blog--1',
+        'start blog--1--worker']
+    assert 'The last lines of the log of worker:\n       its last words' in (
+        capfd.readouterr().err)
+
+def test_a_type_that_has_gone_from_the_procfile_goes_with_the_old_release(plain, capfd):
+    plain.lives(ONE_TYPES, scale='worker=2')
+    plain.push(dict(TWO_TYPES, Procfile='web: serve\n'))
+    assert docker_acts(plain)[:3] == [
+        'start blog--2', 'update --restart no blog--1--worker blog--1--worker--2',
+        'stop blog--1--worker blog--1--worker--2']
+    assert plain.running() == ['sha256:FROMtwo']
+    assert 'Note: scale counts worker, and there is no such process, but web' in (
+        capfd.readouterr().err)
+
+def test_processes_are_counted_by_config_and_each_web_is_a_server_of_the_upstream(
+        plain, capfd):
+    plain.lives(ONE_TYPES)
+    dh.cmd_config(plain.app, 'scale=web=2 worker=3')
+    assert sorted(name for name, each in plain.containers.items()
+                  if each['State']['Running']) == [
+        'blog--2', 'blog--2--2', 'blog--2--worker', 'blog--2--worker--2',
+        'blog--2--worker--3']
+    assert ('upstream blog {\n    server 10.86.0.3:8000;\n    server 10.86.0.4:8000;\n'
+            in plain.served['/etc/nginx/conf.d/blog.conf'])
+    capfd.readouterr()
+    dh.cmd_apps(plain.host)
+    assert capfd.readouterr().out.rstrip().endswith('/  web=2 worker=3')
+    plain.containers['blog--2--worker--2']['State'].update(Running=False, ExitCode=137)
+    dh.cmd_apps(plain.host)
+    out = capfd.readouterr().out
+    assert ' DOWN ' in out and '  worker.2 exited with 137  web=2' in out
+    dh.cmd_recover(plain.host)
+    assert plain.containers['blog--2--worker--2']['State']['Running']
+    dh.cmd_stop(plain.app)
+    assert not any(each['State']['Running'] for each in plain.containers.values())
+    dh.cmd_start(plain.app)
+    dh.cmd_restart(plain.app)
+    assert len(plain.running()) == 5
+    dh.cmd_destroy(plain.app, force=True)
+    assert plain.containers == {}
+
+@pytest.mark.parametrize('words, said', [
+    (['scale=worker=2 x=1'], 'scale counts x, and there is no such process, but web'),
+    (['scale=web=0'], 'scale: without a web process nothing answers; to stop an app'),
+    (['scale=web'], 'scale=web: how many of which process is wanted, as web=2 worker=3'),
+    (['scale=web=1 web=2'], 'scale=web=1 web=2: how many'),
+    (['scale=web=100'], 'scale=web=100: how many'),
+    (['scale='], 'scale=: how many'), (['scale=web=01'], 'how many of which'),
+    (['options=--memory "1g'], 'words of `docker create` are wanted, as --memory 512m'),
+    (['options=--bogus 1'], 'options: unknown flag: --bogus'),
+    (['options=-v wiki--data:/x'], 'options: wiki--data is a volume of wiki'),
+    (['options=--mount src=wiki--a,dst=/x'], 'options: wiki--a is a volume of wiki'),
+    (['options=-v /var/lib/dockhand:/x:ro'], 'options: /var/lib/dockhand is below /var/li'),
+    (['options=-v /var/lib/../lib//dockhand/apps:/x'], 'is below /var/lib/dockhand'),
+    (['options=-v /home/git/.ssh:/x'], 'options: /home/git/.ssh is below /home/git'),
+    (['options=-v ./usr/local/lib/dockhand:/x'], 'is below /usr/local/lib/dockhand'),
+    (['options=-v /var/lib/docker/volumes/wiki--a/_data:/x'], 'is below /var/lib/docker'),
+    (['options=--mount type=volume,dst=/x,volume-opt=o=bind,volume-opt=device=/home/git'],
+     'options: /home/git is below /home/git'),
+    (['options=--name x'], 'options: leave out `--name`'),
+    (['check=up'], 'check=up: the path of a page is wanted, as /up'),
+    (['check=/a b'], 'the path of a page is wanted'),
+    (['port=0'], 'port=0: a number from 1 to 65535 is wanted, or none')])
+def test_a_setting_that_cannot_be_had_is_refused_and_nothing_changes(plain, words, said):
+    plain.lives(ONE_TYPES)
+    before, containers = plain.whole(), str(plain.containers)
+    assert said in refusal(dh.cmd_config, plain.app, *words)
+    assert plain.changed(before) == [] and str(plain.containers) == containers
+
+@pytest.mark.parametrize('words, said', [
+    (['options=--bogus 1'], 'options: unknown flag: --bogus'),
+    (['options=-v wiki--data:/x'], 'options: wiki--data is a volume of wiki')])
+def test_options_are_refused_before_the_first_push_too(plain, words, said):
+    assert said in refusal(dh.cmd_config, plain.app, *words)
+    assert plain.app.config() == {}
+
+@each('setting', 'options=--init check=/up scale=web=2 port=80 overlap=yes')
+@pytest.mark.parametrize('is_live', [False, True])
+def test_what_a_job_says_itself_is_refused_by_name(machine, setting, is_live):
+    key = setting.partition('=')[0]
+    said = '%s is for apps without a job, whose upstart.conf says itself what runs' % key
+    if is_live:
+        machine.lives(FILES)
+        before = machine.whole()
+        assert said in refusal(dh.cmd_config, machine.app, setting)
+    else:
+        machine.nginx()
+        dh.cmd_config(machine.app, setting)
+        before = machine.whole()
+        assert said in refusal(machine.push, FILES, MAIN, ZERO, SHA)
+        assert 'docker build' not in ' '.join(machine.done)
+        return
+    assert machine.changed(before) == []
+
+def test_a_job_and_a_procfile_are_one_too_many(machine):
+    machine.lives(FILES)
+    before = machine.whole()
+    assert refusal(machine.push, dict(FILES_2, Procfile='web: x\n')) == (
+        'upstart.conf says itself what runs, and so does Procfile: remove one of the two')
+    assert machine.changed(before) == []
+
+def test_a_job_of_inits_has_no_variable_of_several_lines(machine):
+    job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % (
+        '/var/lib/dockhand/apps/blog/env')
+    machine.lives(but('job', job))
+    with standard_input(b'a\nb\n'):
+        if machine.init == 'upstart':
+            assert refusal(dh.cmd_config, machine.app, 'KEY=-').startswith(
+                'KEY has several lines, which no job of init can have')
+        else:
+            dh.cmd_config(machine.app, 'KEY=-')
+            create, = [line for line in machine.done if line.startswith('docker create')]
+            assert '--env=KEY' in create and 'a\nb' not in create
+
+@table('config, procfile, said, ran', """
+         => release: up 2 => up 2 => up 2
+    down => release: up   => down => down
+    down => web: x        => down => down
+         => web: x        =>      =>""")
+def test_the_release_command_of_config_goes_before_that_of_the_procfile(
+        plain, capfd, config, procfile, said, ran):
+    plain.lives(ONE_WEB, **{'release': config} if config else {})
+    plain.push(dict(TWO_WEB, Procfile=procfile + '\n'))
+    runs = [line for line in plain.done if line.startswith('docker run')]
+    assert [line.endswith(' sha256:FROMtwo ' + ran) for line in runs] == [True] * bool(ran)
+    err = capfd.readouterr().err
+    assert ('Running the release command: %s\n' % said in err) == bool(said)
+    assert ('that of the Procfile is not run' in err) == bool(
+        config and procfile.startswith('release'))
+
+@pytest.mark.parametrize('was_there', [False, True])
+def test_a_procfile_that_older_versions_did_not_read_is_told(plain, capfd, was_there):
+    plain.lives(ONE_WEB)
+    plain.commits[SHA] = dict(ONE_WEB, **{'Procfile': 'web: x\n'} if was_there else {})
+    plain.push(dict(TWO_WEB, Procfile='web: y\n'))
+    assert ('Note: the Procfile says from now on what runs' in capfd.readouterr().err
+            ) == was_there
+    plain.push(dict(ONE_WEB, Procfile='web: z\n'), old=SHA_2, new='3' * 40)
+    assert 'Note: the Procfile' not in capfd.readouterr().err
+
+def test_the_log_of_a_process_is_shown_by_its_name(plain, capfd):
+    plain.lives(ONE_TYPES, scale='worker=2')
+    live = plain.app.live()
+    capfd.readouterr()
+    assert dh.process_called(live, 'worker.2').name == 'blog--1--worker--2'
+    assert capfd.readouterr().err == ''
+    assert dh.process_called(live, None).name == 'blog--1'
+    assert capfd.readouterr().err == (
+        'dockhand: this is web; there are also: worker worker.2\n')
+    assert refusal(dh.process_called, live, 'w') == (
+        'no process of blog is called w: web worker worker.2')
+
+def test_where_an_app_listens_instead_is_told_with_what_to_type(plain, capfd):
+    live = plain.lives(ONE_WEB, timeout='3')
+    plain.containers['blog--1']['State']['Pid'] = 77
+    tcp(plain, 77, 'tcp', ('00000000:0BB8', '00000000:0000', '0A'))
+    capfd.readouterr()
+    dh.tell_where_it_listens(plain.app, live)
+    assert capfd.readouterr().err == (
+        '-----> It listens on 3000: dockhand config blog port=3000\n')
+
 @pytest.mark.parametrize('overlap', [None, 'yes', 'no'])
 @pytest.mark.parametrize('old, new, expected', [
     ({}, {}, True), ({'volumes': ['/a']}, {}, False), ({}, {'volumes': ['/a']}, False),
@@ -3866,6 +4274,14 @@ CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-al
 --add-host=host.docker.internal:10.86.0.1 %s--label=dockhand.app=blog --init \
 ''' + LOGGED + ' sha256:FROMtwo\n'
 PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
+
+def without_commit(text):
+    """The lines of an environment, but for the commit."""
+    return re.sub(r'GIT_REV=[0-9a-f]{40}\n', '', text)
+
+def env_of(machine, name):
+    """What a container was given, but for the commit."""
+    return without_commit(machine.containers[name]['env'])
 STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
 TAGGED = 'docker tag blog:2 blog:latest\n'
 SETTLED = 'docker update --restart always blog--2\n'
@@ -3900,7 +4316,7 @@ def test_a_plain_web_app_is_switched_in_this_order(
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(2)}
     policies = dict((name, each['policy']) for name, each in plain.containers.items())
     assert policies == {'blog--1': 'no', 'blog--2': 'always'}
-    assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
+    assert env_of(plain, 'blog--2') == 'PORT=8000\n'
     live = plain.app.live()
     assert (live.number, live.port, live.web, live.addresses, live.config, live.job) == (
         2, 8000, True, ['10.86.0.3'], config, '')
@@ -4991,7 +5407,7 @@ def test_a_release_command_runs_in_the_new_image_before_the_switch(plain, capfd)
         '--add-host=host.docker.internal:10.86.0.1 --volume=blog--data:/data '
         '--pids-limit=4096 sha256:FROMtwo migrate --to a b')
     assert plain.ran == {'volumes': ['blog--data'], 'address': None,
-                         'env': 'A=1\nPORT=8000\n',
+                         'env': 'A=1\nGIT_REV=%s\nPORT=8000\n' % SHA_2,
                          'network': plain.networks['dockhand']['Id'],
                          'image': 'sha256:FROMtwo'}
     at = plain.done.index(found)
@@ -5563,7 +5979,8 @@ def test_a_push_says_what_the_app_is_where_that_is_new(plain, capfd, more, said,
     served = {'/etc/nginx/conf.d/blog.conf': plain_proxy(1, port=3000)}
     assert plain.served == (served if live.web else {})
     env = 'PORT=3000\n' if live.web else ''
-    assert plain.containers['blog--1']['env'] == env
+    assert env_of(plain, 'blog--1') == env
+    env = 'GIT_REV=%s\n' % SHA + env
     assert plain.files()['/var/lib/dockhand/apps/blog/releases/1/env'][:2] == (
         dh.to_bytes(env), '600')
     assert plain.running() == ['sha256:FROMone']
@@ -5881,6 +6298,7 @@ def test_each_command_takes_what_its_pattern_promises():
         options = re.findall(r'\[--?([a-z]+)', pattern)
         words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
         words = words.replace('[N]', 'number').replace('[APP]', 'name')
+        words = words.replace('[PROCESS]', 'process')
         words = words.strip('[]').lower().split()
         words = [word for word in words if word != 'app']       # it is an App by then
         taken = [] if code.co_flags & 8 else options            # **options takes any
@@ -6252,11 +6670,13 @@ def test_config_may_be_set_before_the_first_push(plain, capfd):
             'releases', 'env', 'live'))] * len(plain.done)
     dh.cmd_recover(plain.host)
     assert refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
-    assert json.loads(plain.read(CONFIG))['port'] == '9000'
+    assert json.loads(plain.read(CONFIG)) == {
+        'settings': {'port': '9000', 'release': 'migrate --all'},
+        'variables': {'A': 'it\'s "x" #1'}}
     plain.push(ONE_WEB, old=ZERO, new=SHA)
     live = plain.app.live()
     assert (live.port, live.config['port']) == (9000, '9000')
-    assert plain.containers['blog--2']['env'] == 'A=it\'s "x" #1\nPORT=9000\n'
+    assert env_of(plain, 'blog--2') == 'A=it\'s "x" #1\nPORT=9000\n'
 
 @each('path', '/etc/init/blog.conf /etc/init.d/blog /etc/nginx/conf.d/blog.conf')
 def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
@@ -6277,7 +6697,7 @@ def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     assert '\n'.join(plain.done) + '\n' == (
         CHANGED + CREATED.replace('two', 'one') % '' + HANDED_OVER
         + 'timeout 2 getent ahosts blog.org\n')
-    assert plain.containers['blog--2']['env'] == 'A=new\nPORT=8000\n'
+    assert env_of(plain, 'blog--2') == 'A=new\nPORT=8000\n'
     assert plain.served == {
         '/etc/nginx/conf.d/blog.conf': plain_proxy(2, 'blog.org www.blog.org')}
     live, wanted = plain.app.live(), {
@@ -6301,7 +6721,7 @@ def test_config_prints_values_of_secrets_on_request_only(plain, capfd):
     assert plain.done == []
 
 @pytest.mark.parametrize('words, unset, said', [
-    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\nb'], {}, 'hold one line'),
+    (['A=1', 'no'], {}, '"no" is not KEY=VALUE'), (['A=a\0b'], {}, 'text in UTF-8'),
     (['A=1', 'B'], {'unset': True}, 'no B is set'),
     (['domains=wiki.org'], {}, '"wiki.org" is taken')])
 def test_a_config_that_is_refused_changes_nothing(plain, words, unset, said):
@@ -6366,7 +6786,7 @@ def test_a_port_that_is_unset_makes_no_web_app_any_more(plain, exposed):
     dh.cmd_config(plain.app, 'port', unset=True)
     live = plain.app.live()
     assert not live.web and live.proxy == '' and plain.served == {}
-    assert plain.containers['blog--2']['env'] == ''
+    assert env_of(plain, 'blog--2') == ''
 
 @each('own', 'job proxy')
 def test_domains_that_an_app_says_itself_are_not_taken_from_its_config(plain, own):
@@ -6383,7 +6803,7 @@ def test_a_front_is_trusted_from_a_change_of_config_to_the_next(plain):
     plain.lives(ONE_WEB)
     dh.cmd_config(plain.app, 'trust=10.0.0.0/8')
     assert '\n    10.0.0.0/8 1;\n' in plain.served[PROXY_FILE]
-    assert plain.containers['blog--2']['env'] == 'PORT=8000\n'
+    assert env_of(plain, 'blog--2') == 'PORT=8000\n'
     dh.cmd_config(plain.app, 'trust', unset=True)
     assert 'geo' not in plain.served[PROXY_FILE]
     dh.cmd_rollback(plain.app)
@@ -6426,15 +6846,16 @@ def test_a_job_app_finds_its_config_as_a_file(machine):
     machine.lives(but('job', job), A='1')
     dh.cmd_config(machine.app, 'A=2', 'B=a "b" #c')
     if machine.init == 'upstart':
-        assert machine.files()[path][:2] == (b'A=2\nB=a "b" #c\n', '600')
+        assert machine.files()[path][1] == '600'
+        assert without_commit(machine.read(path)) == 'A=2\nB=a "b" #c\n'
         assert machine.done[-1] == 'timeout 60 start blog'
     else:
-        assert machine.containers['blog--2']['env'] == 'A=2\nB=a "b" #c\n'
+        assert env_of(machine, 'blog--2') == 'A=2\nB=a "b" #c\n'
     dh.cmd_rollback(machine.app)
     if machine.init == 'upstart':
-        assert machine.read(path) == 'A=1\n'
+        assert without_commit(machine.read(path)) == 'A=1\n'
     else:
-        assert machine.containers['blog--1']['env'] == 'A=1\n'
+        assert env_of(machine, 'blog--1') == 'A=1\n'
     assert machine.app.config() == {'A': '1'}
 
 def test_config_says_which_branch_is_deployed(plain):

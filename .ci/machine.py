@@ -279,9 +279,16 @@ class Machine(object):
     def docker_create(self, *words):
         if words[2] in self.containers:
             return Result(1, '', 'Conflict. The name "/x" is already in use by y.\n')
-        found = [self.find(word) for word in words if self.find(word)]
-        made = self.container('c%d' % self.next(), found[0]['Id'])
-        self.containers[words[2]] = dict(made, Name='/' + words[2], **self.given(words))
+        if words[-1] == 'sha256:' + 64 * '0':
+            unknown = [word for word in words if word.startswith('--bogus')]
+            return Result(1, '', 'unknown flag: %s\n\nUsage:  docker create x\n\nRun '
+                          "'docker create --help' for more information\n" % unknown[0]
+                          if unknown else 'Error response from daemon: No such image: x\n')
+        at = [at for at, word in enumerate(words) if self.find(word)][0]
+        made = self.container('c%d' % self.next(), self.find(words[at])['Id'])
+        self.containers[words[2]] = dict(made, Name='/' + words[2],
+                                         command=list(words[at + 1:]),
+                                         **self.given(words[:at]))
 
     def container(self, name, image):
         return {'Id': name, 'Image': image, 'RestartCount': 0, 'policy': 'no',
@@ -315,40 +322,49 @@ class Machine(object):
         if found['State']['Running']:
             return
         others = [each for each in self.containers.values() if each['State']['Running']]
+        worker = '/?blog--([0-9]+)--[a-z]'
+        if re.match(worker, name):      # no two releases' workers, at any moment
+            numbers = re.findall(worker, ' '.join(each['Name'] for each in others))
+            assert set(numbers) <= set(re.findall(worker, name))
         if found.get('network') not in [None] + [n['Id'] for n in self.networks.values()]:
             return Result(1, '', 'network %s not found\n' % found['network'])
         assert found['address'] not in [each['address'] for each in others] or (
             not found['address'])
         for each in others:
             assert self.shares or not set(found['volumes']) & set(each['volumes'])
-        found['State'] = {'Running': 'dies' not in found['Image'], 'ExitCode': 1,
+        dies = 'dies' in found['Image'] or 'dies' in found.get('command', ())
+        found['State'] = {'Running': not dies, 'ExitCode': 1,
                           'StartedAt': str(self.next())}
         config = (self.find(found['Image']) or {}).get('Config') or {}
         if 'Healthcheck' in config:
             sick = 'un' if 'sick' in found['Image'] else ''
             found['State']['Health'] = {'Status': sick + 'healthy'}
 
-    def docker_stop(self, _, t, seconds, name):
+    def of_all(self, names, act):
+        """Docker does what it is told to all that are there, and names the others."""
+        assert names
+        there = [self.find(name) for name in names]
+        for found in filter(None, there):
+            act(found)
+        said = 'Error response from daemon: No such container: x\n' * there.count(None)
+        return Result(1 if said else 0, '', said)
+
+    def docker_stop(self, _, t, seconds, *names):
+        def stop(found):
+            found['State'].update(Running=False)
+            if found['Id'].startswith('cjob'):      # docker run --rm
+                self.remove(found)
         assert t == '-t' and seconds.isdigit()
-        found = self.find(name)
-        if not found:
-            return Result(1, '', 'Error response from daemon: No such container: x\n')
-        found['State'].update(Running=False)
-        if found['Id'].startswith('cjob'):      # docker run --rm
-            self.remove(found)
+        return self.of_all(names, stop)
 
-    def docker_update(self, _, option, policy, name):
+    def docker_update(self, _, option, policy, *names):
         assert option == '--restart'
-        if name not in self.containers:
-            return Result(1, '', 'Error response from daemon: No such container: x\n')
-        self.containers[name]['policy'] = policy
+        return self.of_all(names, lambda found: found.update(policy=policy))
 
-    def docker_rm(self, _, f, *words):
-        found = self.find(words[-1])
-        assert (f,) + words[:-1] in (('-f',), ('-f', '-v'))
-        if not found:
-            return Result(1, '', 'Error response from daemon: No such container: x\n')
-        self.remove(found)
+    def docker_rm(self, _, *words):
+        names = [word for word in words if word not in ('-f', '-v')]
+        assert words[0] == '-f'
+        return self.of_all(names, self.remove)
 
     def docker_diff(self, _, name):
         return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
@@ -652,6 +668,9 @@ class Machine(object):
             for line in ('object ' + SHA, 'type commit', 'tag v1.0', '', 'tag me'):
                 self.each(line)
             return
+        if how == '-e':
+            commit, _, path = name.partition(':')
+            return Result(0 if path in self.commits[commit] else 128, '', '')
         assert how == '-t'
         if name not in self.commits:
             return Result(128, '', 'fatal: Not a valid object name %s\n' % name)
@@ -744,7 +763,8 @@ class Machine(object):
         made = release(
             number=number, commit=commit, seconds=seconds, image=self.images[tag]['Id'],
             config=config, job=JOB_HEADER + job if job else '',
-            proxy=PROXY_HEADER + proxy if proxy else '', **OF_A_JOB)
+            proxy=PROXY_HEADER + proxy if proxy else '',
+            procfile=files.get('Procfile'), **OF_A_JOB)
         if not job:
             settings = self.images[tag]['Config']
             made = dh.complete_plain(self.app, self.app.live(), made, settings)
@@ -857,6 +877,9 @@ def an_app(name, more='EXPOSE 8000', proxy=None):
     return dict(files, **{'nginx-proxy.conf': proxy} if proxy else {})
 
 ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
+ONE_TYPES, TWO_TYPES = [
+    dict(an_app(name, 'EXPOSE 8000'), Procfile='worker: work %s\nweb: serve\n' % name)
+    for name in ('one', 'two')]
 NAMED = ('server {\n    listen 80;\n    server_name here.org www.here.org;\n'
          '    location / { proxy_pass http://blog; }\n}\n')
 ONE_NAMED, TWO_NAMED = [an_app(name, proxy=NAMED) for name in ('one', 'two')]
