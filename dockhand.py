@@ -1089,7 +1089,7 @@ def are_words(value):
 def is_folder(value):
     """Whether a value is the path of a folder of a repository: services/api."""
     parts = value.split('/')
-    return all(re.match(r'[\w.@+-]+\Z', part) and part not in ('.', '..', '.git')
+    return all(re.match(r'[\w.@+][\w.@+-]*\Z', part) and part not in ('.', '..', '.git')
                for part in parts)
 
 def is_url_path(value):
@@ -1553,7 +1553,8 @@ JOB_CHECKS = [
 
 # Options of `docker run` that take no value, and the letters for those with and without.
 FLAGS = set('''detach disable-content-trust help init interactive no-healthcheck quiet rm
-    tty oom-kill-disable privileged publish-all read-only sig-proxy use-api-socket'''.split())
+    oom-kill-disable privileged publish-all read-only sig-proxy tty
+    use-api-socket'''.split())
 LETTERS = dict(zip('acdehilmpPqtuvw', '''attach cpu-shares detach env hostname interactive
     label memory publish publish-all quiet tty user volume workdir'''.split()))
 SINGLE_DASH = set('''rm name sig-proxy privileged cidfile entrypoint link expose dns
@@ -2153,6 +2154,84 @@ def grace_of(release):
     given = [option.value for option in own_options(release)
              if option.name == 'stop-timeout']
     return given[-1] if given else '10'
+
+# Options of `docker build` that config may have: those with a value, and those without
+BUILD_OPTIONS = '''add-host build-arg file label network platform secret shm-size target
+    ulimit'''.split()
+BUILD_FLAGS = ['no-cache', 'pull']
+
+def read_build(text):
+    """The [Option] of config's `build`; Failure for a word that is none of ours."""
+    import shlex
+    options = []
+    words = deque(shlex.split(text))
+    while words:
+        word = words.popleft()
+        name, equals, value = word.partition('=')
+        if word.startswith('-f'):
+            name, equals, value = '--file', word[2:], word[2:].lstrip('=')
+        name = name[2:] if name.startswith('--') else ''
+
+        refuse_if(name not in BUILD_OPTIONS + BUILD_FLAGS, 'build: `%s` is not taken; '
+                  'these are: -f --%s', printable(word),
+                  ' --'.join(sorted(BUILD_FLAGS + BUILD_OPTIONS)))
+        if name in BUILD_OPTIONS and not equals:
+            refuse_if(not words, 'build: `%s` wants a value', word)
+            value = words.popleft()
+        option = Option(name, value, word)
+        check_build_option(option)
+        options.append(option)
+    return options
+
+def check_build_option(option):
+    """Failure for an Option of `docker build` that reads or writes what only root may, or
+    that nothing can follow."""
+    name, value = option.name, option.value
+    refuse_if(name == 'file' and not is_folder(value), 'build: -f wants the path of a '
+              'file of the repository, as docker/prod.Dockerfile')
+    refuse_if(name == 'network' and value not in ('default', 'none', 'host'),
+              'build: --network wants default, none or host')
+    refuse_if(name == 'label' and value.startswith('dockhand'), 'build: leave out `%s`: '
+              "dockhand's own labels begin like this", printable(value))
+    if name == 'secret':
+        said = dict(field.partition('=')[::2] for field in value.split(','))
+        is_ours = set(said) <= set(['id', 'env', 'type']) and said.get('type') in (
+            None, 'env')
+        refuse_if(not is_ours or not said.get('id') or not said.get('env'),
+                  'build: `--secret %s`: write --secret id=NAME,env=VARIABLE',
+                  printable(value))
+
+    for variable in variables_named([option]):
+        check_variable(variable, '')
+        refuse_if(steers_docker(variable), 'build: docker itself would go by `%s`: the '
+                  'variable wants another name', variable)
+
+def variables_named(options):
+    """The variables that some [Option] of `docker build` take their values from."""
+    names = []
+    for option in options:
+        if option.name == 'build-arg' and '=' not in option.value:
+            names.append(option.value)
+        if option.name == 'secret':
+            fields = [field.partition('=') for field in option.value.split(',')]
+            names += [said for key, _, said in fields if key == 'env']
+    return names
+
+def build_options(config):
+    """The [Option] of `docker build` in a config."""
+    return read_build(config['build']) if 'build' in config else []
+
+def dockerfile_of(config):
+    """Where the Dockerfile is, as config says it."""
+    named = [option.value for option in build_options(config) if option.name == 'file']
+    return named[-1] if named else 'Dockerfile'
+
+def is_built_alike(before, after):
+    """Whether two configs make the same image of a commit."""
+    names = variables_named(build_options(before) + build_options(after))
+    return all(variables_of(before).get(name) == variables_of(after).get(name)
+               for name in names) and all(
+        before.get(key) == after.get(key) for key in ('build', 'folder'))
 
 # What an option mounts. source: a path, the name of a volume, or ''
 Mount = namedtuple('Mount', 'source is_read_only')
@@ -4069,8 +4148,9 @@ class Docker(object):
 
     # Images
 
-    def build(self, folder, tag, layers, *options):
+    def build(self, folder, tag, layers, options=(), env=None):
         """Build an image from a folder; the output goes to the pusher as it comes.
+        options: words of `docker build`; env: variables that these name
         layers: a list, gets the ids of what it made, or used again, on the way: of images
         with the older builder, of what buildx keeps with that (there also what somebody
         else builds meanwhile, which is but a cache)"""
@@ -4083,9 +4163,9 @@ class Docker(object):
             if line and not line.startswith(ADVICE):
                 heard.append(line)
                 detail(line)
-        argv = ('docker', 'build', '--force-rm', '-t', tag) + options + (folder,)
+        argv = ('docker', 'build', '--force-rm', '-t', tag) + tuple(options) + (folder,)
         try:
-            status = self.host.ask(argv, each=hear, idle=say_busy).status
+            status = self.host.ask(argv, each=hear, idle=say_busy, env=env).status
         finally:
             after = self.build_cache()
             layers.extend(stages.layers)
@@ -5843,13 +5923,45 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
         refuse_if(deaths > 3, 'it keeps dying and being started again')
 
         missing = silent_ports(engine.host, state)
+        left = begun + timeout - clock.monotonic()
+        if state.alive and not missing and answered is None:
+            missing = page_problem(engine.host, release, max(1, min(left, PAGE_TIMEOUT)))
         if state.alive and not missing:
             answered = answered or clock.monotonic()
             if clock.monotonic() - since >= steady:
                 return answered
         if clock.monotonic() - begun > timeout:
-            raise Failure('after %d s %s', timeout, missing or 'it is not running yet')
+            raise Failure('after %d s %s (config timeout=N gives it more time)', timeout,
+                          missing or 'it is not running yet')
         clock.sleep(0.1)
+
+PAGE_TIMEOUT = 10               # seconds for one answer, of those that a check has
+
+def page_problem(host, release, timeout):
+    """What is wrong with the page that config's `check` names, '' where nothing is: each
+    process that answers requests is asked."""
+    path = release.config.get('check')
+    if path is None or not release.port:
+        return ''
+
+    name = (names_for_https(release.proxy or '') + [release.app])[0]
+    for process in processes_of(front_of(release)):
+        try:
+            answer = fetch_head(host, name, release.port, timeout, process.address, path)
+            if re.match('[23][0-9][0-9]\\Z', status_in(answer)):
+                continue
+            answer = fetch_head(host, name, release.port, timeout, process.address, path,
+                                end=b'\0')
+        except EnvironmentError as error:
+            return 'GET %s: %s' % (path, error.strerror or error)
+        return 'GET %s answers %s' % (path, answer_text(answer))
+    return ''
+
+def answer_text(answer):
+    """The status of an answer, and the first line of its body, for a terminal."""
+    head, _, body = answer.partition('\r\n\r\n')
+    lines = [line.strip() for line in body.split('\n') if line.strip()]
+    return and_then(status_in(head), printable(''.join(lines[:1]), 160))
 
 def and_then(text, reason):
     return text + ', ' + reason if reason else text
@@ -7068,11 +7180,14 @@ def build_release(app, live, release, options=()):
 def build_commit(app, live, release, options):
     """The Release with the files of its commit, its image built from them."""
     check_tree(app, release.commit)
-    folder = app.build_folder()
+    tree = app.build_folder()
     layers = []
     try:
-        app.host.run(['mkdir', folder], account=app.host.git_account())
-        check_out(app, release.commit, folder)
+        app.host.run(['mkdir', tree], account=app.host.git_account())
+        check_out(app, release.commit, tree)
+        folder = folder_in(tree, release.config.get('folder'))
+        if live is not None:
+            tell_no_change(app, live, release)
         release = check_files(release, folder)
         check_config(app, live, release)
         if live is not None and live.procfile is None and release.procfile:
@@ -7086,7 +7201,8 @@ def build_commit(app, live, release, options):
             check_pushed_proxy(app, release)
 
         step('Building %s', image_tag(release))
-        app.docker.build(folder, image_tag(release), layers, *options)
+        more, env = own_build(release, folder)
+        app.docker.build(folder, image_tag(release), layers, list(options) + more, env)
         release = release._replace(layers=layers)
         if not release.plan:
             app.save_record(release)        # or a crash would leave them unnoted
@@ -7114,6 +7230,7 @@ NOT_FOR_JOBS = ('overlap', 'options', 'check', 'scale', 'port')
 def check_config(app, live, release):
     """Failure for what config says and this release cannot have. live: may be None"""
     config = release.config
+    check_named(app, config)
     if release.job:
         for key in NOT_FOR_JOBS:
             refuse_if(key in config, '%s is for apps without a job, whose upstart.conf '
@@ -7130,6 +7247,12 @@ def check_config(app, live, release):
     check_scale(app, live, release)
     if 'options' in config:
         check_options(app, config['options'])
+
+def check_named(app, config):
+    """Failure where config's `build` names a variable that config has not."""
+    for name in variables_named(build_options(config)):
+        refuse_if(name not in variables_of(config), 'build names %s, and config has no '
+                  'such variable: dockhand config %s %s=-', name, app.name, name)
 
 def check_scale(app, live, release):
     """Failure where config counts processes that a release has not; of one that has gone
@@ -7228,12 +7351,85 @@ def check_out(app, commit, folder, patience=CHECKOUT_TIMEOUT):
     refuse_if(status, 'git checkout-index failed (%d): %s', status,
               last_line('\n'.join(heard)) or 'it says nothing')
 
+def folder_in(tree, path):
+    """The folder of a commit that config's `folder` says, be it None; Failure where it is
+    none. No link is followed on the way."""
+    if path is None:
+        return tree
+    check_way(tree, path, 'folder=%s' % path)
+    folder = os.path.join(tree, path)
+    refuse_if(not os.path.isdir(folder), 'folder=%s: there is no such folder in this '
+              'commit', path)
+    return folder
+
+def check_way(folder, path, what):
+    """Failure where a folder on the way to a pushed file is a link. what: it, in words"""
+    for part in path.split('/'):
+        folder = os.path.join(folder, part)
+        refuse_if(os.path.islink(folder), '%s: `%s` is a link: commit what it leads to',
+                  what, part)
+
+def tell_no_change(app, live, release):
+    """Say where a push changes nothing in the folder of the app: it is deployed all the
+    same."""
+    path = release.config.get('folder')
+    if path is None or live.config.get('folder') != path or live.commit == release.commit:
+        return
+    trees = [app.git('rev-parse', '%s:%s' % (commit, path), act=app.host.ask).out
+             for commit in (live.commit, release.commit)]
+    if trees[0] == trees[1] != '':
+        step('Nothing below %s has changed', path)
+
+def own_build(release, folder):
+    """([word] of `docker build` that config has, the variables that these name)."""
+    words = []
+    options = build_options(release.config)
+    for option in options:
+        value = option.value
+        if option.name == 'file':
+            value = os.path.join(folder, value)
+        words.append('--%s=%s' % (option.name, value) if value else '--' + option.name)
+
+    variables = variables_of(release.config)
+    env = dict((name, variables[name]) for name in variables_named(options))
+    if any(option.name == 'secret' for option in options):
+        env['DOCKER_BUILDKIT'] = '1'            # the older builder knows no secrets
+    return words, env
+
+def check_dockerfile(release, folder):
+    """Failure where there is no Dockerfile, with what there is instead, and what to
+    type."""
+    name = dockerfile_of(release.config)
+    check_way(folder, name, name)
+    read_pushed(folder, '.dockerignore')
+    read_pushed(folder, name + '.dockerignore')     # docker prefers that
+    if read_pushed(folder, name) is not None:
+        return
+
+    refuse_if(name != 'Dockerfile', 'no %s in this commit, which config names: dockhand '
+              'config %s build="-f ..."', name, release.app)
+    names = sorted(os.listdir(folder))
+    alike = [each for each in names if each.lower() == 'dockerfile']
+    refuse_if(alike, 'no Dockerfile in this commit, but `%s`: git mv %s Dockerfile',
+              printable(''.join(alike[:1])), printable(''.join(alike[:1])))
+    inner = [each for each in names if os.path.lexists(
+        os.path.join(folder, each, 'Dockerfile'))]
+    where = '/'.join(filter(None, [release.config.get('folder'), ''.join(inner[:1])]))
+    refuse_if(inner, 'no Dockerfile at the top of this commit, but in `%s`: dockhand '
+              'config %s folder=%s', printable(where), release.app, printable(where))
+    named = [each for each in names if 'dockerfile' in each.lower().split('.')]
+    refuse_if(named, 'no Dockerfile in this commit, but `%s`: dockhand config %s build='
+              '"-f %s"', printable(''.join(named[:1])), release.app,
+              printable(''.join(named[:1])))
+
+    refuse_if('Procfile' in names, 'a Procfile says what runs, and no Dockerfile in this '
+              'commit how to build it: add one')
+    raise Failure('no Dockerfile in this commit: it says how to build the app; a compose '
+                  'file is not read, push each service by itself')
+
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""
-    refuse_if(read_pushed(folder, 'Dockerfile') is None, 'no Dockerfile in this commit: '
-              'it says how to build the app; a compose file is not read, push each '
-              'service by itself')
-    read_pushed(folder, '.dockerignore')
+    check_dockerfile(release, folder)
     job = read_pushed(folder, 'upstart.conf')
     procfile = read_pushed(folder, 'Procfile') or ''
     if procfile:
@@ -7351,6 +7547,8 @@ def complete_plain(app, live, release, settings):
         if not release.plan:
             app.save(release)
 
+    refuse_if('check' in release.config and not port, 'check is for an app with a port: '
+              'dockhand config %s port=N', app.name)
     is_older = live is not None and live.image == release.image
     check_proxy_change(app, release, is_older)
     if is_older:
@@ -8305,6 +8503,7 @@ def cmd_config(app, *changes, **options):
         elif not changed:
             tell('nothing changed')
         elif live is None:
+            build_options(wanted)
             if 'options' in changed and 'options' in wanted:
                 check_options(app, wanted['options'])
             names = noted_names(app)
@@ -8342,9 +8541,12 @@ def release_config(app, live, wanted, changed):
         branch = DEFAULT_BRANCHES[0]
     release = new_release(app, branch, live.commit, person(),
                           'config ' + ' '.join(changed))
-    make_release(app, live, release._replace(
-        config=wanted, image=live.image, layers=live.layers, job=live.job,
-        proxy=live.proxy, procfile=live.procfile))
+    release = release._replace(config=wanted)
+    if is_built_alike(live.config, wanted):
+        release = release._replace(
+            image=live.image, layers=live.layers, job=live.job, proxy=live.proxy,
+            procfile=live.procfile)
+    make_release(app, live, release)
     clean_up(app, app.live())
 
 def change_config(config, changes, unset=False, env=False):

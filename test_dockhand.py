@@ -894,6 +894,61 @@ def test_an_option_that_is_dockhands_is_refused_by_word(options, said):
 def test_what_options_mount_is_known(options, mounts):
     assert dh.mounts_of(dh.read_options(options)) == [dh.Mount(*each) for each in mounts]
 
+@table('text, said', r"""
+    -t x                         => build: `-t` is not taken; these are: -f --add-host
+    -o /root                     => build: `-o` is not taken
+    --output /root               => build: `--output` is not taken
+    --iidfile /etc/x             => build: `--iidfile` is not taken
+    --metadata-file /etc/x       => build: `--metadata-file` is not taken
+    --build-context a=/root      => build: `--build-context` is not taken
+    --cache-to type=local,dest=/ => build: `--cache-to` is not taken
+    --ssh default                => build: `--ssh` is not taken
+    --allow security.insecure    => build: `--allow` is not taken
+    --cgroup-parent x            => build: `--cgroup-parent` is not taken
+    x                            => build: `x` is not taken
+    --                           => build: `--` is not taken
+    --target                     => build: `--target` wants a value
+    -f                           => build: `-f` wants a value
+    -f -                         => build: -f wants the path of a file of the repository
+    -f /etc/passwd               => build: -f wants the path of a file
+    -f ../x                      => build: -f wants the path of a file
+    -f a/../../x                 => build: -f wants the path of a file
+    --file=-                     => build: -f wants
+    --secret id=a,src=/etc/shadow => build: `--secret id=a,src=/etc/shadow`: write --secret
+    --secret id=a                => build: `--secret id=a`: write --secret id=NAME,env=VAR
+    --secret id=a,env=A,src=/x   => write --secret id=NAME,env=VARIABLE
+    --secret id=a,type=file,env=A => write --secret id=NAME,env=VARIABLE
+    --secret env=A               => write --secret id=NAME,env=VARIABLE
+    --secret id=a,env=PATH       => build: docker itself would go by `PATH`
+    --build-arg HOME             => build: docker itself would go by `HOME`
+    --build-arg LD_PRELOAD       => build: docker itself would go by `LD_PRELOAD`
+    --build-arg=DOCKER_HOST      => build: docker itself would go by `DOCKER_HOST`
+    --build-arg BUILDKIT_SYNTAX  => build: docker itself would go by `BUILDKIT_SYNTAX`
+    --build-arg HTTPS_PROXY      => build: docker itself would go by `HTTPS_PROXY`
+    --build-arg 1A               => "1A" is no name for a variable
+    --label dockhand.app=x       => build: leave out `dockhand.app=x`
+    --network container:shop--1  => build: --network wants default, none or host""")
+def test_words_of_a_build_that_reach_out_of_it_are_refused(text, said):
+    assert said in refusal(dh.read_build, text)
+
+def test_the_words_of_a_build_are_docker_words_and_name_what_they_want():
+    config = {'build': '--build-arg A=1 --build-arg TOKEN --target prod --no-cache --pull '
+              '--secret id=npm,env=NPM -f docker/prod.Dockerfile --label a="b c" '
+              '--network none --ulimit nofile=9 --shm-size 1g --add-host a:1.2.3.4 '
+              '--platform linux/amd64', 'TOKEN': 't', 'NPM': 'n', 'OTHER': 'o'}
+    words, env = dh.own_build(release(config=config), '/b')
+    assert words == [
+        '--build-arg=A=1', '--build-arg=TOKEN', '--target=prod', '--no-cache', '--pull',
+        '--secret=id=npm,env=NPM', '--file=/b/docker/prod.Dockerfile', '--label=a=b c',
+        '--network=none', '--ulimit=nofile=9', '--shm-size=1g', '--add-host=a:1.2.3.4',
+        '--platform=linux/amd64']
+    assert env == {'TOKEN': 't', 'NPM': 'n', 'DOCKER_BUILDKIT': '1'}
+    assert dh.dockerfile_of(config) == 'docker/prod.Dockerfile'
+    assert dh.own_build(release(), '/b') == ([], {})
+    for other, alike in [({}, True), ({'OTHER': '2'}, True), ({'TOKEN': '2'}, False),
+                         ({'folder': 'a'}, False), ({'build': '--pull'}, False)]:
+        assert dh.is_built_alike(config, dict(config, **other)) is alike
+
 @table('options, safe', """
     --memory 1g                     => True
     -v /srv/a:/a:ro --tmpfs /b      => True
@@ -3181,7 +3236,7 @@ def test_a_tag_is_moved_by_docker_before_1_10_too():
     did not complete: exit code: 137         => 1   => out of memory
     exec /bin/sh: exec format error          => 1   => exec format error''')
 def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
-    def run(argv, each=None, idle=None):
+    def run(argv, each=None, idle=None, env=None):
         if each:
             each(heard)
         return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
@@ -3239,7 +3294,7 @@ def test_an_app_that_is_unwell_is_refused_with_what_its_check_said(plain):
 def test_a_check_that_is_still_starting_says_why(plain):
     unready = dh.State(True, 1, [], 'starting', 'running', 'exit status 1: not yet')
     assert unwell(Engine(unready), 0.3) == (
-        'after 0 s its HEALTHCHECK is still starting, exit status 1: not yet')
+        'after 0 s its HEALTHCHECK is still starting, exit status 1: not yet' + LONGER)
 
 # ---- Addresses -------------------------------------------------------------------------
 
@@ -3610,6 +3665,68 @@ def a_listener(address):
     finally:
         listener.close()
 
+class Page(object):
+    """What answers at some address: `answers` one after the other, the last for ever."""
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def __call__(self, place, timeout, tls_name=None):
+        self.place = place
+        return self
+
+    def sendall(self, data):
+        self.asked.append((self.place, dh.to_text(data).split('\r\n')[:2]))
+        answers = self.answers
+        answer = answers.pop(0) if answers[1:] else answers[0]
+        if answer is None:
+            raise socket.timeout('timed out')
+        self.left = dh.to_bytes(answer)
+
+    def recv(self, size):
+        data, self.left = self.left[:7], self.left[7:]
+        return data
+
+    def settimeout(self, seconds):
+        assert seconds > 0
+
+    def close(self):
+        pass
+
+@pytest.mark.parametrize('answers, said', [
+    (['HTTP/1.1 200 OK\r\n\r\nfine'], None), (['HTTP/1.0 302 Found\r\n\r\n'], None),
+    (['HTTP/1.1 204 x\r\n\r\n'], None),
+    (['HTTP/1.1 500 Oh\r\n\r\n\r\n no database\nmore'] * 3,
+     'GET /up answers 500, no database'),
+    (['HTTP/1.1 404 x\r\n\r\n'], 'GET /up answers 404'),
+    (['HTTP/1.1 503 x\r\nA: b\r\n\r\n\x1b[31mred' + 'x' * 400], 'GET /up answers 503, ?[31m'),
+    (['SSH-2.0'], 'GET /up answers nothing'), ([''], 'GET /up answers nothing'),
+    ([None], 'GET /up: timed out'), (['HTTP/1.1 100 x\r\n\r\n'], 'GET /up answers 100'),
+    (['HTTP/1.1 503 x\r\n\r\n', 'HTTP/1.1 503 x\r\n\r\n', 'HTTP/1.1 200 x\r\n\r\n'], None)])
+def test_a_page_is_checked_until_it_is_there(answers, said):
+    page, clock = Page(*answers), Clock()
+    engine = Engine(state())
+    engine.host = Host(clock=clock, connect=page)
+    app = release(config={'check': '/up', 'domains': 'b.example.org'}, addresses=['10.86.0.2'])
+    if said is None:
+        dh.check_health(app, engine, 9, 2)
+        assert len(page.asked) == len(answers)  # what is well is not asked again
+    else:
+        why = refusal(dh.check_health, app, engine, 3, 2)
+        assert why.startswith('after 3 s ' + said) and why.endswith(LONGER)
+    assert page.asked[0] == (('10.86.0.2', 8000), ['GET /up HTTP/1.1', 'Host: blog'])
+
+def test_each_web_process_is_asked_by_its_address_and_the_first_full_name():
+    page = Page('HTTP/1.1 200 OK\r\n\r\n')
+    proxy = 'server { listen 80; server_name blog b.example.org c.example.org; }'
+    app = release(config={'check': '/', 'scale': 'web=2'}, proxy=proxy,
+                  procfile='web: a\nworker: b\n', addresses=['10.86.0.2', '10.86.0.3'])
+    assert dh.page_problem(Host(connect=page), app, 9) == ''
+    assert page.asked == [((address, 8000), ['GET / HTTP/1.1', 'Host: b.example.org'])
+                          for address in app.addresses]
+    assert dh.page_problem(Host(connect=page), dh.workers_of(app), 9) == ''
+    assert dh.page_problem(Host(connect=page), app._replace(config={}), 9) == ''
+    assert len(page.asked) == 2
+
 class Engine(object):
     """Gives its states one after the other, the last one for ever."""
     def __init__(self, *states):
@@ -3623,7 +3740,9 @@ def state(alive=True, identity=1, ports=(), health=''):
     return dh.State(alive, identity, list(ports), health, 'exited with 1')
 
 def unwell(engine, timeout=9, steady=9):
-    return refusal(dh.check_health, None, engine, timeout, steady)
+    return refusal(dh.check_health, release(), engine, timeout, steady)
+
+LONGER = ' (config timeout=N gives it more time)'
 
 def test_an_app_that_does_not_run_fails_without_waiting():
     engine = Engine(state(alive=False))
@@ -3639,7 +3758,7 @@ def test_an_app_that_keeps_being_started_anew_fails():
 
 def test_an_app_must_keep_running_under_one_identity():
     engine = Engine(state(None, None), state(True, 1), state(True, 1), state(True, 2))
-    dh.check_health(None, engine, 9, 1)
+    dh.check_health(release(), engine, 9, 1)
     assert engine.asked >= 5
 
 @pytest.mark.parametrize('found, said', [
@@ -3647,7 +3766,7 @@ def test_an_app_must_keep_running_under_one_identity():
     (state(), 'after 0 s it is not running yet'),
     (state(health='starting'), 'after 0 s its HEALTHCHECK is still starting')])
 def test_an_app_that_is_not_ready_in_time_fails_with_the_reason(found, said):
-    assert unwell(Engine(found), timeout=0) == said
+    assert unwell(Engine(found), timeout=0) == said + LONGER
 
 def test_an_app_answers_when_each_port_takes_a_connection():
     listener, closed = socket.socket(), socket.socket()
@@ -3655,12 +3774,12 @@ def test_an_app_answers_when_each_port_takes_a_connection():
         each.bind(('127.0.0.1', 0))
     listener.listen(5)
     port, silent = listener.getsockname(), closed.getsockname()
-    dh.check_health(None, Engine(state(ports=[port])), 9, 0)
+    dh.check_health(release(), Engine(state(ports=[port])), 9, 0)
     assert 'nothing listens on port %d of the container' % silent[1] in unwell(
         Engine(state(ports=[port, silent])), 0, 0)
     assert unwell(Engine(state(ports=[silent], health='healthy')), 0, 0).startswith(
         'after 0 s nothing listens on port')
-    dh.check_health(None, Engine(state(ports=[port], health='healthy')), 9, 0)
+    dh.check_health(release(), Engine(state(ports=[port], health='healthy')), 9, 0)
     closed.close()
     listener.close()
 
@@ -4150,6 +4269,11 @@ def test_processes_are_counted_by_config_and_each_web_is_a_server_of_the_upstrea
     (['options=--mount type=volume,dst=/x,volume-opt=o=bind,volume-opt=device=/home/git'],
      'options: /home/git is below /home/git'),
     (['options=--name x'], 'options: leave out `--name`'),
+    (['build=-t x'], 'build: `-t` is not taken'),
+    (['build=--build-arg X'], 'build names X, and config has no such variable'),
+    (['folder=../x'], 'folder=../x: the path of a folder of the repository is wanted, as'),
+    (['folder=/a'], 'the path of a folder'), (['folder=a//b'], 'the path of a folder'),
+    (['folder=.git'], 'the path of a folder'), (['folder='], 'the path of a folder'),
     (['check=up'], 'check=up: the path of a page is wanted, as /up'),
     (['check=/a b'], 'the path of a page is wanted'),
     (['port=0'], 'port=0: a number from 1 to 65535 is wanted, or none')])
@@ -4165,6 +4289,93 @@ def test_a_setting_that_cannot_be_had_is_refused_and_nothing_changes(plain, word
 def test_options_are_refused_before_the_first_push_too(plain, words, said):
     assert said in refusal(dh.cmd_config, plain.app, *words)
     assert plain.app.config() == {}
+
+IN_TWO = {'a/Dockerfile': 'FROM one\nHEALTHCHECK x\nEXPOSE 8000\n',
+          'a/Procfile': 'web: serve\n', 'b/Dockerfile': 'FROM b', 'Procfile': 'x: y'}
+
+def test_one_folder_of_a_repository_is_an_app_and_what_is_beside_it_is_not(plain, capfd):
+    plain.nginx()
+    dh.cmd_config(plain.app, 'folder=a')
+    plain.push(IN_TWO, old=ZERO, new=SHA)
+    assert ('docker build --force-rm -t blog:1 /var/lib/dockhand/build/blog/a'
+            in plain.done)
+    assert plain.containers['blog--1']['command'] == ['serve']
+    capfd.readouterr()
+    plain.push(dict(IN_TWO, **{'b/Dockerfile': 'FROM c'}))
+    assert '-----> Nothing below a has changed\n' in capfd.readouterr().err
+    assert plain.app.live().number == 2
+    plain.push(dict(IN_TWO, **{'a/x': 'new'}), old=SHA_2, new=SHA_3)
+    assert 'Nothing below a' not in capfd.readouterr().err
+    del plain.done[:]
+    dh.cmd_config(plain.app, 'A=1')
+    assert not [line for line in plain.done if line.startswith('docker build')]
+    plain.commits[SHA_3] = dict(IN_TWO, **{'b/Dockerfile': 'FROM b\nHEALTHCHECK x\n'})
+    dh.cmd_config(plain.app, 'folder=b')
+    assert plain.app.live().image == 'sha256:FROMb'
+    assert plain.app.live().procfile == ''
+    dh.cmd_rollback(plain.app)
+    assert plain.app.config()['folder'] == 'a' and plain.app.live().procfile
+
+@pytest.mark.parametrize('config, files, said', [
+    ({}, {'dockerfile': 'FROM one'},
+     'no Dockerfile in this commit, but `dockerfile`: git mv dockerfile Dockerfile'),
+    ({}, {'api/Dockerfile': 'FROM one'}, 'no Dockerfile at the top of this commit, but in '
+     '`api`: dockhand config blog folder=api'),
+    ({'folder': 'a'}, {'a/b/Dockerfile': 'FROM one'},
+     'but in `a/b`: dockhand config blog folder=a/b'),
+    ({}, {'prod.Dockerfile': 'FROM one'},
+     'but `prod.Dockerfile`: dockhand config blog build="-f prod.Dockerfile"'),
+    ({}, {'Procfile': 'web: x'}, 'a Procfile says what runs, and no Dockerfile in this'),
+    ({}, {'x': 'y'}, 'no Dockerfile in this commit: it says how to build the app'),
+    ({'folder': 'c'}, IN_TWO, 'folder=c: there is no such folder in this commit'),
+    ({'folder': 'a/Dockerfile'}, IN_TWO, 'folder=a/Dockerfile: there is no such folder'),
+    ({'build': '-f x'}, IN_TWO, 'no x in this commit, which config names: dockhand config'),
+    ({'build': '--build-arg A'}, {'Dockerfile': 'FROM one'},
+     'build names A, and config has no such variable: dockhand config blog A=-'),
+    ({'build': '--secret id=a,env=B'}, {'Dockerfile': 'FROM one'}, 'build names B, and')])
+def test_what_is_there_instead_of_a_dockerfile_is_named_with_what_to_type(
+        plain, config, files, said):
+    plain.nginx()
+    plain.app.save_config(config)
+    assert said in refusal(lambda: plain.push(files, old=ZERO, new=SHA))
+    assert plain.app.live() is None and plain.containers == {}
+
+@pytest.mark.parametrize('link, config, said', [
+    ('a', {'folder': 'a/b'}, 'folder=a/b: `a` is a link: commit what it leads to'),
+    ('a/b', {'folder': 'a/b'}, 'folder=a/b: `b` is a link'),
+    ('a', {'build': '-f a/x'}, 'a/x: `a` is a link'),
+    ('x', {'build': '-f x'}, 'x: `x` is a link'),
+    ('x.dockerignore', {'build': '-f x'}, 'x.dockerignore is a link: commit a plain file')])
+def test_no_link_is_followed_on_the_way_to_what_is_built(tmpdir, link, config, said):
+    outside = tmpdir.mkdir('outside')
+    outside.join('b').ensure(dir=True)
+    outside.join('x').write('FROM root')
+    tree = tmpdir.mkdir('tree')
+    tree.join('x').write('FROM one')
+    if '/' in link:
+        tree.mkdir('a')
+    if link == 'x':
+        tree.join('x').remove()
+    tree.join(link).mksymlinkto(outside.join('x') if link[0] == 'x' else outside)
+    def check():
+        folder = dh.folder_in(str(tree), config.get('folder'))
+        dh.check_dockerfile(release(config=config), folder)
+    assert said in refusal(check)
+
+def test_a_change_of_what_is_built_with_builds_the_live_commit_again(plain):
+    plain.lives(ONE_WEB, TOKEN='1', OTHER='2')
+    plain.commits[SHA] = dict(ONE_WEB, **{'d/x': 'FROM two\nHEALTHCHECK x\nEXPOSE 8000\n'})
+    dh.cmd_config(plain.app, 'build=-f d/x --build-arg TOKEN')
+    build, = [line for line in plain.done if line.startswith('docker build')]
+    assert build == ('docker build --force-rm -t blog:2 --file=/var/lib/dockhand/build/blog'
+                     '/d/x --build-arg=TOKEN /var/lib/dockhand/build/blog')
+    assert plain.app.live().image == 'sha256:FROMtwo'
+    for change, is_built in (('OTHER=3', False), ('TOKEN=2', True)):
+        del plain.done[:]
+        dh.cmd_config(plain.app, change)
+        assert any(line.startswith('docker build') for line in plain.done) == is_built
+    dh.cmd_rollback(plain.app, '1')
+    assert plain.app.live().image == 'sha256:FROMone'
 
 @each('setting', 'options=--init check=/up scale=web=2 port=80 overlap=yes')
 @pytest.mark.parametrize('is_live', [False, True])

@@ -5,6 +5,7 @@ come the repositories that these push, and an app that a crash has left half dep
 """
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -252,7 +253,8 @@ class Machine(object):
 
     def docker_build(self, *words):
         folder, tag = words[-1], words[words.index('-t') + 1]
-        text = dh.read_file(os.path.join(folder, 'Dockerfile'))
+        named = [word[len('--file='):] for word in words if word.startswith('--file=')]
+        text = dh.read_file((named + [os.path.join(folder, 'Dockerfile')])[0])
         name, _, number = tag.partition(':')
         record = '/var/lib/dockhand/apps/%s/releases/%s/release.json' % (name, number)
         assert number == 'plan' or '"seconds": null' in self.read(record)
@@ -652,6 +654,11 @@ class Machine(object):
             return 'refs/heads/master\n'
         if verb == 'cat-file':
             return self.cat_file(*words)
+        if verb == 'rev-parse' and ':' in words[0]:
+            commit, _, path = words[0].partition(':')
+            below = [item for item in sorted(self.commits[commit].items())
+                     if item[0].startswith(path + '/')]
+            return hashlib.sha1(dh.to_bytes(json.dumps(below))).hexdigest() + '\n'
         if verb == 'rev-parse':
             return self.named + '\n'
         if verb == 'merge-base':
@@ -681,7 +688,10 @@ class Machine(object):
 
     def check_out(self, folder):
         for name, text in self.index.items():
-            with open(os.path.join(folder, name), 'wb') as target:
+            path = os.path.join(folder, name)
+            if not os.path.isdir(os.path.dirname(path)):
+                os.makedirs(os.path.dirname(path))
+            with open(path, 'wb') as target:
                 target.write(dh.to_bytes(text))
 
     def rm(self, *words):
