@@ -5402,9 +5402,9 @@ def free_addresses(host, count):
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
 # identity changes when the app is started anew; ports: [(address, tcp port)]; check: what
-# a HEALTHCHECK said last, as check_text has it.
-State = namedtuple('State', 'alive identity ports health text check')
-State.__new__.__defaults__ = ('',)
+# a HEALTHCHECK said last, as check_text has it; pids: [process id] of its containers.
+State = namedtuple('State', 'alive identity ports health text check pids')
+State.__new__.__defaults__ = ('', ())
 
 def container_state(container):
     """The State of a container as docker describes it, ports where they really are."""
@@ -5415,8 +5415,9 @@ def container_state(container):
     identity = (container['Id'], state['StartedAt'], container.get('RestartCount'))
 
     health = str((state.get('Health') or {}).get('Status') or '')
+    pids = [state.get('Pid')]
     if health:
-        return State(alive, identity, [], health, text, check_text(state['Health']))
+        return State(alive, identity, [], health, text, check_text(state['Health']), pids)
 
     networks = list((settings.get('Networks') or {}).values()) + [settings]
     addresses = [str(network['IPAddress']) for network in networks
@@ -5425,7 +5426,7 @@ def container_state(container):
     ports = [int(port.split('/')[0]) for port in sorted(published)
              if port.endswith('/tcp')]
     places = [(address, port) for address in addresses[:1] for port in ports]
-    return State(alive, identity, places, health, text)
+    return State(alive, identity, places, health, text, '', pids)
 
 def joined_state(states):
     """The State of some containers as one: as well as the one that is worst."""
@@ -5438,7 +5439,8 @@ def joined_state(states):
     return State(False if dead else alive or None,
                  tuple(state.identity for state in states),
                  [port for state in states for port in state.ports],
-                 worst.health, (dead + states)[0].text, worst.check)
+                 worst.health, (dead + states)[0].text, worst.check,
+                 [pid for state in states for pid in state.pids])
 
 CHECK_LETTERS = 160             # of what a HEALTHCHECK prints: its end, as curl has it
 
@@ -5900,9 +5902,10 @@ def engine_of(app, release):
             return kind(app)
 
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
-    """Wait until a release answers and keeps running; the moment of its first answer.
-    Failure as soon as none can come. Without a HEALTHCHECK to say so, it answers when the
-    container's own ports accept (docker's proxy accepts whatever is behind it)."""
+    """Wait until a release answers and keeps running; the moment of its first answer, and
+    its State. Failure as soon as none can come. Without a HEALTHCHECK to say so, it
+    answers when the container's own ports accept (docker's proxy accepts whatever is
+    behind it), and the page that config's `check` names is there."""
     clock = engine.host.clock
     begun = since = clock.monotonic()
     identity = None
@@ -5929,7 +5932,7 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
         if state.alive and not missing:
             answered = answered or clock.monotonic()
             if clock.monotonic() - since >= steady:
-                return answered
+                return answered, state
         if clock.monotonic() - begun > timeout:
             raise Failure('after %d s %s (config timeout=N gives it more time)', timeout,
                           missing or 'it is not running yet')
@@ -6115,11 +6118,17 @@ def check_or_show_log(app, release, log_end=None, steady=STEADY):
     engine = engine_of(app, release)
     timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
     try:
-        return check_health(release, engine, timeout, steady)
+        answered, state = check_health(release, engine, timeout, steady)
+        if not release.job and not release.port and 'port' not in release.config:
+            tell_where_it_listens(app, release, state.pids)     # it may be a web app
+        return answered
     except Failure as error:
         for process in processes_to_blame(engine, release):
             show_log(app, engine, release, process, log_end)
-        tell_where_it_listens(app, release)
+        names = engine.names_taken(release)
+        running = app.docker.inspect(*names) or app.docker.running(release.image)
+        tell_where_it_listens(app, release, [container['State'].get('Pid')
+                                             for container in running])
         raise Failure('release %d failed its health check: %s', release.number, error)
 
 def processes_to_blame(engine, release):
@@ -6145,28 +6154,35 @@ def show_log(app, engine, release, process, log_end):
     step('The last lines of %s:' % whose if any(lines) else it + ' printed nothing')
     detail('\n'.join(lines))
 
-def tell_where_it_listens(app, release):
-    """Say where a release listens that does not answer where it is asked."""
-    alone, open_ports = listening_ports(app, release)
+def tell_where_it_listens(app, release, pids):
+    """Say where a release listens that does not answer where it is asked. pids: a process
+    of each of its containers"""
+    alone, open_ports = listening_ports(app.host, pids)
+    if release.port in open_ports:
+        return                              # something else is wrong
     for port in alone:
         step('It listens on 127.0.0.1:%d alone: make it listen on 0.0.0.0', port)
     for port in open_ports:
-        if not release.job and port != release.port:
+        if not release.job:
             step('It listens on %d: dockhand config %s port=%d', port, app.name, port)
 
-# 127.0.0.1, the same as an IPv6 address, and ::1, as /proc has them; 0A: it listens
+# 127.0.0.1, the same as an IPv6 address, and ::1, as /proc has them; 127.0.0.11, where
+# docker itself answers for names; 0A: it listens
 LOOPBACK = '(?:0{16}FFFF0000)?0100007F|0{24}01000000'
+RESOLVER = '0B00007F'
 LISTENS = r': ([0-9A-F]+):(\w+) \S+ 0A '
 
-def listening_ports(app, release):
-    """([port that it listens on for its own container alone], [for others too])."""
+def listening_ports(host, pids):
+    """([port that something listens on for its own container alone], [for others too]).
+    pids: a process of each container"""
     alone = set()
     open_ports = set()
-    for container in app.docker.running(release.image):
-        pid = str(container['State'].get('Pid'))
+    for pid in pids:
         for name in ('tcp', 'tcp6'):
-            table = app.host.text('/proc', pid, 'net', name)
+            table = host.text('/proc', str(pid), 'net', name)
             for address, port in re.findall(LISTENS, table):
+                if address == RESOLVER:
+                    continue
                 is_alone = re.match('(?:%s)\\Z' % LOOPBACK, address)
                 (alone if is_alone else open_ports).add(int(port, 16))
     return sorted(alone - open_ports), sorted(open_ports)

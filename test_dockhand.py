@@ -3626,12 +3626,10 @@ def tcp(machine, pid, name, row):
     ('0' * 24 + '01000000', '0A', [8000]), ('0' * 32, '0A', []),
     ('0000000000000000FFFF00000100007F', '0A', [8000]), ('0100007F', '01', [])])
 def test_an_app_that_listens_for_itself_alone_is_told(plain, address, state, ports):
-    live = plain.lives(ONE_WEB)
-    plain.containers['blog--1']['State']['Pid'] = 77
     tcp(plain, 77, 'tcp6' if len(address) > 8 else 'tcp',
         (address + ':1F40', '0' * len(address) + ':0000', state))
-    open_ports = [8000] if state == '0A' and not ports else []
-    assert dh.listening_ports(plain.app, live) == (ports, open_ports)
+    open_ports = [8000] if state == '0A' and address.strip('0') == '' else []
+    assert dh.listening_ports(plain.host, [77, None]) == (ports, open_ports)
 
 def test_a_web_app_that_nobody_else_reaches_is_refused_with_the_reason(plain, capfd):
     plain.docker_network('network', 'create', '--subnet=127.86.0.0/16', 'dockhand')
@@ -4453,12 +4451,23 @@ def test_the_log_of_a_process_is_shown_by_its_name(plain, capfd):
     assert refusal(dh.process_called, live, 'w') == (
         'no process of blog is called w: web worker worker.2')
 
+@pytest.mark.parametrize('config, said', [
+    ({}, 'It listens on 3000: dockhand config blog port=3000'), ({'port': 'none'}, '')])
+def test_a_worker_that_listens_is_told_how_it_becomes_a_web_app(
+        plain, capfd, config, said):
+    plain.lives(an_app('one', ''), **config)
+    start = plain.docker_start
+    plain.docker_start = lambda *words: start(*words) or plain.containers['blog--2'][
+        'State'].update(Pid=77)
+    tcp(plain, 77, 'tcp', ('00000000:0BB8', '00000000:0000', '0A'))
+    plain.push(an_app('two', ''))
+    assert re.findall('It listens.*', capfd.readouterr().err) == [said] * bool(said)
+
 def test_where_an_app_listens_instead_is_told_with_what_to_type(plain, capfd):
     live = plain.lives(ONE_WEB, timeout='3')
-    plain.containers['blog--1']['State']['Pid'] = 77
     tcp(plain, 77, 'tcp', ('00000000:0BB8', '00000000:0000', '0A'))
     capfd.readouterr()
-    dh.tell_where_it_listens(plain.app, live)
+    dh.tell_where_it_listens(plain.app, live, [77])
     assert capfd.readouterr().err == (
         '-----> It listens on 3000: dockhand config blog port=3000\n')
 
