@@ -8506,8 +8506,7 @@ def cmd_proxy(app):
 
 @command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--values]')
 def cmd_config(app, *changes, **options):
-    """print what only this server knows of an app, or change it; KEY=- reads a secret,
-    `-` a file of variables; --env: they are variables, whatever their names"""
+    """print what only this server knows of an app, or change it; - reads what is piped"""
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
         wanted = change_config(before, changes, unset='unset' in options,
