@@ -17,12 +17,13 @@ and the rules for proxy files, are against accidents; they are no jail.
 It makes the user git, and writes to /usr/local/lib/dockhand, /usr/local/bin, /home/git,
 /var/lib/dockhand, /etc/sudoers.d/dockhand, /run/lock/dockhand; a unit, job or script that
 runs `recover` at boot; 000-dockhand.conf and one APP.conf each in nginx's conf.d, folders
-in /var/cache/nginx; a job each in /etc/init where that is Upstart; where an app has https
-a hook of certbot's, who writes below /etc/letsencrypt; ".*.new" files beside
-what it replaces, and one in docker's folder, to see that it can be written. nginx's own
-default site, if nobody changed it, becomes *.disabled. To docker it gives images,
-containers, volumes and one network. Where nginx does not run, what wants it to reload
-starts it; `recover` restarts docker where docker keeps a port for no container.
+in /var/cache/nginx; a job each in /etc/init where that is Upstart; where an app brings a
+crontab, /etc/cron.d/dockhand-APP, and locks in /run/dockhand; where it has https a hook
+of certbot's, who writes below /etc/letsencrypt; ".*.new" files beside what it replaces,
+and one in docker's folder, to see that it can be written. nginx's own default site, if
+nobody changed it, becomes *.disabled. To docker it gives images, containers, volumes and
+one network. Where nginx does not run, what wants it to reload starts it; `recover`
+restarts docker where docker keeps a port for no container.
 
 How to read it. Each section has a banner and uses those above it (Host alone names three
 classes further down). First come the tools, then pure functions: what strangers send is
@@ -63,6 +64,14 @@ def to_bytes(text):
     errors = 'strict' if PYTHON_2 else 'surrogateescape'
     return text if isinstance(text, bytes) else text.encode('utf-8', errors)
 
+def quote(word):
+    """A word as a shell reads it back."""
+    if PYTHON_2:
+        from pipes import quote as quoted
+    else:
+        from shlex import quote as quoted
+    return quoted(word)
+
 # Before, it names no host to a server that speaks TLS
 SPEAKS_TLS = sys.version_info >= (2, 7, 9)
 
@@ -99,6 +108,8 @@ CHALLENGES = STATE + '/acme'                # where a certificate authority look
 CHALLENGE_PATH = '/.well-known/acme-challenge/'
 CERTBOT = '/etc/letsencrypt'
 RENEWAL_HOOK = CERTBOT + '/renewal-hooks/deploy/dockhand'
+CRON_FILES = '/etc/cron.d'
+CRON_LOCKS = '/run/dockhand'                # root's own: in /run/lock anybody may write
 JOBS = '/etc/init'
 JOB_LOGS = '/var/log/upstart'
 UNITS = ('/etc/systemd/system', '/lib/systemd/system', '/usr/lib/systemd/system')
@@ -120,6 +131,8 @@ CERTBOT_TIMEOUT = 300               # seconds for the certificates of an app
 ORDER_AGAIN = 720                   # seconds until a push asks again for one
 WARN_DAYS = 14                      # before a certificate that people brought ends
 FILE_LIMIT = 2 ** 18                # bytes of a pushed file
+CRON_LINES = 100                    # of a crontab, comments left out
+CRON_LETTERS = 900                  # of one of them; cron itself reads 999
 MOST_PATHS = 100000                 # files and folders of a commit
 LONGEST_PATH = 2000                 # letters of one of them, as git shows it
 BLOCK = 4096                        # bytes of disk that the smallest file takes
@@ -1287,7 +1300,7 @@ def changed_keys(before, after):
 
 Release = namedtuple('Release', '''
     app number plan commit branch by how time seconds failed turn revived
-    image layers config port web volumes addresses job proxy procfile part''')
+    image layers config port web volumes addresses job proxy procfile crontab part''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
 # A numbered deployment of an app. What is None is not known yet, or not written down.
@@ -1311,11 +1324,12 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # job       its upstart.conf as it is installed; '' where it brings none
 # proxy     its proxy file as it is installed, pushed or made; '' where it has none
 # procfile  its Procfile as it was pushed; '' where it has none, None: it was not read
+# crontab   its crontab as it was pushed; '' where it brings none
 # part      the names of the containers that it is about, None for all; never saved
 
 # What stands in a release for that which is known not to be there.
 NOTHING = {'port': 0, 'web': False, 'volumes': [], 'addresses': [], 'job': '',
-           'proxy': ''}
+           'proxy': '', 'crontab': ''}
 
 # What is written into job and proxy files besides what was pushed
 MARK = '# dockhand: where requests go\n'
@@ -2346,6 +2360,239 @@ def expand_word(word, env):
     if re.match(r'\$\{?\w+\}?\Z', word.text):
         return [word._replace(value=part) for part in value.split()]
     return [word._replace(value=value)]
+
+# ---- Crontabs (pure functions) ---------------------------------------------------------
+# What of an app runs at its times: the pushed crontab, read by line; the file that has
+# cron call us; and the sh that it calls, which needs no dockhand. Uses "Processes".
+
+# when: five fields, or @daily; command: as it was pushed, cron's own `\%` undone; line:
+# where, from 1
+CronLine = namedtuple('CronLine', 'when command line')
+
+# A field of a time: its name, from and to which number it goes, the names of these
+CronField = namedtuple('CronField', 'name lowest highest names')
+MONTHS = 'jan feb mar apr may jun jul aug sep oct nov dec'.split()
+WEEKDAYS = 'sun mon tue wed thu fri sat'.split()
+CRON_FIELDS = [
+    CronField('minute', 0, 59, {}),
+    CronField('hour', 0, 23, {}),
+    CronField('day of the month', 1, 31, {}),
+    CronField('month', 1, 12, dict(zip(MONTHS, range(1, 13)))),
+    CronField('weekday', 0, 7, dict(zip(WEEKDAYS, range(7))))]
+CRON_WORDS = ('@hourly', '@daily', '@midnight', '@weekly', '@monthly', '@yearly',
+              '@annually')
+
+# What to do instead of a line NAME=VALUE; the names are cron's own.
+CRON_VARIABLES = {
+    'CRON_TZ': 'the times are by the clock of the server',
+    'MAILTO': "leave it out: what a line prints goes to the system's log",
+    'SHELL': 'leave it out: a command that wants a shell gets sh'}
+
+def parse_crontab(text):
+    """[CronLine] of a pushed crontab. cron leaves out the whole file for one line that it
+    cannot read: Failure for that line."""
+    lines = []
+    for number, written in enumerate(text.split('\n'), 1):
+        line = written.strip(' \t\r')
+        if not line or line.startswith('#'):
+            continue
+
+        try:
+            found = parse_cron_line(line, number)
+            check_is_other(found, lines)
+        except Failure as problem:
+            raise Failure('crontab:%d: %s', number, problem)
+        lines.append(found)
+    return lines
+
+def parse_cron_line(text, number):
+    """The CronLine of a line that is no comment, or Failure."""
+    check_cron_text(text)
+    count = 1 if text.startswith('@') else len(CRON_FIELDS)
+    words = re.split('[ \t]+', text, maxsplit=count)
+    if count == 1:
+        check_cron_word(words[0])
+    else:
+        for field, word in zip(CRON_FIELDS, words):
+            check_cron_field(field, word)
+    command = ''.join(words[count:])
+    refuse_if(not command.strip(), 'five times and a command are wanted, as `0 4 * * * '
+              'bin/report`, or @daily and a command')
+
+    refuse_if(re.match('root[ \t]', command), '`root`: leave the user out, the command '
+              'runs as the image says (or rename the file, where it is not for dockhand)')
+    return CronLine(' '.join(words[:count]), unescaped_percents(command), number)
+
+def check_cron_text(text):
+    """Failure for what no line may hold, or cannot be a line with a time."""
+    refuse_if(len(text) > CRON_LETTERS, 'longer than %d characters: put that in a script '
+              'of the image', CRON_LETTERS)
+    refuse_if(u'\ufffd' in to_bytes(text).decode('utf-8', 'replace'),
+              'its letters are not those of UTF-8')
+    refuse_if(re.search(r'[\0-\x08\x0a-\x1f\x7f]', text), 'it holds a control character')
+
+    name, equals, _ = text.partition('=')
+    name = name.rstrip()
+    if equals and re.match(r'[A-Za-z_]\w*\Z', name):
+        name = printable(name)
+        remedy = 'variables are config: sudo dockhand config APP %s=VALUE' % name
+        raise Failure('`%s=`: %s', name, CRON_VARIABLES.get(name, remedy))
+
+def check_cron_word(word):
+    """Failure unless a word beginning with @ is one of those that stand for a time."""
+    refuse_if(word == '@reboot', '`@reboot`: a process that runs always is a line of the '
+              'Procfile, or the CMD of the Dockerfile')
+    refuse_if(word not in CRON_WORDS, '`%s`: no such time; there are %s', printable(word),
+              ' '.join(CRON_WORDS))
+
+def check_cron_field(field, word):
+    """Failure unless every cron reads this field of a time, a list of parts."""
+    for part in word.split(','):
+        if not is_cron_part(field, part):
+            raise Failure('%s `%s`: `*`, numbers from %d to %d, and of these ranges, '
+                          'lists and steps are wanted, as 1-5, 1,3 or */2', field.name,
+                          printable(word), field.lowest, field.highest)
+
+def is_cron_part(field, part):
+    """Whether a part of a field is `*`, a number or a range, and may have a step."""
+    span, slash, step = part.partition('/')
+    first, dash, last = span.partition('-')
+    if slash and not (dash or span == '*'):
+        return False
+    if slash and not is_cron_step(field, step):
+        return False
+    if span == '*':
+        return True
+
+    low = cron_number(field, first)
+    high = cron_number(field, last) if dash else low
+    return low is not None and high is not None and low <= high
+
+def is_cron_step(field, text):
+    is_number = re.match('[1-9][0-9]?\\Z', text) is not None
+    return is_number and int(text) <= field.highest
+
+def cron_number(field, text):
+    """The number that a word means in a field, None where it means none."""
+    if text.lower() in field.names:
+        return field.names[text.lower()]
+    if not re.match(r'[0-9]{1,2}\Z', text):
+        return None
+    number = int(text)
+    return number if field.lowest <= number <= field.highest else None
+
+def unescaped_percents(command):
+    """A command without cron's quoting of `%`; Failure for a bare one, which in a crontab
+    ends the command and begins what it reads."""
+    refuse_if('%' in command.replace('\\%', ''), 'a bare `%` ends the command in a '
+              'crontab: write `\\%`')
+    return command.replace('\\%', '%')
+
+def check_is_other(line, lines):
+    """Failure where a line stands there already, or is one too many."""
+    refuse_if(len(lines) == CRON_LINES, 'more than %d lines', CRON_LINES)
+    for earlier in lines:
+        refuse_if(cron_id(earlier) == cron_id(line), 'the same as line %d', earlier.line)
+
+def cron_id(line):
+    """What a line is called from one release to the next: the same as long as it is."""
+    import hashlib
+    return hashlib.sha1(to_bytes('%s %s' % (line.when, line.command))).hexdigest()[:8]
+
+def cron_lines(release):
+    """The [CronLine] of a release, [] where it brings none."""
+    return parse_crontab(release.crontab or '')
+
+def cron_path(app):
+    """Where cron reads an app's times. It skips a name with a dot; no app's has `--`."""
+    return '%s/dockhand-%s' % (CRON_FILES, app.replace('.', '--'))
+
+def cron_script_path(app, number):
+    """The sh of a release that cron calls."""
+    return '%s/apps/%s/releases/%d/cron' % (STATE, app, number)
+
+def cron_container(release, line):
+    """The name of the container in which a line of a release runs."""
+    return '%s--cron-%s' % (container_name(release), cron_id(line))
+
+CRON_FILE = """# Times, and for each the id of a line, of whatever release is live then
+SHELL=/bin/sh
+PATH={path}
+"""
+
+def render_cron_file(release):
+    """What cron reads of a release: times, and ids of lines. Nothing else that was pushed
+    is in it. '' where there is no line."""
+    lines = cron_lines(release)
+    if not lines:
+        return ''
+
+    script = '/bin/sh %s/apps/%s/live/cron' % (STATE, release.app)
+    text = CRON_FILE.format(path=ENVIRONMENT['PATH'])
+    for line in lines:
+        text += '%s root %s %s\n' % (line.when, script, cron_id(line))
+    return headed(release.app, 'crontab', text)
+
+# The sh that cron calls. It asks docker too whether the line still runs, in a container
+# of any release: a docker client that was killed holds no lock any more.
+CRON_SCRIPT = """# dockhand: {app}'s crontab: cron calls this with the id of a line
+set -eu
+umask 077
+[ ! -e {store}/stopped ] || exit 0
+id=${{1:-}}
+case $id in
+{cases}
+*) exit 0 ;;
+esac
+
+{exports}tell() {{ logger -t dockhand/{app} "crontab:$line: $*"; }}
+
+mkdir -p {locks}
+exec 9>>"{locks}/{app}--$id"
+if ! flock -n 9; then
+    tell "not started, since it still runs"
+    exit 0
+fi
+if ! running=$(docker ps -q --filter "name=^/*{pattern}--[0-9]*--cron-$id\\$" 2>&1); then
+    tell "not started: $running"
+    exit 1
+fi
+if [ -n "$running" ]; then
+    tell "not started, since it still runs in container $running"
+    exit 0
+fi
+
+name={container}--cron-$id
+docker rm "$name" >/dev/null 2>&1 || :
+
+# Its exit status goes past the log of what it prints, by descriptor 3
+run() {{
+    status=0
+    docker run --rm --name "$name" {options} "$@" 2>&1 3>&- || status=$?
+    echo "$status" >&3
+}}
+status=$({{ run "$@" | logger -t dockhand/{app} 9>&- 3>&-; }} 3>&1)
+tell "exit status $status ({container})"
+"""
+
+def render_cron_script(release, options, env):
+    """The sh that runs a line of a release, by its id. options: of `docker run`, up to
+    the image; env: the variables that these name and leave to docker's own environment"""
+    options = list(options)
+    exports = ''
+    for name in sorted(env):
+        if re.match(r'\w+\Z', name):
+            exports += 'export %s=%s\n' % (name, quote(env[name]))
+        else:                           # a shell knows no variable with a dot in its name
+            at = options.index('--env=' + name)
+            options[at] += '=' + env[name]
+    cases = ['%s) line=%d; set -- %s ;;' % (
+        cron_id(line), line.line, ' '.join(map(quote, command_words(line.command))))
+        for line in cron_lines(release)]
+    return CRON_SCRIPT.format(
+        app=release.app, store='%s/apps/%s' % (STATE, release.app), locks=CRON_LOCKS,
+        cases='\n'.join(cases), exports=exports, pattern=release.app.replace('.', '[.]'),
+        container=container_name(release), options=' '.join(map(quote, options)))
 
 # ---- Proxy files read as nginx reads them (pure functions) -----------------------------
 # From a text to nginx's own tree of directives.
@@ -3948,6 +4195,33 @@ def check_not_foreign(host, path, app):
 def has_ipv6(host):
     return os.path.exists(host.path('/proc/net/if_inet6'))
 
+START_CRON = 'service cron start'
+
+def cron_missing(host):
+    """What a crontab wants and is not on this server, or nothing, and what to type: a row
+    for `demand`."""
+    for package, paths in (('cron', ('/usr/sbin/cron', '/usr/sbin/crond')),
+                           ('util-linux', ('/usr/bin/flock', '/bin/flock')),
+                           ('bsdutils', ('/usr/bin/logger', '/bin/logger'))):
+        if not any(os.path.exists(host.path(path)) for path in paths):
+            name = os.path.basename(paths[0])
+            return name + ' is missing', 'apt-get install ' + package
+    return '', ''
+
+def runs_cron(host):
+    """Whether cron runs, by the process id that it leaves."""
+    pid = host.text('/run/crond.pid').strip()
+    return pid.isdigit() and os.path.isdir(host.path('/proc', pid))
+
+def zone_of(host):
+    """The time zone of this server's clock, as cron reads it: a name, Etc/UTC."""
+    clock = host.path('/etc/localtime')
+    if os.path.islink(clock):
+        return printable(os.readlink(clock).rpartition('zoneinfo/')[2])
+    if not os.path.exists(clock):
+        return 'UTC'
+    return printable(host.text('/etc/timezone').strip() or time.tzname[0])
+
 def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
@@ -5535,6 +5809,10 @@ class Engine(object):
         """Where nginx reaches it: [str], none where it has no address of its own."""
         return []
 
+    def cron_script(self, release):
+        """The sh that runs a line of its crontab; '' where it brings none."""
+        return ''
+
     def image_ref(self, release):
         """What docker makes its containers from."""
         return release.image
@@ -5549,6 +5827,10 @@ class Engine(object):
         self.docker.on_containers(self.names_taken(release), 'rm', '-f', '-v')
         if release_command(release):
             self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
+        lines = cron_lines(release)
+        if lines:
+            names = [cron_container(release, line) for line in lines]
+            self.docker.on_containers(names, 'rm', '-f', '-v')
 
     def logs_command(self, release, lines, *follow):
         """The command that prints its last lines: so many, a str; `-f` goes on."""
@@ -5673,6 +5955,28 @@ class Containers(Engine):
         return run_in_image(self.host, release, options, argv, each, job.env,
                             job.folder)
 
+    def cron_script(self, release):
+        if not release.crontab:
+            return ''
+        # The paths that it names are those of the server, whatever stands before them.
+        store = '%s/apps/%s/releases/%d' % (STATE, release.app, release.number)
+        job = plain_container(release, processes_of(release)[0], store + '/env')
+        options = without_places(job.options)
+        options += self.common_options(release, options, ['--log-driver=none'])
+        return render_cron_script(release, options + [release.image], job.env)
+
+    def common_options(self, release, options, log):
+        """What each container of a release gets besides its options. log: how docker is
+        to keep what it prints, where the options do not say"""
+        own = ['--label=dockhand.app=' + release.app]
+        if not release.job and self.docker.has_init():
+            own.append('--init')
+        if not any(option.startswith('--log-') for option in options):
+            own += log
+        if not any(option.startswith('--pids-limit') for option in options):
+            own.append(PIDS_CAP)
+        return own
+
     def prepare(self, release):
         """Create the containers, so that the gap is a stop and a start, no more. Those of
         a kept release are there. Until it is checked, docker starts none at boot."""
@@ -5685,13 +5989,7 @@ class Containers(Engine):
         """Create the container of a process; False where it is there."""
         job = self.container(release, process)
         argv = ['docker', 'create', '--name', process.name] + job.options
-        argv.append('--label=dockhand.app=' + release.app)
-        if not release.job and self.docker.has_init():
-            argv.append('--init')
-        if not any(option.startswith('--log-') for option in job.options):
-            argv += LOG_CAP
-        if not any(option.startswith('--pids-limit') for option in job.options):
-            argv.append(PIDS_CAP)
+        argv += self.common_options(release, job.options, LOG_CAP)
         argv += [self.image_ref(release)] + job.command
         return self.host.run_unless('already in use', argv, env=job.env, cwd=job.folder)
 
@@ -6010,6 +6308,7 @@ def apply(app, old, new):
     if old is None or (not overlap and new.proxy != old.proxy):
         check_proxy_change(app, new, was_live(old, new))
     engine.prepare(new)             # if it goes no further, `forget` removes that again
+    write_cron_script(app, new)
     if not overlap:
         app.docker.check_takes_writes(app.name)
 
@@ -6019,6 +6318,7 @@ def apply(app, old, new):
             switch = hand_over(app, old, new)
         else:
             switch = stop_then_start(app, old, new)
+        place_crontab(app, new)     # late: until now a line may be the old one's alone
         new = app.count_turn(old, new)
         app.set_link('live', new)   # put_back asks for it, and then only finishes
 
@@ -6100,6 +6400,28 @@ def stop_then_start(app, old, new):
     started = clock.monotonic()
     answered = check_or_show_log(app, new, log_end)
     return Switch(answered - stopped, clock.monotonic() - started)
+
+def write_cron_script(app, release):
+    """Write what cron is to call once this release is live, where it brings a crontab."""
+    if release.crontab:
+        path = app.host.path(cron_script_path(app.name, release.number))
+        replace_file(path, engine_of(app, release).cron_script(release), 0o600)
+
+def place_crontab(app, release):
+    """Have cron know the times of a release. Which release's line runs then is decided by
+    the link `live`, at that time."""
+    text = render_cron_file(release)
+    path = cron_path(app.name)
+    if not text:
+        return remove_crontab(app)
+    check_not_foreign(app.host, path, app.name)
+    replace_file(app.host.path(path), text)
+
+def remove_crontab(app):
+    """Have cron know no times of an app any more."""
+    path = app.host.path(cron_path(app.name))
+    if is_ours(read_file(path), app.name):
+        remove_file(path)
 
 def stop_for(app, release, engine):
     """Stop a release, and take its job away where another engine follows."""
@@ -6191,6 +6513,7 @@ def take_away(app, release):
     """What undoes a first deploy, as [(function, argument...)]."""
     engine = engine_of(app, release)
     return [
+        (remove_crontab, app),
         (engine.stop, release),
         (app.nginx.restore, app.name, ''),
         (engine.withdraw, release),
@@ -6205,17 +6528,18 @@ def ways_back(app, old, new):
     settle = [(old_engine.settle, old)] if served else []
     tag = [(app.docker.tag, image_tag(old), latest_tag(app))]
     proxy = [(app.nginx.restore, app.name, app.wanted_proxy(old))]
+    crontab = [(place_crontab, app, old)]
 
     if served and new_engine.overlaps(old, new):
         workers = workers_of(new)       # two releases' never run at once
         rest = [(new_engine.stop, workers)] if workers.part else []
         stop = [(app.nginx.drain, new_engine.addresses(new)), (new_engine.stop, new)]
-        return rest + start + proxy + tag + stop + settle
+        return rest + start + proxy + crontab + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
     again = [(old_engine.stop, old)] if served else []
     stop = again + [(stop_for, app, new, old_engine)]
-    return stop + tag + [(old_engine.place, old)] + proxy + start + settle
+    return stop + tag + [(old_engine.place, old)] + proxy + crontab + start + settle
 
 def put_back(app, old, new, git_moves_branch=False):
     """Undo a switch, whatever was done of it. Each part that can be put back is.
@@ -6289,7 +6613,7 @@ def forget(app, release, reason=None):
         noted = app.load(release.number)        # with all that its build found out
         drop(app, noted, '--no-prune')          # the mended push builds on what is there
         app.save(app.load(release.number)._replace(
-            failed=why, job='', proxy='', config={}, addresses=[]))
+            failed=why, job='', proxy='', crontab='', config={}, addresses=[]))
         if live is None:
             remove_file(app.folder('live'))
             clean_up_failed(app)
@@ -6315,6 +6639,7 @@ def drop(app, release, *options):
     """Take a release's container, image and commit away; False if the image is used.
     options: of `docker rmi`"""
     engine_of(app, release).remove(release)
+    write_or_remove(app.host.path(cron_script_path(app.name, release.number)), None)
     if not app.docker.untag(image_tag(release), *options):
         return False
     if app.host.account() is not None:          # else nobody has the repository any more
@@ -6492,8 +6817,11 @@ def sweep(app):
                for name in ('live', 'pending', 'stopped', 'config', 'env', 'https')]
     written += [host.path(folder, app.name + '.conf')
                 for folder in (JOBS, PROXIES, NGINX)]
-    written += [app.release_folder(number) + '/release.json' for number in app.numbers()]
+    for number in app.numbers():
+        folder = app.release_folder(number)
+        written += [folder + '/release.json', folder + '/cron']
     written.append(host.path(JOBS, app.name + '.override'))
+    written.append(host.path(cron_path(app.name)))
     for path in written:
         remove_file(temporary_of(path))
 
@@ -6528,6 +6856,10 @@ def bring_back(app, live):
     if is_proxy_wrong(app, live):
         step('%s: installing its proxy file again', app.name)
         app.nginx.restore(app.name, app.wanted_proxy(live))
+    if is_crontab_gone(app, live):
+        step('%s: installing its crontab again', app.name)
+        write_cron_script(app, live)
+        place_crontab(app, live)
 
     if app.is_stopped():
         engine.stop(live)
@@ -6556,6 +6888,12 @@ def is_proxy_wrong(app, live):
     if not wanted or app.host.text(proxy_path(app.name)) == wanted:
         return False
     return holds_ours(app, live)
+
+def is_crontab_gone(app, live):
+    """Whether a live release brings a crontab, and a file of the two for it is gone."""
+    paths = [cron_path(app.name), cron_script_path(app.name, live.number)]
+    here = [os.path.exists(app.host.path(path)) for path in paths]
+    return bool(live.crontab) and not all(here)
 
 def turn_proxy(app, live, text):
     """Have nginx take up a form of a made proxy file, even where that lies there: a
@@ -6804,7 +7142,7 @@ def show_plan(app, live, release, size):
     if live is not None:
         was = plan_texts(moved_to(live, release.addresses))
 
-    for name in ('upstart.conf', 'nginx-proxy.conf', 'ports'):
+    for name in ('upstart.conf', 'nginx-proxy.conf', 'crontab', 'ports'):
         diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
         if was[name] or now[name]:
             detail(diff or name + ': no change')
@@ -6828,7 +7166,8 @@ def moved_to(release, addresses):
 def plan_texts(release):
     """What a plan compares of a release: {name: text}."""
     return {'upstart.conf': release.job, 'nginx-proxy.conf': release.proxy,
-            'ports': ports_text(release), 'image': release.image}
+            'crontab': release.crontab, 'ports': ports_text(release),
+            'image': release.image}
 
 # ---- Https: certificates got, and used -------------------------------------------------
 # After a push, in `recover`, and when somebody asks: what an app's names want is got from
@@ -7212,6 +7551,8 @@ def build_commit(app, live, release, options):
 
         if live is not None:
             check_edited(app, live, release)
+        if release.crontab:
+            check_cron(app, release)
         check_proxy_change(app, release)
         if release.proxy:
             check_pushed_proxy(app, release)
@@ -7454,6 +7795,7 @@ def check_files(release, folder):
         parse_procfile(procfile)
     release = release._replace(procfile=procfile)
     proxy = read_pushed(folder, 'nginx-proxy.conf')
+    release = release._replace(crontab=read_crontab(folder, job))
     if proxy:                           # it may have been copied from the server
         proxy = without_https(proxy)
         for mark in (HTTPS_BEGIN, HTTPS_END):
@@ -7477,6 +7819,30 @@ def check_files(release, folder):
     check_job(parse_job(job), release.app)
     return release._replace(job=headed(release.app, 'job', job), proxy=proxy)
 
+def read_crontab(folder, job):
+    """The text of a pushed crontab, '' where there is no line in it; Failure by line, and
+    beside a job."""
+    text = read_pushed(folder, 'crontab')
+    if text is None or not parse_crontab(text):
+        return ''
+    refuse_if(job is not None, 'crontab: it cannot stand beside upstart.conf, which says '
+              'itself what runs: leave one of them out')
+    return text
+
+def check_cron(app, release):
+    """Failure where nothing here would run the crontab of a release, or its name is
+    taken; else say what will run it."""
+    host = app.host
+    problem, remedy = cron_missing(host)
+    refuse_if(problem, 'crontab: %s here: %s', problem, remedy)
+    check_not_foreign(host, cron_path(app.name), app.name)
+
+    count = len(cron_lines(release))
+    step('crontab: %d line%s, by the clock of this server (%s)', count,
+         's' if count > 1 else '', zone_of(host))
+    if not runs_cron(host):
+        step('Warning: cron does not run here: ' + START_CRON)
+
 def read_pushed(folder, name):
     """The text of a pushed file, None where there is none; Failure unless it is plain."""
     path = os.path.join(folder, name)
@@ -7489,7 +7855,7 @@ def read_pushed(folder, name):
 
     refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
     refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
-    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith('.conf'),
+    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith(('.conf', 'crontab')),
               '%s:1: begins with a byte order mark: save it without one', name)
     refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
@@ -7497,6 +7863,7 @@ def read_pushed(folder, name):
 def check_edited(app, live, release):
     """Failure where a file of the live release was changed by hand on the server, unless
     it is as the new one says; where a proxy file leads is not compared."""
+    check_crontab_edited(app, live, release)
     proxy = app.wanted_proxy(live)
     installed = [('nginx-proxy.conf', PROXIES, proxy, release.proxy)]
     if is_upstart(app.host):
@@ -7520,6 +7887,21 @@ def check_edited(app, live, release):
         detail(diff_text(ours, text, 'as pushed', 'on the server'))
         raise Failure('to keep that, commit it in %s and push; to drop it: sudo rm %s, '
                       'and try again', name, path)
+
+def check_crontab_edited(app, live, release):
+    """Failure where what cron reads of the live release was changed by hand."""
+    ours = render_cron_file(live)
+    if not ours:
+        return
+    path = cron_path(app.name)
+    text = read_file(app.host.path(path))
+    if text is None or text in (ours, render_cron_file(release)):
+        return
+
+    step('%s was changed on the server:', path)
+    detail(diff_text(ours, text, 'as pushed', 'on the server'))
+    raise Failure('to keep that, commit it in crontab; then, or to drop it: sudo rm %s, '
+                  'and try again', path)
 
 def check_pushed_proxy(app, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
@@ -7990,7 +8372,29 @@ def app_problem(app):
         return (path + ' was changed on the server: the next push will be refused for it',
                 'commit that as nginx-proxy.conf, or: sudo rm %s; sudo dockhand recover'
                 % path)
+    problem, remedy = crontab_problem(app, live)
+    if problem:
+        return problem, remedy
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
+
+def crontab_problem(app, live):
+    """Why cron does not run the lines of a live app, or nothing, and what to type: a row
+    for `demand`."""
+    if not live.crontab:
+        return '', ''
+    problem, remedy = cron_missing(app.host)
+    if problem:
+        return 'the crontab of %s does not run: %s' % (app.name, problem), remedy
+    if not runs_cron(app.host):
+        return 'the crontab of %s does not run: cron is stopped' % app.name, START_CRON
+    if is_crontab_gone(app, live):
+        return 'the crontab of %s is not in place' % app.name, 'sudo dockhand recover'
+
+    path = cron_path(app.name)
+    if app.host.text(path) != render_cron_file(live):
+        return (path + ' was changed on the server: the next push will be refused for it',
+                'commit that in crontab; then: sudo rm %s; sudo dockhand recover' % path)
+    return '', ''
 
 def https_problems(host):
     """What keeps names from https, now or at the next renewal: rows for `demand`."""
@@ -8560,7 +8964,7 @@ def release_config(app, live, wanted, changed):
     if is_built_alike(live.config, wanted):
         release = release._replace(
             image=live.image, layers=live.layers, job=live.job, proxy=live.proxy,
-            procfile=live.procfile)
+            procfile=live.procfile, crontab=live.crontab)
     make_release(app, live, release)
     clean_up(app, app.live())
 
@@ -8808,6 +9212,7 @@ def cmd_destroy(app, force=False, volumes=False):
 
 def remove_app(app, live):
     """Remove all that there is of an app, but for its volumes. live: may be None"""
+    remove_crontab(app)
     if live is not None:
         engine = engine_of(app, live)
         engine.stop(live)

@@ -43,9 +43,10 @@ from lab import (
     demand_engine, demand_nginx, demand_tool, drill, drilled, everywhere, must,
     public_key, run, servers, together, told, until, web_files)
 from machine import (
-    FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB,
-    ONE_DATA, ONE_TYPES, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_DATA,
-    TWO_TYPES, TWO_WEB, USER, WEB, ZERO, Clock, Machine, an_app, but, half_deployed, image,
+    FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB, ONE_CRON,
+    ONE_DATA, ONE_TYPES, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_CRON,
+    TWO_DATA, TWO_TYPES, TWO_WEB, USER, WEB, ZERO, Clock, Machine, an_app, but,
+    half_deployed, image,
     keys_text, mode_in, pem, release, switch_steps)
 from moments import (
     ACTS, RUNS, about_to, differences, explore, folder_with_room, kill, standing, trials,
@@ -186,6 +187,11 @@ READERS = {
     'diff': lambda text: Host('/', lambda argv: Result(
         0, '[{}]' if argv[1] == 'inspect' else 'A ' + text, '')).docker.written_files('x'),
     'volume': lambda text: dh.volume_of('shop', text),
+    'crontab': dh.parse_crontab,
+    'cron line': lambda text: dh.parse_crontab('@daily ' + text),
+    'cron time': lambda text: dh.parse_crontab('1' + text),
+    'percent': lambda text: dh.unescaped_percents('x' + text),
+    'quoted command': dh.quote,
     'health': lambda text: dh.check_text({'Log': [{'ExitCode': 1, 'Output': text}]})}
 
 def says_nginx(text):
@@ -1386,6 +1392,309 @@ def test_a_container_has_a_limit_of_processes_unless_it_says_one(plain):
     plain.push(but('job', JOB.replace('--rm', '--rm --pids-limit 9')))
     created, = [line for line in plain.done if line.startswith('docker create')]
     assert re.findall(r'--pids-limit\S*', created) == ['--pids-limit=9']
+
+# ---- Crontabs --------------------------------------------------------------------------
+
+# What is read of a pushed one, by line; what cron reads; and the sh that cron calls.
+
+def in_crontab(text):
+    """[(when, command)] of a crontab."""
+    return [line[:2] for line in dh.parse_crontab(text)]
+
+def test_a_crontab_is_times_and_commands():
+    assert dh.parse_crontab(
+        '# every night\n\n0 4 * * *\tbin/report --all\r\n  @daily  bin/tidy \n'
+        '*/5 0-6/2,22 1,15-31 JAN,mar-Dec mon-fri date "+\\%F" # x') == [
+        dh.CronLine('0 4 * * *', 'bin/report --all', 3),
+        dh.CronLine('@daily', 'bin/tidy', 4),
+        dh.CronLine('*/5 0-6/2,22 1,15-31 JAN,mar-Dec mon-fri', 'date "+%F" # x', 5)]
+    assert in_crontab('# nothing\n\n') == in_crontab('') == []
+
+@table('text', r'''
+    0 0 1 1 0 x
+    59 23 31 12 7 x
+    00 08 09 01 07 x
+    *\t* \t * * * x
+    0-59/59 0-23/23 */31 1-12/12 0-7/7 x
+    * * * feb sun x
+    @hourly x
+    @midnight x
+    @weekly x
+    @monthly x
+    @yearly x
+    @annually x''')
+def test_every_time_that_cron_reads_is_taken(text):
+    assert [command for _, command in in_crontab(text)] == ['x']
+
+@table('text, said', r'''
+    60 * * * * x        => minute `60`: `*`, numbers from 0 to 59,
+    * 24 * * * x        => hour `24`:
+    * * 0 * * x         => day of the month `0`: `*`, numbers from 1 to 31
+    * * 32 * * x        => day of the month `32`
+    * * * 0 * x         => month `0`
+    * * * 13 * x        => month `13`
+    * * * * 8 x         => weekday `8`
+    * * * mon * x       => month `mon`
+    jan * * * * x       => minute `jan`
+    * * * january * x   => month `january`
+    5-1 * * * * x       => minute `5-1`
+    * * * * fri-sun x   => weekday `fri-sun`
+    1- * * * * x        => minute `1-`
+    -1 * * * * x        => minute `-1`
+    1-2-3 * * * * x     => minute `1-2-3`
+    *-5 * * * * x       => minute `*-5`
+    ** * * * * x        => minute `**`
+    1,, * * * * x       => minute `1,,`
+    , * * * * x         => minute `,`
+    */0 * * * * x       => minute `*/0`
+    */60 * * * * x      => minute `*/60`
+    */ * * * * x        => minute `*/`
+    */a * * * * x       => minute `*/a`
+    */5/5 * * * * x     => minute `*/5/5`
+    5/5 * * * * x       => minute `5/5`
+    +5 * * * * x        => minute `+5`
+    001 * * * * x       => minute `001`
+    0~9 * * * * x       => minute `0~9`
+    ? * * * * x         => minute `?`
+    * * L * * x         => day of the month `L`
+    hello world         => minute `hello`
+    * * * *             => five times and a command are wanted, as `0 4 * * * bin/report`
+    * * * * *           => five times and a command
+    * * * * x           => weekday `x`
+    @daily              => five times and a command
+    @Daily x            => `@Daily`: no such time; there are @hourly @daily
+    @every_minute x     => `@every_minute`: no such time
+    @ x                 => `@`: no such time
+    @reboot x           => `@reboot`: a process that runs always is a line of the Procfile
+    A=1                 => `A=`: variables are config: sudo dockhand config APP A=VALUE
+    PATH = /bin         => `PATH=`: variables are config
+    MAILTO=me           => `MAILTO=`: leave it out: what a line prints goes to the system
+    SHELL=/bin/bash     => `SHELL=`: leave it out
+    CRON_TZ=UTC         => `CRON_TZ=`: the times are by the clock of the server
+    * * * * * root x    => `root`: leave the user out
+    * * * * * date +%F  => a bare `%` ends the command in a crontab: write `\\%`
+    * * * * * x%        => a bare `%`
+    * * * * * x\0       => it holds a control character
+    * * * * * x\ey      => it holds a control character
+    @daily\n@daily\rx   => it holds a control character''')
+def test_a_line_that_cron_or_we_cannot_follow_is_refused(text, said):
+    lines = '# one\n@daily one\n' + text.replace('@daily\n', '')
+    found = refusal(dh.parse_crontab, lines)
+    assert found.startswith('crontab:3: ') and said in found
+
+@pytest.mark.parametrize('data', [b'\xff', b'\xe9', b'\xc3', b'\xed\xa0\x80'])
+def test_a_line_of_other_letters_than_utf_8_is_refused(data):
+    text = '@daily echo %s\n' % dh.to_text(b'caf\xc3\xa9')
+    assert len(in_crontab(text)) == 1
+    assert refusal(dh.parse_crontab, text + '@daily ' + dh.to_text(data)) == (
+        'crontab:2: its letters are not those of UTF-8')
+
+def test_a_line_stands_there_once():
+    twice = '1 * * * * x y\n\n2 * * * * x y\n1  *  * * *  x y\n'
+    assert refusal(dh.parse_crontab, twice) == 'crontab:4: the same as line 1'
+
+def test_a_crontab_has_no_more_lines_than_it_may():
+    lines = ['* * * * * x %d\n' % number for number in range(101)]
+    assert len(in_crontab('# x\n' * 999 + ''.join(lines[:100]))) == 100
+    assert refusal(dh.parse_crontab, ''.join(lines)) == 'crontab:101: more than 100 lines'
+    longest = '@daily ' + 'x' * 893
+    assert len(in_crontab(longest)) == 1
+    assert 'crontab:1: longer than 900 characters' in refusal(
+        dh.parse_crontab, longest + 'x')
+
+@table('command, words', r'''
+    bin/x  --y -z   => bin/x --y -z
+    x $HOME         => sh -c x $HOME
+    x && y          => sh -c x && y
+    x 'y z'         => sh -c x 'y z'
+    x > /data/y     => sh -c x > /data/y''')
+def test_a_command_is_run_by_a_shell_where_it_holds_what_a_shell_reads(command, words):
+    found = dh.command_words(command)
+    assert ' '.join(found) == words and (len(found) == 3)
+
+CRONTAB = '# x\n0 4 * * * bin/report --all\n@daily echo "it\'s $1" > /data/x\n'
+CRON_FILE = '''# dockhand: blog's crontab, installed from its repository at each push
+# Times, and for each the id of a line, of whatever release is live then
+SHELL=/bin/sh
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+0 4 * * * root /bin/sh /var/lib/dockhand/apps/blog/live/cron 5bcd4bc1
+@daily root /bin/sh /var/lib/dockhand/apps/blog/live/cron 40eef685
+'''
+
+def test_cron_reads_times_and_ids_alone():
+    assert dh.render_cron_file(release(crontab=CRONTAB)) == CRON_FILE
+    assert dh.is_ours(CRON_FILE, 'blog') and not dh.is_ours(CRON_FILE, 'blo')
+    for none in (None, '', '# x\n'):
+        assert dh.render_cron_file(release(crontab=none)) == ''
+
+@table('app, path', '''
+    blog     => /etc/cron.d/dockhand-blog
+    my-blog  => /etc/cron.d/dockhand-my-blog
+    my_blog  => /etc/cron.d/dockhand-my_blog
+    my.blog  => /etc/cron.d/dockhand-my--blog
+    a.b.c    => /etc/cron.d/dockhand-a--b--c''')
+def test_cron_skips_no_file_for_its_name(app, path):
+    dh.check_app_name(app)
+    assert dh.cron_path(app) == path and re.match('[A-Za-z0-9_-]+\\Z', path[12:])
+
+def test_the_id_of_a_line_is_its_own_for_as_long_as_it_is_the_same():
+    before, after = [[dh.cron_id(line) for line in dh.parse_crontab(text)] for text in (
+        '1 * * * * x\n2 * * * * x\n', '# moved\n2 * * * *   x\r\n1 * * * * y\n')]
+    assert before[1] == after[0] and len(set(before + after)) == 3
+
+# What the sh of a release calls: docker, which tells what it is told and does as the
+# command says; and the system's log, a file.
+CRON_DOCKER = '''#!/bin/sh
+echo "docker $*" >>calls
+case $1 in
+ps) [ ! -e down ] || { echo 'Cannot connect'; exit 1; }; cat running 2>/dev/null; exit 0 ;;
+rm) exit 1 ;;
+esac
+while [ "$1" != IMAGE ]; do shift; done
+shift
+exec "$@"
+'''
+CRON_LOGGER = '''#!/bin/sh
+[ "$1 $2" = '-t dockhand/my.blog' ] || exit 1
+shift 2
+if [ $# -gt 0 ]; then echo "$*"; else cat; echo; fi >>log
+'''
+
+class CronRun(object):
+    """The sh of release 2 of my.blog as cron calls it, in a folder."""
+    def __init__(self, folder, crontab):
+        self.folder = str(folder)
+        self.release = release(app='my.blog', number=2, crontab=crontab)
+        self.write('docker', CRON_DOCKER)
+        self.write('logger', CRON_LOGGER)
+        text = dh.render_cron_script(
+            self.release, ['--env=KEY', '--env=a.b', '--volume=a b:/data', 'IMAGE'],
+            {'KEY': "it's\na key", 'a.b': 'c\nd'})
+        for path in (dh.STATE, dh.CRON_LOCKS):
+            text = text.replace(path, self.folder + '/' + os.path.basename(path))
+        self.write('script', text)
+        self.stopped = self.folder + '/dockhand/apps/my.blog/stopped'
+        dh.make_folder(os.path.dirname(self.stopped))
+
+    def write(self, name, text):
+        dh.replace_file(os.path.join(self.folder, name), text, 0o755)
+
+    def text(self, name):
+        return dh.read_file(os.path.join(self.folder, name)) or ''
+
+    def start(self, *words):
+        path = '%s:%s' % (self.folder, os.environ['PATH'])
+        return subprocess.Popen(['sh', 'script'] + list(words), cwd=self.folder,
+                                env={'PATH': path}, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, preexec_fn=os.setsid)
+
+    def run(self, line=0):
+        """Run a line to its end; what it said to cron, which mails that to root."""
+        return dh.to_text(self.start(self.id(line)).communicate()[0])
+
+    def id(self, line=0):
+        return dh.cron_id(dh.cron_lines(self.release)[line])
+
+LIVES = "sh -c 'echo begun; while [ ! -e end ]; do sleep 0.05; done'"
+
+def test_the_sh_of_a_release_runs_the_line_that_cron_names(tmpdir):
+    cron = CronRun(tmpdir, '@daily printf %s-%s a\\*b "c  d"\n@daily echo x\n'.replace(
+        '%', '\\%'))
+    assert cron.run(0) == ''
+    name = 'my.blog--2--cron-' + cron.id(0)
+    assert cron.text('calls').splitlines() == [
+        'docker ps -q --filter name=^/*my[.]blog--[0-9]*--cron-%s$' % cron.id(0),
+        'docker rm ' + name,
+        'docker run --rm --name %s --env=KEY --env=a.b=c' % name,
+        'd --volume=a b:/data IMAGE sh -c exec printf %s-%s a\\*b "c  d"']
+    assert "export KEY='it'\"'\"'s\na key'\n" in cron.text('script')
+    assert cron.text('log') == 'a*b-c  d\ncrontab:1: exit status 0 (my.blog--2)\n'
+    cron.run(1)
+    assert cron.text('log').endswith('\nx\n\ncrontab:2: exit status 0 (my.blog--2)\n')
+
+def test_what_a_line_prints_and_how_it_ends_is_in_the_log(tmpdir):
+    cron = CronRun(tmpdir, '@daily echo out; echo err >&2; exit 3\n@daily missing-command')
+    assert [cron.run(0), cron.run(1)] == ['', '']
+    assert re.match(r'out\nerr\n\ncrontab:1: exit status 3 \(my.blog--2\)\n'
+                    r'.*missing-command: not found\n\n'
+                    r'crontab:2: exit status 127 \(my.blog--2\)\n\Z', cron.text('log'))
+
+@each('word', 'unknown * $(touch) 0')
+def test_a_line_that_is_not_the_releases_own_does_not_run(tmpdir, word):
+    cron = CronRun(tmpdir, '@daily echo x')
+    for words in ((word,), (), ('',)):
+        process = cron.start(*words)
+        assert (process.communicate()[0], process.returncode) == (b'', 0)
+    assert cron.text('calls') == cron.text('log') == ''
+
+def test_no_line_runs_while_the_app_is_stopped(tmpdir):
+    cron = CronRun(tmpdir, '@daily echo x')
+    cron.write(cron.stopped, '')
+    assert (cron.run(), cron.text('calls'), cron.text('log')) == ('', '', '')
+    os.unlink(cron.stopped)
+    cron.run()
+    assert cron.text('log') == 'x\n\ncrontab:1: exit status 0 (my.blog--2)\n'
+
+def begun(cron):
+    """A line that goes on until the file `end` is there."""
+    process = cron.start(cron.id())
+    deadline = time.time() + 20
+    while 'begun' not in cron.text('log') and time.time() < deadline:
+        time.sleep(0.01)
+    return process
+
+def test_a_line_that_still_runs_is_not_started_again_and_others_are(tmpdir):
+    cron = CronRun(tmpdir, '@daily %s\n@daily echo other' % LIVES)
+    process = begun(cron)
+    assert [cron.run(0), cron.run(1)] == ['', '']
+    assert re.findall('crontab:.*', cron.text('log')) == [
+        'crontab:1: not started, since it still runs',
+        'crontab:2: exit status 0 (my.blog--2)']
+    cron.write('end', '')
+    process.communicate()
+    cron.run(0)
+    assert cron.text('log').endswith('crontab:1: exit status 0 (my.blog--2)\n')
+    assert cron.text('calls').count('docker run') == 3
+
+def test_a_line_whose_sh_was_killed_is_not_started_beside_it(tmpdir):
+    cron = CronRun(tmpdir, '@daily ' + LIVES)
+    process = begun(cron)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    cron.run()
+    assert 'crontab:1: not started, since it still runs\n' in cron.text('log')
+    assert cron.text('calls').count('docker run') == 1
+    cron.write('end', '')
+    deadline = time.time() + 20
+    while cron.text('calls').count('docker run') < 2 and time.time() < deadline:
+        cron.run()
+    assert cron.text('calls').count('docker run') == 2
+
+def test_a_line_whose_docker_client_was_killed_is_not_started_beside_it(tmpdir):
+    cron = CronRun(tmpdir, '@daily echo x')
+    cron.write('running', '0123abcd\n')
+    assert cron.run() == ''
+    assert cron.text('log') == (
+        'crontab:1: not started, since it still runs in container 0123abcd\n')
+    assert cron.text('calls').count('docker') == 1
+
+def test_a_line_is_not_started_where_docker_does_not_answer(tmpdir):
+    cron = CronRun(tmpdir, '@daily echo x')
+    cron.write('down', '')
+    assert cron.run() == ''
+    assert cron.text('log') == 'crontab:1: not started: Cannot connect\n'
+
+@pytest.mark.parametrize('command', [
+    "echo 'a b' \"c\"", 'echo a*b', 'echo $0', 'echo `echo x`', 'echo a\\\\b; echo $(echo y)',
+    'echo \'"\'"\'"', 'echo ' + dh.to_text(b'caf\xc3\xa9') + ' $0', 'echo {a}', 'echo {{a}} }', 'echo ${HOME:-none}'])
+def test_a_shell_reads_of_a_command_what_was_pushed(tmpdir, command):
+    """That of the container does, once: root's reads a quoted word."""
+    cron = CronRun(tmpdir, '@daily ' + command)
+    cron.run()
+    wanted = subprocess.check_output(['sh', '-c', dh.to_bytes(command)],
+                                     env={'PATH': os.environ['PATH']})
+    assert cron.text('log').startswith(dh.to_text(wanted))
 
 # ---- Proxy files -----------------------------------------------------------------------
 
@@ -5778,6 +6087,228 @@ def test_a_checkout_that_fails_is_told_with_gits_words(tmpdir):
     dh.replace_file(folder, 'no folder')
     assert re.search('checkout-index failed .128.: fatal: ', refusal(
         dh.check_out, git.app, commit, folder))
+
+# ---- Crontabs, deployed ----------------------------------------------------------------
+
+# What cron reads of an app goes with its release: put in place, put back, rolled back.
+
+CRON_D = '/etc/cron.d/dockhand-blog'
+
+def cron_in_force(machine):
+    """What cron would run: [(when, the release that is live, command)]."""
+    found = []
+    for line in (machine.read(CRON_D) or '').splitlines()[4:]:
+        when, script, id_ = re.match(r'(.*) root /bin/sh (\S+) (\w+)\Z', line).groups()
+        text = machine.read(script)
+        case = re.search(r'\n%s\) line=\d+; set -- (.*) ;;' % id_, text)
+        name = re.search('\nname=(.*)--cron-', text).group(1)
+        found.append((when, name, case and case.group(1)))
+    return found
+
+def both(number, name):
+    return [('* * * * *', 'blog--%d' % number, 'bin/both'),
+            ('@daily', 'blog--%d' % number, 'bin/' + name)]
+
+def test_a_crontab_is_installed_rolled_back_and_removed_with_its_release(plain):
+    plain.lives(an_app('zero'))
+    plain.push(TWO_CRON)
+    assert cron_in_force(plain) == both(2, 'two')
+    path = plain.host.path('/var/lib/dockhand/apps/blog/releases/2/cron')
+    assert mode_in(os.stat(path)) == '600'
+    assert mode_in(os.stat(plain.host.path(CRON_D))) == '644'
+    plain.push(ONE_CRON, old=SHA_2, new=SHA_3)
+    assert cron_in_force(plain) == both(3, 'one')
+    dh.cmd_config(plain.app, 'A=1')
+    assert cron_in_force(plain) == both(4, 'one')
+    dh.cmd_rebuild(plain.app)
+    assert cron_in_force(plain) == both(5, 'one')
+    dh.cmd_rollback(plain.app, '2')
+    assert cron_in_force(plain) == both(2, 'two')
+    assert plain.app.live().crontab == TWO_CRON['crontab']
+    dh.cmd_rollback(plain.app, '1')
+    assert plain.read(CRON_D) is None
+    dh.cmd_rollback(plain.app, '2')
+    dh.cmd_destroy(plain.app, True)
+    assert plain.read(CRON_D) is None
+
+def test_what_cron_runs_is_a_container_beside_the_app_as_that_is_described(plain):
+    plain.lives(ONE_CRON, A='1')
+    plain.push(dict(an_app('two', 'EXPOSE 8000\nVOLUME /data'), crontab='@daily x "y"\n'))
+    text = plain.read('/var/lib/dockhand/apps/blog/live/cron')
+    assert re.search('docker run .*', text).group() == (
+        'docker run --rm --name "$name" --net=dockhand '
+        '--env-file=/var/lib/dockhand/apps/blog/releases/2/env '
+        '--add-host=host.docker.internal:10.86.0.1 --volume=blog--data:/data '
+        '--label=dockhand.app=blog --init --log-driver=none --pids-limit=4096 '
+        'sha256:FROMtwo "$@" 2>&1 3>&- || status=$?')
+    assert "; set -- sh -c 'exec x \"y\"' ;;\n" in text
+
+@pytest.mark.parametrize('files', [
+    but('docker', 'FROM dies'), an_app('mute'),
+    dict(ONE_CRON, Dockerfile='FROM mute\nEXPOSE 8000'),
+    dict(TWO_CRON, Dockerfile='FROM dies\nEXPOSE 8000'),
+    dict(TWO_CRON, Dockerfile='RUN fail')])
+@pytest.mark.parametrize('before', [ONE_WEB, ONE_CRON])
+def test_a_release_that_fails_leaves_the_crontab_as_it_was(plain, before, files):
+    plain.lives(before)
+    was, ran = plain.whole(), cron_in_force(plain)
+    refusal(plain.push, files)
+    assert plain.changed(was) == [] and cron_in_force(plain) == ran
+    assert plain.read('/var/lib/dockhand/apps/blog/releases/2/cron') is None
+
+def test_a_first_push_that_fails_leaves_no_crontab(plain):
+    plain.nginx()
+    refusal(plain.push, dict(ONE_CRON, Dockerfile='FROM dies\nEXPOSE 80'), MAIN, ZERO)
+    assert plain.read(CRON_D) is None and plain.app.live() is None
+
+def test_a_push_says_when_its_lines_will_run(plain, capfd):
+    os.symlink('/usr/share/zoneinfo/Europe/Vienna', plain.host.path('/etc/localtime'))
+    plain.lives(ONE_WEB)
+    plain.push(TWO_CRON)
+    assert '-----> crontab: 2 lines, by the clock of this server (Europe/Vienna)\n' in (
+        capfd.readouterr().err)
+    plain.push(dict(TWO_CRON, crontab='@daily x\n'), old=SHA_2, new=SHA_3)
+    assert 'crontab: 1 line, by the clock' in capfd.readouterr().err
+    os.unlink(plain.host.path('/run/crond.pid'))
+    dh.cmd_rebuild(plain.app)
+    err = capfd.readouterr().err
+    assert '-----> Warning: cron does not run here: service cron start\n' in err
+
+@pytest.mark.parametrize('link, name, zone', [
+    ('/usr/share/zoneinfo/Etc/UTC', 'Europe/Vienna\n', 'Etc/UTC'),     # cron reads the link
+    ('../usr/share/zoneinfo/America/New_York', None, 'America/New_York'),
+    (None, 'Europe/Vienna\n', 'UTC'), (None, None, 'UTC')])
+def test_the_clock_is_named_as_cron_reads_it(plain, link, name, zone):
+    if link:
+        os.symlink(link, plain.host.path('/etc/localtime'))
+    if name:
+        plain.write('/etc/timezone', name)
+    assert dh.zone_of(plain.host) == zone
+
+def test_a_clock_that_was_copied_has_the_name_that_stands_beside_it(plain):
+    plain.write('/etc/localtime', 'TZif2')
+    plain.write('/etc/timezone', 'Europe/Vienna\n')
+    assert dh.zone_of(plain.host) == 'Europe/Vienna'
+
+@pytest.mark.parametrize('files, said', [
+    (dict(TWO_CRON, crontab='# x\n@daily x\n61 * * * * x\n'), 'crontab:3: minute `61`'),
+    (dict(TWO_CRON, crontab=' \n'), 'crontab is empty'),
+    (dict(TWO_CRON, crontab='@daily \0'), 'crontab holds a NUL byte'),
+    (dict(TWO_CRON, crontab=dh.to_text(b'\xef\xbb\xbf@daily x\n')),
+     'crontab:1: begins with a byte order mark'),
+    (dict(FILES_2, crontab='@daily x\n'), 'crontab: it cannot stand beside upstart.conf')])
+def test_a_crontab_that_will_not_do_is_refused_before_a_build(machine, files, said):
+    machine.lives(FILES)
+    before = machine.whole()
+    assert said in refusal(machine.push, files)
+    assert machine.changed(before) == []
+    assert not [line for line in machine.done if line.startswith('docker build')]
+
+@table('path, said', '''
+    /usr/sbin/cron  => crontab: cron is missing here: apt-get install cron
+    /usr/bin/flock  => crontab: flock is missing here: apt-get install util-linux
+    /usr/bin/logger => crontab: logger is missing here: apt-get install bsdutils''')
+def test_a_crontab_is_refused_where_nothing_would_run_it(plain, path, said):
+    plain.lives(ONE_WEB)
+    os.unlink(plain.host.path(path))
+    before = plain.whole()
+    assert refusal(plain.push, TWO_CRON) == said
+    assert plain.changed(before) == []
+    plain.push(TWO_WEB)                         # what has none wants none of them
+
+def test_a_crontab_with_comments_alone_is_none(plain):
+    plain.lives(ONE_WEB)
+    os.unlink(plain.host.path('/usr/sbin/cron'))
+    plain.push(dict(TWO_WEB, crontab='# @daily x\n'))
+    assert plain.read(CRON_D) is None and plain.app.live().crontab == ''
+
+def test_what_cron_reads_and_was_changed_by_hand_is_not_overwritten(plain, capfd):
+    plain.lives(ONE_CRON)
+    by_hand = plain.read(CRON_D).replace('@daily', '@hourly')
+    plain.write(CRON_D, by_hand)
+    said = 'to keep that, commit it in crontab; then, or to drop it: sudo rm ' + CRON_D
+    assert said in refusal(plain.push, TWO_CRON)
+    assert '-@daily root' in capfd.readouterr().err
+    assert said in refusal(plain.push, TWO_WEB)
+    assert said in refusal(dh.cmd_config, plain.app, 'A=1')
+    dh.cmd_recover(plain.host)
+    assert plain.read(CRON_D) == by_hand
+    os.unlink(plain.host.path(CRON_D))
+    plain.push(TWO_CRON)
+    assert cron_in_force(plain) == both(plain.app.live().number, 'two')
+
+@pytest.mark.parametrize('live', [ONE_WEB, None])
+def test_a_file_of_crons_that_dockhand_did_not_write_is_left_alone(plain, live):
+    plain.nginx()
+    if live:
+        plain.lives(live)
+    plain.write(CRON_D, '* * * * * root somebody-elses\n')
+    old = SHA if live else ZERO
+    assert CRON_D + ' is on this server already' in refusal(
+        plain.push, TWO_CRON, MAIN, old)
+    plain.push(TWO_WEB, MAIN, old)
+    dh.cmd_destroy(plain.app, True)
+    assert plain.read(CRON_D) == '* * * * * root somebody-elses\n'
+
+@pytest.mark.parametrize('path', [CRON_D, '/var/lib/dockhand/apps/blog/releases/1/cron'])
+def test_recover_and_doctor_know_what_is_gone_of_a_crontab(plain, path):
+    plain.lives(ONE_CRON)
+    os.unlink(plain.host.path(path))
+    assert dh.app_problem(plain.app) == (
+        'the crontab of blog is not in place', 'sudo dockhand recover')
+    dh.cmd_recover(plain.host)
+    assert cron_in_force(plain) == both(1, 'one')
+    assert not dh.app_problem(plain.app)[0]
+
+@pytest.mark.parametrize('harm, said, remedy', [
+    (lambda m: os.unlink(m.host.path('/usr/sbin/cron')),
+     'the crontab of blog does not run: cron is missing', 'apt-get install cron'),
+    (lambda m: os.unlink(m.host.path('/run/crond.pid')),
+     'the crontab of blog does not run: cron is stopped', 'service cron start'),
+    (lambda m: shutil.rmtree(m.host.path('/proc/70')),
+     'the crontab of blog does not run: cron is stopped', 'service cron start'),
+    (lambda m: m.write(CRON_D, m.read(CRON_D) + '#\n'),
+     CRON_D + ' was changed on the server', 'sudo rm ' + CRON_D)])
+def test_doctor_says_why_a_crontab_does_not_run(plain, harm, said, remedy):
+    plain.lives(ONE_CRON)
+    assert not dh.app_problem(plain.app)[0]
+    harm(plain)
+    problem, command = dh.app_problem(plain.app)
+    assert problem.startswith(said) and remedy in command
+
+def test_an_app_without_a_crontab_asks_for_no_cron(plain):
+    plain.lives(ONE_WEB)
+    os.unlink(plain.host.path('/usr/sbin/cron'))
+    assert not dh.app_problem(plain.app)[0]
+
+def test_a_line_that_runs_ends_with_its_release_and_not_before(plain):
+    """A stop, a deploy and a rollback let it end by itself."""
+    plain.lives(ONE_CRON)
+    id_ = dh.cron_id(dh.cron_lines(plain.app.live())[0])
+    plain.containers['blog--1--cron-' + id_] = dict(
+        plain.container('c9', 'sha256:FROMone'), Name='/blog--1--cron-' + id_)
+    dh.cmd_stop(plain.app)
+    plain.push(TWO_CRON)
+    dh.cmd_rollback(plain.app)
+    assert 'blog--1--cron-' + id_ in plain.containers
+    dh.cmd_destroy(plain.app, True)
+    assert plain.containers == {}
+
+def test_a_plan_shows_what_would_change_of_a_crontab(plain, capfd):
+    plain.lives(ONE_CRON)
+    refusal(plain.push, TWO_CRON, 'refs/heads/plan', ZERO)
+    err = capfd.readouterr().err
+    assert '-@daily bin/one\n' in err and '+@daily bin/two\n' in err
+    assert cron_in_force(plain) == both(1, 'one')
+
+@pytest.mark.parametrize('path', [CRON_D, '/var/lib/dockhand/apps/blog/releases/1/cron'])
+def test_what_a_kill_leaves_beside_a_crontab_is_swept(plain, path):
+    plain.lives(ONE_CRON)
+    left = dh.temporary_of(path)
+    assert '.' in os.path.basename(left)        # cron skips it meanwhile
+    plain.write(left, 'half')
+    dh.cmd_recover(plain.host)
+    assert plain.read(left) is None
 
 # ---- Keeping ---------------------------------------------------------------------------
 

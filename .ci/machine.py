@@ -147,13 +147,17 @@ class Machine(object):
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         self.kinds = {}             # of what is pushed and is no commit: {id: kind}
         self.write('/usr/bin/docker-init', '')
+        for path in ('/usr/sbin/cron', '/usr/bin/flock', '/usr/bin/logger'):
+            self.write(path, '')
         folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run
-            /var/lib/docker /usr/local/bin /etc/sudoers.d /etc/init'''.split() + {
+            /var/lib/docker /usr/local/bin /etc/sudoers.d /etc/init /etc/cron.d'''.split() + {
                 'systemd': ['/run/systemd/system', os.path.dirname(dh.UNIT_ENABLED[0]),
                             os.path.dirname(dh.UNIT_ENABLED[1])],
                 'upstart': ['/sbin/initctl'], 'none': []}[init]
         for folder in folders:
             dh.make_folder(self.host.path(folder))
+        self.write('/run/crond.pid', '70\n')
+        self.process(70, 1, '/usr/sbin/cron')
         self.give('/home/git')
 
     def write(self, path, text):
@@ -625,7 +629,7 @@ class Machine(object):
                 return Result(1, '', 'nginx: [emerg] cannot load certificate "%s": x\n'
                               % path)
         for pid in os.listdir(self.host.path('/proc')):
-            if pid != '50':
+            if pid not in ('50', '70'):
                 shutil.rmtree(self.host.path('/proc', pid))
         self.process(self.next(), 50, 'nginx: worker process')
         self.process(51, 50, 'nginx: worker process is shutting down')
@@ -774,7 +778,8 @@ class Machine(object):
             number=number, commit=commit, seconds=seconds, image=self.images[tag]['Id'],
             config=config, job=JOB_HEADER + job if job else '',
             proxy=PROXY_HEADER + proxy if proxy else '',
-            procfile=files.get('Procfile'), **OF_A_JOB)
+            procfile=files.get('Procfile'), crontab=files.get('crontab', ''),
+            **OF_A_JOB)
         if not job:
             settings = self.images[tag]['Config']
             made = dh.complete_plain(self.app, self.app.live(), made, settings)
@@ -794,6 +799,8 @@ class Machine(object):
         self.app.set_link('live', live)
         for act in (engine.prepare, engine.place, engine.start, engine.settle):
             act(live)
+        dh.write_cron_script(self.app, live)
+        dh.place_crontab(self.app, live)
         self.nginx()
         self.host.nginx.restore('blog', live.proxy)
         del self.done[:]
@@ -868,7 +875,8 @@ def release(**changes):
     """The dh.Release of a plain web app, changed by keywords."""
     fields = dict(app='blog', number=3, plan=False, commit=SHA, branch='main', by='anna',
                   how='push', layers=[], time=1, seconds=None, failed=None, image='sha256:x', config={},
-                  port=8000, web=True, volumes=[], addresses=['10.86.0.2'], job='', proxy='')
+                  port=8000, web=True, volumes=[], addresses=['10.86.0.2'], job='', proxy='',
+                  crontab='')
     return dh.Release(**dict(fields, **changes))
 
 def half_deployed(machine, steps=99, files=None):
@@ -877,7 +885,10 @@ def half_deployed(machine, steps=99, files=None):
     live, new = machine.lives(one), machine.release(2, SHA_2, two)
     machine.app.set_link('pending', new)
     acts = [lambda: dh.engine_of(machine.app, new).prepare(new)]
-    for act in (acts + switch_steps(machine.host, live, new))[:steps]:
+    acts += switch_steps(machine.host, live, new)
+    acts += [lambda: dh.write_cron_script(machine.app, new),
+             lambda: dh.place_crontab(machine.app, new)]
+    for act in acts[:steps]:
         act()
     return new
 
@@ -894,4 +905,6 @@ NAMED = ('server {\n    listen 80;\n    server_name here.org www.here.org;\n'
          '    location / { proxy_pass http://blog; }\n}\n')
 ONE_NAMED, TWO_NAMED = [an_app(name, proxy=NAMED) for name in ('one', 'two')]
 ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data')
+                      for name in ('one', 'two')]
+ONE_CRON, TWO_CRON = [dict(an_app(name), crontab='* * * * * bin/both\n@daily bin/%s\n' % name)
                       for name in ('one', 'two')]

@@ -23,8 +23,8 @@ import pytest
 import dockhand as dh
 from dockhand import Failure
 from machine import (
-    FILES, FILES_2, MAIN, ONE_DATA, ONE_NAMED, ONE_TYPES, ONE_WEB, SHA_2, TWO_DATA,
-    TWO_NAMED, TWO_TYPES, TWO_WEB, ZERO, Machine, half_deployed)
+    FILES, FILES_2, MAIN, ONE_CRON, ONE_DATA, ONE_NAMED, ONE_TYPES, ONE_WEB, SHA_2,
+    TWO_CRON, TWO_DATA, TWO_NAMED, TWO_TYPES, TWO_WEB, ZERO, Machine, half_deployed)
 
 HELD = '''images containers jobs commits refs served count volumes networks
     ordered caught certified'''.split()
@@ -39,10 +39,12 @@ MOST = 8                            # processes at a time
 
 # (files of release 1, of release 2): of a job app, of a web app that is handed over, of
 # one that is stopped first for its VOLUME, of a job app that becomes a plain one, of a
-# web app that has https, of one with a worker beside its web process
+# web app that has https, of one with a worker beside its web process, of one that has a
+# crontab
 KINDS_OF_APP = {'job': (FILES, FILES_2), 'web': (ONE_WEB, TWO_WEB),
                 'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB),
-                'https': (ONE_NAMED, TWO_NAMED), 'types': (ONE_TYPES, TWO_TYPES)}
+                'https': (ONE_NAMED, TWO_NAMED), 'types': (ONE_TYPES, TWO_TYPES),
+                'cron': (ONE_CRON, TWO_CRON)}
 
 def deploy_two(machine):
     dh.deploy(machine.app, 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
@@ -61,7 +63,8 @@ RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
     ('deploy', 'upstart turned'), ('rollback', 'upstart turned'),
     ('config', 'none web'), ('config', 'upstart job'), ('https', 'none https'),
     ('deploy', 'none https'), ('rollback', 'none https'), ('deploy', 'none types'),
-    ('rollback', 'none types')]
+    ('rollback', 'none types')] + [
+    (act, 'none cron') for act in ('first', 'deploy', 'rollback')]
 
 def about_to(act, init, folder):
     """A Machine on which an act can begin. init: and the kind of the app after it"""
