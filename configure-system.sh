@@ -4,7 +4,7 @@
 #   scp configure-system.sh dockhand.py root@HOST:
 #   ssh root@HOST sh configure-system.sh [--user NAME] [--local-name] [--demo]
 #
-# It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, certbot, a static
+# It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, certbot, cron, a static
 # busybox, a Python), starts it by whatever init is there, and runs `dockhand.py install` from beside it.
 # --local-name makes this host known as NAME.local to its neighbours, by avahi, which opens udp
 # ports. --demo then pushes a small app to this very host and removes it again. It asks nothing,
@@ -224,6 +224,7 @@ missing_packages() {
     have ip || echo iproute2
     have xz || echo xz-utils
     have openssl || echo openssl
+    have cron || have crond || echo cron         # for the crontab of a repository
     # those of the oldest releases speak a protocol that is gone
     have certbot || case $RELEASE in 'ubuntu 12.04' | 'ubuntu 14.04') ;; *) echo certbot ;; esac
     [ -s /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
@@ -287,6 +288,7 @@ is_up() {
     *-nginx) alive nginx /run/nginx.pid ;;
     *-ssh) alive sshd /run/sshd.pid ;;
     *-avahi-daemon) alive avahi-daemon /run/avahi-daemon/pid ;;
+    *-cron) alive cron /run/crond.pid ;;
     esac
 }
 
@@ -382,6 +384,12 @@ ensure_ssh() {
     if [ $INIT = systemd ] && systemctl --quiet is-enabled ssh.socket 2>/dev/null; then set -- ssh.socket
     else set -- ssh; fi
     ensure_service "$1"
+}
+
+# Only the crontab of a repository wants it: no reason to fail
+ensure_cron() {
+    if ! have cron || ensure_up cron 10 2>/dev/null; then return 0; fi
+    note "cron does not run, crontabs of apps will not: see $(say_where_it_logs cron)"
 }
 
 # .local names are a convenience, no reason to fail
@@ -574,6 +582,7 @@ main() {
     ensure_docker
     ensure_nginx
     ensure_ssh
+    ensure_cron
     ensure_local_name
     ensure_dockhand
     say_if_nothing_changed

@@ -8142,6 +8142,32 @@ def test_what_one_option_alone_wants_is_installed_with_that_option(
     wanted = [name for name in out.split() if name in ('openssh-client', 'avahi-daemon')]
     assert wanted == packages.split()
 
+@table('there, wanted', '''
+               => cron
+    cron       =>
+    crond      =>
+    cron crond =>''')
+def test_cron_is_installed_where_there_is_none(tmpdir, there, wanted):
+    lines = '''
+have() { case $1 in cron | crond) case " %s " in *" $1 "*) ;; *) return 1 ;; esac ;; esac; }
+engine_present() { :; }
+missing_packages''' % there
+    status, out, err = in_script(tmpdir, lines)
+    assert (status, err) == (0, '')
+    assert [name for name in out.split() if name == 'cron'] == wanted.split()
+
+@table('starts, said', '''
+    0 =>
+    1 => note: cron does not run, crontabs of apps will not''')
+def test_a_cron_that_does_not_start_is_told_and_stops_nothing(tmpdir, starts, said):
+    lines = '''
+have() { :; }
+note() { echo "note: $*"; }
+ensure_up() { return %s; }
+ensure_cron''' % starts
+    status, out, err = in_script(tmpdir, lines)
+    assert (status, err) == (0, '') and out.startswith(said) and bool(out) == bool(said)
+
 @table('options, name, demo', '''
                         =>     =>
     --local-name        => yes =>
@@ -11394,6 +11420,78 @@ def test_real_no_request_fails_in_deploys_and_rollbacks(server, size):
         len(took), sorted(took)[len(took) // 2], load.check())
     assert load.requests() >= (20000 if size > 4 else 2000), figures
     return figures
+
+# Where no system's log is, as without an init: keeps what it gets, a line each
+SYSTEM_LOG = '''
+import os, socket
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+listener.bind('/dev/log')
+with open('/root/system.log', 'ab', 0) as log:
+    while True:
+        log.write(listener.recv(65536).rstrip(b'\\n\\0') + b'\\n')
+'''
+
+# Each minute: when it ran, and of which release; then one that is not over in a minute
+TICKS = '''* * * * * echo $(busybox date +\\%s) $(cat /www/index.html) >>/ticks/all; echo ticked
+* * * * * sleep 70
+'''
+
+class Ticking(Plain):
+    """A web app with a crontab, which overlaps though it keeps what its lines write."""
+
+    def files(self, mark):
+        files = Plain.files(self, mark, crontab=TICKS + '@yearly true %s\n' % mark)
+        files['Dockerfile'] += 'VOLUME /ticks\n'
+        return files
+
+    def ticks(self):
+        """[(minute since 1970, release)] of all that ran."""
+        path = '/var/lib/docker/volumes/ticking--ticks/_data/all'
+        lines = self.server.ok('cat ' + path).splitlines()
+        return [(int(line.split()[0]) // 60, line.split()[-1]) for line in lines]
+
+def wait_for_second(second):
+    """Until the clock shows so many seconds past a minute."""
+    time.sleep((second - time.time()) % 60)
+
+@drill('none', 3, 12)
+def test_real_a_crontab_runs_each_minute_in_whatever_release_is_live(server, size):
+    must(['docker', 'exec', '-d', server.name, 'python3', '-c', SYSTEM_LOG])
+    server.ok('dockhand config ticking overlap=yes')
+    app = Ticking(server, 'ticking')
+    wait_for_second(15)
+    pushed = app.deploy(app.files('r0'))
+    assert 'crontab: 3 lines, by the clock of this server (' in pushed.err
+    live, first, right = 'r0', int(time.time() // 60) + 1, {}
+
+    for turn in range(1, size + 1):
+        # Every other one is under way when the minute ends: either release is right then
+        wait_for_second([58, 30][turn % 2])
+        minute, before = int(time.time() // 60) + 1, live
+        if turn % 3 == 0:
+            server.ok('dockhand rollback ticking 2>&1')
+            live = 'r%d' % (turn - 2)
+        else:
+            live = 'r%d' % turn
+            app.deploy(app.files(live))
+        right[minute] = [live] if turn % 2 else [before, live]
+    wait_for_second(30)
+    assert server.dockhand('stop', 'ticking').status == 0
+    wait_for_second(20)                         # a minute has passed
+
+    ticks = app.ticks()
+    assert [minute for minute, _ in ticks] == list(range(first, max(right) + 1)), ticks
+    wrong = [(minute, mark) for minute, mark in ticks
+             if mark not in right.get(minute, [mark])]
+    assert not wrong, (wrong, right)
+    said = server.ok('grep dockhand/ticking /root/system.log')
+    assert said.count('ticked') == said.count('crontab:1: exit status 0') == len(ticks)
+    assert 'crontab:2: not started, since it still runs' in said
+    server.ok('dockhand destroy ticking --force --volumes')
+    assert not server.ok('docker ps -aq --filter name=ticking; '
+                         'ls /etc/cron.d | grep ticking || :')
+    return '%d minutes, %d deploys and rollbacks, a tick of the right release in each' % (
+        len(ticks), size + 1)
 
 @drill('none')
 def test_real_a_websocket_lives_until_the_drain_ends(server, size):
