@@ -1391,6 +1391,7 @@ def names_of_config(release):
 
 # The types that answer requests: that of a Procfile, and the one of an app without
 FRONT = ('web', '')
+# Those that other containers of a release are called after, APP--N--cron-ID
 RESERVED_TYPES = {
     'run': 'another name is wanted',
     'cron': 'what runs at its time stands in a file `crontab`'}
@@ -1420,8 +1421,8 @@ def parse_procfile(text):
         refuse_if(not colon or not command or not re.match(PROCESS_TYPE + r'\Z', kind),
                   place + '`%s` is no `TYPE: COMMAND`, the type in lower case, as '
                   '`worker: ./work`', printable(line, 40))
-        refuse_if(kind in RESERVED_TYPES, place + 'no process can be called %s: %s', kind,
-                  RESERVED_TYPES.get(kind))
+        reason = RESERVED_TYPES.get(kind.partition('-')[0])
+        refuse_if(reason, place + 'no process can be called %s: %s', kind, reason)
         refuse_if(kind in dict(commands), place + '%s is there already', kind)
         commands.append((kind, command))
     refuse_if(not commands, 'Procfile: it names no process')

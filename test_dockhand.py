@@ -797,6 +797,8 @@ def test_a_procfile_is_read_line_by_line():
     web: a\nweb: b     => Procfile:2: web is there already
     run: a             => Procfile:1: no process can be called run: another name is wanted
     a: b\ncron: c      => Procfile:2: no process can be called cron: what runs at its time
+    cron-1a2b3c4d: c   => Procfile:1: no process can be called cron-1a2b3c4d: what runs at
+    run-7: c           => Procfile:1: no process can be called run-7: another name is
     # nothing          => Procfile: it names no process""")
 def test_a_line_that_is_no_process_is_refused_by_file_and_line(text, said):
     assert refusal(dh.parse_procfile, text).startswith(said)
@@ -1501,16 +1503,6 @@ def test_a_crontab_has_no_more_lines_than_it_may():
     assert len(in_crontab(longest)) == 1
     assert 'crontab:1: longer than 900 characters' in refusal(
         dh.parse_crontab, longest + 'x')
-
-@table('command, words', r'''
-    bin/x  --y -z   => bin/x --y -z
-    x $HOME         => sh -c x $HOME
-    x && y          => sh -c x && y
-    x 'y z'         => sh -c x 'y z'
-    x > /data/y     => sh -c x > /data/y''')
-def test_a_command_is_run_by_a_shell_where_it_holds_what_a_shell_reads(command, words):
-    found = dh.command_words(command)
-    assert ' '.join(found) == words and (len(found) == 3)
 
 CRONTAB = '# x\n0 4 * * * bin/report --all\n@daily echo "it\'s $1" > /data/x\n'
 CRON_FILE = '''# dockhand: blog's crontab, installed from its repository at each push
