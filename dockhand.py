@@ -1111,9 +1111,10 @@ def is_url_path(value):
 def is_scale(value):
     """Whether a value says how many there are of some processes: web=2 worker=3."""
     words = value.split()
-    kinds = [word.partition('=')[0] for word in words]
-    return bool(words) and len(set(kinds)) == len(kinds) and all(
-        re.match(PROCESS_TYPE + '=(0|[1-9][0-9]?)\\Z', word) for word in words)
+    kinds = set(word.partition('=')[0] for word in words)
+    if not words or len(kinds) < len(words):
+        return False
+    return all(re.match(PROCESS_TYPE + '=(0|[1-9][0-9]?)\\Z', word) for word in words)
 
 def are_networks(value):
     """Whether a value is addresses and networks, as nginx reads them in a `geo`."""
@@ -1195,8 +1196,13 @@ def is_like_setting(name):
 
 def variables_of(config):
     """{name: value} of what a config has for the environment of an app."""
-    return dict((key[len(ENV):] if key.startswith(ENV) else key, config[key])
-                for key in config if key not in SETTINGS)
+    variables = {}
+    for key in config:
+        if key.startswith(ENV):
+            variables[key[len(ENV):]] = config[key]
+        elif key not in SETTINGS:
+            variables[key] = config[key]
+    return variables
 
 def config_record(config):
     """A config as it is written down, settings told apart from variables."""
@@ -1236,8 +1242,9 @@ def has_lines(value):
 def steers_docker(name):
     """Whether docker, or what loads it, goes by a variable of this name itself."""
     prefixes = ('LD_', 'DOCKER_', 'BUILDKIT_', 'BUILDX_', 'COMPOSE_', 'OTEL_',
-                'SSL_CERT_', 'GO')
-    names = ('PATH', 'HOME', 'TMPDIR', 'IFS', 'ENV')
+                'SSL_CERT_')
+    names = ('PATH', 'HOME', 'TMPDIR', 'IFS', 'ENV', 'GODEBUG', 'GOGC', 'GOMAXPROCS',
+             'GOMEMLIMIT', 'GOTRACEBACK')
     if name.lower() in ('http_proxy', 'https_proxy', 'all_proxy', 'no_proxy'):
         return True
     return name in names or name.startswith(prefixes)
@@ -1416,15 +1423,17 @@ def parse_procfile(text):
         if not line or line.startswith('#'):
             continue
 
-        kind, colon, command = [part.strip() for part in line.partition(':')]
+        kind, colon, said = [part.strip() for part in line.partition(':')]
         place = 'Procfile:%d: ' % number
-        refuse_if(not colon or not command or not re.match(PROCESS_TYPE + r'\Z', kind),
+        is_type = re.match(PROCESS_TYPE + r'\Z', kind)
+        refuse_if(not colon or not said or not is_type,
                   place + '`%s` is no `TYPE: COMMAND`, the type in lower case, as '
                   '`worker: ./work`', printable(line, 40))
         reason = RESERVED_TYPES.get(kind.partition('-')[0])
         refuse_if(reason, place + 'no process can be called %s: %s', kind, reason)
         refuse_if(kind in dict(commands), place + '%s is there already', kind)
-        commands.append((kind, command))
+        commands.append((kind, said))
+
     refuse_if(not commands, 'Procfile: it names no process')
     return commands
 
@@ -1474,8 +1483,8 @@ def scale_of(release):
 def counted_types(release):
     """The [(type, command, how many)] of a release."""
     scale = scale_of(release)
-    return [(kind, command, scale.get(kind or 'web', 1))
-            for kind, command in process_types(release)]
+    return [(kind, said, scale.get(kind or 'web', 1))
+            for kind, said in process_types(release)]
 
 def count_addresses(release):
     """How many of its processes have an address of their own. There is one at least: it
@@ -1486,13 +1495,15 @@ def count_addresses(release):
 def processes_of(release):
     """The [Process] of a release, or of the part of it that this is about."""
     processes = []
-    for kind, command, count in counted_types(release):
-        addresses = release.addresses if kind in FRONT else None
+    for kind, said, count in counted_types(release):
+        words = command_words(said) if said else None
+        addresses = []
+        if kind in FRONT:
+            addresses = release.addresses or []     # not known before the build
         for number in range(1, count + 1):
-            address = (addresses or [])[number - 1:number]
-            words = command_words(command) if command else None
-            processes.append(Process(kind, number, process_name(release, kind, number),
-                                     words, ''.join(address)))
+            name = process_name(release, kind, number)
+            address = ''.join(addresses[number - 1:number])
+            processes.append(Process(kind, number, name, words, address))
     if release.part is not None:
         processes = [process for process in processes if process.name in release.part]
     return processes
@@ -2145,9 +2156,11 @@ def read_options(text):
     import shlex
     words = [Word(word, word, 0, 0) for word in shlex.split(text)]
     options, rest = take_options(deque(words))
-    others = [word.value for word in rest or words if rest or word.value == '--']
-    refuse_if(others, 'options: `%s` is no option, which begins with a dash',
-              printable(''.join(others[:1])))
+    others = rest + [word for word in words if word.value == '--']
+    for word in others:
+        raise Failure('options: `%s` is no option, which begins with a dash',
+                      printable(word.value))
+
     for option in options:
         refuse_if(option.name in OURS, 'options: leave out `%s`: %s',
                   printable(option.word.value), OURS.get(option.name))
@@ -2210,9 +2223,10 @@ def check_build_option(option):
               "dockhand's own labels begin like this", printable(value))
     if name == 'secret':
         said = dict(field.partition('=')[::2] for field in value.split(','))
-        is_ours = set(said) <= set(['id', 'env', 'type']) and said.get('type') in (
-            None, 'env')
-        refuse_if(not is_ours or not said.get('id') or not said.get('env'),
+        is_known = set(said) <= set(['id', 'env', 'type'])
+        is_variable = said.get('type', 'env') == 'env'
+        is_whole = said.get('id') and said.get('env')
+        refuse_if(not (is_known and is_variable and is_whole),
                   'build: `--secret %s`: write --secret id=NAME,env=VARIABLE',
                   printable(value))
 
@@ -2243,10 +2257,15 @@ def dockerfile_of(config):
 
 def is_built_alike(before, after):
     """Whether two configs make the same image of a commit."""
-    names = variables_named(build_options(before) + build_options(after))
-    return all(variables_of(before).get(name) == variables_of(after).get(name)
-               for name in names) and all(
-        before.get(key) == after.get(key) for key in ('build', 'folder'))
+    if before.get('build') != after.get('build'):
+        return False
+    if before.get('folder') != after.get('folder'):
+        return False
+
+    was = variables_of(before)
+    now = variables_of(after)
+    return all(was.get(name) == now.get(name)
+               for name in variables_named(build_options(after)))
 
 # What an option mounts. source: a path, the name of a volume, or ''
 Mount = namedtuple('Mount', 'source is_read_only')
@@ -2456,11 +2475,11 @@ def check_cron_field(field, word):
 
 def is_cron_part(field, part):
     """Whether a part of a field is `*`, a number or a range, and may have a step."""
-    span, slash, step = part.partition('/')
+    span, slash, pace = part.partition('/')
     first, dash, last = span.partition('-')
     if slash and not (dash or span == '*'):
         return False
-    if slash and not is_cron_step(field, step):
+    if slash and not is_cron_step(field, pace):
         return False
     if span == '*':
         return True
@@ -4403,7 +4422,14 @@ class Docker(object):
     def on_containers(self, names, *words):
         """Run a command on some containers; False where one of them is gone."""
         argv = ('docker',) + words + tuple(names)
-        return self.host.run_unless('No such container', argv)
+        if self.host.run_unless('No such container', argv):
+            return True
+
+        # What it says of one that is gone must not hide what went wrong with another.
+        if len(names) > 1:
+            for name in names:
+                self.on_containers([name], *words)
+        return False
 
     def written_files(self, container):
         """What a container wrote outside its volumes, as [path], but what is passing, and
@@ -5710,8 +5736,12 @@ def joined_state(states):
 
     worst = min(states, key=by_health)
     dead = [state for state in states if state.alive is False]
-    alive = all(state.alive for state in states)
-    return State(False if dead else alive or None,
+    alive = None                            # some are still starting
+    if dead:
+        alive = False
+    elif all(state.alive for state in states):
+        alive = True
+    return State(alive,
                  tuple(state.identity for state in states),
                  [port for state in states for port in state.ports],
                  worst.health, (dead + states)[0].text, worst.check,
@@ -6019,7 +6049,7 @@ class Containers(Engine):
         grace = self.any_container(release).grace
         self.docker.on_containers(names, 'stop', '-t', grace)
         if refused:
-            self.host.run_unless('No such container', forbid)
+            self.docker.on_containers(names, 'update', '--restart', 'no')
 
     def revives(self, release):
         """As its job says; a plain app is started."""
@@ -6233,15 +6263,18 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
             if clock.monotonic() - since >= steady:
                 return answered, state
         if clock.monotonic() - begun > timeout:
+            if state.alive and not silent_ports(engine.host, state):
+                missing = page_problem(engine.host, release, 1, NO_END) or missing
             raise Failure('after %d s %s (config timeout=N gives it more time)', timeout,
                           missing or 'it is not running yet')
         clock.sleep(0.1)
 
+NO_END = b'\0'                  # of an answer that is read with its body
 PAGE_TIMEOUT = 10               # seconds for one answer, of those that a check has
 
-def page_problem(host, release, timeout):
+def page_problem(host, release, timeout, end=HEAD_END):
     """What is wrong with the page that config's `check` names, '' where nothing is: each
-    process that answers requests is asked."""
+    process that answers requests is asked. end: of what is read of its answer"""
     path = release.config.get('check')
     if path is None or not release.port:
         return ''
@@ -6249,11 +6282,10 @@ def page_problem(host, release, timeout):
     name = (names_for_https(release.proxy or '') + [release.app])[0]
     for process in processes_of(front_of(release)):
         try:
-            answer = fetch_head(host, name, release.port, timeout, process.address, path)
+            answer = fetch_head(host, name, release.port, timeout, process.address, path,
+                                end=end)
             if re.match('[23][0-9][0-9]\\Z', status_in(answer)):
                 continue
-            answer = fetch_head(host, name, release.port, timeout, process.address, path,
-                                end=b'\0')
         except EnvironmentError as error:
             return 'GET %s: %s' % (path, error.strerror or error)
         return 'GET %s answers %s' % (path, answer_text(answer))
@@ -6442,8 +6474,8 @@ def check_or_show_log(app, release, log_end=None, steady=STEADY):
     timeout = int(release.config.get('timeout', HEALTH_TIMEOUT))
     try:
         answered, state = check_health(release, engine, timeout, steady)
-        if not release.job and not release.port and 'port' not in release.config:
-            tell_where_it_listens(app, release, state.pids)     # it may be a web app
+        if may_be_web(release):
+            tell_where_it_listens(app, release, state.pids)
         return answered
     except Failure as error:
         for process in processes_to_blame(engine, release):
@@ -6453,6 +6485,12 @@ def check_or_show_log(app, release, log_end=None, steady=STEADY):
         tell_where_it_listens(app, release, [container['State'].get('Pid')
                                              for container in running])
         raise Failure('release %d failed its health check: %s', release.number, error)
+
+def may_be_web(release):
+    """Whether a release without a port may have been meant for a web app."""
+    if release.job or release.port or 'port' in release.config:
+        return False
+    return has_front(release)
 
 def processes_to_blame(engine, release):
     """Those [Process] of a release that are not well, or all of them where all are."""
@@ -7143,7 +7181,7 @@ def show_plan(app, live, release, size):
     if live is not None:
         was = plan_texts(moved_to(live, release.addresses))
 
-    for name in ('upstart.conf', 'nginx-proxy.conf', 'crontab', 'ports'):
+    for name in ('upstart.conf', 'Procfile', 'nginx-proxy.conf', 'crontab', 'ports'):
         diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
         if was[name] or now[name]:
             detail(diff or name + ': no change')
@@ -7167,7 +7205,8 @@ def moved_to(release, addresses):
 def plan_texts(release):
     """What a plan compares of a release: {name: text}."""
     return {'upstart.conf': release.job, 'nginx-proxy.conf': release.proxy,
-            'crontab': release.crontab, 'ports': ports_text(release),
+            'Procfile': release.procfile or '', 'crontab': release.crontab,
+            'ports': ports_text(release),
             'image': release.image}
 
 # ---- Https: certificates got, and used -------------------------------------------------
@@ -7650,7 +7689,8 @@ def check_mount(app, mount):
         return
 
     path = os.path.realpath(app.host.path(os.path.join('/', mount.source)))
-    for folder in (STATE, LIBRARY, app.host.home(), LOCKS, app.docker.images_folder()):
+    images = app.docker.images_folder()
+    for folder in (STATE, LIBRARY, app.host.home(), LOCKS, CRON_LOCKS, images):
         ours = os.path.realpath(app.host.path(folder))
         refuse_if((path + '/').startswith(ours + '/'), 'options: %s is below %s, which '
                   'is no place for an app', printable(mount.source), folder)
@@ -7746,7 +7786,10 @@ def own_build(release, folder):
         value = option.value
         if option.name == 'file':
             value = os.path.join(folder, value)
-        words.append('--%s=%s' % (option.name, value) if value else '--' + option.name)
+        if option.name in BUILD_FLAGS and not value:
+            words.append('--' + option.name)
+        else:
+            words.append('--%s=%s' % (option.name, value))
 
     variables = variables_of(release.config)
     env = dict((name, variables[name]) for name in variables_named(options))

@@ -704,6 +704,17 @@ def test_a_setting_stays_one_and_a_variable_too_however_they_are_called(record):
     assert config.get('check') == (
         '/up' if isinstance(record.get('settings'), dict) else None)
 
+@each('name', 'GOOGLE_CREDENTIALS GOAL HOMEPAGE PATHS DOCKERFILE ENVIRONMENT')
+def test_what_only_looks_like_dockers_own_may_have_several_lines(name):
+    dh.check_variable(name, 'a\nb')
+
+def test_one_container_that_is_gone_hides_nothing_of_another(plain):
+    plain.lives(ONE_TYPES)
+    plain.broken['docker stop'] = 99
+    del plain.containers['blog--1--worker']
+    assert 'broken on purpose' in refusal(
+        plain.host.docker.on_containers, ['blog--1--worker', 'blog--1'], 'stop', '-t', '1')
+
 def test_a_file_of_variables_is_read_as_docker_reads_it():
     with standard_input(b'# all\n\n  A=1 # no comment\r\nB="q"\nmemory=2\nport=x\nC=\nA=3'):
         assert dh.change_config({'Z': '9'}, ['-', 'Y=8']) == {
