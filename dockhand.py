@@ -101,6 +101,7 @@ LOCKS = '/run/lock/dockhand'
 SUDOERS = '/etc/sudoers.d/dockhand'
 NGINX = '/etc/nginx'
 PROXIES = '/etc/nginx/conf.d'
+NGINX_LOGS = '/var/log/nginx'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
 CERTIFICATES = STATE + '/certificates'      # what nginx reads; certbot has its own
 OWN_CERTIFICATES = CERTIFICATES + '/own'    # that people brought
@@ -3013,11 +3014,11 @@ def log_problem(app, name, arguments):
         return None
 
     # An app may be called access or error: nginx's own logs have these names.
-    is_nginxs = where in ('/var/log/nginx/access.log', '/var/log/nginx/error.log')
-    own = r'/var/log/nginx/%s(-[A-Za-z0-9][A-Za-z0-9._-]*)?\.log\Z' % re.escape(app)
+    is_nginxs = where in (NGINX_LOGS + '/access.log', NGINX_LOGS + '/error.log')
+    own = r'%s/%s(-[A-Za-z0-9][A-Za-z0-9._-]*)?\.log\Z' % (NGINX_LOGS, re.escape(app))
     if re.match(own, where) and not is_nginxs:
         return None
-    return 'its place is /var/log/nginx/%s.log, or %s-NAME.log' % (app, app)
+    return 'its place is %s/%s.log, or %s-NAME.log' % (NGINX_LOGS, app, app)
 
 def cache_problem(app, arguments):
     """Where the cache of an app may be: in a folder with the app's name."""
@@ -3681,7 +3682,7 @@ def tls_lines(version):
 GENERATED = '''{fronts}server {{
     listen 80{default};
     {more}server_name {names};
-    server_tokens off;
+    {log}server_tokens off;
     client_max_body_size 100m;
 
     # The host that the request line names, if it does, and its port
@@ -3757,10 +3758,11 @@ FRONTS = '''geo ${trusted} {{
 {lines}}}
 '''
 
-def render_proxy(app, domains, version, ipv6, trust=''):
+def render_proxy(app, domains, version, ipv6, trust='', log=''):
     """The proxy file of a web app that brings none. A client's idle connection outlives
     a reload by a second, where nginx can do that: a request may be on its way already.
-    trust: addresses and networks of those who may say who the client is"""
+    trust: addresses and networks of those who may say who the client is; log: the path
+    where requests are noted, if not where nginx notes them all"""
     default = ''
     if '_' in domains.split():
         default = ' default_server'
@@ -3779,7 +3781,15 @@ def render_proxy(app, domains, version, ipv6, trust=''):
     return GENERATED.format(
         app=app, names=domains, default=default, more=more, fronts=fronts,
         but_fronts=', or what a front says that config trusts' if trust else '',
-        believed=believed if trust else '')
+        believed=believed if trust else '', log='access_log %s;\n    ' % log if log else '')
+
+def log_path(host, app):
+    """Where the requests to an app are noted, '' where it has no such place: no folder of
+    logs is here, or nginx's own log has the name."""
+    has_folder = os.path.isdir(host.path(NGINX_LOGS))
+    if has_folder and app not in ('access', 'error'):
+        return '%s/%s.log' % (NGINX_LOGS, app)
+    return ''
 
 def render_fronts(trust, version):
     """(name of a variable, the `geo` that makes it 1 for these addresses and networks),
@@ -4975,6 +4985,24 @@ class Nginx(object):
             if self.write(app, '', self.files()):
                 self.reload()
 
+    def remove_logs(self, releases):
+        """Remove the logs that the files of an app's releases name, and what logrotate has
+        made of them, but for those that a file which is there names too."""
+        named = set()
+        for release in releases:
+            text = release.proxy or ''
+            named.update(files_made(self.parse(proxy_path(release.app), text).directives))
+        for file in self.files().values():
+            named.difference_update(files_made(file.directives))
+
+        for path in sorted(named):
+            folder, name = os.path.split(path)
+            if folder != NGINX_LOGS:
+                continue
+            for other in list_folder(self.host.path(folder)):
+                if re.match(re.escape(name) + r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z', other):
+                    remove_file(self.host.path(folder, other))
+
     def write(self, app, text, files):
         """Write an app's proxy file, or remove it if it is ours, and the catch-all that
         goes with it; True where something changed.
@@ -4987,7 +5015,8 @@ class Nginx(object):
         else:
             changed = is_ours(read_file(path), app) and remove_file(path)
             if changed:
-                files.pop(own, None)
+                for made in files_made(files.pop(own).directives):
+                    remove_if_empty(self.host.path(made))
 
         others = replace_file(self.host.path(CATCH_ALL), self.catch_all_text(files))
         return others or changed
@@ -5097,7 +5126,7 @@ class Nginx(object):
 
     def complaint(self):
         """The last thing that it complained of in its own log."""
-        path = '/var/log/nginx/error.log'
+        path = NGINX_LOGS + '/error.log'
         lines = re.findall(r'.*\[(?:emerg|alert)\].*', self.host.text(path))
         return plain_line(lines[-1]) if lines else 'see ' + path
 
@@ -7801,7 +7830,7 @@ def check_dockerfile(release, folder):
     """Failure where there is no Dockerfile, with what there is instead, and what to
     type."""
     name = dockerfile_of(release.config)
-    check_way(folder, name, name)
+    check_way(folder, os.path.dirname(name), name)
     read_pushed(folder, '.dockerignore')
     read_pushed(folder, name + '.dockerignore')     # docker prefers that
     if read_pushed(folder, name) is not None:
@@ -8029,7 +8058,7 @@ def complete_proxy(app, release):
         domains = release.config.get('domains', '%s %s.*' % (name, name))
         text = MADE % (name, name)
         text += render_proxy(name, domains, version, has_ipv6(app.host),
-                             release.config.get('trust', ''))
+                             release.config.get('trust', ''), log_path(app.host, name))
     return text + upstream(name, release.addresses, release.port, version)
 
 def run_release_command(app, release):
@@ -9273,6 +9302,7 @@ def remove_app(app, live):
         layers.extend(release.layers)
         drop(app, release)
     remove_unneeded(app, layers)
+    app.nginx.remove_logs(releases)
     give_certificates_back(app, names)
     remove_file(app.host.path(app.host.certificates.own_path(app.name)))
     app.docker.untag(app.name + ':plan')

@@ -40,8 +40,8 @@ pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
     Busy, Crowd, Database, Load, Marked, Plain, Secured, Server, Watch, Worker,
-    demand_engine, demand_nginx, demand_tool, drill, drilled, everywhere, must,
-    public_key, run, servers, together, told, until, web_files)
+    demand_engine, demand_nginx, demand_tool, drill, drills, everywhere, fresh_servers,
+    must, public_key, run, servers, together, told, until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB, ONE_CRON,
     ONE_DATA, ONE_TYPES, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_CRON,
@@ -2338,7 +2338,7 @@ def test_the_address_is_one_that_may_lead_somewhere(domains, address):
 GENERATED = '''{table}server {{
     listen 80{default};
 {more}    server_name {names};
-    server_tokens off;
+{log}    server_tokens off;
     client_max_body_size 100m;
 
     # The host that the request line names, if it does, and its port
@@ -2397,9 +2397,11 @@ SIX = '    listen [::]:80%s;\n'
 LARGE = '    large_client_header_buffers 4 32k;\n'
 MIN_TIMEOUT = '    keepalive_min_timeout 1s;\n'
 
+BLOG_LOG = '    access_log /var/log/nginx/blog.log;\n'
+
 def generated(app, names, more=LARGE, **changes):
     """What is made for an app without a front. more: lines of the server"""
-    fields = dict.fromkeys(['default', 'table', 'or_a_front', 'believed'], '')
+    fields = dict.fromkeys(['default', 'table', 'or_a_front', 'believed', 'log'], '')
     return GENERATED.format(app=app, names=names, more=more, **dict(fields, **changes))
 
 @pytest.mark.parametrize('app, domains, version, ipv6, expected', [
@@ -4654,7 +4656,7 @@ def test_what_is_there_instead_of_a_dockerfile_is_named_with_what_to_type(
     ('a', {'folder': 'a/b'}, 'folder=a/b: `a` is a link: commit what it leads to'),
     ('a/b', {'folder': 'a/b'}, 'folder=a/b: `b` is a link'),
     ('a', {'build': '-f a/x'}, 'a/x: `a` is a link'),
-    ('x', {'build': '-f x'}, 'x: `x` is a link'),
+    ('x', {'build': '-f x'}, 'x is a link: commit a plain file'),
     ('x.dockerignore', {'build': '-f x'}, 'x.dockerignore is a link: commit a plain file')])
 def test_no_link_is_followed_on_the_way_to_what_is_built(tmpdir, link, config, said):
     outside = tmpdir.mkdir('outside')
@@ -4827,7 +4829,7 @@ def plain_proxy(number, domains='blog blog.*', port=8000):
     """The proxy file of a plain app's release with this number."""
     made = ("# dockhand: blog's proxy file, made at each push; "
             '`dockhand proxy blog` prints one\n')
-    body = generated('blog', domains)
+    body = generated('blog', domains, log=BLOG_LOG)
     address = '10.86.0.%d:%d' % (number + 1, port)
     where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
     return made + body + where
@@ -7423,7 +7425,7 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     capfd.readouterr()
     dh.cmd_proxy(plain.app)
     printed = capfd.readouterr().out
-    assert printed == generated('blog', 'blog blog.*', SIX % '' + LARGE)
+    assert printed == generated('blog', 'blog blog.*', SIX % '' + LARGE, log=BLOG_LOG)
     plain.push(an_app('two', 'EXPOSE 8000', printed))
     assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
 
@@ -7596,6 +7598,48 @@ def test_the_proxy_file_of_an_older_version_goes_on_and_is_nobodys_change(plain)
     assert plain.served == {PROXY_FILE: plain_proxy(2)}
     dh.cmd_rollback(plain.app)
     assert plain.served == {PROXY_FILE: older.proxy}
+
+LOGS = '/var/log/nginx'
+
+def logs_of(machine):
+    return sorted(os.listdir(machine.host.path(LOGS)))
+
+def test_the_requests_to_an_app_are_noted_in_a_log_of_its_own(plain):
+    plain.lives(ONE_WEB)
+    assert logs_of(plain) == ['blog.log']
+    plain.push(TWO_WEB)
+    for name in ('blog.log.1', 'blog.log.2.gz', 'blog.log-20260102.gz', 'blog-x.log',
+                 'blog.log.log', 'blogs.log', 'access.log', 'blog.log.1.log'):
+        plain.write(LOGS + '/' + name, 'x')
+    dh.cmd_destroy(plain.app, force=True)
+    assert logs_of(plain) == ['access.log', 'blog-x.log', 'blog.log.1.log',
+                              'blog.log.log', 'blogs.log']
+
+def test_a_log_that_a_pushed_file_names_goes_with_the_app_and_one_of_others_stays(plain):
+    plain.nginx()
+    text = PUSHED.replace('{', '{\n access_log %s/blog-a.log; error_log %s/blog.log;' % (
+        LOGS, LOGS), 1)
+    plain.lives(an_app('one', 'EXPOSE 8000', text))
+    plain.write('/etc/nginx/conf.d/own.conf', 'server { access_log %s/blog.log; }\n' % LOGS)
+    plain.write(LOGS + '/blog-a.log', 'x')
+    plain.write(LOGS + '/blog.log.1', 'x')
+    dh.cmd_destroy(plain.app, force=True)
+    assert logs_of(plain) == ['blog.log', 'blog.log.1']
+
+@pytest.mark.parametrize('app, has_folder, path', [
+    ('blog', True, '/var/log/nginx/blog.log'), ('blog', False, ''), ('access', True, ''),
+    ('error', True, '')])
+def test_no_log_takes_the_name_of_nginxs_own_or_a_folder_that_is_not_there(
+        plain, app, has_folder, path):
+    if not has_folder:
+        os.rmdir(plain.host.path(LOGS))
+    assert dh.log_path(plain.host, app) == path
+
+def test_a_first_push_that_is_put_back_leaves_no_log(plain):
+    plain.nginx()
+    plain.broken['docker start'] = 9
+    refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
+    assert logs_of(plain) == []
 
 def test_a_pushed_proxy_file_stays_when_the_config_changes(plain):
     plain.lives(an_app('one', 'EXPOSE 9000', PUSHED))
@@ -9106,20 +9150,9 @@ def deploy_early(app, files):
 @pytest.fixture(scope='module')
 def elder():
     """A server of its own: what other tests share survives no earlier dockhand."""
-    demand_engine()
-    folder = tempfile.mkdtemp(prefix='dockhand-')
-    server = Server('none', folder)
-    server.name += '-elder'
-    try:
-        for key in ('main', 'other'):
-            must(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f',
-                  os.path.join(folder, key)])
-        must(['sh', os.path.join(HERE, '.ci', 'server'), 'images'])
+    with fresh_servers('-elder', 'none') as (server,):
         server.prepare()
         yield server
-    finally:
-        server.remove()
-        shutil.rmtree(folder)
 
 def test_real_what_an_earlier_dockhand_deployed_goes_on_with_this_one(earlier, elder):
     elder.disconnect('main', 'other')

@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, namedtuple
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -35,13 +35,14 @@ KEEP = os.environ.get('DOCKHAND_TEST_KEEP')
 
 Outcome = namedtuple('Outcome', 'status out err')
 
-def run(argv, stdin='', **options):
-    """Run a command on this machine, for three minutes at most; its Outcome."""
+def run(argv, stdin='', seconds=180, **options):
+    """Run a command on this machine, for so long at most; its Outcome."""
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, **options)
     try:
         out, err = process.communicate(
-            stdin if isinstance(stdin, bytes) else stdin.encode('utf-8'), timeout=180)
+            stdin if isinstance(stdin, bytes) else stdin.encode('utf-8'),
+            timeout=seconds)
     except BaseException:
         process.kill()
         process.communicate()
@@ -125,9 +126,9 @@ Host *
 class Server(object):
     """A fresh server in a container, and the keys to it."""
 
-    def __init__(self, kind, folder):
-        self.kind, self.folder = kind, folder
-        self.name = 'dockhand-test-%s-%s' % (KEEP or os.getpid(), kind)
+    def __init__(self, kind, folder, use=''):
+        self.kind, self.folder, self.use = kind, folder, use
+        self.name = 'dockhand-test-%s-%s%s' % (KEEP or os.getpid(), kind, use)
         self.demo, self.apps, self.port = None, {}, 8100
         self.own_authority = None
         self.config = os.path.join(folder, kind)
@@ -150,7 +151,8 @@ class Server(object):
                     'dockhand destroy $app --force --volumes; done; '
                     '/usr/bin/python3 /root/dockhand/dockhand.py install --user git')
         else:
-            self.demo = self.ok('sh /root/dockhand/configure-system.sh --demo 2>&1')
+            demo = '' if self.use else ' --demo'
+            self.demo = self.ok('sh /root/dockhand/configure-system.sh%s 2>&1' % demo)
         self.ok(TINY)
         self.connect()
 
@@ -263,7 +265,7 @@ class Server(object):
 
     def import_image(self, system, tag):
         """Make an image offline, of a system that .ci/server bootstraps from packages."""
-        path = must(['sh', os.path.join(HERE, '.ci', 'server'), system])
+        path = must(['sh', os.path.join(HERE, '.ci', 'server'), system], seconds=900)
         with open(path, 'rb') as source:
             subprocess.check_call(['docker', 'exec', '-i', self.name, 'docker', 'import',
                                    '-', tag], stdin=source, stdout=subprocess.DEVNULL)
@@ -468,22 +470,29 @@ def demand_engine():
     if reason:
         (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
-@pytest.fixture(scope='session')
-def servers():
-    """{kind: Server}, made ready at the same time."""
+@contextmanager
+def fresh_servers(use, *kinds):
+    """Servers of these kinds inside a `with`, which nothing but their image has been made
+    for yet. Each has the keys `main`, `other` and `fresh`."""
     demand_engine()
     folder = tempfile.mkdtemp(prefix='dockhand-')
-    made = [Server(kind, folder) for kind in KINDS]
+    made = [Server(kind, folder, use) for kind in kinds]
     try:
         for key in ('main', 'other', 'fresh'):
             must(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f',
                   os.path.join(folder, key)])
-        must(['sh', os.path.join(HERE, '.ci', 'server'), 'images'])
-        together(*[server.prepare for server in made])
-        yield dict((server.kind, server) for server in made)
+        must(['sh', os.path.join(HERE, '.ci', 'server'), 'images'], seconds=900)
+        yield made
     finally:
         together(*[server.remove for server in made])
         shutil.rmtree(folder)
+
+@pytest.fixture(scope='session')
+def servers(drills):
+    """{kind: Server}, made ready at the same time."""
+    with fresh_servers('', *KINDS) as made:
+        together(*[server.prepare for server in made])
+        yield dict((server.kind, server) for server in made)
 
 def public_key(server, key):
     with open(os.path.join(server.folder, key + '.pub')) as file:
@@ -664,34 +673,69 @@ def drill(kind, short=0, whole=0):
     def as_test(work):
         @pytest.mark.parametrize('size', [pytest.param(short, id='short')] + (
             [pytest.param(whole, id='whole', marks=WHOLE)] if whole else []))
-        def on_one(drilled, size):
-            seconds, figures, error = drilled[work, size]
+        def on_one(drills, size):
+            seconds, figures, error = drills.result(work, size)
             print('%.0f s, seed %d: %s' % (seconds, SEED, figures))
             if error:
                 raise error
         on_one.__name__, on_one.__doc__ = work.__name__, work.__doc__
-        on_one.drill = (kind, work)
+        work.kind, on_one.drill = kind, (kind, work)
         return on_one
     return as_test
 
-@pytest.fixture(scope='session')
-def drilled(servers, request):
-    """{(drill, size): (seconds, figures, error or None)} of all that were asked for."""
-    whole, came_to = request.config.option.markexpr, {}
+class Drills(object):
+    """All drills that were asked for, those of a kind of server one after the other on a
+    server of their own, beside whatever other tests there are."""
 
-    def on_one(kind):
-        for item in request.session.items:
-            asked, work = getattr(item.function, 'drill', (None, None))
-            if asked == kind and (whole or not item.get_closest_marker('whole')):
-                begun, figures, error = time.time(), None, None
-                size = item.callspec.params['size']
-                try:
-                    figures = work(servers[kind], size)
-                except BaseException as caught:
-                    error = caught
-                came_to[work, size] = time.time() - begun, figures, error
-    together(*[functools.partial(on_one, kind) for kind in KINDS])
-    return came_to
+    def __init__(self, items, whole):
+        self.queues = {}            # {kind: [(drill, size)]}
+        for item in items:
+            kind, work = getattr(item.function, 'drill', (None, None))
+            if kind and (whole or not item.get_closest_marker('whole')):
+                self.queues.setdefault(kind, []).append((work, item.callspec.params['size']))
+        self.came_to = {}           # {(drill, size): (seconds, figures, error or None)}
+        self.threads = {}
+
+    def begin(self, servers):
+        for server in servers:
+            self.threads[server.kind] = threading.Thread(target=self.go_through,
+                                                         args=(server,))
+            self.threads[server.kind].start()
+
+    def go_through(self, server):
+        problem = None
+        try:
+            server.prepare()
+        except BaseException as error:
+            problem = error
+        for work, size in self.queues[server.kind]:
+            begun, figures, error = time.time(), None, problem
+            try:
+                figures = problem or work(server, size)
+            except BaseException as caught:
+                error = caught
+            self.came_to[work, size] = time.time() - begun, figures, error
+
+    def result(self, work, size):
+        """What came of a drill, once its turn is over."""
+        kind = work.kind
+        while (work, size) not in self.came_to and self.threads[kind].is_alive():
+            time.sleep(0.1)
+        return self.came_to[work, size]
+
+@pytest.fixture(scope='session')
+def drills(request):
+    found = Drills(request.session.items, request.config.option.markexpr)
+    if not found.queues:
+        yield found
+        return
+    try:
+        with fresh_servers('-drills', *found.queues) as made:
+            found.begin(made)
+            yield found
+    finally:
+        for thread in found.threads.values():
+            thread.join()
 
 class Marked(App):
     """A web app whose image, job and proxy file each say of which release they are."""

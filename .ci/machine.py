@@ -149,7 +149,7 @@ class Machine(object):
         self.write('/usr/bin/docker-init', '')
         for path in ('/usr/sbin/cron', '/usr/bin/flock', '/usr/bin/logger'):
             self.write(path, '')
-        folders = '''/proc /etc/nginx/conf.d /home/git /var/lib/dockhand/build /run
+        folders = '''/proc /etc/nginx/conf.d /var/log/nginx /home/git /var/lib/dockhand/build /run
             /var/lib/docker /usr/local/bin /etc/sudoers.d /etc/init /etc/cron.d'''.split() + {
                 'systemd': ['/run/systemd/system', os.path.dirname(dh.UNIT_ENABLED[0]),
                             os.path.dirname(dh.UNIT_ENABLED[1])],
@@ -619,6 +619,15 @@ class Machine(object):
                     return Result(1, '', 'nginx: [emerg] cannot load certificate "%s": '
                                          'BIO_new_file() failed\n' % pem_path)
 
+        self.make_logs(names)
+
+    def make_logs(self, names):
+        """The logs that these files name: nginx opens them to test its configuration."""
+        for name in names:
+            for path in re.findall('(?:access|error)_log (/[^ ;]*)', self.read(name) or ''):
+                if self.read(path) is None:
+                    self.write(path, '')
+
     def is_loadable(self, pem_path):
         text = self.read(pem_path) or ''
         return dh.is_whole_pem(text) and 'BROKEN' not in text
@@ -635,6 +644,7 @@ class Machine(object):
         self.process(51, 50, 'nginx: worker process is shutting down')
         self.process(52, 1, 'nginx: worker process')
         self.served = dict((path, self.read(path)) for path in self.host.nginx.files())
+        self.make_logs(self.served)
         self.caught = self.read(dh.CATCH_ALL)
         self.certified = self.secured_servers()
 

@@ -172,8 +172,8 @@ STORE = '/var/lib/dockhand/apps/blog'
 
 def standing(machine):
     """All that must be one release's, as {what: text}: times do not count, nor does it
-    that a failed release is remembered."""
-    found = machine.files('/run')
+    that a failed release is remembered, or that nginx has opened a log to test a file."""
+    found = machine.files('/run', '/var/log/nginx')
     for path in [STORE, STORE + '/releases']:       # they may hold failed ones alone
         found.pop(path, None)
     for path in [path for path in found if path.endswith('/release.json')]:
