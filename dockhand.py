@@ -5732,22 +5732,25 @@ def free_addresses(host, count):
 
 # What the health check looks at. alive: True, False, or None while it is still starting;
 # identity changes when the app is started anew; ports: [(address, tcp port)]; check: what
-# a HEALTHCHECK said last, as check_text has it; pids: [process id] of its containers.
-State = namedtuple('State', 'alive identity ports health text check pids')
-State.__new__.__defaults__ = ('', ())
+# a HEALTHCHECK said last, as check_text has it; pids: [process id] of its containers;
+# past: how often docker had to start it again, in words, '' if never.
+State = namedtuple('State', 'alive identity ports health text check pids past')
+State.__new__.__defaults__ = ('', (), '')
 
 def container_state(container):
     """The State of a container as docker describes it, ports where they really are."""
     state = container['State']
     settings = container.get('NetworkSettings') or {}
     alive = bool(state['Running'] and not state.get('Restarting'))
-    text = 'running' if alive else 'exited with %s' % state.get('ExitCode')
+    text = 'running' if alive else exit_text(state)
+    past = past_text(state, container.get('RestartCount') or 0)
     identity = (container['Id'], state['StartedAt'], container.get('RestartCount'))
 
     health = str((state.get('Health') or {}).get('Status') or '')
     pids = [state.get('Pid')]
     if health:
-        return State(alive, identity, [], health, text, check_text(state['Health']), pids)
+        check = check_text(state['Health'])
+        return State(alive, identity, [], health, text, check, pids, past)
 
     networks = list((settings.get('Networks') or {}).values()) + [settings]
     addresses = [str(network['IPAddress']) for network in networks
@@ -5756,7 +5759,25 @@ def container_state(container):
     ports = [int(port.split('/')[0]) for port in sorted(published)
              if port.endswith('/tcp')]
     places = [(address, port) for address in addresses[:1] for port in ports]
-    return State(alive, identity, places, health, text, '', pids)
+    return State(alive, identity, places, health, text, '', pids, past)
+
+OUT_OF_MEMORY = 'out of memory: the kernel killed it'
+
+def exit_text(state):
+    """How a container ended. state: as `docker inspect` has it"""
+    text = 'exited with %s' % state.get('ExitCode')
+    if state.get('OOMKilled'):
+        return '%s, %s' % (text, OUT_OF_MEMORY)
+    return text
+
+def past_text(state, restarts):
+    """How often docker had to start a container again, and why if it was for memory."""
+    if not restarts:
+        return ''
+    text = 'started again %d time%s' % (restarts, 's' if restarts > 1 else '')
+    if state.get('OOMKilled'):
+        return '%s, %s' % (text, OUT_OF_MEMORY)
+    return text
 
 def joined_state(states):
     """The State of some containers as one: as well as the one that is worst."""
@@ -5774,7 +5795,8 @@ def joined_state(states):
                  tuple(state.identity for state in states),
                  [port for state in states for port in state.ports],
                  worst.health, (dead + states)[0].text, worst.check,
-                 [pid for state in states for pid in state.pids])
+                 [pid for state in states for pid in state.pids],
+                 '; '.join(state.past for state in states if state.past))
 
 CHECK_LETTERS = 160             # of what a HEALTHCHECK prints: its end, as curl has it
 
@@ -6110,7 +6132,9 @@ class Containers(Engine):
         is_asked = release.web or release.port and not state.health
         if process.type not in FRONT:
             is_asked = False
-            state = state._replace(text='%s %s' % (title_of(process), state.text))
+            title = title_of(process)
+            state = state._replace(text='%s %s' % (title, state.text),
+                                   past=state.past and '%s %s' % (title, state.past))
         return state._replace(ports=[(process.address, release.port)] if is_asked else [])
 
     def logs_command(self, release, lines, *follow):
@@ -7842,9 +7866,8 @@ def check_dockerfile(release, folder):
     alike = [each for each in names if each.lower() == 'dockerfile']
     refuse_if(alike, 'no Dockerfile in this commit, but `%s`: git mv %s Dockerfile',
               printable(''.join(alike[:1])), printable(''.join(alike[:1])))
-    inner = [each for each in names if os.path.lexists(
-        os.path.join(folder, each, 'Dockerfile'))]
-    where = '/'.join(filter(None, [release.config.get('folder'), ''.join(inner[:1])]))
+    inner = folder_with_dockerfile(folder)
+    where = '/'.join(filter(None, [release.config.get('folder'), inner]))
     refuse_if(inner, 'no Dockerfile at the top of this commit, but in `%s`: dockhand '
               'config %s folder=%s', printable(where), release.app, printable(where))
     named = [each for each in names if 'dockerfile' in each.lower().split('.')]
@@ -7856,6 +7879,18 @@ def check_dockerfile(release, folder):
               'commit how to build it: add one')
     raise Failure('no Dockerfile in this commit: it says how to build the app; a compose '
                   'file is not read, push each service by itself')
+
+def folder_with_dockerfile(folder):
+    """The path of a folder below one that has a Dockerfile, and that config's `folder`
+    takes: of the highest, the first by name; '' where none has."""
+    found = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != '.']
+        inner = os.path.relpath(path, folder)
+        if 'Dockerfile' in names and is_folder(inner):
+            found.append(inner)
+    found.sort(key=lambda path: (path.count('/'), path))
+    return ''.join(found[:1])
 
 def check_files(release, folder):
     """The Release with its job and proxy file, as they are installed; Failure by line."""
@@ -8808,7 +8843,7 @@ def state_text(app, live):
     """(whether a live app runs, in a word, and why not)."""
     state = engine_of(app, live).state(live)
     if state.alive:
-        return 'running', ''
+        return 'running', state.past and '  ' + state.past
     if app.is_stopped():
         return 'stopped', ''
     return 'DOWN', '  ' + state.text

@@ -3576,6 +3576,31 @@ def test_the_state_of_a_container_is_read_from_any_docker(more, alive, ports, he
     found = dh.container_state(dict({'Id': 'c', 'State': RUNNING}, **more))
     assert (found.alive, found.ports, found.health) == (alive, ports, health)
 
+KILLED = dict(RUNNING, OOMKilled=True)
+
+@pytest.mark.parametrize('state, restarts, text, past', [
+    (dict(RUNNING, Running=False, ExitCode=3), 0, 'exited with 3', ''),
+    (dict(KILLED, Running=False, ExitCode=137), 0,
+     'exited with 137, out of memory: the kernel killed it', ''),
+    (dict(KILLED, Restarting=True, ExitCode=1), 1,
+     'exited with 1, out of memory: the kernel killed it',
+     'started again 1 time, out of memory: the kernel killed it'),
+    (RUNNING, 2, 'running', 'started again 2 times'),
+    (KILLED, 0, 'running', ''), (RUNNING, None, 'running', '')])
+def test_a_kill_for_memory_is_named(state, restarts, text, past):
+    found = dh.container_state({'Id': 'c', 'State': state, 'RestartCount': restarts})
+    assert (found.text, found.past) == (text, past)
+
+def test_apps_says_what_was_started_again_and_why(plain, capfd):
+    plain.lives(ONE_TYPES, scale='web=2 worker=2')
+    for name in ('blog--1', 'blog--1--worker--2'):
+        plain.containers[name].update(RestartCount=4)
+    plain.containers['blog--1']['State']['OOMKilled'] = True
+    dh.cmd_apps(plain.host)
+    said = capfd.readouterr().out
+    assert '  started again 4 times, out of memory: the kernel killed it; worker.2 ' \
+           'started again 4 times  web=2 worker=2\n' in said
+
 @pytest.mark.parametrize('log, said', [
     ([{'ExitCode': 1, 'Output': 'first'}, {'ExitCode': 22, 'Output': 'curl: (22) 500\n'}],
      'exit status 22: curl: (22) 500'),
@@ -4633,6 +4658,8 @@ def test_one_folder_of_a_repository_is_an_app_and_what_is_beside_it_is_not(plain
      'no Dockerfile in this commit, but `dockerfile`: git mv dockerfile Dockerfile'),
     ({}, {'api/Dockerfile': 'FROM one'}, 'no Dockerfile at the top of this commit, but in '
      '`api`: dockhand config blog folder=api'),
+    ({}, {'y/z/Dockerfile': 'FROM one', 'x/b/c/Dockerfile': 'x', '.a/Dockerfile': 'x',
+          'y/a b/Dockerfile': 'FROM one', 'n/dockerfile': 'x'}, 'but in `y/z`: dockhand config'),
     ({'folder': 'a'}, {'a/b/Dockerfile': 'FROM one'},
      'but in `a/b`: dockhand config blog folder=a/b'),
     ({}, {'prod.Dockerfile': 'FROM one'},
