@@ -4985,6 +4985,15 @@ class Nginx(object):
             if self.write(app, '', self.files()):
                 self.reload()
 
+    def remove_unused_logs(self, before, after):
+        """Remove the logs that an app's file names no more, as far as nothing is in them: a
+        switch that is undone leaves none. before, after: ProxyFile; or after is None"""
+        unused = set(files_made(before.directives))
+        if after is not None:
+            unused.difference_update(files_made(after.directives))
+        for path in sorted(unused):
+            remove_if_empty(self.host.path(path))
+
     def remove_logs(self, releases):
         """Remove the logs that the files of an app's releases name, and what logrotate has
         made of them, but for those that a file which is there names too."""
@@ -5009,14 +5018,16 @@ class Nginx(object):
         files: {path: ProxyFile}, brought up to date"""
         own = proxy_path(app)
         path = self.host.path(own)
+        before = files.get(own)
         if text:
             changed = replace_file(path, text)
             files[own] = self.parse(own, text)
         else:
             changed = is_ours(read_file(path), app) and remove_file(path)
             if changed:
-                for made in files_made(files.pop(own).directives):
-                    remove_if_empty(self.host.path(made))
+                files.pop(own, None)
+        if changed and before is not None:
+            self.remove_unused_logs(before, files.get(own))
 
         others = replace_file(self.host.path(CATCH_ALL), self.catch_all_text(files))
         return others or changed
@@ -5761,6 +5772,11 @@ def container_state(container):
     places = [(address, port) for address in addresses[:1] for port in ports]
     return State(alive, identity, places, health, text, '', pids, past)
 
+def restart_policy(container):
+    """Whether docker starts a container again by itself, in docker's word."""
+    settings = container.get('HostConfig') or {}
+    return str((settings.get('RestartPolicy') or {}).get('Name'))
+
 OUT_OF_MEMORY = 'out of memory: the kernel killed it'
 
 def exit_text(state):
@@ -5864,6 +5880,10 @@ class Engine(object):
         """Stop it, and what a killed process left of it; nothing brings it back, be it at
         boot or after a crash of docker. It may be stopped, or gone, already."""
         raise NotImplementedError
+
+    def end_stops(self, release):
+        """Where a stop of it had begun when its dockhand was killed, bring that to its end:
+        what is still running would not run on, and a start would do nothing."""
 
     def withdraw(self, release):
         """Take away what `place` put there: another engine follows, or nothing does."""
@@ -6101,6 +6121,13 @@ class Containers(Engine):
         self.docker.on_containers(names, 'stop', '-t', grace)
         if refused:
             self.docker.on_containers(names, 'update', '--restart', 'no')
+
+    def end_stops(self, release):
+        names = [container['Name'][1:]
+                 for container in self.docker.inspect(*self.names_taken(release))
+                 if container['State']['Running'] and restart_policy(container) == 'no']
+        if names:
+            self.docker.on_containers(names, 'stop', '-t', self.any_container(release).grace)
 
     def revives(self, release):
         """As its job says; a plain app is started."""
@@ -6625,6 +6652,7 @@ def ways_back(app, old, new):
     if served and new_engine.overlaps(old, new):
         workers = workers_of(new)       # two releases' never run at once
         rest = [(new_engine.stop, workers)] if workers.part else []
+        rest += [(old_engine.end_stops, old)]
         stop = [(app.nginx.drain, new_engine.addresses(new)), (new_engine.stop, new)]
         return rest + start + proxy + crontab + tag + stop + settle
 
@@ -6957,6 +6985,7 @@ def bring_back(app, live):
         engine.stop(live)
         turn_proxy(app, live, app.proxy_when_stopped(live))
     elif engine.revives(live):
+        engine.end_stops(live)
         if engine.state(live).alive is False:
             step('%s: release %d did not run; starting it', app.name, live.number)
             log('%s: release %d did not run: recover starts it', app.name, live.number)
@@ -8885,6 +8914,7 @@ def start_live(app, live, is_restart=False):
     engine = engine_of(app, live)
     with undone_by(settle_or_stop, app, live):
         log_end = None              # of one that runs already the whole log is shown
+        engine.end_stops(live)
         if is_restart or not engine.state(live).alive:
             engine.stop(live)       # what is left of it holds its port and its name
             log_end = engine.log_end(live)

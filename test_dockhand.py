@@ -39,7 +39,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '.ci
 pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
-    Busy, Crowd, Database, Load, Marked, Plain, Secured, Server, Watch, Worker,
+    Busy, Crowd, Database, Load, Marked, Plain, Queue, Secured, Server, Typed, Watch,
+    Worker,
     demand_engine, demand_nginx, demand_tool, drill, drills, everywhere, fresh_servers,
     must, public_key, run, servers, together, told, until, web_files)
 from machine import (
@@ -707,6 +708,39 @@ def test_a_setting_stays_one_and_a_variable_too_however_they_are_called(record):
 @each('name', 'GOOGLE_CREDENTIALS GOAL HOMEPAGE PATHS DOCKERFILE ENVIRONMENT')
 def test_what_only_looks_like_dockers_own_may_have_several_lines(name):
     dh.check_variable(name, 'a\nb')
+
+def docker_stopping(machine, *names):
+    """docker was told to stop these, and the program takes its time: a start does nothing,
+    and once a later stop has come back it is over."""
+    start, stopping = machine.docker_start, set(names)
+
+    def docker_start(_, name):
+        return None if name in stopping else start(_, name)
+
+    def docker_stop(*words):
+        stopping.difference_update(words)
+        return type(machine).docker_stop(machine, *words)
+    machine.docker_start, machine.docker_stop = docker_start, docker_stop
+    for name in names:
+        machine.containers[name]['policy'] = 'no'
+    return lambda: [machine.containers[name]['State'].update(Running=False)
+                    for name in stopping]
+
+@pytest.mark.parametrize('act', [
+    lambda plain: dh.cmd_recover(plain.host), lambda plain: dh.cmd_start(plain.app)])
+@pytest.mark.parametrize('pending', [False, True])
+def test_what_was_being_stopped_by_a_killed_dockhand_runs_again(plain, act, pending):
+    if pending:
+        half_deployed(plain, 1, (ONE_TYPES, TWO_TYPES))
+    else:
+        plain.lives(ONE_TYPES)
+    over = docker_stopping(plain, 'blog--1--worker')
+    act(plain)
+    over()
+    assert plain.running() == ['sha256:FROMone', 'sha256:FROMone']
+    assert [plain.containers[name]['policy'] for name in ('blog--1', 'blog--1--worker')] == [
+        'always', 'always']
+    assert plain.app.linked('pending') is None
 
 def test_one_container_that_is_gone_hides_nothing_of_another(plain):
     plain.lives(ONE_TYPES)
@@ -11490,6 +11524,267 @@ def roll(app, deploys, rollbacks):
             took.append(time.time() - begun)
             assert outcome.status == 0 and app.mark() == mark, outcome
     return took
+
+@drill('none', 3, 10)
+def test_real_the_processes_of_an_app_are_one_release_through_whatever_comes(server, size):
+    """Deploys under load, a rollback, more and fewer of them, a stop, a reboot; workers on
+    a queue tell by their connections to it when they lived."""
+    server.bases()
+    app = Typed(server, 'typed')
+    first = app.deploy(app.files('r0'))
+    assert 'typed r0' in str(first.out) and 'migrates to typed r0' in first.err, first.err
+    with Queue(server) as queue:
+        with Load(app, new=4, slow=1, kept=2) as load:
+            for turn in range(1, size + 1):
+                app.release('r%d' % turn)
+            server.ok('dockhand rollback typed')
+            app.check_whole('r%d' % (size - 1))
+            server.ok('dockhand config typed scale="web=2 worker=3"')
+            app.WHOLE = ['mailer', 'web', 'web', 'worker', 'worker', 'worker']
+            app.release('scaled')
+            apps = server.ok('dockhand apps')
+            assert 'web=2 worker=3 mailer=1' in apps, apps
+            upstream = server.ok('sed -n "/^upstream typed/,/^}/p" '
+                                 '/etc/nginx/conf.d/typed.conf')
+            assert upstream.count(' server ') == 2, upstream
+            app.WHOLE = ['web', 'web', 'worker', 'worker', 'worker']
+            fewer = app.files('fewer')['Procfile'].replace('mailer:', '# mailer:')
+            app.deploy(app.files('fewer', Procfile=fewer))
+            app.check_whole('fewer')
+        requests = load.check()
+
+        server.ok('dockhand stop typed')
+        assert app.running() == [] and app.mark() == ''
+        server.ok('dockhand start typed && dockhand restart typed')
+        app.check_whole('fewer')
+        assert 'worker' not in server.ok('dockhand logs typed worker.2')
+    handled = queue.check()
+
+    server.reboot()
+    with Queue(server) as queue:
+        app.check_whole('fewer')
+        app.WHOLE = Typed.WHOLE
+        server.ok('dockhand config typed --unset scale')
+        app.release('last')
+    server.ok('dockhand destroy typed --force')
+    return '%s; %s; after a reboot %s' % (requests, handled, queue.check())
+
+@drill('none', 4, 20)
+def test_real_killed_pushes_leave_the_workers_of_one_release(server, size):
+    server.bases()
+    app = Typed(server, 'struck')
+    app.release('first')
+    begun = time.time()
+    app.release('second')
+    seconds = time.time() - begun
+
+    def killed(moment):
+        strike = time.time()
+        struck = server.ok(KILLER, str(moment))
+        print('%.1f to %.1f killed after %.2f: %s' % (strike, time.time(), moment, struck))
+    with Queue(server) as queue:
+        said = interrupt(app, size, seconds, killed,
+                         lambda: server.ok('dockhand recover'))
+    server.ok('dockhand destroy struck --force')
+    return '%s; %s' % (said, queue.check(killed=size))
+
+# Ends 20 s after it is told to, and says so
+SLOW_TO_END = {
+    'Dockerfile': 'FROM python:3\nCOPY end.py /\nCMD ["python3", "/end.py"]\n', 'end.py': '''
+import signal, sys, time
+def end(*_):
+    time.sleep(20)
+    sys.exit(open('/data/ended', 'a').write('in order\\n') and 0)
+signal.signal(signal.SIGTERM, end)
+while True:
+    time.sleep(1)
+'''}
+GREEDY = {
+    'Dockerfile': 'FROM python:3\nCOPY take.py /\nCMD ["python3", "/take.py"]\n',
+    'take.py': 'import os, time\ntime.sleep(float(open("/take.py").read()[-2:]))\n'
+               'taken = [b"x" * 10 ** 8 for _ in range(9)]\ntime.sleep(9999)\n#00'}
+
+# Until docker stops a worker, then kill who had it stop
+STRIKE_STOP = '''
+for _ in $(seq 3000); do pgrep -f '^docker stop .*--worker' >/dev/null && break; sleep 0.01; done
+sleep 0.5; pkill -KILL -f '^[^ ]*python3 .*dockhand/receive'; pkill -KILL -f '^docker stop .*--worker'
+'''
+
+@drill('none')
+def test_real_a_worker_that_was_just_being_stopped_by_a_killed_push_runs_again(
+        server, size):
+    server.bases()
+    app = Typed(server, 'leaving')
+    stubborn = ('web: python3 /answer.py\nworker: trap "" TERM; while :; do sleep 1; done\n')
+    app.WHOLE = ['web', 'worker']
+    app.deploy(app.files('a', Procfile=stubborn))
+    app.check_whole('a')
+    app.commit(app.files('b', Procfile=stubborn))
+    pushed, _ = together(app.push, lambda: server.ok(STRIKE_STOP))
+    server.ok('dockhand recover')
+    time.sleep(12)
+    assert pushed.status and app.check_whole('a')
+    server.ok('dockhand destroy leaving --force')
+    return 'it runs 12 s later'
+
+@drill('none')
+def test_real_options_of_docker_are_in_force(server, size):
+    """A limit of memory, a folder of the server's, a published port, the time to end."""
+    server.bases()
+    app = App(server, 'greedy')
+    server.ok('dockhand config greedy options="--memory 64m --memory-swap 64m"')
+    app.commit(GREEDY)
+    pushed = app.push()
+    assert pushed.status == 1 and re.search(
+        'it does not run: exited with 137, out of memory: the kernel killed it',
+        pushed.err), pushed.err
+
+    app.deploy({'take.py': GREEDY['take.py'][:-2] + '05'})
+    assert server.inside(app, '{{.HostConfig.Memory}}') == '%d' % (64 << 20)
+    listed = until(lambda: re.search(
+        r'greedy .*started again \d+ times?, out of memory: the kernel killed it',
+        server.ok('dockhand apps')) is not None, True, 60)
+    assert listed, server.ok('dockhand apps')
+    server.ok('dockhand destroy greedy --force')
+
+    app = App(server, 'slow')
+    server.ok('mkdir -p /srv/slow && dockhand config slow '
+              'options="-v /srv/slow:/data --stop-timeout 60 -p 2526:25"')
+    app.deploy(SLOW_TO_END)
+    assert server.inside(app, '{{.HostConfig.PortBindings}}') == 'map[25/tcp:[{ 2526}]]'
+    again = app.deploy({'x': 'y'})
+    down = float(re.search('down for ([0-9.]+) s', again.err).group(1))
+    assert 20 < down < 40
+    assert server.ok('cat /srv/slow/ended') == 'in order'
+    server.ok('dockhand destroy slow --force')
+    assert server.ok('cat /srv/slow/ended') == 'in order\nin order'
+    server.ok('rm -r /srv/slow')
+    return 'killed for memory, and said so; down for %.1f s of a stop of 20' % down
+
+BUILT = ('FROM tiny:1 AS base\nARG WORD\nRUN echo "$WORD" >/word\nEXPOSE 80\n'
+         'CMD ["httpd", "-f", "-h", "/www"]\nFROM base AS prod\nCOPY www /www\n'
+         'FROM prod AS after\nRUN false\n')
+SECRET = 'hush-%d' % SEED
+
+@drill('upstart')
+def test_real_words_of_docker_build_are_what_is_built(server, size):
+    """An argument, a stage and a label, with the older builder; a secret, which is in no
+    layer, with BuildKit."""
+    app, path = App(server, 'built'), 'docker/prod.Dockerfile'
+    words = '--build-arg WORD --target prod --label of=shop -f ' + path
+    server.ok('dockhand config built WORD=word build="$1"', words)
+    app.deploy({path: BUILT, 'www/index.html': 'built'})
+    assert app.answer() == 'built'
+
+    read = 'docker exec $(docker ps -q --filter ancestor=built:latest) cat /word'
+    label = 'docker inspect -f "{{.Config.Labels.of}}" built'
+    assert (server.ok(read), server.ok(label)) == ('word', 'shop')
+    server.ok('dockhand config built WORD=other')       # builds the live commit again
+    assert (server.ok(read), app.answer()) == ('other', 'built')
+
+    server.ok('dockhand config built TOKEN=-', stdin=SECRET)
+    server.ok('dockhand config built build="$1"', words + ' --secret id=npm,env=TOKEN')
+    digest = hashlib.sha256(SECRET.encode()).hexdigest()
+    secretive = BUILT.replace(
+        'COPY', 'RUN --mount=type=secret,id=npm busybox sha256sum /run/secrets/npm | '
+                'busybox grep -q %s && echo seen >/seen\nCOPY' % digest)
+    pushed = app.deploy({path: secretive, 'www/index.html': 'with it'})
+    assert app.answer() == 'with it'
+    assert server.ok(read.replace('/word', '/seen')) == 'seen'
+    kept = server.ok('docker save built | grep -ac "$1" || :; docker history --no-trunc '
+                     'built | grep -c "$1" || :', SECRET)
+    assert kept.split() == ['0', '0'] and SECRET not in pushed.err
+    outcome = server.dockhand('config', 'built', '--unset', 'TOKEN')
+    assert outcome.status == 1 and 'build names TOKEN' in outcome.err, outcome
+    server.ok('dockhand destroy built --force')
+    return 'an argument, a stage, a label; a secret, and none of it in a layer'
+
+@drill('upstart')
+def test_real_two_apps_of_one_repository_are_two_folders_of_it(server, size):
+    shop, api = App(server, 'front'), App(server, 'api')
+    files = dict(('%s/%s' % (folder, name), text) for app, folder in (
+        (shop, 'web'), (api, 'services/api')) for name, text in (
+            ('Dockerfile', REAL_WEB + 'EXPOSE 80\nCMD ["httpd", "-f", "-h", "/www"]\n'),
+            ('www/index.html', app.name)))
+    shop.commit(files)
+    said = shop.push()
+    assert said.status == 1 and re.search(
+        'no Dockerfile at the top of this commit, but in `web`: dockhand config front '
+        'folder=web', said.err), said.err
+
+    server.ok('dockhand config front folder=web && dockhand config api folder=services/api')
+    for remote in (shop.remote, api.remote):
+        pushed = server.git('push', remote, 'main', cwd=shop.folder)
+        assert pushed.status == 0, pushed.err
+    assert (shop.answer(), api.answer()) == ('front', 'api')
+
+    shop.commit({'web/www/index.html': 'changed'})
+    assert 'Nothing below web' not in shop.push().err and shop.answer() == 'changed'
+    pushed = server.git('push', api.remote, 'main', cwd=shop.folder)
+    assert 'Nothing below services/api has changed' in pushed.err, pushed.err
+    assert pushed.status == 0 and api.answer() == 'api'
+    server.ok('dockhand destroy front --force && dockhand destroy api --force')
+    return 'two folders of one repository are two apps'
+
+GRPC_SERVER = '''
+import grpc
+from concurrent import futures
+def say(request, context):
+    return b'hello ' + request
+def count(request, context):
+    for number in range(3):
+        yield request + b'%d' % number
+class Handler(grpc.GenericRpcHandler):
+    def service(self, called):
+        if called.method == '/Echo/Say':
+            return grpc.unary_unary_rpc_method_handler(say)
+        return grpc.unary_stream_rpc_method_handler(count)
+server = grpc.server(futures.ThreadPoolExecutor(4))
+server.add_generic_rpc_handlers([Handler()])
+server.add_insecure_port('0.0.0.0:8080')
+server.start()
+server.wait_for_termination()
+'''
+GRPC_CLIENT = '''
+import grpc, sys
+options = [('grpc.default_authority', 'grpc.test')]
+if sys.argv[1] == 'tls':
+    root = grpc.ssl_channel_credentials(open('/root.pem', 'rb').read())
+    options += [('grpc.ssl_target_name_override', 'grpc.test')]
+    channel = grpc.secure_channel('127.0.0.1:443', root, options)
+else:
+    channel = grpc.insecure_channel('127.0.0.1:50051', options)
+print(channel.unary_unary('/Echo/Say')(b'you', timeout=10).decode(),
+      *[part.decode() for part in channel.unary_stream('/Echo/Count')(b'n', timeout=10)])
+'''
+
+@drill('none')
+def test_real_grpc_is_passed_on_by_the_recipe_of_the_readme(server, size):
+    server.bases()
+    app = App(server, 'grpc')
+    proxy = recipe('gRPC').replace('example.com', 'test')
+    proxy = proxy.replace('grpc://shop', 'grpc://grpc')
+    files = {'Dockerfile': 'FROM python:3\nCOPY serve.py /\nEXPOSE 8080\n'
+                           'CMD ["python3", "/serve.py"]\n', 'serve.py': GRPC_SERVER}
+
+    def call(way):
+        return server.ok('docker run --rm -i --network host -v /root/grpc.pem:/root.pem '
+                         'python:3 python3 - $1', way, stdin=GRPC_CLIENT)
+    made = ('openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=grpc.test -addext '
+            'subjectAltName=DNS:grpc.test -keyout /root/grpc.key -out /root/grpc.pem')
+    try:
+        server.ok(made + ' 2>/dev/null')
+        app.deploy(dict(files, **{'nginx-proxy.conf': proxy}))
+        server.ok('cat /root/grpc.pem /root/grpc.key | dockhand https grpc --cert')
+        said = [call('tls')]
+        own_port = proxy.replace('listen 80;', 'listen 50051 http2;')
+        server.ok('dockhand https grpc --off')
+        app.deploy({'nginx-proxy.conf': own_port})
+        said.append(call('plain'))
+        assert said == ['hello you n0 n1 n2'] * 2, said
+        return ' / '.join(said)
+    finally:
+        server.run('dockhand', 'destroy', 'grpc', '--force')
 
 @drill('none', 4, 30)
 def test_real_no_request_fails_in_deploys_and_rollbacks(server, size):

@@ -933,6 +933,153 @@ class Busy(Plain):
             'Dockerfile': 'FROM python:3\nCOPY www /www\nCOPY answer.py /\nEXPOSE 8000\n'
                           'CMD ["python3", "/answer.py"]\n', 'answer.py': ANSWERING})
 
+# Hands out messages, one each 20 ms, while /root/queue is there, and prints what became of
+# them: {made, done: [how often each was], lives: [(release, type, begun, ended)]}, a life
+# being that of a connection. What was handed out and is not done when its connection ends
+# is handed out again; once /root/queue is gone no new ones are made.
+QUEUE = r'''
+import collections, json, os, socketserver, threading, time
+waiting, lock = collections.deque(), threading.Lock()
+done, lives, current = collections.Counter(), [], set()
+made = 0
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        life, message = self.rfile.readline().decode().split() + [time.time()], None
+        with lock:
+            lives.append(life)
+        try:
+            for line in self.rfile:
+                with lock:
+                    if line == b'done\n':
+                        done[message] += 1
+                    message = waiting.popleft() if waiting else None
+                self.wfile.write(b'none\n' if message is None else b'%d\n' % message)
+        except OSError:
+            pass
+        with lock:
+            life.append(time.time())
+            if message is not None:
+                waiting.appendleft(message)
+
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = daemon_threads = True
+
+open('/root/queue', 'w').close()
+server = Server(('', 7000), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print('begun', flush=True)
+while os.path.exists('/root/queue'):
+    with lock:
+        waiting.append(made)
+    made += 1
+    time.sleep(0.02)
+for _ in range(300):
+    if len(done) == made:
+        break
+    time.sleep(0.1)
+with lock:
+    now = time.time()
+    print(json.dumps({'made': made, 'done': [done[at] for at in range(made)],
+                      'lives': [(life + [now])[:4] for life in lives]}))
+'''
+
+# Takes messages from the queue; once told to end it finishes the one that it has.
+TAKING = r'''
+import os, signal, socket, sys, time
+ending = []
+signal.signal(signal.SIGTERM, lambda *_: ending.append(True))
+while not ending:
+    try:
+        queue = socket.create_connection(('host.docker.internal', 7000), 2).makefile('rw')
+        print(open('/www/index.html').read().split()[-1], *sys.argv[1:], file=queue)
+        word = 'ready'
+        while not ending or word == 'done':
+            print(word, file=queue, flush=True)
+            if ending:
+                break
+            message = queue.readline()
+            time.sleep(0.03)
+            word = 'ready' if message == 'none\n' else 'done'
+    except OSError:
+        time.sleep(0.05)
+'''
+
+class Queue(object):
+    """The queue inside a `with`, in the server; what became of its messages."""
+
+    def __init__(self, server):
+        self.server = server
+        self.process = subprocess.Popen(['docker', 'exec', server.name, 'python3', '-c',
+                                         QUEUE], stdout=subprocess.PIPE)
+
+    def __enter__(self):
+        assert self.process.stdout.readline() == b'begun\n'
+        return self
+
+    def __exit__(self, *error):
+        self.server.run('rm', '-f', '/root/queue')
+        said = self.process.communicate(timeout=120)[0].decode()
+        self.result = json.loads(said) if said else None
+
+    def together(self):
+        """The lives of two releases' workers at once, in words."""
+        found = []
+        for at, (mark, kind, begun, ended) in enumerate(self.result['lives']):
+            for other, other_kind, began, end in self.result['lives'][:at]:
+                if other != mark and min(ended, end) > max(begun, began):
+                    found.append('%s of %s, %.1f to %.1f, and %s of %s, %.1f to %.1f' % (
+                        kind, mark, begun, ended, other_kind, other, began, end))
+        return found
+
+    def check(self, killed=0):
+        """Every message was handled once or, of workers that were killed in the midst of
+        one, again, and no two releases' workers lived at once; figures."""
+        counts = self.result['done']
+        assert counts and 0 not in counts, '%d of %d messages are lost' % (
+            counts.count(0), len(counts))
+        again = sum(counts) - len(counts)
+        assert again <= killed, '%d messages were handled again' % again
+        assert self.together() == []
+        return '%d messages, none lost, %d handled again; %d lives of workers of %d ' \
+               'releases, never of two at once' % (
+                   len(counts), again, len(self.result['lives']),
+                   len(set(life[0] for life in self.result['lives'])))
+
+class Typed(Busy):
+    """One with a Procfile: web processes, two types of workers on the queue, and a release
+    command that says so."""
+
+    def files(self, mark, **changes):
+        files = Busy.files(self, mark)
+        return dict(files, **dict({
+            'Dockerfile': files['Dockerfile'].replace('CMD', 'COPY take.py /\nCMD'),
+            'take.py': TAKING, 'Procfile': (
+                'web: python3 /answer.py\nworker: python3 /take.py worker\n'
+                'mailer: python3 /take.py mailer\n'
+                'release: echo migrates to $(cat /www/index.html)\n')}, **changes))
+
+    def running(self):
+        """The type of each of its containers that run."""
+        names = self.server.ok("docker ps --format '{{.Names}}'").split()
+        found = [re.match(r'%s--\d+(?:--([a-z]+))?(?:--\d+)?\Z' % self.name, name)
+                 for name in names]
+        return sorted(match.group(1) or 'web' for match in found if match)
+
+    def check_whole(self, *marks):
+        """One of these releases answers, with all of its processes and none of others."""
+        until(lambda: self.mark() in marks, True, 60)
+        assert self.mark() in marks
+        self.server.ok('nginx -t -q && ! ls /var/lib/dockhand/apps/%s/pending' %
+                       self.name)
+        ran = self.server.ok('docker ps --format "{{.Names}}" | grep "^$1--"',
+                             self.name).split()
+        assert len(set(re.match('.*?--[0-9]+', name).group() for name in ran)) == 1, ran
+        assert self.running() == self.WHOLE
+        return self.mark()
+
+    WHOLE = ['mailer', 'web', 'worker']
+
 # Runs in a server while /root/load is there; prints {kind: {what came of it: how often}}.
 LOADING = r'''
 import collections, http.client, json, os, random, select, ssl, sys, threading, time
@@ -1077,8 +1224,9 @@ class Load(object):
         match = re.match(
             r'used (\S+) (RemoteDisconnected|ConnectionResetError|BrokenPipeError)$',
             error)
-        return match and self.app.server.run('grep', '-qF', match.group(1) + ' ',
-                                             '/var/log/nginx/access.log').status == 1
+        return match and self.app.server.run(
+            'sh', '-c', 'cat /var/log/nginx/access.log /var/log/nginx/$2.log | '
+            'grep -qF -- "$1 "', 'sh', match.group(1), self.app.name).status == 1
 
     def requests(self):
         return sum(sum(kind.values()) for kind in self.came.values())

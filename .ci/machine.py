@@ -214,6 +214,9 @@ class Machine(object):
 
     def docker_inspect(self, _, *names):
         found = [each for each in [self.find(name) for name in names] if each]
+        for each in found:
+            if 'policy' in each:
+                each.setdefault('HostConfig', {})['RestartPolicy'] = {'Name': each['policy']}
         return Result(len(found) < len(names), json.dumps(found), 'No such object\n')
 
     def find(self, name):
