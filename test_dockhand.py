@@ -11831,6 +11831,19 @@ def wait_for_second(second):
     """Until the clock shows so many seconds past a minute."""
     time.sleep((second - time.time()) % 60)
 
+def test_real_what_a_line_of_a_crontab_prints_is_in_the_journal(servers):
+    """As cron runs it, but now: what cron.d holds after the times and the user."""
+    server = servers['systemd']
+    app = Plain(server, 'dotted.name')
+    app.deploy(app.files('a', crontab='15 4 * * * echo said; echo wrong >&2; exit 3\n'))
+    server.ok("sed -n 's/^15 4 .* root //p' /etc/cron.d/dockhand-dotted--name | sh")
+
+    def missing():
+        said = server.ok('journalctl -t dockhand/dotted.name -o cat').splitlines()
+        return set(['crontab:1: exit status 3', 'said', 'wrong']) - set(said)
+    assert until(missing, set()) == set()
+    server.ok('dockhand destroy dotted.name --force')
+
 @drill('none', 3, 12)
 def test_real_a_crontab_runs_each_minute_in_whatever_release_is_live(server, size):
     must(['docker', 'exec', '-d', server.name, 'python3', '-c', SYSTEM_LOG])
