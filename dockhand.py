@@ -3776,12 +3776,14 @@ def render_proxy(app, domains, version, ipv6, trust='', log=''):
     if version >= (1, 19, 2):
         more += '%s;\n    ' % ' '.join(LARGE_HEADERS)
 
+    if log:
+        log = 'access_log %s;\n    ' % log
     trusted, fronts = render_fronts(trust, version)
     believed = BELIEVED.format(trusted=trusted, last_but_one=LAST_BUT_ONE)
     return GENERATED.format(
         app=app, names=domains, default=default, more=more, fronts=fronts,
         but_fronts=', or what a front says that config trusts' if trust else '',
-        believed=believed if trust else '', log='access_log %s;\n    ' % log if log else '')
+        believed=believed if trust else '', log=log)
 
 def log_path(host, app):
     """Where the requests to an app are noted, '' where it has no such place: no folder of
@@ -4986,8 +4988,8 @@ class Nginx(object):
                 self.reload()
 
     def remove_unused_logs(self, before, after):
-        """Remove the logs that an app's file names no more, as far as nothing is in them: a
-        switch that is undone leaves none. before, after: ProxyFile; or after is None"""
+        """Remove what is empty of the logs that an app's file names no more: a switch
+        that is undone leaves none. before: ProxyFile; after: it too, or None"""
         unused = set(files_made(before.directives))
         if after is not None:
             unused.difference_update(files_made(after.directives))
@@ -4995,22 +4997,23 @@ class Nginx(object):
             remove_if_empty(self.host.path(path))
 
     def remove_logs(self, releases):
-        """Remove the logs that the files of an app's releases name, and what logrotate has
-        made of them, but for those that a file which is there names too."""
+        """Remove the logs that the files of an app's releases name, with what logrotate
+        has made of them; but those stay that a file which is there names too."""
         named = set()
         for release in releases:
-            text = release.proxy or ''
-            named.update(files_made(self.parse(proxy_path(release.app), text).directives))
+            file = self.parse(proxy_path(release.app), release.proxy or '')
+            named.update(files_made(file.directives))
         for file in self.files().values():
             named.difference_update(files_made(file.directives))
 
+        rotated = r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z'
         for path in sorted(named):
-            folder, name = os.path.split(path)
+            folder, log = os.path.split(path)
             if folder != NGINX_LOGS:
                 continue
-            for other in list_folder(self.host.path(folder)):
-                if re.match(re.escape(name) + r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z', other):
-                    remove_file(self.host.path(folder, other))
+            for name in list_folder(self.host.path(folder)):
+                if re.match(re.escape(log) + rotated, name):
+                    remove_file(self.host.path(folder, name))
 
     def write(self, app, text, files):
         """Write an app's proxy file, or remove it if it is ours, and the catch-all that
@@ -5882,8 +5885,8 @@ class Engine(object):
         raise NotImplementedError
 
     def end_stops(self, release):
-        """Where a stop of it had begun when its dockhand was killed, bring that to its end:
-        what is still running would not run on, and a start would do nothing."""
+        """Where its dockhand was killed as it had it stopped, bring that to its end: what
+        still runs would not run on, and a start would do nothing."""
 
     def withdraw(self, release):
         """Take away what `place` put there: another engine follows, or nothing does."""
@@ -6127,7 +6130,8 @@ class Containers(Engine):
                  for container in self.docker.inspect(*self.names_taken(release))
                  if container['State']['Running'] and restart_policy(container) == 'no']
         if names:
-            self.docker.on_containers(names, 'stop', '-t', self.any_container(release).grace)
+            grace = self.any_container(release).grace
+            self.docker.on_containers(names, 'stop', '-t', grace)
 
     def revives(self, release):
         """As its job says; a plain app is started."""
