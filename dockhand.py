@@ -185,6 +185,11 @@ os._exit(dockhand.main({role!r}))
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY" %s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', '"$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', '"$SSH_CONNECTION"'))]
+# What sudo lets through to root of whoever came by ssh: the command, and from where to where
+ASKED = ('SSH_ORIGINAL_COMMAND', 'SSH_CONNECTION')
+SUDOERS_TEXT = '''Defaults:{user} env_keep += "{asked}"
+{user} ALL=(root) NOPASSWD: {receive}
+'''
 # Of each new repository. Refusals are those of our hook, which says what to type (a
 # deletion is one of them); one pack for each push, and small ones joined now and then;
 # nobody fetches or pushes refs/dockhand, which keeps the commits of releases.
@@ -251,17 +256,18 @@ mv "$new" "$name.pem"
 KEYS = '.ssh/authorized_keys'
 KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
-KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
+KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-user-rc'
+OLDER_KEY_OPTIONS = KEY_OPTIONS.replace(',no-user-rc', ',no-pty,no-user-rc')
 PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 # A line of authorized_keys with options, as sshd reads it: they end at the first blank
 # that is in no quotes; the names of options have no case
 KEY_LINE = r'''(?x) [ \t]*
     (?P<options>(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^ \t"\\])+)
     [ \t]+ (?P<type>\S+) [ \t]+ (?P<blob>\S+)'''
-# Of a forced command: the key's name and its apps, whatever stands around
+# Of a forced command: the key's name and its rights, whatever stands around
 SERVED = r'''(?x) (?:^|[\s;&|('"/\\]) (?:dockhand(?:\.py)?|gitreceive) ['"\\]*
     \s+ serve \s+ ['"\\]* (?P<name>[A-Za-z0-9._@-]+) ['"\\]*
-    (?P<apps>(?:\s+[a-z][a-z0-9._-]*(?=[\s'"\\;&|)]|\Z))*)'''
+    (?P<words>(?:\s+(?:--read-only|--admin|[a-z][a-z0-9._-]*)(?=[\s'"\\;&|)]|\Z))*)'''
 KEY_OPTION = r'(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^",\\])+'
 
 # ---- The little OS layer ---------------------------------------------------------------
@@ -524,6 +530,17 @@ class Host(object):
         self.nginx = Nginx(self)
         self.certificates = Certificates(self)
         self.upstart = None             # what is_upstart found out
+        self.asker = None               # the Asker of a command that came by ssh
+
+    def person(self):
+        """Who runs a command: the name of a key, at the server the user of sudo or doas, or
+        else root."""
+        if self.asker is not None:
+            return self.asker.name
+        for variable in ('SUDO_USER', 'DOAS_USER'):
+            if os.environ.get(variable):
+                return printable(os.environ[variable])
+        return 'root'
 
     def path(self, *parts):
         return os.path.join(self.root, *[part.lstrip('/') for part in parts])
@@ -815,15 +832,13 @@ def check_key_name(name):
                       'too', printable(name))
     return name
 
-def parse_ssh_command(text):
-    """What an ssh client asks for, as (verb, app), or Failure: `git-receive-pack
-    'app.git'` for a push, `git-upload-pack` for a fetch; ssh://HOST has a "/" first."""
-    if not text:
-        raise Failure('no shell here: git push git@HOST:APP.git main')
+def parse_git_command(text):
+    """What git asks for over ssh, as (verb, app): `git-receive-pack 'app.git'` for a push,
+    `git-upload-pack` for a fetch; ssh://HOST has a "/" first. None for all that git does
+    not say; Failure for what is no app's name."""
     match = re.match(r"git[ -](receive-pack|upload-pack) '([^']*)'\Z", text)
     if match is None:
-        raise Failure('"%s" is not for this key: it can git push, fetch and clone',
-                      printable(text))
+        return None
 
     verb, path = match.groups()
     if path.startswith('/'):
@@ -831,6 +846,14 @@ def parse_ssh_command(text):
     if path.endswith('.git'):
         path = path[:-len('.git')]
     return verb, check_app_name(path)
+
+def split_words(text):
+    """The words of a command as a shell would split it; nothing is expanded."""
+    import shlex
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise Failure('a quote in this command is not closed')
 
 # Addresses of whoever came by ssh, and of this server, where it came to
 Connection = namedtuple('Connection', 'client server')
@@ -909,7 +932,57 @@ def judge_ref(ref, new, branch):
                       ' or '.join(deployed), deployed[0])
     return 'deploy'
 
-Key = namedtuple('Key', 'type blob name apps')      # apps: () where it may push every app
+# words: what it may do, as they stand in its line
+Key = namedtuple('Key', 'type blob name words')
+
+# Words of a key that are no apps
+ONLY_READS = '--read-only'
+IS_ADMIN = '--admin'
+
+class Reach(tuple):
+    """Some apps: each word is a name, or one that ends with `-` the beginning of names. No
+    name ends so."""
+    def __contains__(self, app):
+        return any(app == word or word.endswith('-') and app.startswith(word)
+                   for word in self)
+
+# What a key may do. apps: a Reach, None for every app
+Rights = namedtuple('Rights', 'apps only_reads is_admin')
+
+def read_rights(words):
+    """The Rights that the words in a key's line mean."""
+    apps = [word for word in words if word not in (ONLY_READS, IS_ADMIN)]
+    return Rights(Reach(apps) if apps else None, ONLY_READS in words, IS_ADMIN in words)
+
+def rights_of(keys, name):
+    """The Rights of all keys of a name together; None where no key is called so."""
+    found = [read_rights(key.words) for key in keys if key.name == name]
+    if not found:
+        return None
+    apps = None
+    if all(rights.apps is not None for rights in found):
+        apps = Reach(app for rights in found for app in rights.apps)
+    return Rights(apps, all(rights.only_reads for rights in found),
+                  any(rights.is_admin for rights in found))
+
+def check_rights(words):
+    """Words for a key's line as they are, or Failure: no letter of them may be one that a
+    shell reads, since sshd has one run the line's command."""
+    for word in words:
+        if word in (ONLY_READS, IS_ADMIN):
+            continue
+        check_app_name(word[:-1] if word.endswith('-') else word)
+    rights = read_rights(words)
+    refuse_if(rights.is_admin and (rights.apps or rights.only_reads), '--admin is for who '
+              'manages every app: leave out what it is to be limited to')
+    return tuple(words)
+
+def rights_text(rights):
+    """Rights in words."""
+    where = 'every app' if rights.apps is None else ' '.join(rights.apps)
+    if rights.is_admin:
+        return 'may do all'
+    return ('may read ' if rights.only_reads else 'may push and manage ') + where
 
 def parse_public_keys(text):
     """[(type, base64 blob)] of lines as in authorized_keys (sshd(8)), without options."""
@@ -961,30 +1034,46 @@ def read_key_line(text):
         served = re.search(SERVED, forced)
         if name.lower() == 'command' and served:
             key = Key(match.group('type'), match.group('blob'), served.group('name'),
-                      tuple(served.group('apps').split()))
+                      tuple(served.group('words').split()))
             return KeyLine(text, key, forced)
     return KeyLine(text, None, None)
 
 def make_key_line(key):
     """The KeyLine of a Key: who has it reaches `dockhand serve`, no shell."""
     forced = forced_command(key)
-    text = 'command="%s",%s %s %s %s' % (forced, KEY_OPTIONS, key.type, key.blob,
+    text = 'command="%s",%s %s %s %s' % (forced, key_options(key), key.type, key.blob,
                                          key.name)
     return check_length(KeyLine(text, key, forced))
 
-def change_rights(line, apps):
-    """The KeyLine with a right to other apps; what somebody wrote besides, as `from=` or
-    a command around ours, stays."""
-    if line.key.apps == apps:
-        return line
-    begin, end = re.search(SERVED, line.forced).span('apps')
-    said = ''.join(' ' + app for app in apps)
+def key_options(key):
+    """What stands beside the command of a key's line: who may `run` may have a
+    terminal."""
+    return KEY_OPTIONS + ',no-pty' if read_rights(key.words).only_reads else KEY_OPTIONS
+
+def change_rights(line, words):
+    """The KeyLine with other rights; what somebody wrote besides, as `from=` or a command
+    around ours, stays."""
+    begin, end = re.search(SERVED, line.forced).span('words')
+    said = ''.join(' ' + word for word in words)
     forced = line.forced[:begin] + said + line.forced[end:]
     text = line.text.replace('"%s"' % line.forced, '"%s"' % forced, 1)
-    return check_length(KeyLine(text, line.key._replace(apps=apps), forced))
+    return check_length(renewed(KeyLine(text, line.key._replace(words=words), forced)))
+
+def renewed(line):
+    """The KeyLine with the options of this version, where it had those of an older one, or
+    of other rights."""
+    if line.key is None:
+        return line
+    begin = 'command="%s",' % line.forced
+    for options in (OLDER_KEY_OPTIONS, KEY_OPTIONS + ',no-pty', KEY_OPTIONS):
+        rest = ' %s %s' % (line.key.type, line.key.blob)
+        if line.text.startswith(begin + options + rest):
+            tail = line.text[len(begin + options):]
+            return line._replace(text=begin + key_options(line.key) + tail)
+    return line
 
 def forced_command(key):
-    return ' '.join((PROGRAM, 'serve', key.name) + key.apps)
+    return ' '.join((PROGRAM, 'serve', key.name) + key.words)
 
 def check_length(line):
     """The KeyLine as it is, or Failure."""
@@ -1000,17 +1089,10 @@ def render_authorized_keys(lines):
     """The text of an authorized_keys file."""
     return ''.join(line.text + '\n' for line in lines)
 
-def apps_of(keys, name):
-    """The apps that the keys of a name may reach, as [app]; None where that is all."""
-    named = [key for key in keys if key.name == name]
-    if any(not key.apps for key in named):
-        return None
-    return [app for key in named for app in key.apps]
-
-def add_keys(lines, uploaded, name, apps):
+def add_keys(lines, uploaded, name, words):
     """The [KeyLine] with keys uploaded under a name, whose rights all keys of that name
     get; Failure if one of them has another name. Those of others stay as they are.
-    uploaded: as parse_public_keys gives it"""
+    uploaded: as parse_public_keys gives it; words: those of the rights"""
     for key in keys_in(lines):
         if key.name != name and (key.type, key.blob) in uploaded:
             raise Failure('this key is known as "%s": dockhand remove-key %s first, or '
@@ -1019,13 +1101,13 @@ def add_keys(lines, uploaded, name, apps):
     result = []
     for line in lines:
         if line.key is not None and line.key.name == name:
-            line = change_rights(line, apps)
+            line = change_rights(line, words)
         result.append(line)
 
     known = keys_in(result)
     new = []
     for kind, blob in uploaded:
-        key = Key(kind, blob, name, apps)
+        key = Key(kind, blob, name, words)
         if key not in known:
             known.append(key)
             new.append(make_key_line(key))
@@ -5493,6 +5575,11 @@ def all_apps(host):
             names.add(name)
     return sorted(names)
 
+def seen_apps(host):
+    """Those of all_apps that whoever asks may know of."""
+    reach = None if host.asker is None else host.asker.rights.apps
+    return [name for name in all_apps(host) if reach is None or name in reach]
+
 HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
 
 class App(object):
@@ -8139,18 +8226,24 @@ def run_release_command(app, release):
     status = engine_of(app, release).run_once(release, words, detail)
     refuse_if(status, 'the release command failed (%d); nothing has changed', status)
 
-# ---- Receiving: serve and the two hooks ------------------------------------------------
+# ---- Receiving: serve, the two hooks, and commands -------------------------------------
 # Where strangers come in: `serve` runs for sshd as the git user, and checks a key's
-# rights. `receive` runs as root for the hooks, and believes them which app and key it is
-# about: whoever has a shell as the git user may deploy.
+# rights. `receive` runs as root for the hooks and for commands, and believes which key it
+# is about: whoever has a shell as the git user may deploy.
 
-def serve(host, name, *apps):
-    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git.
-    The exit status, where git has not taken the place of this process."""
-    verb, app_name = parse_ssh_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
-    if apps and app_name not in apps:
-        raise Failure('the key "%s" has no right to %s: it may reach %s', name, app_name,
-                      ', '.join(apps))
+def serve(host, name, *words):
+    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git, and
+    any other command to root. The exit status, where git has not taken the place of this
+    process. words: the key's rights"""
+    asked = parse_git_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
+    if asked is None:
+        return hand_to_root(name)
+
+    verb, app_name = asked
+    asker = Asker(name, read_rights(words))
+    asker.check_reaches(app_name)
+    if verb == 'receive-pack':
+        asker.check_may(CHANGE, 'git push')
 
     app = App(host, app_name)
     folder = app.repository()
@@ -8165,6 +8258,13 @@ def serve(host, name, *apps):
         make_repository(host, folder)
         return receive_first(host, folder, env)
     os.execvpe('git', ['git', verb, folder], env)
+
+def hand_to_root(name):
+    """Have root answer a command. What it says is in the environment: sudo writes each
+    command line into the system's log, and some have a secret in them."""
+    kept = [variable for variable in ASKED if variable in os.environ]
+    env = dict(ENVIRONMENT, **dict((variable, os.environ[variable]) for variable in kept))
+    os.execvpe('sudo', ['sudo', '-n', RECEIVE, 'command', name], env)
 
 def receive_first(host, folder, env):
     """Hand a first push over to git. Where nothing at all comes in, the repository was
@@ -8199,11 +8299,13 @@ def make_repository(host, folder):
 
 def receive(host, hook, app_name='', key='', *arguments):
     """Run as root by a repository's hooks, `update` and `post-receive`; `check` is how
-    sudo_problem tries sudo.
+    sudo_problem tries sudo; the exit status.
     arguments: of the update hook, a ref and its old and new commit; of the other one, the
     addresses of the ssh connection (older hooks have none)"""
     if hook == 'check':
         return
+    if hook == 'command':               # by the key that is named, for no app
+        return answer(host, check_key_name(app_name))
     if not app_name or not key:
         raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(app_name)
@@ -8220,8 +8322,51 @@ def receive(host, hook, app_name='', key='', *arguments):
     ref, old, new = arguments
     if not OBJECT_ID.match(old) or not OBJECT_ID.match(new):
         raise Failure('this is for the hooks of a repository')
-    known = apps_of(read_keys(host), key)
+    rights = rights_of(read_keys(host), key)
+    known = Reach() if rights is None else rights.apps
     deploy(App(host, app_name, known), key, ref, old, new)
+
+def answer(host, name):
+    """Run the command that a key's owner typed behind `ssh git@HOST`. Its rights are read
+    from the file itself."""
+    rights = rights_of(read_keys(host), name)
+    refuse_if(rights is None, 'no key here is called "%s"', name)
+    host.asker = Asker(name, rights)
+    words = split_words(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
+    return run_command(host, words) if words else greet(host)
+
+# Who asks for a command over ssh. name: of the key; rights: Rights
+class Asker(namedtuple('Asker', 'name rights')):
+    def check_reaches(self, app):
+        """Failure where an app is none of this key's: it is the same whether there is such
+        an app, and found out in the same time."""
+        reach = self.rights.apps
+        refuse_if(reach is not None and app not in reach, 'the key "%s" has no right to '
+                  '%s: it may reach %s', self.name, printable(app), ', '.join(reach or ()))
+
+    def check_may(self, right, what):
+        """Failure where the rights do not go so far. right: READ, CHANGE, ADMIN or ROOT"""
+        refuse_if(right == ROOT, '%s is for root, on the server itself', what)
+        refuse_if(right == ADMIN and not self.rights.is_admin, '%s is for keys that were '
+                  'uploaded with --admin', what)
+        refuse_if(right == CHANGE and self.rights.only_reads, '%s is not for the key "%s", '
+                  'which may only read', what, self.name)
+
+GREETING = '''You are {name}, and {rights}.
+
+  git push git@{host}:NAME main    deploys the repository that you are in as NAME
+  ssh git@{host} apps              what runs here
+  ssh git@{host} logs NAME -f      what an app prints
+
+ssh git@{host} help lists all commands.'''
+
+def greet(host):
+    """Say who somebody is that came without a command, and what comes first."""
+    asker = host.asker
+    tell(GREETING.format(name=asker.name, rights=rights_text(asker.rights), host='HOST'))
+    there = seen_apps(host)
+    if there:
+        tell('\nHere now: %s', ' '.join(there))
 
 def read_keys(host):
     """[Key] of those that are ours in the git user's authorized_keys."""
@@ -8279,7 +8424,8 @@ def installed_parts(host):
         Part(PROGRAM, launcher(role='dockhand'), 0o755),
         Part(RECEIVE, launcher(role='receive'), 0o755),
         Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
-        Part(SUDOERS, '%s ALL=(root) NOPASSWD: %s\n' % (host.user, RECEIVE), 0o440),
+        Part(SUDOERS, SUDOERS_TEXT.format(user=host.user, receive=RECEIVE,
+                                          asked=' '.join(ASKED)), 0o440),
         Part(CATCH_ALL, host.nginx.catch_all_text(host.nginx.files()), 0o644)]
 
     if is_systemd(host):
@@ -8701,26 +8847,22 @@ def nginx_advice(host):
             'daemon-reload' % (folder, folder))
 
 # ---- Commands: what people run, each with its line of help -----------------------------
-# For root at the server. Each stands under its name and the words that it takes.
+# For root at the server, and for whoever has a key, by ssh. Each stands under its name,
+# the words that it takes, and what right to an app, or to the server, it wants.
 
 # pattern: the words after the name; [X] may be left out, [-x] is a flag, [-x Y] takes a
-# value. Where it begins with APP, the function gets an App, else the Host.
-Verb = namedtuple('Verb', 'name pattern function')
+# value. Where it begins with APP, the function gets an App, else the Host. right: what a
+# key has to have for it; alone: the same where nothing is said that may be left out.
+Verb = namedtuple('Verb', 'name pattern right alone function')
 COMMANDS = []                       # in the order in which they are listed
+READ, CHANGE, ADMIN, ROOT = 'read', 'change', 'admin', 'root'
 
-def command(name, pattern=''):
+def command(name, pattern='', right=ROOT, alone=None):
     """Make a function a command of this name; its docstring is what the list says."""
     def enlist(function):
-        COMMANDS.append(Verb(name, pattern, function))
+        COMMANDS.append(Verb(name, pattern, right, alone or right, function))
         return function
     return enlist
-
-def person():
-    """Who runs a command at the server: the user of sudo or doas, or else root."""
-    for variable in ('SUDO_USER', 'DOAS_USER'):
-        if os.environ.get(variable):
-            return printable(os.environ[variable])
-    return 'root'
 
 def own_connection(host):
     """The Connection by which somebody came here, or None. sudo drops what sshd says of
@@ -8760,6 +8902,7 @@ def cmd_install(host, user=None):
     with host_lock(host, 'install'):        # one of them is nginx's, for all apps
         for part in installed_parts(host):
             install_now(part)
+    changes.append(renew_keys(host))
     changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
     changes.append(enable_at_boot(host))
     changes.append(compile_script(host))
@@ -8773,7 +8916,7 @@ def cmd_install(host, user=None):
         for name in list_apps(host):
             attempt(name, settle_again, App(host, name))
     if changed:
-        log('install by %s', person())
+        log('install by %s', host.person())
     demand([(sudo_problem(host), 'visudo')])
     if failed:
         raise Failure('%d file(s) could not be written; type: chown -R %s: %s',
@@ -8798,6 +8941,16 @@ def change_keys(host, change):
         host.as_git(replace_file, path, render_authorized_keys(lines), 0o600)
     return lines
 
+def renew_keys(host):
+    """Give the lines of our keys what this version writes beside their command; True where
+    that changes one."""
+    text = host.as_git(read_file, host.path(host.home(), KEYS)) or ''
+    lines = read_authorized_keys(text)
+    if [renewed(line) for line in lines] == lines:
+        return False
+    change_keys(host, lambda lines: [renewed(line) for line in lines])
+    return True
+
 def read_stdin():
     """What is piped in, '' from a terminal; Failure where it is too much."""
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
@@ -8805,22 +8958,24 @@ def read_stdin():
     refuse_if(len(data) > FILE_LIMIT, 'what came in is larger than 256 KB')
     return to_text(data)
 
-@command('upload-key', 'NAME [APP...]')
-def cmd_upload_key(host, name, *apps):
+@command('upload-key', 'NAME [APP...] [--read-only] [--admin]', ADMIN)
+def cmd_upload_key(host, name, *apps, **options):
     """let the public keys on standard input push (to these apps only)"""
     check_key_name(name)
-    apps = tuple(check_app_name(app) for app in apps)
+    words = apps + tuple(word for word, is_said in (
+        (ONLY_READS, 'read_only' in options), (IS_ADMIN, 'admin' in options)) if is_said)
+    check_rights(words)
     uploaded = parse_public_keys(read_stdin())
     for kind, blob in uploaded:
         refuse_if(not fingerprint(host, kind, blob), '"%s" is no key that OpenSSH here '
                   'knows: make one with ssh-keygen -t ecdsa',
                   printable(kind + ' ' + blob, 40))
 
-    change_keys(host, lambda lines: add_keys(lines, uploaded, name, apps))
-    where = ', '.join(apps) or 'every app'
+    change_keys(host, lambda lines: add_keys(lines, uploaded, name, words))
+    said = rights_text(read_rights(words))
     for kind, blob in uploaded:
-        tell('%s %s %s may push %s', name, kind, fingerprint(host, kind, blob), where)
-    log('key %s: may push %s: upload-key by %s', name, where, person())
+        tell('%s %s %s %s', name, kind, fingerprint(host, kind, blob), said)
+    log('key %s: %s: upload-key by %s', name, said, host.person())
 
 def fingerprint(host, kind, blob):
     """A key's, by this server's own ssh-keygen; '' where its sshd will not know it."""
@@ -8831,23 +8986,22 @@ def fingerprint(host, kind, blob):
         status, out, _ = host.ask(['ssh-keygen', '-l', '-f', file.name])
     return '' if status else out.split()[1]
 
-@command('keys')
+@command('keys', '', ADMIN)
 def cmd_keys(host):
-    """list who may push, and which apps"""
+    """list the keys: name, type, fingerprint, what each may do"""
     for key in read_keys(host):
-        where = ' '.join(key.apps) or '(every app)'
         shown = fingerprint(host, key.type, key.blob) or '(unknown to OpenSSH here)'
         tell('%-20s %-20s %s %s', printable(key.name), printable(key.type), shown,
-             printable(where, 8000))
+             printable(rights_text(read_rights(key.words)), 8000))
 
-@command('remove-key', 'NAME')
+@command('remove-key', 'NAME', ADMIN)
 def cmd_remove_key(host, name):
     """take the right to push away from a key"""
     keys = [key for key in read_keys(host) if key.name == name]
     refuse_if(not keys, 'no key is named "%s": dockhand keys', printable(name))
 
     lines = change_keys(host, lambda lines: remove_keys(lines, name))
-    log('key %s: remove-key by %s', name, person())
+    log('key %s: remove-key by %s', name, host.person())
     tell('%s may push no longer', name)
     for number in lines_that_log_in(lines, keys):
         tell('but %s:%d is not of dockhand, and lets the same key log in as %s',
@@ -8855,11 +9009,11 @@ def cmd_remove_key(host, name):
 
 # What runs
 
-@command('apps')
+@command('apps', '', READ)
 def cmd_apps(host):
     """list the apps: state, commit, since when, by whom, address"""
     here = web_address(own_connection(host)) or '127.0.0.1'
-    for name in all_apps(host):
+    for name in seen_apps(host):
         app = App(host, name)
         live = app.live()
         if live is None:
@@ -8886,7 +9040,7 @@ def counts_text(live):
     counts = ['%s=%d' % (kind, count) for kind, _, count in counted_types(live) if kind]
     return '  ' + ' '.join(counts) if counts else ''
 
-@command('logs', 'APP [PROCESS] [-f] [-n N]')
+@command('logs', 'APP [PROCESS] [-f] [-n N]', READ)
 def cmd_logs(app, process=None, n='100', f=False):
     """show what an app prints; -f goes on, -n N shows the last N lines"""
     refuse_if(not n.isdigit(), '-n wants a number')
@@ -8939,37 +9093,37 @@ def settle_or_stop(app, live):
     engine.stop(live)
     turn_proxy(app, live, app.wanted_proxy(live))
 
-@command('restart', 'APP')
+@command('restart', 'APP', CHANGE)
 def cmd_restart(app):
     """stop an app and start it again"""
     with live_app(app, 'restart') as live:
-        log('%s: restart by %s', app.name, person())
+        log('%s: restart by %s', app.name, app.host.person())
         app.docker.check_takes_writes(app.name)
         start_live(app, live, is_restart=True)
     tell('%s runs', app.name)
 
-@command('stop', 'APP')
+@command('stop', 'APP', CHANGE)
 def cmd_stop(app):
     """stop an app; it stays so over a reboot, until a start, a push or another release"""
     with live_app(app, 'stop') as live:
-        log('%s: stop by %s', app.name, person())
+        log('%s: stop by %s', app.name, app.host.person())
         replace_file(app.folder('stopped'), '')
         attempt('nginx goes on passing requests to it', turn_proxy, app, live,
                 app.proxy_when_stopped(live))
         engine_of(app, live).stop(live)
     tell('%s is stopped', app.name)
 
-@command('start', 'APP')
+@command('start', 'APP', CHANGE)
 def cmd_start(app):
     """start an app that was stopped"""
     with live_app(app, 'start') as live:
-        log('%s: start by %s', app.name, person())
+        log('%s: start by %s', app.name, app.host.person())
         start_live(app, live)
     tell('%s runs', app.name)
 
 # Its releases
 
-@command('releases', 'APP')
+@command('releases', 'APP', READ)
 def cmd_releases(app):
     """list an app's releases: commit, when, who and what made it, its cost, its fate"""
     live = None if app.is_waiting() else app.must_be_live()
@@ -8996,14 +9150,14 @@ def fate_text(release, live):
         return 'failed: ' + release.failed
     return 'kept' if release.seconds is not None else 'under way'
 
-@command('rollback', 'APP [N]')
+@command('rollback', 'APP [N]', CHANGE)
 def cmd_rollback(app, number=None):
     """go back to the release that was live before, its config too, or to another kept"""
     with live_app(app, 'rollback') as live:
         release = earlier_release(app, live, number)
         check_edited(app, live, release)
         step('Switching from release %d to %d', live.number, release.number)
-        revived = {'by': person(), 'time': round(app.host.clock.time(), 2)}
+        revived = {'by': app.host.person(), 'time': round(app.host.clock.time(), 2)}
         report = apply(app, live, release._replace(revived=revived))
         step('Release %d is live again: %s', release.number, report)
         settings = changed_keys(live.config, release.config)
@@ -9011,7 +9165,7 @@ def cmd_rollback(app, number=None):
             step('Its config too, for later pushes as well: %s', ' '.join(settings))
 
         log('%s: release %d of %s is live again: rollback from %d by %s', app.name,
-            release.number, release.commit, live.number, person())
+            release.number, release.commit, live.number, app.host.person())
     attempt('https', get_and_tell, app)         # its names may be others
     show_address(app, release, own_connection(app.host))
 
@@ -9031,17 +9185,17 @@ def earlier_release(app, live, number):
               'its image %s was removed, so nothing has changed: choose another', tag)
     return releases[0]
 
-@command('rebuild', 'APP [--pull]')
+@command('rebuild', 'APP [--pull]', CHANGE)
 def cmd_rebuild(app, pull=False):
     """build the live commit again as a new release; --pull fetches newer base images"""
     with live_app(app, 'rebuild') as live:
-        release = new_release(app, live.branch, live.commit, person(), 'rebuild')
+        release = new_release(app, live.branch, live.commit, app.host.person(), 'rebuild')
         make_release(app, live, release, ['--pull'] if pull else [])
     after_push(app, own_connection(app.host))
 
 # What only this server knows
 
-@command('proxy', 'APP')
+@command('proxy', 'APP', READ)
 def cmd_proxy(app):
     """print the proxy file that is made for an app, to start one of its own from"""
     live = app.must_be_live()
@@ -9050,18 +9204,18 @@ def cmd_proxy(app):
     text = complete_proxy(app, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
-@command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--values]')
+@command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--values]', CHANGE, alone=READ)
 def cmd_config(app, *changes, **options):
     """print what only this server knows of an app, or change it; - reads what is piped"""
+    if not changes:
+        return show_config(app.config(), 'values' in options)
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
         wanted = change_config(before, changes, unset='unset' in options,
                                env='env' in options)
         changed = changed_keys(before, wanted)
 
-        if not changes:
-            show_config(before, 'values' in options)
-        elif not changed:
+        if not changed:
             tell('nothing changed')
         elif live is None:
             build_options(wanted)
@@ -9070,7 +9224,7 @@ def cmd_config(app, *changes, **options):
             names = noted_names(app)
             app.save_config(wanted)
             give_certificates_back(app, set(names) - set(noted_names(app)))
-            log('%s: config %s by %s', app.name, ' '.join(changed), person())
+            log('%s: config %s by %s', app.name, ' '.join(changed), app.host.person())
             tell('%s: noted for its first push', app.name)
         else:
             release_config(app, live, wanted, changed)
@@ -9100,7 +9254,7 @@ def release_config(app, live, wanted, changed):
     branch = wanted.get('branch', live.branch)
     if 'branch' in changed and 'branch' not in wanted:
         branch = DEFAULT_BRANCHES[0]
-    release = new_release(app, branch, live.commit, person(),
+    release = new_release(app, branch, live.commit, app.host.person(),
                           'config ' + ' '.join(changed))
     release = release._replace(config=wanted)
     if is_built_alike(live.config, wanted):
@@ -9154,7 +9308,7 @@ def key_meant(config, name, env):
 
 # Https
 
-@command('https', '[APP] [--off] [--cert]')
+@command('https', '[APP] [--off] [--cert]', CHANGE, alone=READ)
 def cmd_https(host, name=None, off=False, cert=False):
     """answer by https, or --off; --cert: by the certificate that is piped in; a list"""
     if name is None:
@@ -9210,7 +9364,7 @@ def note_https(app):
     with app_lock(app, 'dockhand https ' + app.name):
         make_folder(app.folder(), 0o700)
         if replace_file(app.folder('https'), ''):
-            log('%s: https by %s', app.name, person())
+            log('%s: https by %s', app.name, app.host.person())
         make_folder(app.host.path(CERTIFICATES), 0o700)
 
 def turn_https_off(app):
@@ -9218,7 +9372,7 @@ def turn_https_off(app):
     with app_lock(app, 'dockhand https ' + app.name):
         was_on = remove_file(app.folder('https'))
         if was_on:
-            log('%s: https --off by %s', app.name, person())
+            log('%s: https --off by %s', app.name, app.host.person())
             remove_if_empty(app.folder())       # as of a name that was typed wrong
     if app.live() is not None:
         use_certificates(app)
@@ -9243,7 +9397,7 @@ def bring_certificate(app):
 
     note_https(app)
     use_certificates(app)
-    log('%s: https --cert by %s', app.name, person())
+    log('%s: https --cert by %s', app.name, app.host.person())
     for name in covered:
         tell('%s: %s', name, https_text(app, name))
 
@@ -9320,7 +9474,7 @@ def https_text(app, name):
 
 def list_https(host):
     """Each full name of each app, and whether it has https."""
-    for name in all_apps(host):
+    for name in seen_apps(host):
         app = App(host, name)
         live = app.live()
         names = https_names(app)
@@ -9329,7 +9483,7 @@ def list_https(host):
         if not names and live is not None and live.proxy:
             tell('%-16s %-30s %s', name, '-', no_full_name_text(app, live))
 
-@command('destroy', 'APP [--force] [--volumes]')
+@command('destroy', 'APP [--force] [--volumes]', CHANGE)
 def cmd_destroy(app, force=False, volumes=False):
     """remove an app: its containers, images, files and repository; --volumes: its data"""
     check_app_name(app.name)
@@ -9347,7 +9501,7 @@ def cmd_destroy(app, force=False, volumes=False):
         kept = app.docker.volumes_of(app.name)
         if kept and volumes:
             app.host.run(['docker', 'volume', 'rm'] + kept)
-        log('%s: destroy by %s', app.name, person())
+        log('%s: destroy by %s', app.name, app.host.person())
     tell('%s is removed', app.name)
     for name in kept:
         tell('removed volume %s' if volumes else 'kept: docker volume rm %s', name)
@@ -9390,7 +9544,7 @@ def load_certificates(host):
     with host_lock(host, 'dockhand'):
         host.nginx.mend_certificates(host.nginx.problem())
 
-@command('recover')
+@command('recover', '', ADMIN)
 def cmd_recover(host):
     """put right what a crash or a prune left; runs at boot, and when docker starts"""
     host.docker.wait()
@@ -9410,7 +9564,7 @@ def cmd_recover(host):
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 
-@command('doctor')
+@command('doctor', '', ADMIN)
 def cmd_doctor(host):
     """check every part of the installation, and say what to type"""
     demand(requirements(host))
@@ -9441,7 +9595,7 @@ def cmd_doctor(host):
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by the pattern of a Verb; or Usage."""
     from getopt import GetoptError, gnu_getopt
-    known = dict(re.findall(r'\[--?([a-z]+)( [A-Z]+)?\]', pattern))
+    known = dict(re.findall(r'\[--?([a-z-]+)( [A-Z]+)?\]', pattern))
     short = ''                          # as getopt wants them: `f`, and `n:` with a value
     longer = []
     for name in known:
@@ -9464,7 +9618,7 @@ def parse_arguments(pattern, words):
     values = {}
     for option, value in options:
         name = option.lstrip('-')
-        values[name] = value if known[name] else True
+        values[name.replace('-', '_')] = value if known[name] else True
     return given, values
 
 def run_command(host, words):
@@ -9474,14 +9628,27 @@ def run_command(host, words):
     if words == ['--version']:
         return tell('dockhand %s, Python %d.%d.%d', version_text(), *sys.version_info[:3])
 
-    name, pattern, function = verb_of(words[0])
+    verb = verb_of(words[0])
     if '-h' in words or '--help' in words:
-        return show_help([name])
-    given, options = parse_arguments(pattern, words[1:])
-    refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + name)
-    if pattern.startswith('APP'):
-        return function(App(host, given[0]), *given[1:], **options)
-    return function(host, *given, **options)
+        return show_help([verb.name])
+    given, options = parse_arguments(verb.pattern, words[1:])
+    if host.asker is not None:
+        check_asker(host.asker, verb, given, options)
+    refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + verb.name)
+    if verb.pattern.startswith('APP'):
+        reach = None if host.asker is None else host.asker.rights.apps
+        return verb.function(App(host, given[0], reach), *given[1:], **options)
+    return verb.function(host, *given, **options)
+
+def check_asker(asker, verb, given, options):
+    """Failure where a key does not go so far as a command: to its app first, so that of
+    others nothing is told."""
+    words = re.sub(r'\[-.*?\]', '', verb.pattern).replace('[', '').split()
+    if words[:1] in (['APP'], ['APP]']) and given:
+        asker.check_reaches(given[0])
+    least = re.sub(r'\[.*?\]', '', verb.pattern).split()
+    is_alone = len(given) == len(least) and not options
+    asker.check_may(verb.alone if is_alone else verb.right, verb.name)
 
 def verb_of(name):
     """The Verb of a name; or Usage."""
@@ -9495,16 +9662,16 @@ def show_help(names):
     if len(names) > 1:
         raise Usage('wanted: help [COMMAND]')
     if names:
-        return show_verb(*verb_of(names[0]))
+        return show_verb(verb_of(names[0]))
 
     tell('dockhand: git push deploys anything that fits in a container\n')
     for verb in COMMANDS:
-        show_verb(*verb)
+        show_verb(verb)
     tell('  dockhand %-28s %s', 'help [COMMAND]', 'this list, or one line of it')
     tell('  dockhand %-28s %s', '--version', 'say which dockhand this is')
 
-def show_verb(name, pattern, function):
-    tell('  dockhand %-28s %s', name + ' ' + pattern, function.__doc__)
+def show_verb(verb):
+    tell('  dockhand %-28s %s', verb.name + ' ' + verb.pattern, verb.function.__doc__)
 
 def version_text():
     """Which dockhand this is: there are no numbers, so it is the beginning of what
@@ -9534,18 +9701,18 @@ def main(role, user=None):
 
     try:
         if role == 'receive':
-            receive(host, *words or [''])
+            status = receive(host, *words or ['']) or 0
         elif is_served and len(words) > 1:
             status = serve(host, *words[1:])
         else:
-            run_command(host, words)
+            status = run_command(host, words) or 0
     except (Failure, Stopped, EnvironmentError) as problem:
         say('dockhand: %s', problem)
-        if role == 'receive' or is_served:
+        if is_served or role == 'receive' and host.asker is None:
             log('%s: refused: %s', ' '.join(words), problem)
         status = 2 if isinstance(problem, Usage) else 1
 
-    if role == 'receive' and say.patience <= 0:
+    if role == 'receive' and host.asker is None and say.patience <= 0:
         hang_up(host)
     return status
 

@@ -150,8 +150,8 @@ def pushed(machine, *commits):
 
 # What reads a text of any kind, by name; each gets every one of the hostile texts.
 READERS = {
-    'ssh command': dh.parse_ssh_command,
-    'path': lambda text: dh.parse_ssh_command("git-receive-pack '%s'" % text),
+    'ssh command': dh.parse_git_command,
+    'path': lambda text: dh.parse_git_command("git-receive-pack '%s'" % text),
     'ref': lambda text: dh.judge_ref(text, SHA, 'main'),
     'branch': lambda text: dh.judge_ref('refs/heads/' + text, SHA, 'main'),
     'app': lambda text: dh.check_app_name('a' + text),
@@ -252,9 +252,9 @@ def test_what_is_no_key_name_is_refused(name):
     git receive-pack 'blog.git'  => receive-pack => blog
     git-upload-pack 'my.app.git' => upload-pack  => my.app''')
 def test_what_git_sends_is_understood(command, verb, app):
-    assert dh.parse_ssh_command(command) == (verb, app)
+    assert dh.parse_git_command(command) == (verb, app)
 
-@table('command', r'''
+HOSTILE_COMMANDS = r'''
     id
     bash -i
     \_
@@ -274,18 +274,144 @@ def test_what_git_sends_is_understood(command, verb, app):
     logs /
     serve anna
     scp -t /etc
-    \e]0;x''', 'x' * 10240)
-def test_any_other_ssh_command_is_refused(command):
-    assert 'it can git push, fetch and clone' in refusal(dh.parse_ssh_command, command)
+    apps $(id)
+    apps ; id
+    logs blog | sh
+    apps `id`
+    config blog A="
+    install
+    receive check
+    \e]0;x'''
+
+@table('command', HOSTILE_COMMANDS, 'x' * 10240)
+def test_any_other_ssh_command_is_not_gits(command):
+    assert dh.parse_git_command(command) is None
+
+def by_ssh(machine, command, *words):
+    """Run what a key with such rights, called anna, asks for; the exit status."""
+    if words or machine.read('/home/git/' + dh.KEYS) is None:
+        machine.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', words))))
+    os.environ['SSH_ORIGINAL_COMMAND'] = command
+    try:
+        return dh.receive(machine.host, 'command', 'anna') or 0
+    finally:
+        del os.environ['SSH_ORIGINAL_COMMAND']
+        machine.host.asker = None
+
+@table('command', HOSTILE_COMMANDS, 'x' * 10240)
+def test_an_ssh_command_that_is_none_of_ours_is_refused_and_does_nothing(plain, command):
+    plain.lives(ONE_WEB)
+    if command.strip():
+        refusal(by_ssh, plain, command, '--admin')
+    assert plain.done == []
+
+# What each of the rights may do: to its own app, and to the server
+RIGHTS = {(): 'read change', ('blog',): 'read change', ('bl-',): '', ('b', 'blo-'): '',
+          ('blog', '--read-only'): 'read', ('--read-only',): 'read',
+          ('--admin',): 'read change admin', ('wiki',): ''}
+ASKED = [
+    ('apps', 'read'), ('logs blog', 'read'), ('releases blog', 'read'),
+    ('config blog', 'read'), ('proxy blog', 'read'), ('https', 'read'),
+    ('config blog --values', 'change'), ('config blog A=1', 'change'),
+    ('config blog --unset A', 'change'), ('restart blog', 'change'),
+    ('stop blog', 'change'), ('start blog', 'change'), ('rollback blog', 'change'),
+    ('rebuild blog', 'change'), ('https blog', 'change'), ('https blog --off', 'change'),
+    ('https blog --cert', 'change'), ('destroy blog --force', 'change'),
+    ('keys', 'admin'), ('upload-key x', 'admin'), ('remove-key x', 'admin'),
+    ('doctor', 'admin'), ('recover', 'admin'), ('install', 'root')]
+
+@pytest.mark.parametrize('words', sorted(RIGHTS))
+@pytest.mark.parametrize('command, right', ASKED)
+def test_each_command_wants_its_right(plain, monkeypatch, words, command, right):
+    called = []
+    verbs = [verb._replace(function=lambda *args, **options: called.append(args))
+             for verb in dh.COMMANDS]
+    monkeypatch.setattr(dh, 'COMMANDS', verbs)
+    plain.lives(ONE_WEB)
+    may = right in RIGHTS[words].split()
+    if 'blog' not in command and right == 'read':
+        may = True                              # of what is to be seen, not of blog
+    if may:
+        assert by_ssh(plain, command, *words) == 0 and len(called) == 1
+    else:
+        refusal(by_ssh, plain, command, *words)
+        assert called == []
+
+@pytest.mark.parametrize('command', [
+    command for command, _ in ASKED if 'blog' in command])
+@pytest.mark.parametrize('words', [('wiki',), ('wiki', '--read-only'), ('blo-',)])
+def test_an_app_of_others_is_told_from_none_by_nothing(plain, words, command):
+    words = words if words != ('blo-',) else ('blogs-',)
+    missing = refusal(by_ssh, plain, command, *words)
+    plain.lives(ONE_WEB)
+    plain.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', words))))
+    opened = []
+    read_file = dh.read_file
+    dh.read_file = lambda path: opened.append(path) or read_file(path)
+    try:
+        assert refusal(by_ssh, plain, command) == missing
+    finally:
+        dh.read_file = read_file
+    assert not [path for path in opened if 'blog' in path]
+    assert plain.done == []
+
+def test_what_is_listed_over_ssh_is_what_a_key_may_see(plain, capfd):
+    plain.lives(ONE_WEB)
+    for words, there in ((('wiki',), False), (('blo-',), False), (('bl-',), False),
+                         (('blog',), True), (('--read-only',), True), (('--admin',), True)):
+        capfd.readouterr()
+        by_ssh(plain, 'apps', *words)
+        by_ssh(plain, '', *words)
+        assert ('blog' in capfd.readouterr().out.replace('blo-', '')) == there
+
+def test_who_comes_without_a_command_is_told_who_it_is_and_what_comes_first(plain, capfd):
+    plain.lives(ONE_WEB)
+    capfd.readouterr()
+    assert by_ssh(plain, '', 'bl-', 'blog', '--read-only') == 0
+    said = capfd.readouterr().out
+    assert said.startswith('You are anna, and may read bl- blog.\n\n')
+    assert 'ssh git@HOST logs NAME -f' in said and said.endswith('\nHere now: blog\n')
+
+def test_a_prefix_of_names_reaches_what_begins_so(plain, capfd):
+    assert 'shop-x' in dh.Reach(['shop-']) and 'shop' not in dh.Reach(['shop-'])
+    assert 'shop' in dh.Reach(['shop']) and 'shop-x' not in dh.Reach(['shop'])
+
+@pytest.mark.parametrize('words, said', [
+    (('shop-*',), 'is no name for an app'), (('a;b',), 'is no name'), (('-',), 'is no name'),
+    (('--admin', '--read-only'), 'leave out what it is to be limited to'),
+    (('--admin', 'blog'), 'leave out what'), (('$(id)',), 'is no name'),
+    (('shop--',), 'is no name')])
+def test_no_right_has_a_letter_that_a_shell_reads(words, said):
+    assert said in refusal(dh.check_rights, words)
+
+def test_a_key_that_nobody_uploaded_may_nothing(plain):
+    plain.lives(ONE_WEB)
+    os.environ['SSH_ORIGINAL_COMMAND'] = 'apps'
+    assert 'no key here is called "eve"' in refusal(
+        dh.receive, plain.host, 'command', 'eve')
+    del os.environ['SSH_ORIGINAL_COMMAND']
+
+def test_a_command_by_ssh_is_logged_under_the_name_of_its_key_and_without_values(
+        plain, monkeypatch):
+    logged = []
+    monkeypatch.setattr(dh, 'log', lambda text, *values: logged.append(text % values))
+    plain.lives(ONE_WEB)
+    by_ssh(plain, 'config blog TOKEN=hush "OTHER=two words"', 'blog')
+    assert logged[-1].startswith('blog: ') and 'hush' not in str(logged)
+    assert plain.app.live().by == 'anna'
+    assert plain.app.config() == {'TOKEN': 'hush', 'OTHER': 'two words'}
+
+@pytest.mark.parametrize('text, words', [
+    ('a "b c" d', ['a', 'b c', 'd']), ("a 'b $x' *", ['a', 'b $x', '*']), ('', []),
+    ('a\\ b', ['a b']), ('a\nb', ['a', 'b']), ('a #b', ['a', '#b'])])
+def test_a_command_is_split_as_a_shell_does_and_nothing_is_expanded(text, words):
+    assert dh.split_words(text) == words
 
 @each('path', '''../../tmp/x / //blog ~/blog .ssh/authorized_keys blog.git.git blog.git/
       --upload-pack=x''', '')
 def test_a_repository_path_that_is_no_name_is_refused(path):
     command = "git-receive-pack '%s'" % path
-    assert 'is no name for an app' in refusal(dh.parse_ssh_command, command)
-
-def test_no_ssh_command_is_answered_with_what_to_type():
-    assert 'git push git@HOST:APP.git main' in refusal(dh.parse_ssh_command, '')
+    assert 'is no name for an app' in refusal(dh.parse_git_command, command)
 
 @table('ref, branch, verdict', '''
     refs/heads/main   =>      => deploy
@@ -395,7 +521,8 @@ def test_openssh_decides_what_a_key_is_and_prints_its_fingerprint():
                        ('ssh-ed25519', ED + '='), ('ssh-ed25519', ED + 'AAAA')):
         assert dh.fingerprint(host, kind, blob) == ''
 
-OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
+OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-user-rc'
+OLDER = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-pty,no-user-rc'
 KEYS_TEXT = '''ssh-rsa AAAA admin's own
 # dockhand: keys from here to the next mark; see `dockhand keys`
 command="/usr/local/bin/dockhand serve anna",%s ssh-ed25519 %s anna
@@ -460,6 +587,19 @@ def test_a_command_around_ours_stays_when_the_rights_change():
     lines = dh.add_keys(dh.read_authorized_keys(line), [], 'bob', ('wiki',))
     assert dh.render_authorized_keys(lines) == line.replace('bob blog', 'bob wiki') + '\n'
 
+@pytest.mark.parametrize('before, words, after', [
+    (OLDER, (), OPTIONS), (OLDER, ('blog', '--read-only'), OPTIONS + ',no-pty'),
+    (OPTIONS, ('--read-only',), OPTIONS + ',no-pty'),
+    (OPTIONS + ',no-pty', ('blog',), OPTIONS), (OPTIONS, ('--admin',), OPTIONS),
+    ('no-pty', (), 'no-pty'), ('from="a",' + OLDER, (), 'from="a",' + OLDER)])
+def test_who_may_run_may_have_a_terminal(before, words, after):
+    line = 'command="/usr/local/bin/dockhand serve bob%s",%s ssh-rsa BBBB x'
+    lines = dh.read_authorized_keys(line % (' wiki', before))
+    changed = dh.render_authorized_keys(dh.add_keys(lines, [], 'bob', words))
+    assert changed == line % (''.join(' ' + word for word in words), after) + '\n'
+    again = [dh.renewed(each) for each in dh.read_authorized_keys(changed)]
+    assert dh.render_authorized_keys(again) == changed
+
 D = '/usr/local/bin/dockhand'
 
 @pytest.mark.parametrize('forced, name, apps, changed', [
@@ -505,7 +645,7 @@ def test_a_key_that_has_another_name_is_refused_with_that_name():
 
 def test_new_rights_are_those_of_every_key_of_the_name():
     keys = added(lines_of(KEYS), [THREE], 'bob', ('blog',))
-    assert [(key.name, key.apps) for key in keys] == [
+    assert [(key.name, key.words) for key in keys] == [
         ('anna', ()), ('bob', ('blog',)), ('bob', ('blog',))]
 
 def test_rights_longer_than_sshd_reads_are_refused():
@@ -6860,7 +7000,10 @@ def ssh_command(text):
     git-upload-pack 'blog'  => bob => blog       => no app blog here
     git-receive-pack 'etc'  => bob =>            => /etc/init/etc.conf is on this server
     git-receive-pack 'ssh'  => bob =>            => the server itself
-    id                      => bob =>            => "id" is not for this key''')
+    git-receive-pack 'blog' => bob => --read-only => git push is not for the key "bob"
+    git-upload-pack 'blog'  => bob => --read-only => no app blog here
+    git-upload-pack 'blog'  => bob => blo-       => the key "bob" has no right to blog
+    git-upload-pack 'blo-g' => bob => blo-       => no app blo-g here''')
 def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, said):
     plain.write('/etc/init/etc.conf', 'not ours')
     with ssh_command(command):
@@ -6882,6 +7025,9 @@ def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, sai
     post-receive blog anna x y
     post-receive blog anna ::1 1 ::1 x
     nonsense blog anna
+    command
+    command -x
+    command nobody
     --help blog anna''', '')
 def test_root_checks_again_what_the_git_user_asks(words):
     words = [word.strip('_') for word in words.replace('  ', '_ ').format(SHA).split(' ')]
@@ -6932,7 +7078,8 @@ INSTALLED = [
     ('/usr/local/lib/dockhand/user', '644', 'git\n'),
     ('/usr/local/bin/dockhand', '755', LAUNCHER.format('dockhand')),
     (RECEIVE, '755', LAUNCHER.format('receive')),
-    ('/etc/sudoers.d/dockhand', '440', 'git ALL=(root) NOPASSWD: %s\n' % RECEIVE),
+    ('/etc/sudoers.d/dockhand', '440', 'Defaults:git env_keep += "SSH_ORIGINAL_COMMAND '
+     'SSH_CONNECTION"\ngit ALL=(root) NOPASSWD: %s\n' % RECEIVE),
     (TEMPLATE + '/hooks/update', '755', HOOK.format('update', ' "$@"')),
     (TEMPLATE + '/hooks/post-receive', '755', HOOK.format('post-receive', ' "$SSH_CONNECTION"')),
     (TEMPLATE + '/config', '644', '''[core] bare = true
@@ -7025,7 +7172,7 @@ def test_install_makes_the_user(plain):
     plain.write('/etc/passwd', 'root:x:0:0::/root:/bin/sh\n')
     dh.cmd_install(plain.host, user='push')
     assert 'useradd -m -d /home/push -s /bin/sh -p * push' in plain.done
-    assert plain.read('/etc/sudoers.d/dockhand').startswith('push ALL=(root)')
+    assert plain.read('/etc/sudoers.d/dockhand').startswith('Defaults:push env_keep')
     assert plain.read('/usr/local/lib/dockhand/user') == 'push\n'
     assert dh.installed_user(plain.host) == 'push'
 
@@ -7129,7 +7276,7 @@ def test_a_command_line_that_does_not_fit_its_pattern_is_a_usage_error(pattern, 
         dh.parse_arguments(pattern, words.split())
 
 def test_each_command_takes_what_its_pattern_promises():
-    for _, pattern, function in dh.COMMANDS:
+    for _, pattern, _, _, function in dh.COMMANDS:
         code = function.__code__
         options = re.findall(r'\[--?([a-z]+)', pattern)
         words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
@@ -7149,7 +7296,7 @@ def test_unknown_commands_are_usage_errors_and_none_lists_all(capfd):
     for words in ([], ['help'], ['--help']):
         dh.run_command(host, words)
         out = capfd.readouterr().out
-        assert all('dockhand %s ' % name in out for name, _, _ in dh.COMMANDS)
+        assert all('dockhand %s ' % name in out for name, _, _, _, _ in dh.COMMANDS)
 
 @table('line', '''
     help rollback
@@ -7210,13 +7357,16 @@ def test_keys_are_added_and_removed_between_the_lines_of_others(plain, capfd):
     assert files['/home/git/.ssh'][1:] == ('700', (USER, GROUP))
     assert files['/home/git'][1] == '750'
     assert capfd.readouterr().out == (
-        'anna ssh-ed25519 %s may push every app\nbob ssh-ed25519 %s may push blog, wiki\n'
-        % ('SHA256:' + ED[-8:], 'SHA256:' + ED_2[-8:]))
+        'anna ssh-ed25519 %s may push and manage every app\n'
+        'bob ssh-ed25519 %s may push and manage blog wiki\n' % (
+            'SHA256:' + ED[-8:], 'SHA256:' + ED_2[-8:]))
     upload(plain, LINE, 'anna')
     assert capfd.readouterr().out.startswith('anna ssh-ed25519 ')
     dh.cmd_keys(plain.host)
-    assert [line.split()[::3] for line in capfd.readouterr().out.splitlines()] == [
-        ['anna', '(every'], ['bob', 'blog']]
+    assert [(line.split()[0], line.partition(' may ')[2])
+            for line in capfd.readouterr().out.splitlines()] == [
+                ('anna', 'push and manage every app'),
+                ('bob', 'push and manage blog wiki')]
     dh.cmd_remove_key(plain.host, 'anna')
     assert plain.read(KEYS_FILE) == "ssh-rsa AAAA admin's own\n" + keys_text(KEYS[1])
 
