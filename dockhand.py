@@ -5867,6 +5867,12 @@ def restart_policy(container):
     settings = container.get('HostConfig') or {}
     return str((settings.get('RestartPolicy') or {}).get('Name'))
 
+def time_for_docker(moment):
+    """A time in the one form of `docker logs --since` that every docker reads in parts of a
+    second. moment: in seconds since 1970"""
+    date = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(moment))
+    return '%s.%03dZ' % (date, moment % 1 * 1000)
+
 OUT_OF_MEMORY = 'out of memory: the kernel killed it'
 
 def exit_text(state):
@@ -6025,8 +6031,13 @@ class Engine(object):
             self.docker.on_containers(names, 'rm', '-f', '-v')
 
     def logs_command(self, release, lines, *follow):
-        """The command that prints its last lines: so many, a str; `-f` goes on."""
+        """The command that prints its last lines: so many, a str; `-F` goes on."""
         raise NotImplementedError
+
+    def logged(self, release):
+        """The [Process] of it whose logs docker has, each for itself: none where init has
+        one for them all."""
+        return []
 
     def log_end(self, release):
         """Where its log ends at this moment, before it is started."""
@@ -6259,12 +6270,12 @@ class Containers(Engine):
         process = processes_of(release)[0]
         return ('docker', 'logs', '--tail', lines) + follow + (process.name,)
 
+    def logged(self, release):
+        return processes_of(release)
+
     def log_end(self, release):
-        """A moment, in the one form of `--since` that every docker reads in parts of a
-        second."""
-        now = self.host.clock.time()
-        date = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))
-        return '%s.%03dZ' % (date, now % 1 * 1000)
+        """A moment, as `--since` wants it."""
+        return time_for_docker(self.host.clock.time())
 
     def new_lines_command(self, release, lines, end):
         return self.logs_command(release, lines, '--since=' + end)
@@ -8402,6 +8413,196 @@ def hang_up(host):
     if pid > 1:
         os.kill(pid, signal.SIGTERM)
 
+# ---- Logs: what an app prints, over deploys too ----------------------------------------
+# Docker keeps a log for each container. Who follows an app goes on to that of the next
+# release, and misses nothing that docker still has.
+
+STAMP = 31                      # bytes of the time before what docker has kept, and a blank
+PIECE = 2 ** 14                 # bytes that it keeps as one: a longer line is several
+TIME = re.compile(br'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z \Z')
+TURN = 0.5                      # seconds until the live release is looked up again
+
+# What was printed at a time, to the end of its line or in pieces
+Printed = namedtuple('Printed', 'time text begins')
+
+class LogReader(object):
+    """What a container has printed, as `docker logs --timestamps` gives it; it can be asked
+    again for what came later.
+    title: what is shown before each line, or ''"""
+    def __init__(self, title, container):
+        self.title = title
+        self.container = container
+        self.process = None
+        self.rest = b''                 # of what came, its last part
+        self.begins = True              # what comes next is the beginning of a line
+        self.last = b''                 # the time of what was given last,
+        self.at_last = 0                # and how much was given of that time
+        self.skipped = 0                # how much of that comes once more
+
+    def begin(self, *words):
+        """Ask for it, with options of `docker logs`; from where it was left."""
+        from subprocess import PIPE, STDOUT, Popen
+        argv = ['docker', 'logs', '--timestamps'] + list(words)
+        if self.last:
+            argv.append('--since=' + to_text(self.last).strip())
+        self.rest = b''
+        self.skipped = self.at_last
+        self.process = Popen(argv + [self.container], stdout=PIPE, stderr=STDOUT,
+                             close_fds=True, env=ENVIRONMENT)
+
+    def read(self):
+        """The [Printed] that has come, which may be none; None at the end."""
+        data = os.read(self.process.stdout.fileno(), 65536)
+        if not data:
+            self.end()
+            return None
+        return [printed for printed in self.split(data) if self.is_new(printed)]
+
+    def end(self):
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+        self.process = None
+
+    def split(self, data):
+        """[Printed] of what docker wrote, what is left of it aside."""
+        found = []
+        data = self.rest + data
+        at = 0
+        while len(data) - at > STAMP:
+            time_text = data[at:at + STAMP]
+            end = data.find(b'\n', at + STAMP, at + STAMP + PIECE + 1) + 1
+            if not TIME.match(time_text):           # docker itself speaks
+                end = data.find(b'\n', at) + 1
+                if not end:
+                    break
+                at = end
+                continue
+            if not end and len(data) - at > STAMP + PIECE:
+                end = at + STAMP + PIECE
+            if not end:
+                break
+            text = data[at + STAMP:end]
+            found.append(Printed(time_text, text, self.begins))
+            self.begins = text.endswith(b'\n')
+            at = end
+        self.rest = data[at:]
+        return found
+
+    def is_new(self, printed):
+        """Whether something was not given yet, in what comes once more."""
+        if printed.time != self.last:
+            self.last = printed.time
+            self.at_last = 1
+            self.skipped = 0
+            return True
+        if self.skipped:
+            self.skipped -= 1
+            return False
+        self.at_last += 1
+        return True
+
+def printed_by(reader, number):
+    """Each Printed of a reader until its end, so that they can be put in order."""
+    for found in iter(reader.read, None):
+        for printed in found:
+            yield printed.time, number, printed, reader
+
+def show_printed(printed, reader):
+    text = printed.text
+    if printed.begins and reader.title:
+        text = to_bytes(reader.title + ' | ') + text
+    write_whole(text)
+
+def write_whole(data):
+    """Write to standard output, however long its reader takes."""
+    while data:
+        data = data[os.write(1, data):]
+
+def is_hung_up():
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+def show_logs(readers, words):
+    """Print what some containers have printed, by time. words: options of `docker logs`"""
+    import heapq
+    for reader in readers:
+        reader.begin(*words)
+    printed = [printed_by(reader, number) for number, reader in enumerate(readers)]
+    for _, _, each, reader in heapq.merge(*printed):
+        show_printed(each, reader)
+
+class Follower(object):
+    """Prints what the processes of an app print, of one release after the other, until
+    nobody reads that any more.
+    title: of the process that is wanted, None for all; readers: of the release that is
+    live; begun: the moment since when what they have not given is new"""
+    def __init__(self, app, live, title, readers, begun):
+        self.app = app
+        self.number = live.number
+        self.title = title
+        self.readers = readers
+        self.begun = begun
+        self.older = []                 # readers of what was live, until it has ended
+
+    def follow(self):
+        for reader in self.readers:
+            self.begin(reader, self.begun)
+        try:
+            while not is_hung_up():
+                self.show_some()
+                self.look_for_another()
+        finally:
+            for reader in self.readers + self.older:
+                reader.end()
+
+    def begin(self, reader, since):
+        reader.begin('--follow', *[] if reader.last else ['--since=' + since])
+
+    def show_some(self):
+        """Print what comes within a turn."""
+        readers = dict((reader.process.stdout.fileno(), reader)
+                       for reader in self.readers + self.older if reader.process)
+        poll = select.poll()
+        for fd in readers:
+            poll.register(fd, select.POLLIN)
+        poll.register(1, 0)             # it ends the turn where nobody reads
+        for fd, _ in poll.poll(TURN * 1000):
+            if fd in readers:
+                for printed in readers[fd].read() or []:
+                    show_printed(printed, readers[fd])
+        self.older = [reader for reader in self.older if reader.process]
+
+    def look_for_another(self):
+        """Go on to the release that is live now, and to what was started again."""
+        if self.app.linked_number('live') != self.number:
+            live = self.app.live()
+            if live is None:
+                return
+            self.older += self.readers
+            self.number = live.number
+            self.readers = log_readers(self.app, live, self.title)
+        ended = dict((reader.container, reader) for reader in self.readers
+                     if reader.process is None)
+        for container in self.app.docker.inspect(*ended) if ended else []:
+            if container['State']['Running']:
+                reader = ended[container['Name'][1:]]
+                self.begin(reader, str(container['State']['StartedAt']))
+        if ended:
+            self.app.host.clock.sleep(TURN)
+
+def log_readers(app, live, title):
+    """The [LogReader] of a release's processes, of those that are called so, or of all."""
+    processes = engine_of(app, live).logged(live)
+    is_one = len(processes) == 1
+    return [LogReader('' if is_one else title_of(process), process.name)
+            for process in processes
+            if title in (None, title_of(process), process.type or 'web')]
+
 # ---- Installing, and whether all is well -----------------------------------------------
 # Every file that is ours on this machine, and what would keep them from working.
 
@@ -9040,27 +9241,45 @@ def counts_text(live):
     counts = ['%s=%d' % (kind, count) for kind, _, count in counted_types(live) if kind]
     return '  ' + ' '.join(counts) if counts else ''
 
-@command('logs', 'APP [PROCESS] [-f] [-n N]', READ)
-def cmd_logs(app, process=None, n='100', f=False):
-    """show what an app prints; -f goes on, -n N shows the last N lines"""
-    refuse_if(not n.isdigit(), '-n wants a number')
+@command('logs', 'APP [PROCESS] [-f] [-n N] [--since TIME]', READ)
+def cmd_logs(app, process=None, n=None, f=False, since=None):
+    """show what an app prints; -f goes on, over deploys too"""
+    refuse_if(n is not None and not n.isdigit(), '-n wants a number')
     if app.is_waiting():
         raise Failure('%s was never live; it waits %s', app.name, app.waiting_text())
     live = app.must_be_live()
-    part = part_of(live, [process_called(live, process).name])
-    follow = ['-f'] if f else []
-    words = engine_of(app, live).logs_command(part, n, *follow)
-    os.execvpe(words[0], words, dict(os.environ, **ENVIRONMENT))
+    if process is not None:
+        process_called(live, process)
+    readers = log_readers(app, live, process)
+    if not readers:
+        refuse_if(since, '--since: the log of a job of init has no times')
+        words = engine_of(app, live).logs_command(live, n or '100', *['-F'] if f else [])
+        os.execvpe(words[0], words, dict(os.environ, **ENVIRONMENT))
+
+    begun = time_for_docker(app.host.clock.time())
+    options = ['--tail=' + (n or ('all' if since else '100'))]
+    if since:
+        options.append('--since=' + read_since(since))
+    try:
+        show_logs(readers, options)
+        if f:
+            Follower(app, live, process, readers, begun).follow()
+    except EnvironmentError:
+        refuse_if(not is_hung_up(), 'the log of %s cannot be shown', app.name)
+
+def read_since(text):
+    """`docker logs --since` for 30m, 2h or 1d, or a date that it takes as it is."""
+    match = re.match(r'(\d{1,6})([smhd])\Z', text)
+    if match:
+        number, unit = match.groups()
+        return '%dh' % (int(number) * 24) if unit == 'd' else text
+    refuse_if(not re.match(r'\d{4}-\d\d-\d\d[T0-9:.Z+-]{0,30}\Z', text),
+              '--since wants 30m, 2h or 1d, or a date as 2026-01-31T06:00:00')
+    return text
 
 def process_called(live, title):
-    """The Process that a person means by `worker` or `worker.2`, the first without."""
+    """The Process that a person means by `worker` or `worker.2`."""
     processes = processes_of(live)
-    if title is None:
-        if len(processes) > 1:
-            say('dockhand: this is %s; there are also: %s', title_of(processes[0]),
-                ' '.join(title_of(process) for process in processes[1:]))
-        return processes[0]
-
     known = dict((title_of(process), process) for process in processes)
     refuse_if(title not in known, 'no process of %s is called %s: %s', live.app,
               printable(title), ' '.join(title_of(process) for process in processes))
