@@ -254,6 +254,7 @@ mv "$new" "$name.pem"
 [ ! -s /run/nginx.pid ] || {{ nginx -t -q && nginx -s reload; }}
 '''.format(certificates=CERTIFICATES)
 KEYS = '.ssh/authorized_keys'
+USES = '.ssh/dockhand'                      # a file for each key's name: when it came last
 KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-user-rc'
@@ -8246,6 +8247,7 @@ def serve(host, name, *words):
     """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git, and
     any other command to root. The exit status, where git has not taken the place of this
     process. words: the key's rights"""
+    note_use(host, name)
     asked = parse_git_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if asked is None:
         return hand_to_root(name)
@@ -8269,6 +8271,15 @@ def serve(host, name, *words):
         make_repository(host, folder)
         return receive_first(host, folder, env)
     os.execvpe('git', ['git', verb, folder], env)
+
+def note_use(host, name):
+    """Note that a key came, as the git user, for `keys`; where the disk is full it is not."""
+    try:
+        make_folder(host.path(host.home(), USES), 0o700)
+        with open(host.path(host.home(), USES, check_key_name(name)), 'w'):
+            pass
+    except EnvironmentError:
+        pass
 
 def hand_to_root(name):
     """Have root answer a command. What it says is in the environment: sudo writes each
@@ -8602,6 +8613,272 @@ def log_readers(app, live, title):
     return [LogReader('' if is_one else title_of(process), process.name)
             for process in processes
             if title in (None, title_of(process), process.type or 'web')]
+
+# ---- Status: what is so at this moment -------------------------------------------------
+# Each kind of thing is described once, as a dict of plain values, for --json and for
+# people. Times are seconds since 1970, sizes bytes; None is not known.
+
+DU_PATIENCE = 5                 # seconds for the size of a volume
+
+def describe_app(app, here):
+    """What `apps` shows of an app. here: the address of this server"""
+    live = app.live()
+    found = dict.fromkeys(['release', 'commit', 'by', 'since', 'address', 'why'])
+    found.update(app=app.name, state='waiting', processes={})
+    if live is None:
+        return dict(found, why=app.waiting_text())
+
+    state = engine_of(app, live).state(live)
+    if state.alive:
+        found.update(state='running', why=state.past or None)
+    elif app.is_stopped():
+        found.update(state='stopped')
+    else:
+        found.update(state='DOWN', why=state.text)
+    since = live_since(live)
+    secured = app.host.certificates.secured(app.name, live.proxy or '')
+    return dict(found, release=live.number, commit=live.commit, by=since['by'],
+                since=since['time'], address=address_text(live, here, secured),
+                processes=dict((kind, count) for kind, _, count in counted_types(live)
+                               if kind))
+
+def describe_release(release, live):
+    """What `releases` shows of a release. live: the Release that is, or None"""
+    return {'release': release.number, 'commit': release.commit, 'by': release.by,
+            'time': release.time, 'how': release.how, 'seconds': release.seconds,
+            'state': state_of_release(release, live), 'why': release.failed,
+            'live_again': live.revived or None if is_same(release, live) else None}
+
+def is_same(release, live):
+    return live is not None and release.number == live.number
+
+def state_of_release(release, live):
+    if is_same(release, live):
+        return 'live'
+    if release.failed:
+        return 'failed'
+    return 'kept' if release.seconds is not None else 'under way'
+
+def describe_key(host, key, used):
+    """What `keys` shows of a key. used: when its name came last, or None"""
+    rights = read_rights(key.words)
+    return {'name': key.name, 'type': key.type, 'used': used,
+            'fingerprint': fingerprint(host, key.type, key.blob) or None,
+            'apps': rights.apps, 'read_only': rights.only_reads, 'admin': rights.is_admin}
+
+def describe_process(host, process, container):
+    """A container that runs, or ran. container: as docker describes it, None if gone"""
+    found = dict.fromkeys(['state', 'started', 'restarts', 'memory', 'memory_limit'])
+    found['process'] = title_of(process)
+    if container is None:
+        return dict(found, state='gone')
+
+    state = container_state(container)
+    settings = container.get('HostConfig') or {}
+    found.update(state=state.health or state.text, memory_limit=settings.get('Memory') or None,
+                 restarts=container.get('RestartCount') or 0)
+    if state.alive:
+        found.update(started=read_docker_time(container['State']['StartedAt']),
+                     memory=memory_of(host, container['State'].get('Pid')))
+    return found
+
+def read_docker_time(text):
+    """A time that docker says, in seconds since 1970; None for another text."""
+    import calendar
+    try:
+        return calendar.timegm(time.strptime(str(text)[:19], '%Y-%m-%dT%H:%M:%S'))
+    except ValueError:
+        return None
+
+def memory_of(host, pid):
+    """The bytes of memory that a container has now, by its cgroup; where the kernel counts
+    none for it, by its processes. pid: of its first process"""
+    for line in host.text('/proc', str(pid), 'cgroup').splitlines():
+        kind, path = line.split(':', 2)[1:]
+        names = {'': ('', 'memory.current'), 'memory': ('memory', 'memory.usage_in_bytes')}
+        if kind in names:
+            folder, name = names[kind]
+            count = host.text('/sys/fs/cgroup', folder, path, name).strip()
+            if count.isdigit():
+                return int(count)
+    return resident_bytes(host, str(pid)) or None
+
+def resident_bytes(host, pid):
+    """The bytes of memory of a process and of all that it started."""
+    found = re.search(r'VmRSS:\s+(\d+) kB', host.text('/proc', pid, 'status'))
+    own = int(found.group(1)) * 1024 if found else 0
+    return own + sum(resident_bytes(host, child) for child in children(host, pid))
+
+def describe_status(app, here):
+    """What `status APP` shows: all of describe_app, and more."""
+    host = app.host
+    live = app.live()
+    found = describe_app(app, here)
+    releases = [app.load(number) for number in reversed(app.numbers())]
+    releases = [release for release in releases if release.commit]
+    failed = [release for release in releases if release.failed]
+    found.update(
+        subject=None, how=None, containers=[], certificates=[], images=None, volumes=[],
+        releases=[describe_release(release, live) for release in releases[:5]],
+        refused=describe_release(failed[0], live) if failed else None)
+    if live is None:
+        return found
+
+    subject = app.git('log', '-1', '--format=%s', live.commit, act=host.ask).out
+    processes = engine_of(app, live).logged(live)
+    there = dict((container['Name'][1:], container) for container in
+                 app.docker.inspect(*[process.name for process in processes]))
+    images = app.docker.inspect(*sorted(set(
+        release.image for release in app.kept() if release.image)))
+    return dict(
+        found, subject=printable(subject.strip(), 60) or None, how=live.how,
+        containers=[describe_process(host, process, there.get(process.name))
+                    for process in processes],
+        certificates=[describe_certificate(app, name) for name in https_names(app)],
+        images=sum(image.get('Size') or 0 for image in images),
+        volumes=[{'name': name, 'bytes': volume_bytes(app, name)}
+                 for name in app.docker.volumes_of(app.name)])
+
+def describe_certificate(app, name):
+    """What is so of https for a host name of an app."""
+    certificates = app.host.certificates
+    for certificate in certificates.of(app.name, [name]):
+        x509 = certificates.read(certificate.path)
+        if certificates.is_on(app.name) and x509 is not None:
+            return {'name': name, 'days': certificates.days_left(x509),
+                    'issuer': x509.issuer}
+    return {'name': name, 'days': None, 'issuer': None}
+
+def volume_bytes(app, name):
+    """How much a volume holds; None where it takes too long to find out."""
+    folder = os.path.join(app.docker.images_folder(), 'volumes', name, '_data')
+    found = app.host.ask(['timeout', str(DU_PATIENCE), 'du', '-skx', '--',
+                          app.host.path(folder)])
+    count = found.out.split()[:1]
+    return int(count[0]) * 1024 if found.status == 0 and count else None
+
+def describe_server(host):
+    """What `status` shows of the server itself."""
+    memory = dict(re.findall(r'(?m)^(\w+):\s+(\d+) kB', host.text('/proc/meminfo')))
+    folder = os.path.join('/', host.docker.images_folder())
+    disk = os.statvfs(host.path(folder))
+    names = [name for app in seen_apps(host) for name in https_names(App(host, app))]
+    version = host.ask(['docker', 'version', '--format', '{{.Server.Version}}'])
+    return {
+        'load': [float(word) for word in host.text('/proc/loadavg').split()[:3]],
+        'memory': int(memory.get('MemTotal', 0)) * 1024,
+        'memory_free': int(memory.get('MemAvailable', memory.get('MemFree', 0))) * 1024,
+        'disk': disk.f_blocks * disk.f_frsize, 'disk_free': disk.f_bavail * disk.f_frsize,
+        'docker': version.out.strip() or None, 'nginx': host.nginx.master() is not None,
+        'certificates': len([name for name in names if host.certificates.is_renewed(name)])}
+
+# For people
+
+def size_text(count):
+    """A number of bytes; `?` for None."""
+    if count is None:
+        return '?'
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000:
+            break
+        count /= 1000.0
+    return '%d %s' % (count, unit) if count >= 10 or unit == 'B' else '%.1f %s' % (count, unit)
+
+def span_text(seconds):
+    """A length of time in its two largest units: `3 d 2 h`."""
+    parts = []
+    for unit, size in (('d', 86400), ('h', 3600), ('min', 60), ('s', 1)):
+        count = int(seconds // size)
+        seconds -= count * size
+        if count or parts or unit == 's':
+            parts.append('%d %s' % (count, unit))
+    return ' '.join(parts[:2])
+
+def app_line(found):
+    """A line of `apps`. found: as describe_app gives it"""
+    if found['state'] == 'waiting':
+        return '%-16s %-8s %s' % (found['app'], 'waiting', found['why'])
+    said = [origin_text(found['commit'], found['by'], found['since']), found['address']]
+    if found['why']:
+        said.append(found['why'])
+    counts = ['%s=%d' % each for each in sorted(found['processes'].items())]
+    if counts:
+        said.append(' '.join(counts))
+    return '%-16s %-8s %s' % (found['app'], found['state'], ' '.join(said[:2]) + ''.join(
+        '  ' + part for part in said[2:]))
+
+def status_lines(found, now):
+    """What `status APP` prints. found: as describe_status gives it"""
+    lines = ['%s: %s' % (found['app'], and_then(found['state'], found['why']))]
+
+    def add(title, *texts):
+        for text in texts:
+            lines.append('  %-12s %s' % (title, text))
+            title = ''
+    if found['release'] is not None:
+        add('release', '%d, %s  %s' % (found['release'], found['commit'][:10],
+                                       found['subject'] or ''),
+            '%s by %s, %s' % (found['how'], found['by'], time_text(found['since'])))
+        add('address', found['address'])
+    add('https', *['%s: %s' % (each['name'], 'no' if each['days'] is None else
+                               '%d days left, by %s' % (each['days'], each['issuer']))
+                   for each in found['certificates']])
+    add('processes', *[process_line(each, now) for each in found['containers']])
+    if found['images'] is not None:
+        add('disk', 'images ' + size_text(found['images']), *[
+            'volume %s %s' % (each['name'], size_text(each['bytes']))
+            for each in found['volumes']])
+    add('releases', *[release_line(each) for each in found['releases']])
+    if found['refused']:
+        add('refused', '%s: %s' % (time_text(found['refused']['time']),
+                                   found['refused']['why']))
+    return lines
+
+def process_line(each, now):
+    """A line of what describe_process gives."""
+    said = [each['process'], each['state']]
+    if each['started'] is not None:
+        said.append('for ' + span_text(max(0, now - each['started'])))
+    if each['restarts']:
+        said.append('started again %d times' % each['restarts'])
+    if each['memory'] is not None:
+        said.append('memory ' + size_text(each['memory']))
+    if each['memory_limit']:
+        said.append('of ' + size_text(each['memory_limit']))
+    return '  '.join(said)
+
+def release_line(each):
+    """A line of `releases`. each: as describe_release gives it"""
+    took = '%.1f s' % each['seconds'] if each['seconds'] else '-'
+    fate = each['state']
+    if each['live_again']:
+        fate = 'live again since %s: rollback by %s' % (
+            time_text(each['live_again']['time']), each['live_again']['by'])
+    if fate == 'failed':
+        fate = 'failed: ' + each['why']
+    made = '' if each['how'] == 'push' else ' (%s)' % each['how']
+    return '%4d  %s %8s  %s' % (each['release'],
+                                origin_text(each['commit'], each['by'], each['time']),
+                                took, fate + made)
+
+def server_lines(found):
+    """What `status` prints of the server. found: as describe_server gives it"""
+    return [
+        'load         ' + ' '.join('%.2f' % each for each in found['load']),
+        'memory       %s free of %s' % (size_text(found['memory_free']),
+                                        size_text(found['memory'])),
+        'disk         %s free of %s' % (size_text(found['disk_free']),
+                                        size_text(found['disk'])),
+        'docker       ' + (found['docker'] or 'does not answer'),
+        'nginx        ' + ('runs' if found['nginx'] else 'does not run'),
+        'certificates %d' % found['certificates'], '']
+
+def tell_json(value):
+    tell(json_text(value))
+
+def json_text(value):
+    import json
+    return json.dumps(value, indent=2, sort_keys=True)
 
 # ---- Installing, and whether all is well -----------------------------------------------
 # Every file that is ours on this machine, and what would keep them from working.
@@ -9187,13 +9464,23 @@ def fingerprint(host, kind, blob):
         status, out, _ = host.ask(['ssh-keygen', '-l', '-f', file.name])
     return '' if status else out.split()[1]
 
-@command('keys', '', ADMIN)
-def cmd_keys(host):
-    """list the keys: name, type, fingerprint, what each may do"""
-    for key in read_keys(host):
-        shown = fingerprint(host, key.type, key.blob) or '(unknown to OpenSSH here)'
-        tell('%-20s %-20s %s %s', printable(key.name), printable(key.type), shown,
+@command('keys', '[--json]', ADMIN)
+def cmd_keys(host, json=False):
+    """list the keys: name, type, fingerprint, last use, what each may do"""
+    found = [(key, describe_key(host, key, last_use(host, key.name)))
+             for key in read_keys(host)]
+    if json:
+        return tell_json([each for _, each in found])
+    for key, each in found:
+        used = 'never used' if each['used'] is None else time_text(each['used'])
+        tell('%-20s %-20s %s  %-16s  %s', printable(key.name), printable(key.type),
+             each['fingerprint'] or '(unknown to OpenSSH here)', used,
              printable(rights_text(read_rights(key.words)), 8000))
+
+def last_use(host, name):
+    """When a key of a name came last, in seconds since 1970, or None."""
+    path = host.path(host.home(), USES, name)
+    return int(os.lstat(path).st_mtime) if os.path.lexists(path) else None
 
 @command('remove-key', 'NAME', ADMIN)
 def cmd_remove_key(host, name):
@@ -9210,36 +9497,36 @@ def cmd_remove_key(host, name):
 
 # What runs
 
-@command('apps', '', READ)
-def cmd_apps(host):
+@command('apps', '[--json]', READ)
+def cmd_apps(host, json=False):
     """list the apps: state, commit, since when, by whom, address"""
+    found = describe_apps(host)
+    if json:
+        return tell_json(found)
+    for each in found:
+        tell(app_line(each))
+
+def describe_apps(host):
+    """[what describe_app gives] of each app that whoever asks may know of."""
     here = web_address(own_connection(host)) or '127.0.0.1'
-    for name in seen_apps(host):
-        app = App(host, name)
-        live = app.live()
-        if live is None:
-            tell('%-16s %-8s %s', name, 'waiting', app.waiting_text())
-            continue
+    return [describe_app(App(host, name), here) for name in seen_apps(host)]
 
-        origin = origin_text(live.commit, **live_since(live))
-        state, why = state_text(app, live)
-        secured = host.certificates.secured(name, live.proxy or '')
-        tell('%-16s %-8s %s %s%s', name, state, origin,
-             address_text(live, here, secured), why + counts_text(live))
-
-def state_text(app, live):
-    """(whether a live app runs, in a word, and why not)."""
-    state = engine_of(app, live).state(live)
-    if state.alive:
-        return 'running', state.past and '  ' + state.past
-    if app.is_stopped():
-        return 'stopped', ''
-    return 'DOWN', '  ' + state.text
-
-def counts_text(live):
-    """How many there are of which process, where a Procfile says what runs."""
-    counts = ['%s=%d' % (kind, count) for kind, _, count in counted_types(live) if kind]
-    return '  ' + ' '.join(counts) if counts else ''
+@command('status', '[APP] [--json]', READ)
+def cmd_status(host, name=None, json=False):
+    """all of an app on one screen; alone: the server, and each app in a line"""
+    if name is None:
+        found = dict(describe_server(host), apps=describe_apps(host))
+        lines = server_lines(found) + [app_line(each) for each in found['apps']]
+    else:
+        app = App(host, check_app_name(name))
+        refuse_if(name not in all_apps(host), 'no app %s here: see dockhand apps', name)
+        here = web_address(own_connection(host)) or '127.0.0.1'
+        found = describe_status(app, here)
+        lines = status_lines(found, host.clock.time())
+    if json:
+        return tell_json(found)
+    for line in lines:
+        tell(line)
 
 @command('logs', 'APP [PROCESS] [-f] [-n N] [--since TIME]', READ)
 def cmd_logs(app, process=None, n=None, f=False, since=None):
@@ -9342,32 +9629,18 @@ def cmd_start(app):
 
 # Its releases
 
-@command('releases', 'APP', READ)
-def cmd_releases(app):
+@command('releases', 'APP [--json]', READ)
+def cmd_releases(app, json=False):
     """list an app's releases: commit, when, who and what made it, its cost, its fate"""
     live = None if app.is_waiting() else app.must_be_live()
-    numbers = app.numbers()
-    if not numbers:
+    releases = [app.load(number) for number in reversed(app.numbers())]
+    found = [describe_release(release, live) for release in releases if release.commit]
+    if json:
+        return tell_json(found)
+    if not releases:
         tell('%s waits for its first push', app.name)
-
-    for number in reversed(numbers):
-        release = app.load(number)
-        if release.commit:
-            took = '%.1f s' % release.seconds if release.seconds else '-'
-            origin = origin_text(release.commit, release.by, release.time)
-            made = '' if release.how == 'push' else ' (%s)' % release.how
-            tell('%4d  %s %8s  %s', number, origin, took, fate_text(release, live) + made)
-
-def fate_text(release, live):
-    """What became of a release. live: the Release that is, or None"""
-    if live is not None and release.number == live.number:
-        if not live.revived:
-            return 'live'
-        return 'live again since %s: rollback by %s' % (
-            time_text(live.revived['time']), live.revived['by'])
-    if release.failed:
-        return 'failed: ' + release.failed
-    return 'kept' if release.seconds is not None else 'under way'
+    for each in found:
+        tell(release_line(each))
 
 @command('rollback', 'APP [N]', CHANGE)
 def cmd_rollback(app, number=None):

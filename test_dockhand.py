@@ -7008,7 +7008,7 @@ def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, sai
     plain.write('/etc/init/etc.conf', 'not ours')
     with ssh_command(command):
         assert said in refusal(dh.serve, plain.host, name, *apps.split())
-    assert os.listdir(plain.host.path('/home/git')) == [] and plain.done == []
+    assert os.listdir(plain.host.path('/home/git')) == ['.ssh'] and plain.done == []
 
 @table('words', r'''
     update
