@@ -4510,7 +4510,8 @@ class Docker(object):
             containers = [container for container in containers
                           if container['Image'] == image]
         running = [container for container in containers
-                   if container['State']['Running']]
+                   if container['State']['Running']
+                   and not re.match(RUN_NAME, container.get('Name') or '')]
         return sorted(running, reverse=True,
                       key=lambda container: container['State']['StartedAt'])
 
@@ -6021,6 +6022,11 @@ class Engine(object):
         the lines that it prints"""
         raise NotImplementedError
 
+    def once(self, release):
+        """The same for a command of a person's: (options of `docker create`, the variables
+        that they name, the folder to run it in)."""
+        raise NotImplementedError
+
     def remove(self, release):
         """Remove what is left of it in docker, but for its image and its data."""
         self.docker.on_containers(self.names_taken(release), 'rm', '-f', '-v')
@@ -6158,6 +6164,12 @@ class Containers(Engine):
             self.docker.ensure_network(release.addresses[0])
         return run_in_image(self.host, release, options, argv, each, job.env,
                             job.folder)
+
+    def once(self, release):
+        job = self.any_container(release)
+        options = without_places(job.options)
+        options += self.common_options(release, options, ['--log-driver=none'])
+        return options, job.env, job.folder
 
     def cron_script(self, release):
         if not release.crontab:
@@ -6298,6 +6310,10 @@ class Upstart(Engine):
         env_file = self.app.release_folder(release.number) + '/env'
         options = ['--env-file=' + env_file]
         return run_in_image(self.host, release, options, argv, each, {}, '/')
+
+    def once(self, release):
+        env_file = self.app.release_folder(release.number) + '/env'
+        return ['--env-file=' + env_file, PIDS_CAP, '--log-driver=none'], {}, '/'
 
     def prepare(self, release):
         """Failure where somebody else's job has the name, before anything is stopped."""
@@ -7015,6 +7031,8 @@ def live_app(app, verb):
 def recover_app(app, git_moves_branch=False):
     """Finish or undo what a crash left of a deploy; under the app's lock."""
     sweep(app)
+    begun = one_offs(app)
+    end_one_offs(app, [name for name in sorted(begun) if not begun[name]])
     pending = app.linked('pending')
     if pending is not None:
         step('%s: the switch to release %d was interrupted', app.name, pending.number)
@@ -7605,6 +7623,7 @@ def deploy(app, key, ref, old, new):
             plan_release(app, live, new_release(app, branch, new, key, plan=True))
         elif live is None or live.commit != new:
             check_race(app, live, branch, old, new)
+            tell_one_offs(app)
             make_release(app, live, new_release(app, branch, new, key))
 
 def check_tag(ref, branch):
@@ -8366,13 +8385,18 @@ class Asker(namedtuple('Asker', 'name rights')):
         refuse_if(reach is not None and app not in reach, 'the key "%s" has no right to '
                   '%s: it may reach %s', self.name, printable(app), ', '.join(reach or ()))
 
+    def may(self, right):
+        """Whether the rights go so far. right: READ, CHANGE, ADMIN or ROOT"""
+        return (right == READ or right == CHANGE and not self.rights.only_reads
+                or right == ADMIN and self.rights.is_admin)
+
     def check_may(self, right, what):
-        """Failure where the rights do not go so far. right: READ, CHANGE, ADMIN or ROOT"""
+        """Failure where they do not."""
+        if self.may(right):
+            return
         refuse_if(right == ROOT, '%s is for root, on the server itself', what)
-        refuse_if(right == ADMIN and not self.rights.is_admin, '%s is for keys that were '
-                  'uploaded with --admin', what)
-        refuse_if(right == CHANGE and self.rights.only_reads, '%s is not for the key "%s", '
-                  'which may only read', what, self.name)
+        refuse_if(right == ADMIN, '%s is for keys that were uploaded with --admin', what)
+        raise Failure('%s is not for the key "%s", which may only read', what, self.name)
 
 GREETING = '''You are {name}, and {rights}.
 
@@ -8613,6 +8637,120 @@ def log_readers(app, live, title):
     return [LogReader('' if is_one else title_of(process), process.name)
             for process in processes
             if title in (None, title_of(process), process.type or 'web')]
+
+# ---- One-off commands: run, and enter --------------------------------------------------
+# A command of a person's in a container of its own, of the live release, or in one that
+# runs. Its dockhand waits for it, and ends it when nobody listens any more.
+
+RUN_NAME = r'/?(.+)--run-[0-9a-f]{8}\Z'
+SHELL = 'command -v bash >/dev/null && exec bash; exec sh'
+ATTEND = 0.1                    # seconds between two looks at what is attended
+
+def create_one_off(app, live, words, is_terminal):
+    """Create the container of a one-off command, under the app's lock; its name. A file says
+    of which process it is, so that one whose dockhand is gone is found. words: the command,
+    none for a shell"""
+    engine = engine_of(app, live)
+    options, env, folder = engine.once(live)
+    if not live.job:
+        app.docker.ensure_network(live.addresses[0])
+    name = '%s--run-%s' % (container_name(live), random_id())
+    make_folder(app.folder('runs'), 0o700)
+    replace_file(app.folder('runs', name), own_mark(app.host))
+
+    argv = ['docker', 'create', '--rm', '--interactive', '--name', name] + options
+    if is_terminal:
+        argv.append('--tty')
+    if not words:
+        argv.append('--entrypoint=sh')
+    argv += [live.image] + (words or ['-c', SHELL])
+    with undone_by(end_one_offs, app, [name]):
+        app.host.run(argv, env=env, cwd=folder)
+    return name
+
+def random_id():
+    import binascii
+    return to_text(binascii.hexlify(os.urandom(4)))
+
+def own_mark(host):
+    """Which process this is, told from a later one of the same number."""
+    return '%d %s' % (os.getpid(), start_ticks(host, os.getpid()))
+
+def is_attended(host, mark):
+    """Whether the process of an own_mark is there."""
+    pid, _, began = mark.partition(' ')
+    return pid.isdigit() and str(start_ticks(host, pid)) == began
+
+def one_offs(app):
+    """{name of the container of a one-off command: whether its dockhand is there}."""
+    return dict((name, is_attended(app.host, app.host.text(app.folder('runs', name))))
+                for name in list_folder(app.folder('runs')) if re.match(RUN_NAME, name))
+
+def end_one_offs(app, names):
+    """End one-off commands for good."""
+    for name in names:
+        app.docker.on_containers([name], 'rm', '-f', '-v')
+        remove_file(app.folder('runs', name))
+
+def tell_one_offs(app):
+    """Name the one-off commands that go on in the release they were begun in."""
+    for name, is_there in sorted(one_offs(app).items()):
+        if is_there:
+            step('Note: %s goes on, as it was begun', name)
+
+def attend(argv):
+    """Run a command with our own standard streams; its exit status. It is ended where
+    nobody reads standard output any more: gives None then."""
+    from subprocess import Popen
+    env = dict(ENVIRONMENT, TERM=os.environ.get('TERM', 'xterm'))
+    process = Popen(argv, env=env, close_fds=True)
+    try:
+        while process.poll() is None:
+            if is_hung_up():
+                return None
+            time.sleep(ATTEND)
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+def run_one_off(app, words, is_terminal):
+    """Run a one-off command in a container of its own; its exit status."""
+    with live_app(app, 'run') as live:
+        name = create_one_off(app, live, words, is_terminal)
+    try:
+        status = attend(['docker', 'start', '--attach', '--interactive', name])
+        left = app.docker.inspect(name)         # it is gone, or never began
+        if left and status:
+            status = left[0]['State'].get('ExitCode') or status
+        return 1 if status is None else status
+    finally:
+        end_one_offs(app, [name])
+
+def enter(app, container, words, is_terminal):
+    """Run a command in a container that runs; its exit status. What was begun there does
+    not end with its client: it is known by a variable."""
+    mark = 'DOCKHAND_ENTER=' + random_id()
+    argv = ['docker', 'exec', '--interactive', '--env=' + mark]
+    if is_terminal:
+        argv.append('--tty')
+    status = None
+    try:
+        status = attend(argv + [container] + (words or ['sh', '-c', SHELL]))
+        return 1 if status is None else status
+    finally:
+        if status is None:
+            kill_marked(app.host, mark)
+
+def kill_marked(host, mark):
+    """Kill the processes that have a variable in their environment."""
+    for pid in os.listdir(host.path('/proc')):
+        if pid.isdigit() and mark in host.text('/proc', pid, 'environ').split('\0'):
+            os.kill(int(pid), signal.SIGKILL)
+
+def is_terminal():
+    return os.isatty(0) and os.isatty(1)
 
 # ---- Status: what is so at this moment -------------------------------------------------
 # Each kind of thing is described once, as a dict of plain values, for --json and for
@@ -9361,7 +9499,10 @@ def own_connection(host):
 
 @command('install', '[--user NAME]')
 def cmd_install(host, user=None):
-    """make this machine ready, or bring it up to date"""
+    """make this machine ready, or bring it up to date
+
+    --user takes another name than git for the user that is pushed to.
+    """
     if user is not None:
         # The rules for apps will do, and keep out names that services have.
         host.user = user if user == 'git' else check_app_name(user)
@@ -9438,7 +9579,12 @@ def read_stdin():
 
 @command('upload-key', 'NAME [APP...] [--read-only] [--admin]', ADMIN)
 def cmd_upload_key(host, name, *apps, **options):
-    """let the public keys on standard input push (to these apps only)"""
+    """let the public keys on standard input in
+
+    APP may be pushed and managed alone, and `shop-` is every app that begins so;
+    --read-only: fetch, logs and states; --admin: keys, doctor and recover too.
+    All keys of a name have the rights that were said last.
+    """
     check_key_name(name)
     words = apps + tuple(word for word, is_said in (
         (ONLY_READS, 'read_only' in options), (IS_ADMIN, 'admin' in options)) if is_said)
@@ -9466,7 +9612,7 @@ def fingerprint(host, kind, blob):
 
 @command('keys', '[--json]', ADMIN)
 def cmd_keys(host, json=False):
-    """list the keys: name, type, fingerprint, last use, what each may do"""
+    """list the keys: type, fingerprint, last use, rights"""
     found = [(key, describe_key(host, key, last_use(host, key.name)))
              for key in read_keys(host)]
     if json:
@@ -9484,7 +9630,7 @@ def last_use(host, name):
 
 @command('remove-key', 'NAME', ADMIN)
 def cmd_remove_key(host, name):
-    """take the right to push away from a key"""
+    """take the right to come in away from a name"""
     keys = [key for key in read_keys(host) if key.name == name]
     refuse_if(not keys, 'no key is named "%s": dockhand keys', printable(name))
 
@@ -9499,7 +9645,7 @@ def cmd_remove_key(host, name):
 
 @command('apps', '[--json]', READ)
 def cmd_apps(host, json=False):
-    """list the apps: state, commit, since when, by whom, address"""
+    """list the apps: state, commit, since when, address"""
     found = describe_apps(host)
     if json:
         return tell_json(found)
@@ -9513,7 +9659,7 @@ def describe_apps(host):
 
 @command('status', '[APP] [--json]', READ)
 def cmd_status(host, name=None, json=False):
-    """all of an app on one screen; alone: the server, and each app in a line"""
+    """all of an app on one screen; alone: the server"""
     if name is None:
         found = dict(describe_server(host), apps=describe_apps(host))
         lines = server_lines(found) + [app_line(each) for each in found['apps']]
@@ -9530,7 +9676,12 @@ def cmd_status(host, name=None, json=False):
 
 @command('logs', 'APP [PROCESS] [-f] [-n N] [--since TIME]', READ)
 def cmd_logs(app, process=None, n=None, f=False, since=None):
-    """show what an app prints; -f goes on, over deploys too"""
+    """show what an app prints
+
+    -f goes on, over deploys too; -n N begins with the last N lines, 100 otherwise;
+    --since 30m, 2h, 1d or a date. PROCESS is one of the Procfile: `worker` is all of
+    that type, `worker.2` the second.
+    """
     refuse_if(n is not None and not n.isdigit(), '-n wants a number')
     if app.is_waiting():
         raise Failure('%s was never live; it waits %s', app.name, app.waiting_text())
@@ -9599,6 +9750,40 @@ def settle_or_stop(app, live):
     engine.stop(live)
     turn_proxy(app, live, app.wanted_proxy(live))
 
+@command('run', 'APP [--process TYPE] [COMMAND...]', CHANGE)
+def cmd_run(app, *words, **options):
+    """run a command, or a shell, beside the app
+
+    In a new container of the live release, with its config, volumes and network; the
+    container goes with the command. --process TYPE alone runs what the Procfile says of
+    that type. A terminal wants `ssh -t`; a pipe or `$`: run APP sh -c '...'.
+    """
+    kind = options.get('process')
+    if kind is not None:
+        live = app.must_be_live()
+        process = process_called(live, kind)
+        words = words or tuple(process.command or ())
+        refuse_if(not words, '%s of %s is what its image runs: say a command', kind, app.name)
+    return run_one_off(app, list(words), is_terminal())
+
+@command('enter', 'APP [PROCESS] [COMMAND...]', CHANGE)
+def cmd_enter(app, *words):
+    """run a command, or a shell, inside what runs
+
+    PROCESS is one of the Procfile, the first otherwise.
+    """
+    live = app.must_be_live()
+    processes = engine_of(app, live).logged(live)
+    names = dict((title_of(process), process.name) for process in processes)
+    if words and words[0] in names:
+        return enter(app, names[words[0]], list(words[1:]), is_terminal())
+    if processes:
+        return enter(app, processes[0].name, list(words), is_terminal())
+
+    running = app.docker.running(live.image)
+    refuse_if(not running, '%s does not run', app.name)
+    return enter(app, running[0]['Id'], list(words), is_terminal())
+
 @command('restart', 'APP', CHANGE)
 def cmd_restart(app):
     """stop an app and start it again"""
@@ -9610,7 +9795,10 @@ def cmd_restart(app):
 
 @command('stop', 'APP', CHANGE)
 def cmd_stop(app):
-    """stop an app; it stays so over a reboot, until a start, a push or another release"""
+    """stop an app, until a start or another release
+
+    It stays so over a reboot; nginx answers 503 meanwhile.
+    """
     with live_app(app, 'stop') as live:
         log('%s: stop by %s', app.name, app.host.person())
         replace_file(app.folder('stopped'), '')
@@ -9631,7 +9819,7 @@ def cmd_start(app):
 
 @command('releases', 'APP [--json]', READ)
 def cmd_releases(app, json=False):
-    """list an app's releases: commit, when, who and what made it, its cost, its fate"""
+    """list an app's releases, and what became of each"""
     live = None if app.is_waiting() else app.must_be_live()
     releases = [app.load(number) for number in reversed(app.numbers())]
     found = [describe_release(release, live) for release in releases if release.commit]
@@ -9644,7 +9832,10 @@ def cmd_releases(app, json=False):
 
 @command('rollback', 'APP [N]', CHANGE)
 def cmd_rollback(app, number=None):
-    """go back to the release that was live before, its config too, or to another kept"""
+    """go back to an earlier release, its config too
+
+    To the one that was live before, or to release N: see `releases`.
+    """
     with live_app(app, 'rollback') as live:
         release = earlier_release(app, live, number)
         check_edited(app, live, release)
@@ -9679,7 +9870,10 @@ def earlier_release(app, live, number):
 
 @command('rebuild', 'APP [--pull]', CHANGE)
 def cmd_rebuild(app, pull=False):
-    """build the live commit again as a new release; --pull fetches newer base images"""
+    """build the live commit again, as a new release
+
+    --pull fetches newer base images.
+    """
     with live_app(app, 'rebuild') as live:
         release = new_release(app, live.branch, live.commit, app.host.person(), 'rebuild')
         make_release(app, live, release, ['--pull'] if pull else [])
@@ -9689,7 +9883,10 @@ def cmd_rebuild(app, pull=False):
 
 @command('proxy', 'APP', READ)
 def cmd_proxy(app):
-    """print the proxy file that is made for an app, to start one of its own from"""
+    """print the proxy file that is made for an app
+
+    To start one of its own from: nginx-proxy.conf.
+    """
     live = app.must_be_live()
     refuse_if(not live.web, '%s is no web app that its Dockerfile describes: push it '
               'without an upstart.conf first', app.name)
@@ -9698,7 +9895,12 @@ def cmd_proxy(app):
 
 @command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--values]', CHANGE, alone=READ)
 def cmd_config(app, *changes, **options):
-    """print what only this server knows of an app, or change it; - reads what is piped"""
+    """print or change what only this server knows
+
+    KEY=VALUE is a variable of the app, or a word of dockhand's in small letters, as
+    domains="shop.example.com"; KEY=- takes the value from standard input, - alone a file
+    of variables. --values shows the values too; --env: all are variables.
+    """
     if not changes:
         return show_config(app.config(), 'values' in options)
     with app_lock(app, 'dockhand config ' + app.name) as live:
@@ -9802,7 +10004,10 @@ def key_meant(config, name, env):
 
 @command('https', '[APP] [--off] [--cert]', CHANGE, alone=READ)
 def cmd_https(host, name=None, off=False, cert=False):
-    """answer by https, or --off; --cert: by the certificate that is piped in; a list"""
+    """answer by https; alone: what each name has
+
+    --off: by http alone again; --cert: by the certificate and key that are piped in.
+    """
     if name is None:
         if off or cert:
             raise Usage('wanted: https APP')
@@ -9977,7 +10182,10 @@ def list_https(host):
 
 @command('destroy', 'APP [--force] [--volumes]', CHANGE)
 def cmd_destroy(app, force=False, volumes=False):
-    """remove an app: its containers, images, files and repository; --volumes: its data"""
+    """remove an app, its config and its repository
+
+    --volumes: its data too. Without a terminal it wants --force.
+    """
     check_app_name(app.name)
     there = app.name in list_apps(app.host) or os.path.isdir(app.repository())
     refuse_if(not there, 'no app %s here: see dockhand apps', app.name)
@@ -10001,6 +10209,7 @@ def cmd_destroy(app, force=False, volumes=False):
 def remove_app(app, live):
     """Remove all that there is of an app, but for its volumes. live: may be None"""
     remove_crontab(app)
+    end_one_offs(app, sorted(one_offs(app)))
     if live is not None:
         engine = engine_of(app, live)
         engine.stop(live)
@@ -10038,7 +10247,10 @@ def load_certificates(host):
 
 @command('recover', '', ADMIN)
 def cmd_recover(host):
-    """put right what a crash or a prune left; runs at boot, and when docker starts"""
+    """put right what a crash or a prune left
+
+    It runs at boot, and when docker starts.
+    """
     host.docker.wait()
     host.docker.free_ports()
     if host.certificates.are_any():     # or nginx would not start, and every site be down
@@ -10058,7 +10270,7 @@ def cmd_recover(host):
 
 @command('doctor', '', ADMIN)
 def cmd_doctor(host):
-    """check every part of the installation, and say what to type"""
+    """check the whole installation, and say what to type"""
     demand(requirements(host))
     rows = [
         (not host.account() and 'there is no user ' + host.user, INSTALL_AGAIN),
@@ -10086,7 +10298,7 @@ def cmd_doctor(host):
 
 def parse_arguments(pattern, words):
     """(positional words, {option: value}) by the pattern of a Verb; or Usage."""
-    from getopt import GetoptError, gnu_getopt
+    from getopt import GetoptError, getopt, gnu_getopt
     known = dict(re.findall(r'\[--?([a-z-]+)( [A-Z]+)?\]', pattern))
     short = ''                          # as getopt wants them: `f`, and `n:` with a value
     longer = []
@@ -10097,7 +10309,13 @@ def parse_arguments(pattern, words):
             longer.append(name + '=' if known[name] else name)
 
     try:
-        options, given = gnu_getopt(words, short, longer)
+        if 'COMMAND' in pattern:        # whose own options are its own
+            options, given = getopt(words, short, longer)
+            more, rest = getopt(given[1:], short, longer)
+            options += more
+            given[1:] = rest
+        else:
+            options, given = gnu_getopt(words, short, longer)
     except GetoptError as error:
         raise Usage(printable(str(error)))
 
@@ -10116,14 +10334,18 @@ def parse_arguments(pattern, words):
 def run_command(host, words):
     """Run what a person typed after `dockhand`; or Usage."""
     if not words or words[0] in ('help', '-h', '--help'):
-        return show_help(words[1:])
+        return show_help(host, words[1:])
     if words == ['--version']:
         return tell('dockhand %s, Python %d.%d.%d', version_text(), *sys.version_info[:3])
 
     verb = verb_of(words[0])
-    if '-h' in words or '--help' in words:
-        return show_help([verb.name])
-    given, options = parse_arguments(verb.pattern, words[1:])
+    asked = words[1:2] if 'COMMAND' in verb.pattern else words
+    if '-h' in asked or '--help' in asked:
+        return show_help(host, [verb.name])
+    try:
+        given, options = parse_arguments(verb.pattern, words[1:])
+    except Usage as problem:
+        raise Usage(str(problem) + foreign_option(verb.name, words[1:]))
     if host.asker is not None:
         check_asker(host.asker, verb, given, options)
     refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + verb.name)
@@ -10143,14 +10365,68 @@ def check_asker(asker, verb, given, options):
     asker.check_may(verb.alone if is_alone else verb.right, verb.name)
 
 def verb_of(name):
-    """The Verb of a name; or Usage."""
+    """The Verb of a name; or Usage, with what is meant by the words of other tools."""
     for verb in COMMANDS:
         if verb.name == name:
             return verb
-    raise Usage('no command "%s"; `dockhand` alone lists them', printable(name))
+    for pattern, meant in FOREIGN:
+        if re.match(pattern + r'\Z', name):
+            raise Usage('no command "%s"; here it is: %s', printable(name), meant)
+    raise Usage('no command "%s"; `help` lists them', printable(name))
 
-def show_help(names):
-    """Print the line of a command, or those of all where none is named."""
+# What people type who come from other tools, and what it is called here
+FOREIGN = [
+    ('(config|env)s?:(set|add)|setenv|set', 'config APP KEY=VALUE'),
+    ('(config|env)s?:(unset|remove|rm)|unsetenv|unset', 'config APP --unset KEY'),
+    ('(config|env)s?:?(get|show|export|list|ls|vars)?', 'config APP --values'),
+    ('ps:restart|(apps|app):restart|reload', 'restart APP'),
+    ('ps:stop|(apps|app):stop|down|kill|ps:kill', 'stop APP'),
+    ('ps:start|(apps|app):start|up', 'start APP'),
+    ('ps:rebuild|redeploy|(builds|build):?(create)?', 'rebuild APP'),
+    ('ps:scale|scale|ps:set|ps:resize', 'config APP scale="web=2 worker=3"'),
+    ('ps|ls|list|apps:list|apps:ls|apps:report', 'apps'),
+    ('ps:(inspect|report)|info|apps:info|describe|show|inspect|stats|top', 'status APP'),
+    ('(apps|app):(create|new)|create|init|new|deploy|push|launch',
+     'git push git@HOST:NAME main, which makes the app NAME'),
+    ('(apps|app):(destroy|delete|remove)|delete|remove|rm|drop', 'destroy APP'),
+    ('domains?(:.*)?|hosts?', 'config APP domains="NAME..."'),
+    ('ports?(:.*)?|proxy:ports.*', 'config APP port=N'),
+    ('letsencrypt(:.*)?|certs?:auto.*|tls|ssl', 'https APP'),
+    ('certs?(:.*)?', 'https APP --cert'),
+    ('(docker-)?options(:.*)?|resource.*|limits?(:.*)?', 'config APP options="--memory 512m"'),
+    ('buildpacks?(:.*)?', 'a Dockerfile in the repository'),
+    ('cron(:.*)?|scheduler(:.*)?', 'a file `crontab` in the repository'),
+    ('releases?:(rollback|revert)|revert|undo', 'rollback APP [N]'),
+    ('history|releases?:(list|info)|release', 'releases APP'),
+    ('logs?:.*|log|tail|drains?', 'logs APP -f'),
+    ('run:.*|exec:new|console', 'run APP [COMMAND...]'),
+    ('exec|attach|enter:.*|bash|sh|shell|ssh|ps:exec', 'enter APP [COMMAND...]'),
+    ('ssh-keys?(:.*)?|keys:.*|access(:.*)?|users?(:.*)?|members?(:.*)?|collaborators?.*',
+     'keys, upload-key NAME [APP...], remove-key NAME'),
+    ('whoami|auth.*|login', 'ssh git@HOST, without a command'),
+    ('version', '--version'), ('commands|usage|man', 'help'), ('nginx:.*', 'proxy APP'),
+    ('storage(:.*)?|volumes?(:.*)?|mount', 'VOLUME in the Dockerfile, or config APP options="-v ..."'),
+    ('maintenance(:.*)?', 'stop APP, which answers 503 meanwhile')]
+
+# Options that people bring along, and what they are called here
+FOREIGN_OPTIONS = {
+    'logs': {'--tail': '-f, or -n N', '--follow': '-f', '-t': '-f', '--num': '-n N',
+             '--lines': '-n N', '-p': 'logs APP PROCESS', '--ps': 'logs APP PROCESS',
+             '--process': 'logs APP PROCESS', '-a': 'logs APP', '--app': 'logs APP'},
+    'destroy': {'-f': '--force', '-y': '--force', '--yes': '--force'},
+    'run': {'-it': 'ssh -t git@HOST run APP ...', '-t': 'ssh -t git@HOST run APP ...',
+            '--rm': 'nothing: it is removed'}}
+
+def foreign_option(name, words):
+    """What is said here for an option of another tool, or ''."""
+    for word in words:
+        meant = FOREIGN_OPTIONS.get(name, {}).get(word.partition('=')[0])
+        if meant is not None:
+            return '; here it is: ' + meant
+    return ''
+
+def show_help(host, names):
+    """Print what there is to know of a command, or a line of each that may be used."""
     if len(names) > 1:
         raise Usage('wanted: help [COMMAND]')
     if names:
@@ -10158,12 +10434,29 @@ def show_help(names):
 
     tell('dockhand: git push deploys anything that fits in a container\n')
     for verb in COMMANDS:
-        show_verb(verb)
-    tell('  dockhand %-28s %s', 'help [COMMAND]', 'this list, or one line of it')
-    tell('  dockhand %-28s %s', '--version', 'say which dockhand this is')
+        if host.asker is None or host.asker.may(verb.alone):
+            tell('  %-33s %s', verb.name + ' ' + plain_pattern(verb), summary_of(verb))
+    tell('  %-33s %s', 'help [COMMAND]', 'this list, or all of one')
+    tell('  %-33s %s', '--version', 'which dockhand this is')
+
+def plain_pattern(verb):
+    """What a command is about, without its options."""
+    return ' '.join(re.sub(r'\[-.*?\]', '', verb.pattern).split())
+
+def summary_of(verb):
+    return verb.function.__doc__.splitlines()[0]
 
 def show_verb(verb):
-    tell('  dockhand %-28s %s', verb.name + ' ' + verb.pattern, verb.function.__doc__)
+    """Print how a command is called, what it does, and who may have it."""
+    tell('dockhand %s', ' '.join(filter(None, [verb.name, verb.pattern])))
+    tell('  %s', summary_of(verb))
+    for line in verb.function.__doc__.splitlines()[1:]:
+        tell('%s', line[2:].rstrip())
+    tell('  %s', WHO[verb.right] if verb.right == verb.alone else '%s; without more words %s' % (
+        WHO[verb.right], WHO[verb.alone]))
+
+WHO = {ROOT: 'for root on the server', ADMIN: 'for root, and keys with --admin',
+       CHANGE: 'for every key but those with --read-only', READ: 'for every key'}
 
 def version_text():
     """Which dockhand this is: there are no numbers, so it is the beginning of what

@@ -401,6 +401,32 @@ def test_a_command_by_ssh_is_logged_under_the_name_of_its_key_and_without_values
     assert plain.app.live().by == 'anna'
     assert plain.app.config() == {'TOKEN': 'hush', 'OTHER': 'two words'}
 
+@pytest.mark.parametrize('words, said', [
+    ('config:set blog A=1', 'here it is: config APP KEY=VALUE'), ('ps', 'here it is: apps'),
+    ('run:detached blog x', 'here it is: run APP'), ('ssh blog', 'here it is: enter APP'),
+    ('letsencrypt:enable blog', 'here it is: https APP'), ('scale web=2', 'scale="web=2'),
+    ('logs blog --tail', 'not recognized; here it is: -f, or -n N'),
+    ('destroy blog -f', 'here it is: --force'), ('xyzzy', '`help` lists them')])
+def test_words_of_other_tools_are_answered_with_ours_and_do_nothing(plain, words, said):
+    plain.lives(ONE_WEB)
+    assert said in refusal(by_ssh, plain, words)
+    with pytest.raises(dh.Usage):
+        dh.run_command(plain.host, words.split())
+    assert plain.done == []
+
+def test_every_word_of_other_tools_is_none_of_ours():
+    names = [verb.name for verb in dh.COMMANDS]
+    assert not [name for name in names for pattern, _ in dh.FOREIGN
+                if re.match(pattern + r'\Z', name)]
+
+def test_help_lists_what_a_key_may_use(plain, capfd):
+    for words, there, not_there in (((), 'restart', 'keys'), (('--read-only',), 'logs',
+                                    'restart'), (('--admin',), 'keys', 'install')):
+        capfd.readouterr()
+        by_ssh(plain, 'help', *words)
+        listed = [line.split()[0] for line in capfd.readouterr().out.splitlines()[2:]]
+        assert there in listed and not_there not in listed
+
 @pytest.mark.parametrize('text, words', [
     ('a "b c" d', ['a', 'b c', 'd']), ("a 'b $x' *", ['a', 'b $x', '*']), ('', []),
     ('a\\ b', ['a b']), ('a\nb', ['a', 'b']), ('a #b', ['a', '#b'])])
@@ -7279,7 +7305,7 @@ def test_each_command_takes_what_its_pattern_promises():
     for _, pattern, _, _, function in dh.COMMANDS:
         code = function.__code__
         options = re.findall(r'\[--?([a-z]+)', pattern)
-        words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern)
+        words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern).strip()
         words = words.replace('[N]', 'number').replace('[APP]', 'name')
         words = words.replace('[PROCESS]', 'process')
         words = words.strip('[]').lower().split()
@@ -7296,7 +7322,8 @@ def test_unknown_commands_are_usage_errors_and_none_lists_all(capfd):
     for words in ([], ['help'], ['--help']):
         dh.run_command(host, words)
         out = capfd.readouterr().out
-        assert all('dockhand %s ' % name in out for name, _, _, _, _ in dh.COMMANDS)
+        assert all('\n  %s ' % verb.name in out for verb in dh.COMMANDS)
+        assert max(map(len, out.splitlines())) <= 90 and out.count('\n') <= 30
 
 @table('line', '''
     help rollback
@@ -7308,8 +7335,9 @@ def test_unknown_commands_are_usage_errors_and_none_lists_all(capfd):
 def test_a_command_says_how_it_is_called_and_does_nothing(line, capfd):
     dh.run_command(Host('/nowhere', run=None), line.split())
     assert capfd.readouterr().out == (
-        '  dockhand rollback APP [N]             go back to the release that was live '
-        'before, its config too, or to another kept\n')
+        'dockhand rollback APP [N]\n  go back to an earlier release, its config too\n\n'
+        '  To the one that was live before, or to release N: see `releases`.\n\n'
+        '  for every key but those with --read-only\n')
 
 @table('line', '''
     help nonsense
