@@ -8658,7 +8658,7 @@ def create_one_off(app, live, words, is_terminal):
     make_folder(app.folder('runs'), 0o700)
     replace_file(app.folder('runs', name), own_mark(app.host))
 
-    argv = ['docker', 'create', '--rm', '--interactive', '--name', name] + options
+    argv = ['docker', 'create', '--name', name, '--rm', '--interactive'] + options
     if is_terminal:
         argv.append('--tty')
     if not words:
@@ -8679,11 +8679,11 @@ def own_mark(host):
 def is_attended(host, mark):
     """Whether the process of an own_mark is there."""
     pid, _, began = mark.partition(' ')
-    return pid.isdigit() and str(start_ticks(host, pid)) == began
+    return began.isdigit() and str(start_ticks(host, pid)) == began
 
 def one_offs(app):
     """{name of the container of a one-off command: whether its dockhand is there}."""
-    return dict((name, is_attended(app.host, app.host.text(app.folder('runs', name))))
+    return dict((name, is_attended(app.host, read_file(app.folder('runs', name)) or ''))
                 for name in list_folder(app.folder('runs')) if re.match(RUN_NAME, name))
 
 def end_one_offs(app, names):
@@ -8813,7 +8813,8 @@ def describe_process(host, process, container):
 
     state = container_state(container)
     settings = container.get('HostConfig') or {}
-    found.update(state=state.health or state.text, memory_limit=settings.get('Memory') or None,
+    word = state.health if state.alive and state.health else state.text
+    found.update(state=word, memory_limit=settings.get('Memory') or None,
                  restarts=container.get('RestartCount') or 0)
     if state.alive:
         found.update(started=read_docker_time(container['State']['StartedAt']),
@@ -8916,11 +8917,12 @@ def size_text(count):
     """A number of bytes; `?` for None."""
     if count is None:
         return '?'
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if count < 1000:
-            break
+    units = ['B', 'kB', 'MB', 'GB', 'TB']
+    while count >= 1000 and len(units) > 1:
         count /= 1000.0
-    return '%d %s' % (count, unit) if count >= 10 or unit == 'B' else '%.1f %s' % (count, unit)
+        units.pop(0)
+    is_whole = count >= 10 or units[0] == 'B'
+    return '%d %s' % (count, units[0]) if is_whole else '%.1f %s' % (count, units[0])
 
 def span_text(seconds):
     """A length of time in its two largest units: `3 d 2 h`."""

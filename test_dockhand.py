@@ -7368,9 +7368,9 @@ def standard_input(data):
     finally:
         sys.stdin = kept
 
-def upload(machine, text, *words):
+def upload(machine, text, *words, **options):
     with standard_input(dh.to_bytes(text)):
-        dh.cmd_upload_key(machine.host, *words)
+        dh.cmd_upload_key(machine.host, *words, **options)
 
 KEYS_FILE = '/home/git/.ssh/authorized_keys'
 
@@ -9307,6 +9307,252 @@ def test_the_key_and_its_certificate_are_held_together_by_openssl(tmpdir):
     said = refusal(certificates.keep, path, text + tmpdir.join('b.key').read())
     assert said == 'the key does not belong to the certificate'
     assert dh.read_file(str(tmpdir) + path) == dh.ordered_pem(key + text)
+
+# ---- Logs, one-off commands, status ----------------------------------------------------
+
+# What people ask of an app between pushes.
+
+def stamped(at, text):
+    return b'2026-11-29T10:00:%02d.123456789Z %s' % (at, text)
+
+def split(reader, data, size):
+    """What a reader makes of docker's output, so many bytes at a time."""
+    found = []
+    for at in range(0, len(data), size):
+        found += [each for each in reader.split(data[at:at + size]) if reader.is_new(each)]
+    return found
+
+@pytest.mark.parametrize('size', [1, 7, 50, 10 ** 6])
+def test_lines_are_read_however_they_come(size):
+    long_line = b'x' * (dh.PIECE + 5)
+    data = (stamped(1, b'a\n') + stamped(2, b'\n') + b'Error response from daemon: x\n' +
+            stamped(3, long_line[:dh.PIECE]) + stamped(3, long_line[dh.PIECE:] + b'\n') +
+            stamped(4, b'2026-11-29T10:00:00.123456789Z b\n') + stamped(5, b'no end'))
+    found = split(dh.LogReader('', 'x'), data, size)
+    assert b''.join(each.text for each in found) == (
+        b'a\n\n' + long_line + b'\n2026-11-29T10:00:00.123456789Z b\n')
+    assert [each.begins for each in found] == [True, True, True, False, True]
+
+@pytest.mark.parametrize('given, again', [
+    (b'abc', b''), (b'ab', b'c'), (b'a', b'bc'), (b'', b'abc')])
+def test_what_comes_once_more_is_shown_once(given, again):
+    """Of one moment too: all of it is asked for again."""
+    reader = dh.LogReader('', 'x')
+    lines = [stamped(1, b'%s\n' % letter.encode()) for letter in 'abc']
+    shown = split(reader, b''.join(lines[:len(given)]), 99)
+    reader.rest, reader.skipped = b'', reader.at_last
+    shown += split(reader, b''.join(lines) + stamped(2, b'd\n'), 99)
+    assert b''.join(each.text[:1] for each in shown) == b'abcd'
+
+@pytest.mark.parametrize('text, said', [
+    ('30m', '30m'), ('2d', '48h'), ('2026-01-31', '2026-01-31'),
+    ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z')])
+def test_since_is_what_docker_reads(text, said):
+    assert dh.read_since(text) == said
+
+@each('text', '1y -1h h 1 yesterday 2026-1-1 $(id) 2026-01-31;id', '')
+def test_another_since_is_refused(text):
+    assert '--since wants 30m' in refusal(dh.read_since, text)
+
+def attended(machine, act, during=lambda: None, status=3):
+    """Run a command of ours that attends another; (its exit status, what is attended)."""
+    asked = []
+
+    def attend(argv):
+        asked.append(argv)
+        during()
+        return status
+    kept, dh.attend = dh.attend, attend
+    try:
+        return act(), asked[0] if asked else None
+    finally:
+        dh.attend = kept
+
+RUNS = '/var/lib/dockhand/apps/blog/runs'
+
+def begun_here(machine, *words):
+    """The name of a one-off command that this process attends, which is in /proc there."""
+    machine.write('/proc/%d/stat' % os.getpid(),
+                  '%d (x) S 1%s\n' % (os.getpid(), ' 5' * 20))
+    return dh.create_one_off(machine.app, machine.app.live(), list(words), False)
+
+def one_offs_there(machine):
+    return [name for name in machine.containers if '--run-' in name]
+
+def test_a_one_off_command_runs_beside_the_app_and_leaves_nothing(plain):
+    plain.lives(ONE_DATA)
+    seen = []
+
+    def during():
+        name, = one_offs_there(plain)
+        seen.append(name)
+        assert os.listdir(plain.host.path(RUNS)) == [name]
+        with dh.locked(plain.host.path(dh.LOCKS, 'blog'), 'x'), ending():
+            pass                                        # nobody holds it
+    status, argv = attended(plain, lambda: dh.cmd_run(plain.app, 'ls', '-l'), during)
+    assert status == 3 and argv[:4] == ['docker', 'start', '--attach', '--interactive']
+    assert re.match(r'blog--1--run-[0-9a-f]{8}\Z', seen[0]) and argv[4:] == seen
+    made, = [line for line in plain.done if line.startswith('docker create')]
+    assert made.endswith(' sha256:FROMone ls -l') and ' --ip=' not in made
+    assert '--net=dockhand' in made and '--net-alias' not in made and '--rm' in made
+    assert '--volume=blog--data:/data' in made and '--label=dockhand.app=blog' in made
+    assert one_offs_there(plain) == [] and os.listdir(plain.host.path(RUNS)) == []
+
+def test_a_shell_is_run_where_no_command_is_named(plain):
+    plain.lives(ONE_WEB)
+    attended(plain, lambda: dh.cmd_run(plain.app))
+    made, = [line for line in plain.done if line.startswith('docker create')]
+    assert ' --entrypoint=sh sha256:FROMone -c ' in made
+
+def test_a_process_of_the_procfile_is_run_once(plain):
+    plain.lives(ONE_TYPES)
+    attended(plain, lambda: dh.cmd_run(plain.app, process='worker'))
+    made, = [line for line in plain.done if line.startswith('docker create')]
+    assert made.endswith('sha256:FROMone work one')
+    assert 'no process of blog is called mailer' in refusal(
+        lambda: dh.cmd_run(plain.app, process='mailer'))
+
+def test_a_one_off_command_that_is_cut_off_leaves_nothing(plain):
+    plain.lives(ONE_WEB)
+    assert attended(plain, lambda: dh.cmd_run(plain.app, 'x'), status=None)[0] == 1
+    assert one_offs_there(plain) == [] and os.listdir(plain.host.path(RUNS)) == []
+
+@pytest.mark.parametrize('act', [
+    lambda m: dh.cmd_recover(m.host), lambda m: dh.cmd_restart(m.app),
+    lambda m: m.push(TWO_WEB)])
+def test_a_one_off_command_whose_dockhand_is_gone_is_removed(plain, act):
+    plain.lives(ONE_WEB)
+    name = dh.create_one_off(plain.app, plain.app.live(), ['x'], False)
+    plain.write('%s/%s' % (RUNS, name), '%d 7' % os.getpid())    # a later one
+    act(plain)
+    assert one_offs_there(plain) == [] and os.listdir(plain.host.path(RUNS)) == []
+
+def test_a_push_names_a_one_off_command_and_goes_on(plain, capfd):
+    plain.lives(ONE_WEB)
+    name = begun_here(plain, 'x')
+    plain.push(TWO_WEB)
+    assert 'Note: %s goes on, as it was begun' % name in capfd.readouterr().err
+    assert one_offs_there(plain) == [name]
+    dh.cmd_destroy(plain.app, force=True)
+    assert plain.containers == {}
+
+def test_a_one_off_command_that_docker_refuses_leaves_nothing(plain):
+    plain.lives(ONE_WEB)
+    plain.broken['docker create'] = 1
+    assert 'broken on purpose' in refusal(dh.cmd_run, plain.app, 'x')
+    assert os.listdir(plain.host.path(RUNS)) == []
+
+@pytest.mark.parametrize('words, container, command', [
+    ([], 'blog--1', ['sh', '-c', dh.SHELL]), (['worker'], 'blog--1--worker',
+                                              ['sh', '-c', dh.SHELL]),
+    (['worker', 'ls', '-l'], 'blog--1--worker', ['ls', '-l']),
+    (['ls', '-l'], 'blog--1', ['ls', '-l'])])
+def test_one_enters_what_runs(plain, words, container, command):
+    plain.lives(ONE_TYPES)
+    status, argv = attended(plain, lambda: dh.cmd_enter(plain.app, *words))
+    assert status == 3 and argv[:3] == ['docker', 'exec', '--interactive']
+    web, worker = 'blog--1', 'blog--1--worker'
+    first = {'blog--1': web, worker: worker}[container]
+    if container == 'blog--1' and argv[4] == worker:
+        first = worker                          # it stands first in this Procfile
+    assert argv[4:] == [first] + command
+
+@pytest.mark.parametrize('line, given, options', [
+    ('blog ls -la --x', ['blog', 'ls', '-la', '--x'], {}), ('blog', ['blog'], {}),
+    ('--process web blog ls', ['blog', 'ls'], {'process': 'web'}),
+    ('blog --process web ls --process', ['blog', 'ls', '--process'], {'process': 'web'}),
+    ('blog -- ls', ['blog', 'ls'], {})])
+def test_the_options_of_a_command_are_its_own(line, given, options):
+    pattern = 'APP [--process TYPE] [COMMAND...]'
+    assert dh.parse_arguments(pattern, line.split()) == (given, options)
+
+def test_what_attends_ends_with_what_it_attends_and_with_its_reader():
+    assert dh.attend(['sh', '-c', 'exit 7']) == 7
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        assert dh.is_hung_up()
+        with ending():
+            assert dh.attend(['sleep', '100']) is None
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(writer)
+    assert not dh.is_hung_up()
+
+def test_the_status_of_an_app_is_on_one_screen(plain, capfd):
+    plain.lives(ONE_TYPES, scale='worker=2')
+    refusal(plain.push, dict(TWO_TYPES, Dockerfile='FROM fail'))
+    container = plain.containers['blog--1']
+    container['State'].update(StartedAt='2026-01-01T00:00:00.5Z', Pid=77)
+    container['RestartCount'] = 2
+    plain.write('/proc/77/status', 'VmRSS:\t 2048 kB\n')
+    plain.volumes = ['blog--data', 'other--data']
+    plain.du = lambda *words: '12\t/x\n'
+    plain.timeout = lambda seconds, name, *words: getattr(plain, name)(*words)
+    capfd.readouterr()
+    dh.cmd_status(plain.host, 'blog')
+    said = capfd.readouterr().out
+    for part in ('blog: running, started again 2 times', 'release      1, 1111111111',
+                 'push by anna', 'web  healthy  for ', 'started again 2 times  memory 2.1 MB',
+                 'worker.2  healthy', 'images 5.0 MB', 'volume blog--data 12 kB',
+                 'failed: ', 'refused'):
+        assert part in said, (part, said)
+    assert said.count('\n') < 24
+    dh.cmd_status(plain.host, 'blog', json=True)
+    found = json.loads(capfd.readouterr().out)
+    assert found['app'] == 'blog' and found['state'] == 'running'
+    assert [each['process'] for each in found['containers']] == ['worker', 'worker.2', 'web']
+    assert found['volumes'] == [{'name': 'blog--data', 'bytes': 12288}]
+    assert 'no app wiki here' in refusal(dh.cmd_status, plain.host, 'wiki')
+
+def test_what_never_went_live_has_a_status_too(plain, capfd):
+    plain.nginx()
+    refusal(lambda: plain.push(an_app('dies'), old=ZERO, new=SHA))
+    capfd.readouterr()
+    dh.cmd_status(plain.host, 'blog')
+    said = capfd.readouterr().out
+    assert said.startswith('blog: waiting, for a push that succeeds; the last one: ')
+
+def test_the_server_and_each_app_are_a_line_of_its_status(plain, capfd):
+    plain.lives(ONE_WEB)
+    plain.write('/proc/meminfo', 'MemTotal: 2000000 kB\nMemAvailable: 500000 kB\n')
+    plain.write('/proc/loadavg', '0.10 0.20 0.30 1/2 3\n')
+    capfd.readouterr()
+    dh.cmd_status(plain.host)
+    said = capfd.readouterr().out
+    assert 'load         0.10 0.20 0.30\nmemory       512 MB free of 2.0 GB\n' in said
+    assert 'nginx        runs' in said and said.splitlines()[-1].startswith('blog  ')
+    dh.cmd_status(plain.host, json=True)
+    assert json.loads(capfd.readouterr().out)['apps'][0]['app'] == 'blog'
+
+@pytest.mark.parametrize('count, text', [
+    (None, '?'), (0, '0 B'), (999, '999 B'), (1500, '1.5 kB'), (25e6, '25 MB'),
+    (3.2e9, '3.2 GB'), (9e12, '9.0 TB'), (9e15, '9000 TB')])
+def test_sizes_are_said_in_a_unit_that_fits(count, text):
+    assert dh.size_text(count) == text
+
+@pytest.mark.parametrize('seconds, text', [
+    (0, '0 s'), (59, '59 s'), (61, '1 min 1 s'), (3600, '1 h 0 min'),
+    (90061, '1 d 1 h')])
+def test_spans_are_said_in_their_two_largest_units(seconds, text):
+    assert dh.span_text(seconds) == text
+
+def test_keys_tells_when_each_came_last(plain, capfd):
+    upload(plain, LINE, 'anna')
+    upload(plain, LINE_2, 'bob', 'shop-', read_only=True)
+    dh.note_use(plain.host, 'bob')
+    capfd.readouterr()
+    dh.cmd_keys(plain.host)
+    first, second = capfd.readouterr().out.splitlines()
+    assert 'never used' in first and second.endswith('  may read shop-')
+    dh.cmd_keys(plain.host, json=True)
+    found = json.loads(capfd.readouterr().out)
+    assert [(each['name'], each['apps'], each['read_only']) for each in found] == [
+        ('anna', None, False), ('bob', ['shop-'], True)]
+    assert found[0]['used'] is None and abs(found[1]['used'] - time.time()) < 99
 
 # ---- The real layer --------------------------------------------------------------------
 

@@ -209,7 +209,9 @@ class Machine(object):
 
     # docker
 
-    def docker_version(self, _):
+    def docker_version(self, _, *words):
+        if words:
+            return '28.1.0\n'
         return 'Client:\n Version: 29.0.0\nServer:\n Engine:\n  Version: 28.1.0\n'
 
     def docker_inspect(self, _, *names):
