@@ -9282,6 +9282,66 @@ def app_problem(app):
         return problem, remedy
     return answer_problem(app, live), 'less /var/log/nginx/error.log'
 
+def problems_of(app):
+    """What an app's owner may meet, each row as `demand` wants it."""
+    host = app.host
+    said = host.ask(['docker', 'version'])
+    if said.status:
+        return [('docker does not answer: ' + last_line(said.err),
+                 'service docker start')]
+    live = app.live()
+    if live is None:
+        return [('%s was never live; it waits %s' % (app.name, app.waiting_text()),
+                 'git push git@HOST:%s main' % app.name)]
+
+    rows = [memory_problem(app, live), app_problem(app), health_problem(app, live),
+            place_problem(app, live), room_problem(app), nginx_problem(host)]
+    if host.certificates.is_on(app.name):
+        rows += https_problems_of(app)
+    return rows
+
+def memory_problem(app, live):
+    """Whether the kernel killed a process of an app, as a row for `demand`."""
+    processes = engine_of(app, live).logged(live)
+    there = app.docker.inspect(*[process.name for process in processes])
+    killed = set(container['Name'][1:] for container in there
+                 if container['State'].get('OOMKilled'))
+    titles = [title_of(process) for process in processes if process.name in killed]
+    more = 'dockhand config %s options="--memory 1g", or a server with more' % app.name
+    return (titles and '%s of %s was out of memory, and the kernel killed it'
+            % (' '.join(titles), app.name), more)
+
+def health_problem(app, live):
+    """What a HEALTHCHECK says against an app, as a row for `demand`."""
+    if app.is_stopped():
+        return '', ''
+    state = engine_of(app, live).state(live)
+    unwell = state.alive and state.health not in ('', 'healthy')
+    said = and_then('the HEALTHCHECK of %s says %s' % (app.name, state.health), state.check)
+    return unwell and said, 'dockhand logs ' + app.name
+
+def place_problem(app, live):
+    """Whether an app listens where nothing reaches it, as a row for `demand`."""
+    if live.job or app.is_stopped():
+        return '', ''
+    alone, open_ports = listening_ports(app.host, engine_of(app, live).state(live).pids)
+    if live.port and live.port not in open_ports and live.port in alone:
+        return ('%s listens on 127.0.0.1:%d alone' % (app.name, live.port),
+                'make it listen on 0.0.0.0, and push that')
+    if may_be_web(live) and open_ports:
+        return ('%s listens on %d, and nginx passes nothing to it'
+                % (app.name, open_ports[0]),
+                'dockhand config %s port=%d (or port=none)' % (app.name, open_ports[0]))
+    return '', ''
+
+def room_problem(app):
+    """Whether the disk is too full for a push, as a row for `demand`."""
+    folder = app.docker.images_folder()
+    left = min(free_bytes(app.host, path) for path in (folder, STATE)
+               if os.path.exists(app.host.path(path))) // 1000000
+    return (left < SPACE and '%d MB of the disk are free: a push wants %d' % (left, SPACE),
+            'docker system df; docker system prune')
+
 def crontab_problem(app, live):
     """Why cron does not run the lines of a live app, or nothing, and what to type: a row
     for `demand`."""
@@ -9317,19 +9377,27 @@ def https_problems(host):
                      'chmod 700 ' + CERTIFICATES))
 
     for app in apps:
-        retry = 'sudo dockhand https ' + app.name
-        if certificates.is_there(certificates.own_path(app.name)):
-            ends = own_ends_text(host, certificates.own_path(app.name))
-            rows.append((ends and '%s: %s' % (app.name, ends), retry + ' --cert'))
-        rows += [name_problem(app, name, retry) for name in wanted_names(app)]
+        rows += https_problems_of(app)
+    return rows
 
-        live = app.live()
-        if live is not None:
-            rows.append(form_problem_row(app, live))
-            rows += [(served_problem(host, certificate, names),
-                      'nginx -t && nginx -s reload')
-                     for certificate, names in certificates.uses(app.name, live.proxy)
-                     if certificate.path in host.text(proxy_path(app.name))]
+def https_problems_of(app):
+    """The same for one app that is to have https."""
+    host = app.host
+    certificates = host.certificates
+    retry = 'sudo dockhand https ' + app.name
+    rows = []
+    if certificates.is_there(certificates.own_path(app.name)):
+        ends = own_ends_text(host, certificates.own_path(app.name))
+        rows.append((ends and '%s: %s' % (app.name, ends), retry + ' --cert'))
+    rows += [name_problem(app, name, retry) for name in wanted_names(app)]
+
+    live = app.live()
+    if live is not None:
+        rows.append(form_problem_row(app, live))
+        rows += [(served_problem(host, certificate, names),
+                  'nginx -t && nginx -s reload')
+                 for certificate, names in certificates.uses(app.name, live.proxy)
+                 if certificate.path in host.text(proxy_path(app.name))]
     return rows
 
 def certbot_problems(host):
@@ -10270,9 +10338,23 @@ def cmd_recover(host):
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
 
-@command('doctor', '', ADMIN)
-def cmd_doctor(host):
-    """check the whole installation, and say what to type"""
+@command('doctor', '[APP] [--quiet]', READ, alone=ADMIN)
+def cmd_doctor(host, name=None, quiet=False):
+    """check an app, or the whole installation
+
+    It says what is wrong and what to type; --quiet says nothing where all is well.
+    """
+    if name is None:
+        check_installation(host, quiet)
+    else:
+        app = App(host, check_app_name(name))
+        refuse_if(name not in all_apps(host), 'no app %s here: see dockhand apps', name)
+        demand(problems_of(app))
+    if not quiet:
+        tell('all is well')
+
+def check_installation(host, quiet):
+    """Failure where a part of the installation is not as it should be, each is told."""
     demand(requirements(host))
     rows = [
         (not host.account() and 'there is no user ' + host.user, INSTALL_AGAIN),
@@ -10291,9 +10373,9 @@ def cmd_doctor(host):
         rows.append(app_problem(App(host, name)))
     demand(rows + https_problems(host))
 
-    for place in unread_files(host):
-        tell('note: %s: what it names may clash with an app unnoticed', place)
-    tell('all is well')
+    if not quiet:
+        for place in unread_files(host):
+            tell('note: %s: what it names may clash with an app unnoticed', place)
 
 # ---- The command line ------------------------------------------------------------------
 # From the words of a process to a function above, and from a Failure to an exit status.
@@ -10363,7 +10445,8 @@ def check_asker(asker, verb, given, options):
     if words[:1] in (['APP'], ['APP]']) and given:
         asker.check_reaches(given[0])
     least = re.sub(r'\[.*?\]', '', verb.pattern).split()
-    is_alone = len(given) == len(least) and not options
+    more = set(options) - set(['json', 'quiet'])        # how it is told, not what
+    is_alone = len(given) == len(least) and not more
     asker.check_may(verb.alone if is_alone else verb.right, verb.name)
 
 def verb_of(name):

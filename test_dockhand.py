@@ -317,6 +317,9 @@ ASKED = [
     ('stop blog', 'change'), ('start blog', 'change'), ('rollback blog', 'change'),
     ('rebuild blog', 'change'), ('https blog', 'change'), ('https blog --off', 'change'),
     ('https blog --cert', 'change'), ('destroy blog --force', 'change'),
+    ('status blog --json', 'read'), ('status', 'read'), ('run blog x', 'change'),
+    ('enter blog', 'change'), ('doctor blog', 'read'), ('doctor blog --quiet', 'read'),
+    ('doctor --quiet', 'admin'), ('keys --json', 'admin'), ('apps --json', 'read'),
     ('keys', 'admin'), ('upload-key x', 'admin'), ('remove-key x', 'admin'),
     ('doctor', 'admin'), ('recover', 'admin'), ('install', 'root')]
 
@@ -9504,7 +9507,7 @@ def test_the_status_of_an_app_is_on_one_screen(plain, capfd):
     dh.cmd_status(plain.host, 'blog', json=True)
     found = json.loads(capfd.readouterr().out)
     assert found['app'] == 'blog' and found['state'] == 'running'
-    assert [each['process'] for each in found['containers']] == ['worker', 'worker.2', 'web']
+    assert [each['process'] for each in found['containers']] == ['web', 'worker', 'worker.2']
     assert found['volumes'] == [{'name': 'blog--data', 'bytes': 12288}]
     assert 'no app wiki here' in refusal(dh.cmd_status, plain.host, 'wiki')
 
@@ -9539,6 +9542,43 @@ def test_sizes_are_said_in_a_unit_that_fits(count, text):
     (90061, '1 d 1 h')])
 def test_spans_are_said_in_their_two_largest_units(seconds, text):
     assert dh.span_text(seconds) == text
+
+@pytest.mark.parametrize('harm, said', [
+    (lambda m: m.containers['blog--1']['State'].update(OOMKilled=True),
+     'WRONG  web of blog was out of memory, and the kernel killed it\n       type: dockhand '
+     'config blog options="--memory 1g"'),
+    (lambda m: m.containers['blog--1']['State'].update(Health={'Status': 'unhealthy'}),
+     'WRONG  the HEALTHCHECK of blog says unhealthy\n       type: dockhand logs blog'),
+    (lambda m: m.containers['blog--1']['State'].update(Running=False),
+     'WRONG  blog does not run'),
+    (lambda m: m.broken.update({'docker version': 9}), 'WRONG  docker does not answer'),
+    (lambda m: m.broken.update({'nginx -t': 9}), 'WRONG  ')])
+def test_doctor_says_what_is_wrong_with_an_app(plain, capfd, harm, said):
+    plain.lives(ONE_WEB)
+    capfd.readouterr()
+    dh.cmd_doctor(plain.host, 'blog')
+    dh.cmd_doctor(plain.host, 'blog', quiet=True)
+    assert capfd.readouterr().out == 'all is well\n'
+    harm(plain)
+    assert re.match(r'\d thing\(s\) to mend', refusal(dh.cmd_doctor, plain.host, 'blog'))
+    assert said in capfd.readouterr().out
+
+def test_doctor_says_where_an_app_listens(plain, capfd, monkeypatch):
+    plain.lives(an_app('one', ''))
+    monkeypatch.setattr(dh, 'listening_ports', lambda host, pids: ([], [3000]))
+    refusal(dh.cmd_doctor, plain.host, 'blog')
+    assert ('WRONG  blog listens on 3000, and nginx passes nothing to it\n       type: '
+            'dockhand config blog port=3000 (or port=none)') in capfd.readouterr().out
+    plain.push(TWO_WEB)
+    monkeypatch.setattr(dh, 'listening_ports', lambda host, pids: ([8000], []))
+    refusal(dh.cmd_doctor, plain.host, 'blog')
+    assert 'WRONG  blog listens on 127.0.0.1:8000 alone' in capfd.readouterr().out
+
+def test_doctor_of_an_app_that_was_never_live_says_why(plain, capfd):
+    dh.cmd_config(plain.app, 'A=1')
+    refusal(dh.cmd_doctor, plain.host, 'blog')
+    assert 'blog was never live; it waits for its first push' in capfd.readouterr().out
+    assert 'no app wiki here' in refusal(dh.cmd_doctor, plain.host, 'wiki')
 
 def test_keys_tells_when_each_came_last(plain, capfd):
     upload(plain, LINE, 'anna')
@@ -10643,6 +10683,119 @@ def test_real_a_key_reaches_its_own_apps_only(target):
     finally:
         target.ok('dockhand destroy bp --force; dockhand upload-key other', stdin=other)
         target.open_connection('other')
+
+# What is asked by ssh of an app, with the right that it wants; each of these changes nothing
+# that matters, or is over soon
+BY_SSH = [
+    ('apps', 'read'), ('status', 'read'), ('status {}', 'read'), ('logs {} -n 1', 'read'),
+    ('releases {} --json', 'read'), ('config {}', 'read'), ('https', 'read'),
+    ('doctor {}', 'read'), ('run {} true', 'manage'), ('enter {} true', 'manage'),
+    ('config {} --values', 'manage'), ('config {} --unset A', 'manage'),
+    ('restart {}', 'manage'), ('stop {}', 'manage'), ('start {}', 'manage'),
+    ('https {} --off', 'manage'), ('keys', 'admin'), ('doctor', 'admin'),
+    ('recover', 'admin'), ('remove-key nobody', 'admin'), ('install', 'root')]
+LIMITED = [((), 'read manage'), (('--read-only',), 'read'), (('asked',), 'read manage'),
+           (('ask-', 'asked', '--read-only'), 'read'), (('--admin',), 'read manage admin')]
+DENIED = (r'dockhand: (the key "other" has no right to \S+: it may reach .*|\S+ is for (keys '
+          r'that were uploaded with --admin|root, on the server itself)|\S+ is not for the '
+          r'key "other", which may only read)\Z')
+
+@contextmanager
+def limited(server, *words):
+    """The other key with such rights, inside a `with`."""
+    server.disconnect('other')
+    key = public_key(server, 'other')
+    assert server.dockhand('upload-key', 'other', *words, stdin=key).status == 0
+    server.open_connection('other')
+    try:
+        yield
+    finally:
+        server.disconnect('other')
+        assert server.dockhand('upload-key', 'other', stdin=key).status == 0
+        server.open_connection('other')
+
+@pytest.mark.parametrize('words, rights', LIMITED)
+def test_real_each_command_by_ssh_wants_its_right_to_its_own_app(target, words, rights):
+    if 'asked' not in target.apps:
+        target.apps['asked'] = app = Plain(target, 'asked')
+        app.deploy(app.files('a'))
+    target.app('shop')
+    is_limited = any(word[0] != '-' for word in words)
+    with limited(target, *words):
+        who = target.ssh('other')
+        assert who.status == 0 and who.out.startswith('You are other, and may ')
+        for command, right in BY_SSH:
+            asked = target.ssh('other', command.format('asked'))
+            if right in rights.split():
+                expected = 1 if command == 'remove-key nobody' else 0
+                assert asked.status == expected and not re.match(DENIED, asked.err), (
+                    command, asked)
+            else:
+                assert asked.status == 1 and re.match(DENIED, asked.err), (command, asked)
+            if is_limited and '{}' in command:
+                foreign = target.ssh('other', command.format('shop'))
+                missing = target.ssh('other', command.format('none'))
+                assert foreign == missing._replace(
+                    err=missing.err.replace('none', 'shop')), command
+                assert foreign.status == 1 and re.match(DENIED, foreign.err)
+
+HOSTILE_BY_SSH = r'''apps; id
+apps $(id >/tmp/owned)
+apps `id >/tmp/owned`
+apps | sh
+logs ../../etc
+logs asked; id
+run asked
+enter asked -- sh -c id\;id
+config asked A=1 >/tmp/owned
+config asked "A=
+
+scp -t /etc
+sftp
+rsync --server . /
+git-upload-archive asked
+internal-sftp
+receive check
+command other
+serve main
+/bin/sh
+-oProxyCommand=id
+status --json asked asked asked
+logs asked -n -1
+logs asked --since $(id)
+upload-key x --admin
+releases asked ''
+help $(id)
+[2J
+'''
+
+def test_real_what_is_hostile_by_ssh_is_answered_by_one_line(target):
+    """With a key that may only read, so that whatever is taken can do no harm."""
+    if 'asked' not in target.apps:
+        target.apps['asked'] = app = Plain(target, 'asked')
+        app.deploy(app.files('a'))
+    with limited(target, 'asked', '--read-only'):
+        before = target.manifest('/etc', '/home/git', '/usr/local')
+        for command in HOSTILE_BY_SSH.splitlines():
+            asked = target.ssh('other', command)
+            assert asked.status in (1, 2) and not asked.out, (command, asked)
+            assert len(asked.err.splitlines()) == 1, (command, asked)
+            assert re.match(r'dockhand: [ -~]{1,400}\Z', asked.err), (command, asked)
+        changed = [line for line in target.manifest('/etc', '/home/git', '/usr/local')
+                   if line not in before and '.ssh/dockhand' not in line]
+        assert changed == []
+        assert target.run('test', '-e', '/tmp/owned').status == 1
+
+def test_real_no_value_of_a_setting_is_in_the_log(target):
+    if 'asked' not in target.apps:
+        target.apps['asked'] = app = Plain(target, 'asked')
+        app.deploy(app.files('a'))
+    secret = 'hush-%d' % SEED
+    assert target.ssh('main', 'config asked FIRST=%s' % secret).status == 0
+    assert target.ssh('main', 'config', 'asked', "'9=%s'" % secret).status == 1
+    said = target.ok('journalctl -o cat; cat /var/log/auth.log /var/log/syslog 2>/dev/null '
+                     '|| :')
+    assert 'asked: config FIRST by main' in said and secret not in said
 
 REAL_JOB = web_files('shop', 8094)['upstart.conf']
 REAL_PROXY = 'server { listen 80; server_name shop.test; return 200 bad; }\n'
@@ -12084,6 +12237,134 @@ def test_real_options_of_docker_are_in_force(server, size):
     assert server.ok('cat /srv/slow/ended') == 'in order\nin order'
     server.ok('rm -r /srv/slow')
     return 'killed for memory, and said so; down for %.1f s of a stop of 20' % down
+
+# Prints its release and a number, 50 times a second, and a long line now and then
+COUNTING = ('FROM tiny:1\nCOPY count /\nCMD ["sh", "/count"]\n', '''
+i=0
+long=$(busybox head -c 40000 /dev/zero | busybox tr '\\0' x)
+while :; do
+    i=$((i+1))
+    echo "%s $i"
+    [ $((i %% 100)) != 0 ] || echo "%s $i.5 $long"
+    busybox usleep 20000
+done
+''')
+
+class Counting(Plain):
+    def files(self, mark):
+        return {'Dockerfile': COUNTING[0], 'count': COUNTING[1] % (mark, mark)}
+
+def counted(text):
+    """{release: [number]} of what a follower has shown; each long line is whole."""
+    found = {}
+    for line in text.splitlines():
+        words = line.split(' ')
+        if words[1].endswith('.5'):
+            assert words[2] == 'x' * 40000 and len(words) == 3
+        else:
+            found.setdefault(words[0], []).append(int(words[1]))
+    return found
+
+def followers(server):
+    return server.ok("ps -eo args= | grep -c '^docker logs .*[c]ounting' || :")
+
+@drill('upstart', 3, 10)
+def test_real_logs_go_on_over_deploys_and_end_with_their_reader(server, size):
+    app = Counting(server, 'counting')
+    app.deploy(app.files('r0'))
+    reader = subprocess.Popen(['ssh', '-F', server.config, 'main', 'logs counting -f -n 5'],
+                              stdout=subprocess.PIPE)
+    heard = []
+    thread = threading.Thread(target=lambda: heard.append(reader.stdout.read()))
+    thread.start()
+    for turn in range(1, size + 1):
+        app.deploy(app.files('r%d' % turn))
+    server.ok('dockhand rollback counting && dockhand restart counting && sleep 3')
+    assert followers(server) != '0'
+    reader.terminate()
+    thread.join()
+    reader.wait()
+    assert until(lambda: followers(server), '0', 10) == '0'
+
+    found, lines = counted(heard[0].decode()), 0
+    assert sorted(found) == sorted('r%d' % turn for turn in range(size + 1))
+    for mark, numbers in found.items():
+        starts = [at for at, number in enumerate(numbers) if number == 1]
+        for begin, end in zip([0] + starts, starts + [len(numbers)]):
+            part = numbers[begin:end]
+            lines += len(part)
+            assert part == list(range(part[0], part[0] + len(part))) if part else True, mark
+    server.ok('dockhand destroy counting --force')
+    return '%d lines over %d deploys, a rollback and a restart, none missing, none twice' % (
+        lines, size)
+
+# Prints 100 MB, and then waits
+LARGE_LOG = {'Dockerfile': 'FROM tiny:1\nCMD ["sh", "-c", "busybox yes \\"$(busybox seq -s - '
+                           '40)\\" | busybox head -c 100000000; exec sleep 9999"]\n'}
+PEAK = r'''
+dockhand logs large -n 9999999 >/root/large.out & pid=$!
+while kill -0 $pid 2>/dev/null; do
+    peak=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\) kB/\1/p' /proc/$pid/status 2>/dev/null || :)
+    [ -z "$peak" ] || most=$peak
+    sleep 0.02
+done
+echo "$most" $(wc -c </root/large.out); rm /root/large.out'''
+
+@drill('upstart')
+def test_real_a_large_log_is_shown_in_little_memory(server, size):
+    app = App(server, 'large')
+    server.ok('dockhand config large options="--log-opt max-size=200m"')
+    app.deploy(LARGE_LOG)
+    log = "docker inspect -f '{{.LogPath}}' $(docker ps -q --filter name=large--)"
+    server.ok('for _ in $(seq 600); do [ $(stat -c %%s $(%s)) -lt 100000000 ] || exit 0; '
+              'sleep 0.1; done; exit 1' % log)
+    time.sleep(3)
+    kilobytes, count = [int(word) for word in server.ok(PEAK).split()]
+    server.ok('dockhand destroy large --force')
+    assert count >= 99000000 and kilobytes < 40000
+    return '%d MB of log in %d MB of memory' % (count // 10 ** 6, kilobytes // 1000)
+
+@drill('upstart')
+def test_real_run_passes_all_on_and_leaves_nothing(server, size):
+    app = Plain(server, 'once')
+    app.deploy(app.files('a'))
+    app.deploy(app.files('b'))
+
+    def one_offs():
+        return server.ok('docker ps -a --format "{{.Names}}" | grep -c -- --run- || :')
+    for command, status in (('true', 0), ('sh -c "exit 3"', 3), ('sh -c "kill -9 $$"', 137),
+                            ('nothing-like-it', 127)):
+        ran = server.ssh('main', "run once " + command.replace('"', "'").replace('$', '\\$'))
+        assert ran.status == status, (command, ran)
+
+    data = os.urandom(10 ** 7)
+    asked = ['ssh', '-F', server.config, 'main', 'run once cat']
+    assert subprocess.run(asked, input=data, stdout=subprocess.PIPE).stdout == data
+
+    beside = subprocess.Popen(['ssh', '-F', server.config, 'main', 'run once sleep 999'],
+                              stdin=subprocess.DEVNULL)
+    assert until(one_offs, '1') == '1'
+    pushed = app.deploy(app.files('c'))
+    assert re.search('Note: once--2--run-[0-9a-f]{8} goes on', pushed.err), pushed.err
+    for verb in ('stop once', 'start once', 'restart once', 'rollback once'):
+        assert server.ssh('main', verb).status == 0
+    assert server.dockhand('recover').status == 0 and one_offs() == '1'
+    beside.kill()
+    beside.wait()
+    assert until(one_offs, '0', 10) == '0'
+    assert server.ssh('main', 'enter once cat /www/index.html').out == 'once b'
+
+    killed = subprocess.Popen(['ssh', '-F', server.config, 'main', 'run once sleep 998'],
+                              stdin=subprocess.DEVNULL)
+    assert until(one_offs, '1') == '1'
+    server.ok("pkill -KILL -f '[r]eceive command main'")
+    killed.kill()
+    killed.wait()
+    assert one_offs() == '1'
+    server.ok('dockhand restart once')
+    assert one_offs() == '0'
+    server.ok('dockhand destroy once --force')
+    return 'exit codes 0 3 137 127, 10 MB, a push, a stop and a rollback beside it'
 
 BUILT = ('FROM tiny:1 AS base\nARG WORD\nRUN echo "$WORD" >/word\nEXPOSE 80\n'
          'CMD ["httpd", "-f", "-h", "/www"]\nFROM base AS prod\nCOPY www /www\n'
