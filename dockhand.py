@@ -133,6 +133,7 @@ ORDER_AGAIN = 720                   # seconds until a push asks again for one
 WARN_DAYS = 14                      # before a certificate that people brought ends
 FILE_LIMIT = 2 ** 18                # bytes of a pushed file
 CRON_LINES = 100                    # of a crontab, comments left out
+COMMAND_LETTERS = 8000              # of a line of a Procfile
 CRON_LETTERS = 900                  # of one of them; cron itself reads 999
 MOST_PATHS = 100000                 # files and folders of a commit
 LONGEST_PATH = 2000                 # letters of one of them, as git shows it
@@ -1162,7 +1163,9 @@ def are_host_names(value):
 
 def is_branch_name(value):
     """Whether git takes this for a branch, and no push of it would be another thing."""
-    if not re.match(r'\w[\w./-]*\Z', value) or value == 'plan':
+    if not re.match(r'\w[\w./-]*\Z', value) or value in ('plan', 'HEAD'):
+        return False
+    if value.startswith('refs/'):
         return False
     if '..' in value or value.endswith('.'):
         return False
@@ -1243,7 +1246,8 @@ SETTINGS = {
     'folder': Setting(is_folder, 'the path of a folder of the repository is wanted, as '
                       'services/api'),
     'check': Setting(is_url_path, 'the path of a page is wanted, as /up'),
-    'scale': Setting(is_scale, 'how many of which process is wanted, as web=2 worker=3')}
+    'scale': Setting(is_scale, 'how many of which process is wanted, up to 99, as web=2 '
+                     'worker=3')}
 
 # A variable whose name is like that of a setting, small letters alone, has this before
 # its key: as it is typed. All other keys of a config are what they name.
@@ -1369,6 +1373,9 @@ def hint_for(word):
 def read_env_file(text):
     """[(name, value)] of a file as docker's --env-file reads it; Failure by line."""
     pairs = []
+    mark = to_text(b'\xef\xbb\xbf')             # of an editor of Windows
+    if text.startswith(mark):
+        text = text[len(mark):]
     for number, line in enumerate(text.split('\n'), 1):
         line = line.rstrip('\r').lstrip()
         if not line or line.startswith('#'):
@@ -1488,7 +1495,7 @@ RESERVED_TYPES = {
     'cron': 'what runs at its time stands in a file `crontab`'}
 
 # What has one of these is run by a shell, as Upstart does it with an `exec`.
-SHELL_LETTERS = '[~`!$^&*()=|\\\\{}[\\];"\'<>?]'
+SHELL_LETTERS = '[#~`!$^&*()=|\\\\{}[\\];"\'<>?]'
 # What a shell does beside running one program: `exec` before that would be wrong.
 COMPOUND = '[;&|(){}!\n]'
 SHELL_WORDS = '''. : alias break case cd command continue eval exec exit export for if
@@ -1516,6 +1523,8 @@ def parse_procfile(text):
         reason = RESERVED_TYPES.get(kind.partition('-')[0])
         refuse_if(reason, place + 'no process can be called %s: %s', kind, reason)
         refuse_if(kind in dict(commands), place + '%s is there already', kind)
+        refuse_if(len(said) > COMMAND_LETTERS, place + 'longer than %d characters: put that '
+                  'in a script of the image', COMMAND_LETTERS)
         commands.append((kind, said))
 
     refuse_if(not commands, 'Procfile: it names no process')
@@ -1542,9 +1551,13 @@ def has_front(release):
 
 def command_words(command):
     """A command of a Procfile, or a crontab, as docker gets it: [word]."""
+    words = command.split()
+    first = words[0]
     if not re.search(SHELL_LETTERS, command):
-        return command.split()
-    first = command.split()[0]
+        if first == 'exec' and len(words) > 1:
+            return words[1:]            # there is no shell whose place it could take
+        return ['sh', '-c', command] if first in SHELL_WORDS else words
+
     is_compound = re.search(COMPOUND, command) or '=' in first or first in SHELL_WORDS
     # The program takes the place of the shell, so that a signal finds it.
     return ['sh', '-c', command if is_compound else 'exec ' + command]
@@ -2251,6 +2264,9 @@ def read_options(text):
         refuse_if(option.name == 'label' and option.value.startswith('dockhand'),
                   'options: leave out `%s`: dockhand\'s own labels begin like this',
                   printable(option.value))
+        refuse_if(option.value.startswith('container:'), 'options: leave out `--%s=%s`: it '
+                  'reaches into another app, and ends with that', option.name,
+                  printable(option.value))
         is_number = re.match('[0-9]{1,4}\\Z', option.value)
         refuse_if(option.name == 'stop-timeout' and not is_number, 'options: '
                   '--stop-timeout wants a number of seconds, 9999 at most')
@@ -2643,41 +2659,46 @@ CRON_SCRIPT = """# dockhand: {app}'s crontab: cron calls this with the id of a l
 set -eu
 umask 077
 [ ! -e {store}/stopped ] || exit 0
-id=${{1:-}}
-case $id in
+dockhand_id=${{1:-}}
+case $dockhand_id in
 {cases}
 *) exit 0 ;;
 esac
 
-{exports}tell() {{ logger -t dockhand/{app} "crontab:$line: $*"; }}
+{exports}tell() {{ logger -t dockhand/{app} "crontab:$dockhand_line: $*"; }}
 
 mkdir -p {locks}
-exec 9>>"{locks}/{app}--$id"
+exec 9>>"{locks}/{app}--$dockhand_id"
 if ! flock -n 9; then
     tell "not started, since it still runs"
     exit 0
 fi
-if ! running=$(docker ps -q --filter "name=^/*{pattern}--[0-9]*--cron-$id\\$" 2>&1); then
-    tell "not started: $running"
+dockhand_pattern='^/*{pattern}--[0-9]*--cron-'$dockhand_id'$'
+if ! dockhand_runs=$(docker ps -q --filter "name=$dockhand_pattern" 2>&1); then
+    tell "not started: $dockhand_runs"
     exit 1
 fi
-if [ -n "$running" ]; then
-    tell "not started, since it still runs in container $running"
+if [ -n "$dockhand_runs" ]; then
+    tell "not started, since it still runs in container $dockhand_runs"
     exit 0
 fi
 
-name={container}--cron-$id
-docker rm "$name" >/dev/null 2>&1 || :
+dockhand_name={container}--cron-$dockhand_id
+docker rm "$dockhand_name" >/dev/null 2>&1 || :
 
 # Its exit status goes past the log of what it prints, by descriptor 3
 run() {{
-    status=0
-    docker run --rm --name "$name" {options} "$@" 2>&1 3>&- || status=$?
-    echo "$status" >&3
+    dockhand_status=0
+    docker run --rm --name "$dockhand_name" {options} "$@" 2>&1 3>&- || dockhand_status=$?
+    echo "$dockhand_status" >&3
 }}
-status=$({{ run "$@" | logger -t dockhand/{app} 9>&- 3>&-; }} 3>&1)
-tell "exit status $status ({container})"
+dockhand_status=$({{ run "$@" | logger -t dockhand/{app} 9>&- 3>&-; }} 3>&1)
+tell "exit status $dockhand_status ({container})"
 """
+
+# Variables by which a shell itself is told something
+SHELLS_OWN = '''IFS LINENO MAIL MAILPATH OLDPWD OPTARG OPTIND PATH PPID PS1 PS2 PS4 PWD _
+    ENV HOME CDPATH'''.split()
 
 def render_cron_script(release, options, env):
     """The sh that runs a line of a release, by its id. options: of `docker run`, up to
@@ -2685,12 +2706,12 @@ def render_cron_script(release, options, env):
     options = list(options)
     exports = ''
     for name in sorted(env):
-        if re.match(r'\w+\Z', name):
+        if re.match(r'(?!dockhand_)\w+\Z', name) and name not in SHELLS_OWN:
             exports += 'export %s=%s\n' % (name, quote(env[name]))
-        else:                           # a shell knows no variable with a dot in its name
+        else:                           # as with a dot, which a shell's have not
             at = options.index('--env=' + name)
             options[at] += '=' + env[name]
-    cases = ['%s) line=%d; set -- %s ;;' % (
+    cases = ['%s) dockhand_line=%d; set -- %s ;;' % (
         cron_id(line), line.line, ' '.join(map(quote, command_words(line.command))))
         for line in cron_lines(release)]
     return CRON_SCRIPT.format(
@@ -6265,7 +6286,10 @@ class Containers(Engine):
         """The State of a process. container: as docker describes it, None if it is
         gone"""
         if container is None:
-            return State(False, None, [], '', 'its container is gone')
+            gone = 'its container is gone'
+            if process.type:
+                gone = 'the container of %s is gone' % title_of(process)
+            return State(False, None, [], '', gone)
         state = container_state(container)
         if release.job:
             return state
@@ -7107,13 +7131,27 @@ def bring_back(app, live):
         turn_proxy(app, live, app.proxy_when_stopped(live))
     elif engine.revives(live):
         engine.end_stops(live)
-        if engine.state(live).alive is False:
-            step('%s: release %d did not run; starting it', app.name, live.number)
-            log('%s: release %d did not run: recover starts it', app.name, live.number)
-            engine.stop(live)       # what is left of it holds its port and its name
+        down = down_part(engine, live)
+        if down is not None:
+            what = 'release %d' % live.number
+            if down.part is not None:
+                what = ' '.join(map(title_of, processes_of(down))) + ' of ' + what
+            step('%s: %s did not run; starting it', app.name, what)
+            log('%s: %s did not run: recover starts it', app.name, what)
+            engine.stop(down)       # what is left of it holds its port and its name
             engine.place(live)
-            engine.start(live)
+            engine.start(down)
         engine.settle(live)
+
+def down_part(engine, live):
+    """The part of a live release that does not run, all of it, or None. What runs is left
+    alone."""
+    if engine.state(live).alive is not False:
+        return None
+    processes = processes_of(live)
+    down = [process.name for process in processes
+            if engine.state(part_of(live, [process.name])).alive is False]
+    return part_of(live, down) if down and len(down) < len(processes) else live
 
 def holds_ours(app, live):
     """Whether conf.d has the proxy file of a live release, open or closed, or none: not
@@ -7898,6 +7936,9 @@ def check_mount(app, mount):
         ours = os.path.realpath(app.host.path(folder))
         refuse_if((path + '/').startswith(ours + '/'), 'options: %s is below %s, which '
                   'is no place for an app', printable(mount.source), folder)
+        holds_ours = (ours + '/').startswith(path.rstrip('/') + '/')
+        refuse_if(holds_ours and not mount.is_read_only, 'options: %s holds %s, which is no '
+                  'place for an app to write', printable(mount.source), folder)
 
 def check_tree(app, commit):
     """Failure where a commit is too large to be checked out: a few kilobytes of folders,
@@ -7961,7 +8002,7 @@ def folder_in(tree, path):
     check_way(tree, path, 'folder=%s' % path)
     folder = os.path.join(tree, path)
     refuse_if(not os.path.isdir(folder), 'folder=%s: there is no such folder in this '
-              'commit', path)
+              'commit (config --next notes it for the next push)', path)
     return folder
 
 def check_way(folder, path, what):
@@ -8012,7 +8053,7 @@ def check_dockerfile(release, folder):
         return
 
     refuse_if(name != 'Dockerfile', 'no %s in this commit, which config names: dockhand '
-              'config %s build="-f ..."', name, release.app)
+              'config %s --next build="-f ..."', name, release.app)
     names = sorted(os.listdir(folder))
     alike = [each for each in names if each.lower() == 'dockerfile']
     refuse_if(alike, 'no Dockerfile in this commit, but `%s`: git mv %s Dockerfile',
@@ -8020,10 +8061,10 @@ def check_dockerfile(release, folder):
     inner = folder_with_dockerfile(folder)
     where = '/'.join(filter(None, [release.config.get('folder'), inner]))
     refuse_if(inner, 'no Dockerfile at the top of this commit, but in `%s`: dockhand '
-              'config %s folder=%s', printable(where), release.app, printable(where))
+              'config %s --next folder=%s', printable(where), release.app, printable(where))
     named = [each for each in names if 'dockerfile' in each.lower().split('.')]
-    refuse_if(named, 'no Dockerfile in this commit, but `%s`: dockhand config %s build='
-              '"-f %s"', printable(''.join(named[:1])), release.app,
+    refuse_if(named, 'no Dockerfile in this commit, but `%s`: dockhand config %s --next '
+              'build="-f %s"', printable(''.join(named[:1])), release.app,
               printable(''.join(named[:1])))
 
     refuse_if('Procfile' in names, 'a Procfile says what runs, and no Dockerfile in this '
@@ -8114,7 +8155,7 @@ def read_pushed(folder, name):
 
     refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
     refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
-    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith(('.conf', 'crontab')),
+    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith(('.conf', 'crontab', 'Procfile')),
               '%s:1: begins with a byte order mark: save it without one', name)
     refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
@@ -8289,7 +8330,7 @@ def serve(host, name, *words):
         check_host_names(app)
         make_repository(host, folder)
         return receive_first(host, folder, env)
-    os.execvpe('git', ['git', verb, folder], env)
+    os.execvpe('git', GIT_SERVES + [verb, folder], env)
 
 def note_use(host, name):
     """Note that a key came, as the git user, for `keys`; where the disk is full it is not."""
@@ -8307,11 +8348,15 @@ def hand_to_root(name):
     env = dict(ENVIRONMENT, **dict((variable, os.environ[variable]) for variable in kept))
     os.execvpe('sudo', ['sudo', '-n', RECEIVE, 'command', name], env)
 
+# Of refs that are pushed as all or none git asks our hook one by one: the first would be
+# live when the next is refused.
+GIT_SERVES = ['git', '-c', 'receive.advertiseAtomic=false']
+
 def receive_first(host, folder, env):
     """Hand a first push over to git. Where nothing at all comes in, the repository was
     made for nothing: git of a client with sha256 ids ends when it sees ours."""
     from subprocess import call
-    status = call(['git', 'receive-pack', folder], env=env,
+    status = call(GIT_SERVES + ['receive-pack', folder], env=env,
                   preexec_fn=partial(become, None))
 
     if not holds_anything(folder):
@@ -9800,8 +9845,9 @@ def start_live(app, live, is_restart=False):
     with undone_by(settle_or_stop, app, live):
         log_end = None              # of one that runs already the whole log is shown
         engine.end_stops(live)
-        if is_restart or not engine.state(live).alive:
-            engine.stop(live)       # what is left of it holds its port and its name
+        down = live if is_restart else down_part(engine, live)
+        if down is not None:
+            engine.stop(down)       # what is left of it holds its port and its name
             log_end = engine.log_end(live)
 
         engine.place(live)
@@ -9963,13 +10009,15 @@ def cmd_proxy(app):
     text = complete_proxy(app, live._replace(proxy=''))
     tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
 
-@command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--values]', CHANGE, alone=READ)
+@command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--next] [--values]', CHANGE,
+         alone=READ)
 def cmd_config(app, *changes, **options):
     """print or change what only this server knows
 
     KEY=VALUE is a variable of the app, or a word of dockhand's in small letters, as
     domains="shop.example.com"; KEY=- takes the value from standard input, - alone a file
-    of variables. --values shows the values too; --env: all are variables.
+    of variables. --values shows the values too; --env: all are variables; --next: note it
+    for the next push, where the live commit could not have it, as a folder that is new.
     """
     if not changes:
         return show_config(app.config(), 'values' in options)
@@ -9981,7 +10029,7 @@ def cmd_config(app, *changes, **options):
 
         if not changed:
             tell('nothing changed')
-        elif live is None:
+        elif live is None or 'next' in options:
             build_options(wanted)
             if 'options' in changed and 'options' in wanted:
                 check_options(app, wanted['options'])
@@ -9989,7 +10037,7 @@ def cmd_config(app, *changes, **options):
             app.save_config(wanted)
             give_certificates_back(app, set(names) - set(noted_names(app)))
             log('%s: config %s by %s', app.name, ' '.join(changed), app.host.person())
-            tell('%s: noted for its first push', app.name)
+            tell('%s: noted for its %s push', app.name, 'next' if live else 'first')
         else:
             release_config(app, live, wanted, changed)
     if live is not None and 'domains' in changed:
@@ -10018,6 +10066,8 @@ def release_config(app, live, wanted, changed):
     branch = wanted.get('branch', live.branch)
     if 'branch' in changed and 'branch' not in wanted:
         branch = DEFAULT_BRANCHES[0]
+    if 'branch' in changed:
+        check_branch_fits(app, branch)
     release = new_release(app, branch, live.commit, app.host.person(),
                           'config ' + ' '.join(changed))
     release = release._replace(config=wanted)
@@ -10027,6 +10077,17 @@ def release_config(app, live, wanted, changed):
             procfile=live.procfile, crontab=live.crontab)
     make_release(app, live, release)
     clean_up(app, app.live())
+
+def check_branch_fits(app, branch):
+    """Failure where git cannot have a branch beside those that are there: a name is a file
+    or a folder to it."""
+    there = app.git('for-each-ref', '--format=%(refname)', 'refs/heads/', act=app.host.ask)
+    for ref in there.out.split():
+        name = ref[len('refs/heads/'):]
+        clashes = (name + '/').startswith(branch + '/') or (
+            branch + '/').startswith(name + '/')
+        refuse_if(clashes and name != branch, 'branch=%s: git cannot have it beside the '
+                  'branch %s, which is here', branch, printable(name))
 
 def change_config(config, changes, unset=False, env=False):
     """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
@@ -10279,6 +10340,9 @@ def cmd_destroy(app, force=False, volumes=False):
 def remove_app(app, live):
     """Remove all that there is of an app, but for its volumes. live: may be None"""
     remove_crontab(app)
+    for name in list_folder(app.host.path(CRON_LOCKS)):
+        if name.startswith(app.name + '--'):
+            remove_file(app.host.path(CRON_LOCKS, name))
     end_one_offs(app, sorted(one_offs(app)))
     if live is not None:
         engine = engine_of(app, live)
@@ -10455,7 +10519,7 @@ def verb_of(name):
         if verb.name == name:
             return verb
     for pattern, meant in FOREIGN:
-        if re.match(pattern + r'\Z', name):
+        if re.match('(?:%s)\\Z' % pattern, name):
             raise Usage('no command "%s"; here it is: %s', printable(name), meant)
     raise Usage('no command "%s"; `help` lists them', printable(name))
 
@@ -10463,7 +10527,8 @@ def verb_of(name):
 FOREIGN = [
     ('(config|env)s?:(set|add)|setenv|set', 'config APP KEY=VALUE'),
     ('(config|env)s?:(unset|remove|rm)|unsetenv|unset', 'config APP --unset KEY'),
-    ('(config|env)s?:?(get|show|export|list|ls|vars)?', 'config APP --values'),
+    ('(config|env)s?:(get|show|export|list|ls|vars)|env|vars|configs',
+     'config APP --values'),
     ('ps:restart|(apps|app):restart|reload', 'restart APP'),
     ('ps:stop|(apps|app):stop|down|kill|ps:kill', 'stop APP'),
     ('ps:start|(apps|app):start|up', 'start APP'),
