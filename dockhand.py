@@ -137,6 +137,7 @@ COMMAND_LETTERS = 8000              # of a line of a Procfile
 CRON_LETTERS = 900                  # of one of them; cron itself reads 999
 MOST_PATHS = 100000                 # files and folders of a commit
 LONGEST_PATH = 2000                 # letters of one of them, as git shows it
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'      # of an editor of Windows
 BLOCK = 4096                        # bytes of disk that the smallest file takes
 SPACE = 512                         # MB that are free before a build
 WRITTEN = 2 ** 16                   # bytes for a trial of docker's disk, before a stop
@@ -186,7 +187,7 @@ os._exit(dockhand.main({role!r}))
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY" %s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', '"$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', '"$SSH_CONNECTION"'))]
-# What sudo lets through to root of whoever came by ssh: the command, and from where to where
+# What sudo lets through to root of whoever came by ssh
 ASKED = ('SSH_ORIGINAL_COMMAND', 'SSH_CONNECTION')
 SUDOERS_TEXT = '''Defaults:{user} env_keep += "{asked}"
 {user} ALL=(root) NOPASSWD: {receive}
@@ -255,7 +256,7 @@ mv "$new" "$name.pem"
 [ ! -s /run/nginx.pid ] || {{ nginx -t -q && nginx -s reload; }}
 '''.format(certificates=CERTIFICATES)
 KEYS = '.ssh/authorized_keys'
-USES = '.ssh/dockhand'                      # a file for each key's name: when it came last
+USES = '.ssh/dockhand'          # a file for each key's name: when it came last
 KEYS_END = '# dockhand: end of keys'
 KEYS_BEGIN = '# dockhand: keys from here to the next mark; see `dockhand keys`'
 KEY_OPTIONS = 'no-port-forwarding,no-X11-forwarding,no-agent-forwarding,no-user-rc'
@@ -535,8 +536,8 @@ class Host(object):
         self.asker = None               # the Asker of a command that came by ssh
 
     def person(self):
-        """Who runs a command: the name of a key, at the server the user of sudo or doas, or
-        else root."""
+        """Who runs a command: the name of a key; at the server the user of sudo or doas,
+        or else root."""
         if self.asker is not None:
             return self.asker.name
         for variable in ('SUDO_USER', 'DOAS_USER'):
@@ -835,9 +836,9 @@ def check_key_name(name):
     return name
 
 def parse_git_command(text):
-    """What git asks for over ssh, as (verb, app): `git-receive-pack 'app.git'` for a push,
-    `git-upload-pack` for a fetch; ssh://HOST has a "/" first. None for all that git does
-    not say; Failure for what is no app's name."""
+    """What git asks for over ssh, as (verb, app): `git-receive-pack 'app.git'` for a
+    push, `git-upload-pack` for a fetch; ssh://HOST has a "/" first. None for all that git
+    does not say; Failure for what is no app's name."""
     match = re.match(r"git[ -](receive-pack|upload-pack) '([^']*)'\Z", text)
     if match is None:
         return None
@@ -942,8 +943,8 @@ ONLY_READS = '--read-only'
 IS_ADMIN = '--admin'
 
 class Reach(tuple):
-    """Some apps: each word is a name, or one that ends with `-` the beginning of names. No
-    name ends so."""
+    """Some apps: each word is a name, or, where it ends with `-`, the beginning of names:
+    no name ends so."""
     def __contains__(self, app):
         return any(app == word or word.endswith('-') and app.startswith(word)
                    for word in self)
@@ -975,8 +976,8 @@ def check_rights(words):
             continue
         check_app_name(word[:-1] if word.endswith('-') else word)
     rights = read_rights(words)
-    refuse_if(rights.is_admin and (rights.apps or rights.only_reads), '--admin is for who '
-              'manages every app: leave out what it is to be limited to')
+    refuse_if(rights.is_admin and (rights.apps or rights.only_reads), '--admin is for '
+              'who manages every app: leave out what it is to be limited to')
     return tuple(words)
 
 def rights_text(rights):
@@ -1062,8 +1063,8 @@ def change_rights(line, words):
     return check_length(renewed(KeyLine(text, line.key._replace(words=words), forced)))
 
 def renewed(line):
-    """The KeyLine with the options of this version, where it had those of an older one, or
-    of other rights."""
+    """The KeyLine with the options of this version, where it had those of an older one,
+    or of other rights."""
     if line.key is None:
         return line
     begin = 'command="%s",' % line.forced
@@ -1373,7 +1374,7 @@ def hint_for(word):
 def read_env_file(text):
     """[(name, value)] of a file as docker's --env-file reads it; Failure by line."""
     pairs = []
-    mark = to_text(b'\xef\xbb\xbf')             # of an editor of Windows
+    mark = to_text(BYTE_ORDER_MARK)
     if text.startswith(mark):
         text = text[len(mark):]
     for number, line in enumerate(text.split('\n'), 1):
@@ -1523,8 +1524,8 @@ def parse_procfile(text):
         reason = RESERVED_TYPES.get(kind.partition('-')[0])
         refuse_if(reason, place + 'no process can be called %s: %s', kind, reason)
         refuse_if(kind in dict(commands), place + '%s is there already', kind)
-        refuse_if(len(said) > COMMAND_LETTERS, place + 'longer than %d characters: put that '
-                  'in a script of the image', COMMAND_LETTERS)
+        refuse_if(len(said) > COMMAND_LETTERS, place + 'longer than %d characters: put '
+                  'that in a script of the image', COMMAND_LETTERS)
         commands.append((kind, said))
 
     refuse_if(not commands, 'Procfile: it names no process')
@@ -2264,8 +2265,8 @@ def read_options(text):
         refuse_if(option.name == 'label' and option.value.startswith('dockhand'),
                   'options: leave out `%s`: dockhand\'s own labels begin like this',
                   printable(option.value))
-        refuse_if(option.value.startswith('container:'), 'options: leave out `--%s=%s`: it '
-                  'reaches into another app, and ends with that', option.name,
+        refuse_if(option.value.startswith('container:'), 'options: leave out `--%s=%s`: '
+                  'it reaches into another app, and ends with that', option.name,
                   printable(option.value))
         is_number = re.match('[0-9]{1,4}\\Z', option.value)
         refuse_if(option.name == 'stop-timeout' and not is_number, 'options: '
@@ -5891,8 +5892,8 @@ def restart_policy(container):
     return str((settings.get('RestartPolicy') or {}).get('Name'))
 
 def time_for_docker(moment):
-    """A time in the one form of `docker logs --since` that every docker reads in parts of a
-    second. moment: in seconds since 1970"""
+    """A time in the one form of `docker logs --since` that every docker reads in parts of
+    a second. moment: in seconds since 1970"""
     date = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(moment))
     return '%s.%03dZ' % (date, moment % 1 * 1000)
 
@@ -6044,8 +6045,8 @@ class Engine(object):
         raise NotImplementedError
 
     def once(self, release):
-        """The same for a command of a person's: (options of `docker create`, the variables
-        that they name, the folder to run it in)."""
+        """The same for a command of a person's: (options of `docker create`, the
+        variables that they name, the folder to run it in)."""
         raise NotImplementedError
 
     def remove(self, release):
@@ -7937,8 +7938,8 @@ def check_mount(app, mount):
         refuse_if((path + '/').startswith(ours + '/'), 'options: %s is below %s, which '
                   'is no place for an app', printable(mount.source), folder)
         holds_ours = (ours + '/').startswith(path.rstrip('/') + '/')
-        refuse_if(holds_ours and not mount.is_read_only, 'options: %s holds %s, which is no '
-                  'place for an app to write', printable(mount.source), folder)
+        refuse_if(holds_ours and not mount.is_read_only, 'options: %s holds %s, which is '
+                  'no place for an app to write', printable(mount.source), folder)
 
 def check_tree(app, commit):
     """Failure where a commit is too large to be checked out: a few kilobytes of folders,
@@ -8061,7 +8062,8 @@ def check_dockerfile(release, folder):
     inner = folder_with_dockerfile(folder)
     where = '/'.join(filter(None, [release.config.get('folder'), inner]))
     refuse_if(inner, 'no Dockerfile at the top of this commit, but in `%s`: dockhand '
-              'config %s --next folder=%s', printable(where), release.app, printable(where))
+              'config %s --next folder=%s', printable(where), release.app,
+              printable(where))
     named = [each for each in names if 'dockerfile' in each.lower().split('.')]
     refuse_if(named, 'no Dockerfile in this commit, but `%s`: dockhand config %s --next '
               'build="-f %s"', printable(''.join(named[:1])), release.app,
@@ -8155,7 +8157,8 @@ def read_pushed(folder, name):
 
     refuse_if(len(data) > FILE_LIMIT, '%s is larger than %d KB', name, FILE_LIMIT // 1024)
     refuse_if(b'\0' in data, '%s holds a NUL byte: it is no text', name)
-    refuse_if(data[:3] == b'\xef\xbb\xbf' and name.endswith(('.conf', 'crontab', 'Procfile')),
+    is_read_by_line = name.endswith(('.conf', 'crontab', 'Procfile'))
+    refuse_if(data[:3] == BYTE_ORDER_MARK and is_read_by_line,
               '%s:1: begins with a byte order mark: save it without one', name)
     refuse_if(not data.strip() and not name.startswith('.'), '%s is empty', name)
     return to_text(data)
@@ -8304,9 +8307,9 @@ def run_release_command(app, release):
 # is about: whoever has a shell as the git user may deploy.
 
 def serve(host, name, *words):
-    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git, and
-    any other command to root. The exit status, where git has not taken the place of this
-    process. words: the key's rights"""
+    """Run by sshd for a key, as the git user: hand a push, clone or fetch over to git,
+    and any other command to root. The exit status, where git has not taken the place of
+    this process. words: the key's rights"""
     note_use(host, name)
     asked = parse_git_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if asked is None:
@@ -8333,7 +8336,8 @@ def serve(host, name, *words):
     os.execvpe('git', GIT_SERVES + [verb, folder], env)
 
 def note_use(host, name):
-    """Note that a key came, as the git user, for `keys`; where the disk is full it is not."""
+    """Note that a key came, as the git user, for `keys`. Where the disk is full it is
+    not."""
     try:
         make_folder(host.path(host.home(), USES), 0o700)
         with open(host.path(host.home(), USES, check_key_name(name)), 'w'):
@@ -8424,11 +8428,12 @@ def answer(host, name):
 # Who asks for a command over ssh. name: of the key; rights: Rights
 class Asker(namedtuple('Asker', 'name rights')):
     def check_reaches(self, app):
-        """Failure where an app is none of this key's: it is the same whether there is such
-        an app, and found out in the same time."""
+        """Failure where an app is none of this key's: it is the same whether there is
+        such an app, and found out in the same time."""
         reach = self.rights.apps
-        refuse_if(reach is not None and app not in reach, 'the key "%s" has no right to '
-                  '%s: it may reach %s', self.name, printable(app), ', '.join(reach or ()))
+        if reach is not None and app not in reach:
+            raise Failure('the key "%s" has no right to %s: it may reach %s', self.name,
+                          printable(app), ', '.join(reach))
 
     def may(self, right):
         """Whether the rights go so far. right: READ, CHANGE, ADMIN or ROOT"""
@@ -8497,7 +8502,7 @@ def hang_up(host):
 # Docker keeps a log for each container. Who follows an app goes on to that of the next
 # release, and misses nothing that docker still has.
 
-STAMP = 31                      # bytes of the time before what docker has kept, and a blank
+STAMP = 31                      # bytes of the time before what docker kept, and a blank
 PIECE = 2 ** 14                 # bytes that it keeps as one: a longer line is several
 TIME = re.compile(br'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z \Z')
 TURN = 0.5                      # seconds until the live release is looked up again
@@ -8506,8 +8511,8 @@ TURN = 0.5                      # seconds until the live release is looked up ag
 Printed = namedtuple('Printed', 'time text begins')
 
 class LogReader(object):
-    """What a container has printed, as `docker logs --timestamps` gives it; it can be asked
-    again for what came later.
+    """What a container has printed, as `docker logs --timestamps` gives it; it can be
+    asked again for what came later.
     title: what is shown before each line, or ''"""
     def __init__(self, title, container):
         self.title = title
@@ -8608,7 +8613,8 @@ def is_hung_up():
     return bool(poll.poll(0))
 
 def show_logs(readers, words):
-    """Print what some containers have printed, by time. words: options of `docker logs`"""
+    """Print what some containers have printed, by time. words: options of
+    `docker logs`"""
     import heapq
     for reader in readers:
         reader.begin(*words)
@@ -8676,7 +8682,7 @@ class Follower(object):
             self.app.host.clock.sleep(TURN)
 
 def log_readers(app, live, title):
-    """The [LogReader] of a release's processes, of those that are called so, or of all."""
+    """The [LogReader] of a release's processes: those that are called so, or all."""
     processes = engine_of(app, live).logged(live)
     is_one = len(processes) == 1
     return [LogReader('' if is_one else title_of(process), process.name)
@@ -8692,9 +8698,9 @@ SHELL = 'command -v bash >/dev/null && exec bash; exec sh'
 ATTEND = 0.1                    # seconds between two looks at what is attended
 
 def create_one_off(app, live, words, is_terminal):
-    """Create the container of a one-off command, under the app's lock; its name. A file says
-    of which process it is, so that one whose dockhand is gone is found. words: the command,
-    none for a shell"""
+    """Create the container of a one-off command, under the app's lock; its name. A file
+    says of which process it is, so that one whose dockhand is gone is found. words: the
+    command, none for a shell"""
     engine = engine_of(app, live)
     options, env, folder = engine.once(live)
     if not live.job:
@@ -8875,14 +8881,13 @@ def read_docker_time(text):
         return None
 
 def memory_of(host, pid):
-    """The bytes of memory that a container has now, by its cgroup; where the kernel counts
-    none for it, by its processes. pid: of its first process"""
+    """The bytes of memory that a container has now, by its cgroup; where the kernel
+    counts none for it, by its processes. pid: of its first process"""
     for line in host.text('/proc', str(pid), 'cgroup').splitlines():
         kind, path = line.split(':', 2)[1:]
-        names = {'': ('', 'memory.current'), 'memory': ('memory', 'memory.usage_in_bytes')}
-        if kind in names:
-            folder, name = names[kind]
-            count = host.text('/sys/fs/cgroup', folder, path, name).strip()
+        name = {'': 'memory.current', 'memory': 'memory.usage_in_bytes'}.get(kind)
+        if name is not None:
+            count = host.text('/sys/fs/cgroup', kind, path, name).strip()
             if count.isdigit():
                 return int(count)
     return resident_bytes(host, str(pid)) or None
@@ -8948,13 +8953,14 @@ def describe_server(host):
     disk = os.statvfs(host.path(folder))
     names = [name for app in seen_apps(host) for name in https_names(App(host, app))]
     version = host.ask(['docker', 'version', '--format', '{{.Server.Version}}'])
+    renewed_names = [name for name in names if host.certificates.is_renewed(name)]
     return {
         'load': [float(word) for word in host.text('/proc/loadavg').split()[:3]],
         'memory': int(memory.get('MemTotal', 0)) * 1024,
         'memory_free': int(memory.get('MemAvailable', memory.get('MemFree', 0))) * 1024,
         'disk': disk.f_blocks * disk.f_frsize, 'disk_free': disk.f_bavail * disk.f_frsize,
         'docker': version.out.strip() or None, 'nginx': host.nginx.master() is not None,
-        'certificates': len([name for name in names if host.certificates.is_renewed(name)])}
+        'certificates': len(renewed_names)}
 
 # For people
 
@@ -9362,8 +9368,8 @@ def health_problem(app, live):
         return '', ''
     state = engine_of(app, live).state(live)
     unwell = state.alive and state.health not in ('', 'healthy')
-    said = and_then('the HEALTHCHECK of %s says %s' % (app.name, state.health), state.check)
-    return unwell and said, 'dockhand logs ' + app.name
+    said = 'the HEALTHCHECK of %s says %s' % (app.name, state.health)
+    return unwell and and_then(said, state.check), 'dockhand logs ' + app.name
 
 def place_problem(app, live):
     """Whether an app listens where nothing reaches it, as a row for `demand`."""
@@ -9384,8 +9390,8 @@ def room_problem(app):
     folder = app.docker.images_folder()
     left = min(free_bytes(app.host, path) for path in (folder, STATE)
                if os.path.exists(app.host.path(path))) // 1000000
-    return (left < SPACE and '%d MB of the disk are free: a push wants %d' % (left, SPACE),
-            'docker system df; docker system prune')
+    said = '%d MB of the disk are free: a push wants %d' % (left, SPACE)
+    return left < SPACE and said, 'docker system df; docker system prune'
 
 def crontab_problem(app, live):
     """Why cron does not run the lines of a live app, or nothing, and what to type: a row
@@ -9676,8 +9682,8 @@ def change_keys(host, change):
     return lines
 
 def renew_keys(host):
-    """Give the lines of our keys what this version writes beside their command; True where
-    that changes one."""
+    """Give the lines of our keys what this version writes beside their command; True
+    where that changes one."""
     text = host.as_git(read_file, host.path(host.home(), KEYS)) or ''
     lines = read_authorized_keys(text)
     if [renewed(line) for line in lines] == lines:
@@ -9879,7 +9885,8 @@ def cmd_run(app, *words, **options):
         live = app.must_be_live()
         process = process_called(live, kind)
         words = words or tuple(process.command or ())
-        refuse_if(not words, '%s of %s is what its image runs: say a command', kind, app.name)
+        refuse_if(not words, '%s of %s is what its image runs: say a command', kind,
+                  app.name)
     return run_one_off(app, list(words), is_terminal())
 
 @command('enter', 'APP [PROCESS] [COMMAND...]', CHANGE)
@@ -10079,9 +10086,10 @@ def release_config(app, live, wanted, changed):
     clean_up(app, app.live())
 
 def check_branch_fits(app, branch):
-    """Failure where git cannot have a branch beside those that are there: a name is a file
-    or a folder to it."""
-    there = app.git('for-each-ref', '--format=%(refname)', 'refs/heads/', act=app.host.ask)
+    """Failure where git cannot have a branch beside those that are there: a name is a
+    file or a folder to it."""
+    act = app.host.ask
+    there = app.git('for-each-ref', '--format=%(refname)', 'refs/heads/', act=act)
     for ref in there.out.split():
         name = ref[len('refs/heads/'):]
         clashes = (name + '/').startswith(branch + '/') or (
@@ -10543,7 +10551,8 @@ FOREIGN = [
     ('ports?(:.*)?|proxy:ports.*', 'config APP port=N'),
     ('letsencrypt(:.*)?|certs?:auto.*|tls|ssl', 'https APP'),
     ('certs?(:.*)?', 'https APP --cert'),
-    ('(docker-)?options(:.*)?|resource.*|limits?(:.*)?', 'config APP options="--memory 512m"'),
+    ('(docker-)?options(:.*)?|resource.*|limits?(:.*)?',
+     'config APP options="--memory 512m"'),
     ('buildpacks?(:.*)?', 'a Dockerfile in the repository'),
     ('cron(:.*)?|scheduler(:.*)?', 'a file `crontab` in the repository'),
     ('releases?:(rollback|revert)|revert|undo', 'rollback APP [N]'),
@@ -10555,7 +10564,8 @@ FOREIGN = [
      'keys, upload-key NAME [APP...], remove-key NAME'),
     ('whoami|auth.*|login', 'ssh git@HOST, without a command'),
     ('version', '--version'), ('commands|usage|man', 'help'), ('nginx:.*', 'proxy APP'),
-    ('storage(:.*)?|volumes?(:.*)?|mount', 'VOLUME in the Dockerfile, or config APP options="-v ..."'),
+    ('storage(:.*)?|volumes?(:.*)?|mount',
+     'VOLUME in the Dockerfile, or config APP options="-v ..."'),
     ('maintenance(:.*)?', 'stop APP, which answers 503 meanwhile')]
 
 # Options that people bring along, and what they are called here
@@ -10602,8 +10612,10 @@ def show_verb(verb):
     tell('  %s', summary_of(verb))
     for line in verb.function.__doc__.splitlines()[1:]:
         tell('%s', line[2:].rstrip())
-    tell('  %s', WHO[verb.right] if verb.right == verb.alone else '%s; without more words %s' % (
-        WHO[verb.right], WHO[verb.alone]))
+    who = WHO[verb.right]
+    if verb.alone != verb.right:
+        who += '; without more words ' + WHO[verb.alone]
+    tell('  %s', who)
 
 WHO = {ROOT: 'for root on the server', ADMIN: 'for root, and keys with --admin',
        CHANGE: 'for every key but those with --read-only', READ: 'for every key'}

@@ -10855,7 +10855,6 @@ run asked
 enter asked -- sh -c id\;id
 config asked A=1 >/tmp/owned
 config asked "A=
-
 scp -t /etc
 sftp
 rsync --server . /
@@ -10871,7 +10870,6 @@ logs asked --since $(id)
 upload-key x --admin
 releases asked ''
 help $(id)
-[2J
 '''
 
 def test_real_what_is_hostile_by_ssh_is_answered_by_one_line(target):
