@@ -227,6 +227,7 @@ missing_packages() {
     have cron || have crond || echo cron         # for the crontab of a repository
     # those of the oldest releases speak a protocol that is gone
     have certbot || case $RELEASE in 'ubuntu 12.04' | 'ubuntu 14.04') ;; *) echo certbot ;; esac
+    have goaccess || echo goaccess               # for dockhand report
     [ -s /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     [ ! -d /sys/kernel/security/apparmor ] || have apparmor_parser || echo apparmor
     grep -qE ' cgroup2? ' /proc/mounts ||
@@ -247,6 +248,7 @@ ensure_packages() {
             note "no certbot in $RELEASE's lists (on Ubuntu, enable universe): dockhand https will want it"
             continue
         fi
+        if [ "$package" = goaccess ] && ! packaged goaccess; then continue; fi     # it says so itself
         set -- "$@" "$package"
     done
     [ $# -eq 0 ] || apt_install "$@"

@@ -100,6 +100,8 @@ INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
 LOCKS = '/run/lock/dockhand'
 SUDOERS = '/etc/sudoers.d/dockhand'
 NGINX = '/etc/nginx'
+# What logrotate adds to the name of a log
+ROTATED = r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z'
 PROXIES = '/etc/nginx/conf.d'
 NGINX_LOGS = '/var/log/nginx'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
@@ -3784,7 +3786,7 @@ def tls_lines(version):
 # The files that we make ourselves, and each file beside all others. Uses the four
 # sections above.
 
-GENERATED = '''{fronts}server {{
+GENERATED = '''{fronts}{format}server {{
     listen 80{default};
     {more}server_name {names};
     {log}server_tokens off;
@@ -3863,6 +3865,12 @@ FRONTS = '''geo ${trusted} {{
 {lines}}}
 '''
 
+# A line of an app's log: nginx's own `combined`, then seconds, of the request and of the app
+LOG_FORMAT = '''log_format dockhand_{app} '$dockhand_client - $remote_user [$time_local] '
+    '"$request" $status $body_bytes_sent "$http_referer" "$http_user_agent" '
+    '$request_time $upstream_response_time';
+'''
+
 def render_proxy(app, domains, version, ipv6, trust='', log=''):
     """The proxy file of a web app that brings none. A client's idle connection outlives
     a reload by a second, where nginx can do that: a request may be on its way already.
@@ -3881,14 +3889,16 @@ def render_proxy(app, domains, version, ipv6, trust='', log=''):
     if version >= (1, 19, 2):
         more += '%s;\n    ' % ' '.join(LARGE_HEADERS)
 
+    log_format = ''
     if log:
-        log = 'access_log %s;\n    ' % log
+        log_format = LOG_FORMAT.format(app=app)
+        log = 'access_log %s dockhand_%s;\n    ' % (log, app)
     trusted, fronts = render_fronts(trust, version)
     believed = BELIEVED.format(trusted=trusted, last_but_one=LAST_BUT_ONE)
     return GENERATED.format(
         app=app, names=domains, default=default, more=more, fronts=fronts,
         but_fronts=', or what a front says that config trusts' if trust else '',
-        believed=believed if trust else '', log=log)
+        believed=believed if trust else '', log=log, format=log_format)
 
 def log_path(host, app):
     """Where the requests to an app are noted, '' where it has no such place: no folder of
@@ -5112,13 +5122,12 @@ class Nginx(object):
         for file in self.files().values():
             named.difference_update(files_made(file.directives))
 
-        rotated = r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z'
         for path in sorted(named):
             folder, log = os.path.split(path)
             if folder != NGINX_LOGS:
                 continue
             for name in list_folder(self.host.path(folder)):
-                if re.match(re.escape(log) + rotated, name):
+                if re.match(re.escape(log) + ROTATED, name):
                     remove_file(self.host.path(folder, name))
 
     def write(self, app, text, files):
@@ -9071,6 +9080,67 @@ def json_text(value):
     import json
     return json.dumps(value, indent=2, sort_keys=True)
 
+# ---- Traffic: what nginx noted of an app, as a page ------------------------------------
+# GoAccess reads the logs and draws. Nothing of ours does, and nothing listens.
+
+# How it reads lines: of the format that we give our own files, and of nginx's `combined`
+GOACCESS = {'dockhand': '%h %^[%d:%t %^] "%r" %s %b "%R" "%u" %T %^',
+            'combined': '%h %^[%d:%t %^] "%r" %s %b "%R" "%u"'}
+
+def access_logs(app, live):
+    """[(path, which of GOACCESS)] of the logs in which an app's requests are noted; Failure
+    where there is none, or one is written in a way of its own."""
+    found = []
+    parsed = app.nginx.parse(proxy_path(app.name), live.proxy or '')
+    for directive in all_directives(parsed.directives):
+        if directive.words[0] != 'access_log' or not directive.words[1].startswith('/'):
+            continue
+        kind = (directive.words[2:] + ['combined'])[0].replace(
+            'dockhand_' + app.name, 'dockhand')
+        refuse_if(kind not in GOACCESS, 'the requests to %s are noted in a format of its '
+                  'own, %s: only `combined` can be measured', app.name, printable(kind))
+        if (directive.words[1], kind) not in found:
+            found.append((directive.words[1], kind))
+
+    refuse_if(not found, 'the requests to %s are not measured: they are in no log of its '
+              'own (access_log in nginx-proxy.conf)', app.name)
+    return found
+
+def parts_of_log(host, path):
+    """The files of a log, those that logrotate has made of it first, the oldest first."""
+    folder, log = os.path.split(path)
+    names = [name for name in list_folder(host.path(folder))
+             if re.match(re.escape(log) + ROTATED, name)]
+
+    def newest_first(name):
+        number = re.search(r'[.-](\d+)', name[len(log):])
+        if number is None:
+            return 0
+        is_date = len(number.group(1)) == 8
+        return int(number.group(1)) if not is_date else 10 ** 8 - int(number.group(1))
+    return [host.path(folder, name) for name in sorted(names, key=newest_first)][::-1]
+
+def report(app, live):
+    """Print GoAccess's page of an app's requests."""
+    from subprocess import PIPE, Popen
+    host = app.host
+    path, kind = access_logs(app, live)[0]
+    refuse_if(not host.ask(['which', 'goaccess']).out.strip(), 'goaccess is missing here: '
+              'apt-get update; apt-get install goaccess')
+    refuse_if(os.isatty(1), 'this is a page for a browser: dockhand report %s > %s.html',
+              app.name, app.name)
+
+    reader = Popen(['zcat', '-f', '--'] + parts_of_log(host, path), stdout=PIPE,
+                   env=ENVIRONMENT, close_fds=True)
+    drawer = Popen(['goaccess', '--no-global-config', '--no-progress',
+                    '--log-format=' + GOACCESS[kind], '--date-format=%d/%b/%Y',
+                    '--time-format=%H:%M:%S', '--html-report-title=' + app.name, '-'],
+                   stdin=reader.stdout, env=ENVIRONMENT, close_fds=True)
+    reader.stdout.close()
+    status = drawer.wait()
+    reader.wait()
+    return status
+
 # ---- Installing, and whether all is well -----------------------------------------------
 # Every file that is ours on this machine, and what would keep them from working.
 
@@ -10318,6 +10388,14 @@ def list_https(host):
             tell('%-16s %-30s %s', name, host_name, https_text(app, host_name))
         if not names and live is not None and live.proxy:
             tell('%-16s %-30s %s', name, '-', no_full_name_text(app, live))
+
+@command('report', 'APP', READ)
+def cmd_report(app):
+    """print a page with pictures of an app's traffic
+
+    Made by GoAccess of /var/log/nginx/APP.log: ssh git@HOST report shop > shop.html
+    """
+    return report(app, app.must_be_live())
 
 @command('destroy', 'APP [--force] [--volumes]', CHANGE)
 def cmd_destroy(app, force=False, volumes=False):

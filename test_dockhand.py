@@ -2543,7 +2543,7 @@ def test_the_address_is_one_that_may_lead_somewhere(domains, address):
     proxy = dh.render_proxy('blog', domains, (1, 24, 0), True)
     assert dh.address_text(release(proxy=proxy), '::1') == address
 
-GENERATED = '''{table}server {{
+GENERATED = '''{table}{format}server {{
     listen 80{default};
 {more}    server_name {names};
 {log}    server_tokens off;
@@ -2605,11 +2605,16 @@ SIX = '    listen [::]:80%s;\n'
 LARGE = '    large_client_header_buffers 4 32k;\n'
 MIN_TIMEOUT = '    keepalive_min_timeout 1s;\n'
 
-BLOG_LOG = '    access_log /var/log/nginx/blog.log;\n'
+BLOG_LOGGED = {
+    'log': '    access_log /var/log/nginx/blog.log dockhand_blog;\n', 'format':
+    "log_format dockhand_blog '$dockhand_client - $remote_user [$time_local] '\n"
+    "    '\"$request\" $status $body_bytes_sent \"$http_referer\" "
+    "\"$http_user_agent\" '\n    '$request_time $upstream_response_time';\n"}
 
 def generated(app, names, more=LARGE, **changes):
     """What is made for an app without a front. more: lines of the server"""
-    fields = dict.fromkeys(['default', 'table', 'or_a_front', 'believed', 'log'], '')
+    fields = dict.fromkeys(
+        ['default', 'table', 'or_a_front', 'believed', 'log', 'format'], '')
     return GENERATED.format(app=app, names=names, more=more, **dict(fields, **changes))
 
 @pytest.mark.parametrize('app, domains, version, ipv6, expected', [
@@ -5164,7 +5169,7 @@ def plain_proxy(number, domains='blog blog.*', port=8000):
     """The proxy file of a plain app's release with this number."""
     made = ("# dockhand: blog's proxy file, made at each push; "
             '`dockhand proxy blog` prints one\n')
-    body = generated('blog', domains, log=BLOG_LOG)
+    body = generated('blog', domains, **BLOG_LOGGED)
     address = '10.86.0.%d:%d' % (number + 1, port)
     where = (UPSTREAM % '    keepalive_timeout 1s;\n').replace('10.86.0.2:8000', address)
     return made + body + where
@@ -7772,7 +7777,7 @@ def test_a_proxy_file_to_start_from_is_printed(plain, capfd):
     capfd.readouterr()
     dh.cmd_proxy(plain.app)
     printed = capfd.readouterr().out
-    assert printed == generated('blog', 'blog blog.*', SIX % '' + LARGE, log=BLOG_LOG)
+    assert printed == generated('blog', 'blog blog.*', SIX % '' + LARGE, **BLOG_LOGGED)
     plain.push(an_app('two', 'EXPOSE 8000', printed))
     assert PROXY_HEADER + printed in plain.served['/etc/nginx/conf.d/blog.conf']
 
@@ -9685,6 +9690,41 @@ def test_doctor_of_an_app_that_was_never_live_says_why(plain, capfd):
     assert 'blog was never live; it waits for its first push' in capfd.readouterr().out
     assert 'no app wiki here' in refusal(dh.cmd_doctor, plain.host, 'wiki')
 
+@pytest.mark.parametrize('proxy, logs', [
+    (None, [('/var/log/nginx/blog.log', 'dockhand')]),
+    ('server { listen 80; server_name a.org; access_log /var/log/nginx/blog.log; }\n',
+     [('/var/log/nginx/blog.log', 'combined')]),
+    ('server { listen 80; server_name a.org; access_log /var/log/nginx/blog-x.log combined; '
+     'location / { access_log off; } location /a { access_log /var/log/nginx/blog.log; } }\n',
+     [('/var/log/nginx/blog-x.log', 'combined'), ('/var/log/nginx/blog.log', 'combined')])])
+def test_what_is_reported_is_what_the_file_of_an_app_has_noted(plain, proxy, logs):
+    live = plain.lives(an_app('one', proxy=proxy))
+    assert dh.access_logs(plain.app, live) == logs
+
+@pytest.mark.parametrize('proxy, said', [
+    ('server { listen 80; server_name a.org; }\n', 'are not measured: they are in no log of'),
+    ('log_format x "$uri"; server { listen 80; server_name a.org; '
+     'access_log /var/log/nginx/blog.log x; }\n', 'a format of its own, x')])
+def test_what_cannot_be_reported_is_said(plain, proxy, said):
+    live = plain.lives(an_app('one', proxy=proxy))
+    assert said in refusal(dh.access_logs, plain.app, live)
+
+def test_a_log_is_read_from_its_oldest_part_on(plain):
+    for name in ('blog.log', 'blog.log.1', 'blog.log.2.gz', 'blog.log.10.gz', 'blogs.log',
+                 'wiki.log', 'wiki.log-20260102.gz', 'wiki.log-20260201'):
+        plain.write(LOGS + '/' + name, '')
+
+    def parts(app):
+        return [os.path.basename(path) for path in dh.parts_of_log(
+            plain.host, '%s/%s.log' % (LOGS, app))]
+    assert parts('blog') == ['blog.log.10.gz', 'blog.log.2.gz', 'blog.log.1', 'blog.log']
+    assert parts('wiki') == ['wiki.log-20260102.gz', 'wiki.log-20260201', 'wiki.log']
+
+def test_a_report_wants_goaccess(plain):
+    plain.lives(ONE_WEB)
+    plain.absent.append('goaccess')
+    assert 'goaccess is missing here: apt-get' in refusal(dh.cmd_report, plain.app)
+
 def test_keys_tells_when_each_came_last(plain, capfd):
     upload(plain, LINE, 'anna')
     upload(plain, LINE_2, 'bob', 'shop-', read_only=True)
@@ -10788,6 +10828,17 @@ def test_real_a_key_reaches_its_own_apps_only(target):
     finally:
         target.ok('dockhand destroy bp --force; dockhand upload-key other', stdin=other)
         target.open_connection('other')
+
+def test_real_the_requests_to_an_app_are_a_page(target):
+    if 'asked' not in target.apps:
+        target.apps['asked'] = app = Plain(target, 'asked')
+        app.deploy(app.files('a'))
+    target.ok('for _ in $(seq 50); do curl -s -H "Host: asked.test" http://127.0.0.1/ '
+              '>/dev/null; done')
+    page = target.ssh('main', 'report asked')
+    assert page.status == 0 and page.out.startswith('<!DOCTYPE html>'), page.err
+    counted = int(re.search('"total_requests": ?([0-9]+)', page.out).group(1))
+    assert counted == int(target.ok('wc -l </var/log/nginx/asked.log')) >= 50
 
 # What is asked by ssh of an app, with the right that it wants; each of these changes nothing
 # that matters, or is over soon
