@@ -296,13 +296,15 @@ class Usage(Failure):
 
 class Voice(object):
     """Writes lines to a pusher who may be gone, stopped or slow: git leaves its pipe open
-    and unread then. After `patience` seconds of waiting in all it is silent."""
+    and unread then. After `patience` seconds of waiting in all it is silent.
+    reword: a function of the text"""
     def __init__(self, fd, patience=PATIENCE):
         self.fd = fd
         self.patience = patience
+        self.reword = str
 
     def __call__(self, text, *values):
-        data = to_bytes((text % values if values else text) + '\n')
+        data = to_bytes(self.reword(text % values if values else text) + '\n')
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
 
@@ -10186,7 +10188,8 @@ def change_config(config, changes, unset=False, env=False):
                 value = re.sub(r'\r?\n\Z', '', read_stdin())
             wanted[checked_key(config, name, value, env)] = value
         else:
-            refuse_if(not unset, '"%s" is not KEY=VALUE', printable(word))
+            refuse_if(not unset, '"%s" is not KEY=VALUE (what has blanks is quoted, over '
+                      "ssh twice: 'KEY=\"a b\"')", printable(word))
             keys = [key for key in (key_meant(wanted, name, env), variable_key(name))
                     if key in wanted]
             refuse_if(not keys, 'no %s is set', printable(word))
@@ -10599,6 +10602,14 @@ def check_asker(asker, verb, given, options):
     is_alone = len(given) == len(least) and not more
     asker.check_may(verb.alone if is_alone else verb.right, verb.name)
 
+def typed_by_ssh(text):
+    """What is said to somebody who came by ssh: commands that a key may have as they are
+    typed there."""
+    names = [verb.name for verb in COMMANDS if READ in (verb.right, verb.alone)
+             or verb.right == CHANGE]
+    return re.sub(r'(?<![\w/.-])(?:sudo )?dockhand (?=(?:%s)\b)' % '|'.join(names),
+                  'ssh git@HOST ', text)
+
 def verb_of(name):
     """The Verb of a name; or Usage, with what is meant by the words of other tools."""
     for verb in COMMANDS:
@@ -10726,6 +10737,7 @@ def main(role, user=None):
 
     try:
         if role == 'receive':
+            say.reword = tell.reword = typed_by_ssh
             status = receive(host, *words or ['']) or 0
         elif is_served and len(words) > 1:
             status = serve(host, *words[1:])

@@ -417,6 +417,17 @@ def test_words_of_other_tools_are_answered_with_ours_and_do_nothing(plain, words
         dh.run_command(plain.host, words.split())
     assert plain.done == []
 
+@pytest.mark.parametrize('text, said', [
+    ('another: dockhand config blog port=N', 'another: ssh git@HOST config blog port=N'),
+    ('sudo dockhand https shop', 'ssh git@HOST https shop'),
+    ('`dockhand proxy blog` prints one', '`ssh git@HOST proxy blog` prints one'),
+    ('dockhand: a line of ours', 'dockhand: a line of ours'),
+    ('sudo dockhand recover', 'sudo dockhand recover'),
+    ('sudo dockhand install; dockhand upload-key x', 'sudo dockhand install; dockhand '
+     'upload-key x'), ('/var/lib/dockhand config', '/var/lib/dockhand config')])
+def test_commands_are_named_to_a_pusher_as_they_are_typed_by_ssh(text, said):
+    assert dh.typed_by_ssh(text) == said
+
 def test_every_word_of_other_tools_is_none_of_ours():
     names = [verb.name for verb in dh.COMMANDS]
     assert not [name for name in names for pattern, _ in dh.FOREIGN
@@ -10288,7 +10299,7 @@ def test_real_root_takes_a_full_name_out_of_a_wildcard_and_a_pushed_file_does_no
     assert server.get('market.example.com') == 'market'
     refused(app, {'nginx-proxy.conf': 'server { listen 80; server_name taker.test '
                   'market.example.com; location / { proxy_pass http://taker; } }\n'},
-            'would take requests from market.*dockhand config market domains=')
+            'would take requests from market.*ssh git@HOST config market domains=')
     said = server.run('dockhand', 'config', 'taker',
                       'domains=taker.test market.example.com')
     assert said.status == 0 and 'market.example.com' in said.err, said
@@ -11717,7 +11728,7 @@ def check_token(server, *names, **options):
 @drill('systemd')
 def test_real_https_is_one_command_and_a_name_that_fails_stops_no_other(server, size):
     app, authority = secured(server)
-    hints = [line for line in app.first_push.out if 'sudo dockhand https secured' in line]
+    hints = [line for line in app.first_push.out if 'ssh git@HOST https secured' in line]
     assert len(hints) == 1, app.first_push.out
     on, lines = app.switched_on, app.switched_on.out.splitlines()
     assert on.status == 0 and len(lines) == 3, on
@@ -12568,7 +12579,7 @@ def test_real_two_apps_of_one_repository_are_two_folders_of_it(server, size):
     shop.commit(files)
     said = shop.push()
     assert said.status == 1 and re.search(
-        'no Dockerfile at the top of this commit, but in `web`: dockhand config front '
+        'no Dockerfile at the top of this commit, but in `web`: ssh git@HOST config front '
         '--next folder=web', said.err), said.err
 
     server.ok('dockhand config front folder=web && dockhand config api folder=services/api')
