@@ -781,6 +781,17 @@ def wait_for_lock(holder, patience, other):
             refuse_if(monotonic() > deadline, 'it took too long to wait for %s', other)
             time.sleep(0.2)
 
+def held_for(path):
+    """What somebody holds a lock for at this moment, in words; '' where nobody does."""
+    if not os.path.exists(path):
+        return ''
+    with open(path) as holder:
+        try:
+            fcntl.flock(holder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return ''
+        except EnvironmentError:
+            return holder.readline().strip() or 'another command'
+
 def attempt(title, function, *args):
     """Call a function; False where it fails, which is told under a title."""
     try:
@@ -5641,6 +5652,10 @@ class App(object):
     def build_folder(self):
         return self.host.path(STATE, 'build', self.name)
 
+    def held_for(self):
+        """What a push or a command holds its lock for at this moment, in words, or ''."""
+        return held_for(self.host.path(LOCKS, self.name))
+
     def empty_build_folder(self):
         """As the git user. Where there is none any more root may: rm follows no link."""
         self.host.run(['rm', '-rf', '--', self.build_folder()],
@@ -8829,7 +8844,10 @@ def describe_app(app, here):
         return dict(found, why=app.waiting_text())
 
     state = engine_of(app, live).state(live)
-    if state.alive:
+    held = app.held_for()
+    if held and not state.alive:
+        found.update(state='changing', why=held)
+    elif state.alive:
         found.update(state='running', why=state.past or None)
     elif app.is_stopped():
         found.update(state='stopped')
@@ -9384,6 +9402,8 @@ def sshd_problems(host):
 def app_problem(app):
     """What is wrong with an app, or nothing, and what to type: a row for `demand`."""
     live = app.live()
+    if app.held_for():                  # what is half done is no fault yet
+        return None, ''
     if app.linked('pending'):
         return 'a deploy of %s was interrupted' % app.name, 'sudo dockhand recover'
     if live is None:

@@ -5031,6 +5031,18 @@ def test_only_what_does_not_run_is_started(plain, capfd, act, harm):
     assert plain.running() == ['sha256:FROMone'] * 2
     assert not [line for line in plain.done if re.match('docker (stop|restart) .*blog--1$', line)]
 
+def test_what_is_under_way_is_no_fault(plain, capfd):
+    half_deployed(plain, 2, (ONE_TYPES, TWO_TYPES))
+    plain.containers['blog--1--worker']['State'].update(Running=False)
+    with dh.locked(plain.host.path(dh.LOCKS, 'blog'), 'a push of blog by anna'):
+        dh.cmd_apps(plain.host)
+        assert dh.app_problem(plain.app) == (None, '')
+    assert re.search('blog +changing .*  a push of blog by anna, since ',
+                     capfd.readouterr().out)
+    dh.cmd_apps(plain.host)
+    assert 'DOWN' in capfd.readouterr().out
+    assert 'was interrupted' in dh.app_problem(plain.app)[0]
+
 def test_apps_says_which_container_is_gone(plain, capfd):
     plain.lives(ONE_TYPES)
     del plain.containers['blog--1--worker']
