@@ -8578,27 +8578,20 @@ class LogReader(object):
         self.process = None
 
     def split(self, data):
-        """[Printed] of what docker wrote, what is left of it aside."""
+        """[Printed] of what docker wrote; what has not come whole is put aside."""
         found = []
         data = self.rest + data
         at = 0
-        while len(data) - at > STAMP:
-            time_text = data[at:at + STAMP]
-            end = data.find(b'\n', at + STAMP, at + STAMP + PIECE + 1) + 1
-            if not TIME.match(time_text):           # docker itself speaks
-                end = data.find(b'\n', at) + 1
-                if not end:
-                    break
-                at = end
-                continue
-            if not end and len(data) - at > STAMP + PIECE:
-                end = at + STAMP + PIECE
-            if not end:
-                break
-            text = data[at + STAMP:end]
-            found.append(Printed(time_text, text, self.begins))
-            self.begins = text.endswith(b'\n')
+        end = end_of_piece(data, at)
+        while end:
+            stamp = data[at:at + STAMP]
+            if TIME.match(stamp):                   # else docker itself speaks
+                text = data[at + STAMP:end]
+                found.append(Printed(stamp, text, self.begins))
+                self.begins = text.endswith(b'\n')
             at = end
+            end = end_of_piece(data, at)
+
         self.rest = data[at:]
         return found
 
@@ -8614,6 +8607,18 @@ class LogReader(object):
             return False
         self.at_last += 1
         return True
+
+def end_of_piece(data, at):
+    """Where what begins at a place of docker's output ends; 0 where that has not come
+    yet."""
+    begin = at + STAMP
+    if not TIME.match(data[at:begin]):
+        return data.find(b'\n', at) + 1
+
+    end = data.find(b'\n', begin, begin + PIECE + 1) + 1
+    if not end and len(data) > begin + PIECE:
+        return begin + PIECE
+    return end
 
 def printed_by(reader, number):
     """Each Printed of a reader until its end, so that they can be put in order."""
@@ -8665,7 +8670,7 @@ class Follower(object):
         for reader in self.readers:
             self.begin(reader, self.begun)
         try:
-            while not is_hung_up():
+            while not is_hung_up() and os.path.isdir(self.app.folder()):
                 self.show_some()
                 self.look_for_another()
         finally:
