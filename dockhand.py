@@ -10676,6 +10676,7 @@ FOREIGN = [
     ('exec|attach|enter:.*|bash|sh|shell|ssh|ps:exec', 'enter APP [COMMAND...]'),
     ('ssh-keys?(:.*)?|keys:.*|access(:.*)?|users?(:.*)?|members?(:.*)?|collaborators?.*',
      'keys, upload-key NAME [APP...], remove-key NAME'),
+    ('dockhand|gitreceive|sudo', 'the same without this word'),
     ('whoami|auth.*|login', 'ssh git@HOST, without a command'),
     ('version', '--version'), ('commands|usage|man', 'help'), ('nginx:.*', 'proxy APP'),
     ('storage(:.*)?|volumes?(:.*)?|mount',
