@@ -8695,21 +8695,24 @@ class Follower(object):
         self.older = [reader for reader in self.older if reader.process]
 
     def look_for_another(self):
-        """Go on to the release that is live now, and to what was started again."""
-        if self.app.linked_number('live') != self.number:
+        """Go on to the release that is live now, and to what was started again. What a new
+        one has printed is shown, even if it has ended by now."""
+        is_new = self.app.linked_number('live') != self.number
+        if is_new:
             live = self.app.live()
             if live is None:
                 return
             self.older += self.readers
             self.number = live.number
             self.readers = log_readers(self.app, live, self.title)
+
         ended = dict((reader.container, reader) for reader in self.readers
                      if reader.process is None)
         for container in self.app.docker.inspect(*ended) if ended else []:
-            if container['State']['Running']:
+            if is_new or container['State']['Running']:
                 reader = ended[container['Name'][1:]]
                 self.begin(reader, str(container['State']['StartedAt']))
-        if ended:
+        if ended and not is_new:
             self.app.host.clock.sleep(TURN)
 
 def log_readers(app, live, title):
