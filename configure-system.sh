@@ -4,8 +4,9 @@
 #   scp configure-system.sh dockhand.py root@HOST:
 #   ssh root@HOST sh configure-system.sh [--user NAME] [--local-name] [--demo]
 #
-# It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, certbot, cron, a static
-# busybox, a Python), starts it by whatever init is there, and runs `dockhand.py install` from beside it.
+# It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, certbot, cron,
+# goaccess, a static busybox, a Python), starts it by whatever init is there, and runs
+# `dockhand.py install` from beside it.
 # --local-name makes this host known as NAME.local to its neighbours, by avahi, which opens udp
 # ports. --demo then pushes a small app to this very host and removes it again. It asks nothing,
 # says only what it changes, and a second run changes nothing. For Ubuntu 12.04 and 14.04 (Upstart),

@@ -8830,9 +8830,12 @@ def enter(app, container, words, is_terminal):
 
 def kill_marked(host, mark):
     """Kill the processes that have a variable in their environment."""
-    for pid in os.listdir(host.path('/proc')):
-        if pid.isdigit() and mark in host.text('/proc', pid, 'environ').split('\0'):
-            os.kill(int(pid), signal.SIGKILL)
+    for pid in filter(str.isdigit, os.listdir(host.path('/proc'))):
+        try:
+            if mark in host.text('/proc', pid, 'environ').split('\0'):
+                os.kill(int(pid), signal.SIGKILL)
+        except EnvironmentError:        # it has ended by itself
+            pass
 
 def is_terminal():
     return os.isatty(0) and os.isatty(1)
