@@ -9954,7 +9954,9 @@ def start_live(app, live, is_restart=False):
     with undone_by(settle_or_stop, app, live):
         log_end = None              # of one that runs already the whole log is shown
         engine.end_stops(live)
-        down = live if is_restart else down_part(engine, live)
+        down = None
+        if is_restart or not engine.state(live).alive:      # or is started for ever
+            down = live if is_restart else down_part(engine, live) or live
         if down is not None:
             engine.stop(down)       # what is left of it holds its port and its name
             log_end = engine.log_end(live)

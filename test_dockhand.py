@@ -5031,6 +5031,20 @@ def test_only_what_does_not_run_is_started(plain, capfd, act, harm):
     assert plain.running() == ['sha256:FROMone'] * 2
     assert not [line for line in plain.done if re.match('docker (stop|restart) .*blog--1$', line)]
 
+def test_what_is_started_for_ever_is_stopped_before_it_is_started(tmpdir):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(FILES)
+    stopped = []
+    states = iter([dh.State(None, None, [], '', 'start/pre-start')] * 2)
+    state, stop = dh.Upstart.state, dh.Upstart.stop
+    dh.Upstart.state = lambda self, live: next(states, None) or state(self, live)
+    dh.Upstart.stop = lambda self, live: stopped.append(live.number) or stop(self, live)
+    try:
+        dh.cmd_start(machine.app)
+    finally:
+        dh.Upstart.state, dh.Upstart.stop = state, stop
+    assert stopped == [1]
+
 def test_what_is_under_way_is_no_fault(plain, capfd):
     half_deployed(plain, 2, (ONE_TYPES, TWO_TYPES))
     plain.containers['blog--1--worker']['State'].update(Running=False)
