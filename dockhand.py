@@ -8530,7 +8530,7 @@ def hang_up(host):
 
 STAMP = 31                      # bytes of the time before what docker kept, and a blank
 PIECE = 2 ** 14                 # bytes that it keeps as one: a longer line is several
-TIME = re.compile(br'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z \Z')
+TIME = br'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z \Z'
 TURN = 0.5                      # seconds until the live release is looked up again
 
 # What was printed at a time, to the end of its line or in pieces
@@ -8585,7 +8585,7 @@ class LogReader(object):
         end = end_of_piece(data, at)
         while end:
             stamp = data[at:at + STAMP]
-            if TIME.match(stamp):                   # else docker itself speaks
+            if re.match(TIME, stamp):               # else docker itself speaks
                 text = data[at + STAMP:end]
                 found.append(Printed(stamp, text, self.begins))
                 self.begins = text.endswith(b'\n')
@@ -8612,7 +8612,7 @@ def end_of_piece(data, at):
     """Where what begins at a place of docker's output ends; 0 where that has not come
     yet."""
     begin = at + STAMP
-    if not TIME.match(data[at:begin]):
+    if not re.match(TIME, data[at:begin]):
         return data.find(b'\n', at) + 1
 
     end = data.find(b'\n', begin, begin + PIECE + 1) + 1
