@@ -539,6 +539,10 @@ class Host(object):
         self.upstart = None             # what is_upstart found out
         self.asker = None               # the Asker of a command that came by ssh
 
+    def reach(self):
+        """The Reach of whoever asks, None for every app."""
+        return None if self.asker is None else self.asker.rights.apps
+
     def person(self):
         """Who runs a command: the name of a key; at the server the user of sudo or doas,
         or else root."""
@@ -984,8 +988,8 @@ def rights_of(keys, name):
                   any(rights.is_admin for rights in found))
 
 def check_rights(words):
-    """Words for a key's line as they are, or Failure: no letter of them may be one that a
-    shell reads, since sshd has one run the line's command."""
+    """Failure for words that may not stand in a key's line: no letter of them may be one
+    that a shell reads, since sshd has one run the line's command."""
     for word in words:
         if word in (ONLY_READS, IS_ADMIN):
             continue
@@ -993,7 +997,6 @@ def check_rights(words):
     rights = read_rights(words)
     refuse_if(rights.is_admin and (rights.apps or rights.only_reads), '--admin is for '
               'who manages every app: leave out what it is to be limited to')
-    return tuple(words)
 
 def rights_text(rights):
     """Rights in words."""
@@ -2280,9 +2283,10 @@ def read_options(text):
         refuse_if(option.name == 'label' and option.value.startswith('dockhand'),
                   'options: leave out `%s`: dockhand\'s own labels begin like this',
                   printable(option.value))
-        refuse_if(option.value.startswith('container:'), 'options: leave out `--%s=%s`: '
-                  'it reaches into another app, and ends with that', option.name,
-                  printable(option.value))
+        joins_another = option.value.startswith('container:')
+        refuse_if(option.name in ('pid', 'ipc') and joins_another, 'options: leave out '
+                  '`--%s=%s`: it reaches into another app, and ends with that',
+                  option.name, printable(option.value))
         is_number = re.match('[0-9]{1,4}\\Z', option.value)
         refuse_if(option.name == 'stop-timeout' and not is_number, 'options: '
                   '--stop-timeout wants a number of seconds, 9999 at most')
@@ -3878,7 +3882,7 @@ FRONTS = '''geo ${trusted} {{
 {lines}}}
 '''
 
-# A line of an app's log: nginx's own `combined`, then seconds, of the request and of the app
+# A line of an app's log: nginx's own `combined`, then seconds: in all, and of the app
 LOG_FORMAT = '''log_format dockhand_{app} '$dockhand_client - $remote_user [$time_local] '
     '"$request" $status $body_bytes_sent "$http_referer" "$http_user_agent" '
     '$request_time $upstream_response_time';
@@ -5136,11 +5140,11 @@ class Nginx(object):
             named.difference_update(files_made(file.directives))
 
         for path in sorted(named):
-            folder, log = os.path.split(path)
+            folder, own = os.path.split(path)
             if folder != NGINX_LOGS:
                 continue
             for name in list_folder(self.host.path(folder)):
-                if re.match(re.escape(log) + ROTATED, name):
+                if re.match(re.escape(own) + ROTATED, name):
                     remove_file(self.host.path(folder, name))
 
     def write(self, app, text, files):
@@ -5623,7 +5627,7 @@ def all_apps(host):
 
 def seen_apps(host):
     """Those of all_apps that whoever asks may know of."""
-    reach = None if host.asker is None else host.asker.rights.apps
+    reach = host.reach()
     return [name for name in all_apps(host) if reach is None or name in reach]
 
 HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back to
@@ -7963,8 +7967,8 @@ def check_mount(app, mount):
         ours = os.path.realpath(app.host.path(folder))
         refuse_if((path + '/').startswith(ours + '/'), 'options: %s is below %s, which '
                   'is no place for an app', printable(mount.source), folder)
-        holds_ours = (ours + '/').startswith(path.rstrip('/') + '/')
-        refuse_if(holds_ours and not mount.is_read_only, 'options: %s holds %s, which is '
+        is_above = (ours + '/').startswith(path.rstrip('/') + '/')
+        refuse_if(is_above and not mount.is_read_only, 'options: %s holds %s, which is '
                   'no place for an app to write', printable(mount.source), folder)
 
 def check_tree(app, commit):
@@ -8421,7 +8425,7 @@ def receive(host, hook, app_name='', key='', *arguments):
     if hook == 'check':
         return
     if hook == 'command':               # by the key that is named, for no app
-        return answer(host, check_key_name(app_name))
+        return answer_command(host, check_key_name(app_name))
     if not app_name or not key:
         raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(app_name)
@@ -8442,7 +8446,7 @@ def receive(host, hook, app_name='', key='', *arguments):
     known = Reach() if rights is None else rights.apps
     deploy(App(host, app_name, known), key, ref, old, new)
 
-def answer(host, name):
+def answer_command(host, name):
     """Run the command that a key's owner typed behind `ssh git@HOST`. Its rights are read
     from the file itself."""
     rights = rights_of(read_keys(host), name)
@@ -8695,8 +8699,8 @@ class Follower(object):
         self.older = [reader for reader in self.older if reader.process]
 
     def look_for_another(self):
-        """Go on to the release that is live now, and to what was started again. What a new
-        one has printed is shown, even if it has ended by now."""
+        """Go on to the release that is live now, and to what was started again. What a
+        new one has printed is shown, even if it has ended by now."""
         is_new = self.app.linked_number('live') != self.number
         if is_new:
             live = self.app.live()
@@ -9119,8 +9123,8 @@ GOACCESS = {'dockhand': '%h %^[%d:%t %^] "%r" %s %b "%R" "%u" %T %^',
             'combined': '%h %^[%d:%t %^] "%r" %s %b "%R" "%u"'}
 
 def access_logs(app, live):
-    """[(path, which of GOACCESS)] of the logs in which an app's requests are noted; Failure
-    where there is none, or one is written in a way of its own."""
+    """[(path, which of GOACCESS)] of the logs in which an app's requests are noted;
+    Failure where there is none, or one is written in a way of its own."""
     found = []
     parsed = app.nginx.parse(proxy_path(app.name), live.proxy or '')
     for directive in all_directives(parsed.directives):
@@ -9139,12 +9143,12 @@ def access_logs(app, live):
 
 def parts_of_log(host, path):
     """The files of a log, those that logrotate has made of it first, the oldest first."""
-    folder, log = os.path.split(path)
+    folder, own = os.path.split(path)
     names = [name for name in list_folder(host.path(folder))
-             if re.match(re.escape(log) + ROTATED, name)]
+             if re.match(re.escape(own) + ROTATED, name)]
 
     def newest_first(name):
-        number = re.search(r'[.-](\d+)', name[len(log):])
+        number = re.search(r'[.-](\d+)', name[len(own):])
         if number is None:
             return 0
         is_date = len(number.group(1)) == 8
@@ -9156,8 +9160,8 @@ def report(app, live):
     from subprocess import PIPE, Popen
     host = app.host
     path, kind = access_logs(app, live)[0]
-    refuse_if(not host.ask(['which', 'goaccess']).out.strip(), 'goaccess is missing here: '
-              'apt-get update; apt-get install goaccess')
+    refuse_if(not host.ask(['which', 'goaccess']).out.strip(), 'goaccess is missing '
+              'here: apt-get update; apt-get install goaccess')
     refuse_if(os.isatty(1), 'this is a page for a browser: dockhand report %s > %s.html',
               app.name, app.name)
 
@@ -10620,8 +10624,8 @@ def run_command(host, words):
         check_asker(host.asker, verb, given, options)
     refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + verb.name)
     if verb.pattern.startswith('APP'):
-        reach = None if host.asker is None else host.asker.rights.apps
-        return verb.function(App(host, given[0], reach), *given[1:], **options)
+        app = App(host, given[0], host.reach())
+        return verb.function(app, *given[1:], **options)
     return verb.function(host, *given, **options)
 
 def check_asker(asker, verb, given, options):

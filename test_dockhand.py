@@ -5109,6 +5109,7 @@ def test_a_branch_that_git_cannot_have_beside_others_is_refused(plain, branch, c
 def test_no_option_reaches_into_what_is_anothers(plain, options, said):
     assert said in refusal(dh.check_options, plain.app, options)
     dh.check_options(plain.app, '-v /:/host:ro --pid host')     # as a monitor wants it
+    dh.check_options(plain.app, '--add-host container:10.0.0.5')
 
 def test_a_line_of_a_procfile_may_be_too_long():
     assert 'Procfile:2: longer than 8000 characters: put that in a script' in refusal(
