@@ -43,7 +43,7 @@ import signal
 import stat
 import sys
 import time
-from collections import deque, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from contextlib import contextmanager
 from functools import partial
 
@@ -8872,8 +8872,8 @@ def describe_app(app, here):
     secured = app.host.certificates.secured(app.name, live.proxy or '')
     return dict(found, release=live.number, commit=live.commit, by=since['by'],
                 since=since['time'], address=address_text(live, here, secured),
-                processes=dict((kind, count) for kind, _, count in counted_types(live)
-                               if kind))
+                processes=OrderedDict(
+                    (kind, count) for kind, _, count in counted_types(live) if kind))
 
 def describe_release(release, live):
     """What `releases` shows of a release. live: the Release that is, or None"""
@@ -9036,7 +9036,7 @@ def app_line(found):
     said = [origin_text(found['commit'], found['by'], found['since']), found['address']]
     if found['why']:
         said.append(found['why'])
-    counts = ['%s=%d' % each for each in sorted(found['processes'].items())]
+    counts = ['%s=%d' % each for each in found['processes'].items()]
     if counts:
         said.append(' '.join(counts))
     return '%-16s %-8s %s' % (found['app'], found['state'], ' '.join(said[:2]) + ''.join(
@@ -10736,9 +10736,13 @@ def summary_of(verb):
 def show_verb(verb):
     """Print how a command is called, what it does, and who may have it."""
     tell('dockhand %s', ' '.join(filter(None, [verb.name, verb.pattern])))
-    tell('  %s', summary_of(verb))
-    for line in verb.function.__doc__.splitlines()[1:]:
-        tell('%s', line[2:].rstrip())
+    # Since Python 3.13 the text comes without its margin
+    import inspect
+    said = inspect.cleandoc(verb.function.__doc__).splitlines()
+    if said[1:]:
+        said.append('')
+    for line in said:
+        tell('%s', ('  ' + line).rstrip())
     who = WHO[verb.right]
     if verb.alone != verb.right:
         who += '; without more words ' + WHO[verb.alone]

@@ -11847,7 +11847,7 @@ def test_real_no_new_connection_fails_over_https_whatever_changes(server, size):
         took, _ = renew(server, authority, 'secured.test')
         time.sleep(1)
     figures = '%s; a new serial %.1f s after a renewal' % (load.check(), took)
-    assert load.requests() >= 2000 and took < 2, figures
+    assert load.requests() >= 2000 and took < 10, figures
     return figures
 
 # Has certbot think that a certificate ends soon, or as ever again
@@ -12736,7 +12736,7 @@ def test_real_what_a_line_of_a_crontab_prints_is_in_the_journal(servers):
 
     def missing():
         said = server.ok('journalctl -t dockhand/dotted.name -o cat').splitlines()
-        return set(['crontab:1: exit status 3', 'said', 'wrong']) - set(said)
+        return set(['crontab:1: exit status 3 (dotted.name--1)', 'said', 'wrong']) - set(said)
     assert until(missing, set()) == set()
     server.ok('dockhand destroy dotted.name --force')
 
