@@ -186,6 +186,33 @@ sys.path.insert(0, '{library}')
 import dockhand
 os._exit(dockhand.main({role!r}))
 '''
+# /usr/local/bin/dockhand. The start of a Python is a fourth of what a small push takes:
+# where it has nothing to decide it is left out.
+PROGRAM_TEXT = '''#!/bin/sh
+# dockhand. Where a key without limits pushes to a repository that is there, or fetches
+# from it, git has it at once, as `serve` would hand it over; all else is Python's.
+case "$1 $# ${{SSH_ORIGINAL_COMMAND:-}}" in
+"serve 2 git-receive-pack '"*".git'" | "serve 2 git-upload-pack '"*".git'")
+    LC_ALL=C
+    home={home}
+    verb=${{SSH_ORIGINAL_COMMAND%% *}}
+    app=${{SSH_ORIGINAL_COMMAND#*\\'}}
+    app=${{app#/}}
+    app=${{app%.git\\'}}
+    case $app$2 in
+    *[!a-z0-9.-]*) ;;
+    *)  # That the key came is noted too, for `dockhand keys`
+        umask 022
+        if [ -d "$home/$app.git" ] && {{ true >"$home/{uses}/$2"; }} 2>/dev/null; then
+            exec env -i {environment} \\
+                HOME="$home" DOCKHAND_APP="$app" DOCKHAND_KEY="$2" \\
+                GIT_PROTOCOL="${{GIT_PROTOCOL:-}}" SSH_CONNECTION="${{SSH_CONNECTION:-}}" \\
+                {git} "${{verb#git-}}" "$home/$app.git"
+        fi ;;
+    esac ;;
+esac
+exec {python} "$@"
+'''
 HOOK = '#!/bin/sh\nexec sudo -n %s %s "$DOCKHAND_APP" "$DOCKHAND_KEY" %s\n'
 HOOKS = [('update', HOOK % (RECEIVE, 'update', '"$@"')),
          ('post-receive', HOOK % (RECEIVE, 'post-receive', '"$SSH_CONNECTION"'))]
@@ -408,16 +435,7 @@ def with_rights_of(account, function, *args):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        try:
-            if signal.getsignal(signal.SIGTERM) is leave:
-                on_signals(signal.SIG_DFL)
-            become(account)
-            with os.fdopen(writing, 'wb') as answer:
-                answer.write(marshal.dumps(answer_of(function, *args)))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(0)
+        answer_as(account, writing, function, *args)
 
     os.close(writing)
     try:
@@ -435,6 +453,21 @@ def with_rights_of(account, function, *args):
         problem = 'it came to no end'
     refuse_if(problem, 'as the user %s: %s', account.name, problem)
     return result
+
+def answer_as(account, writing, function, *args):
+    """Take an Account's rights, call a function, write what it gives into a pipe, and
+    end this process."""
+    import marshal
+    try:
+        if signal.getsignal(signal.SIGTERM) is leave:
+            on_signals(signal.SIG_DFL)
+        become(account)
+        with os.fdopen(writing, 'wb') as answer:
+            answer.write(marshal.dumps(answer_of(function, *args)))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(0)
 
 def answer_of(function, *args):
     """(what a function gives, None), or (None, what it says is wrong)."""
@@ -5957,12 +5990,15 @@ def joined_state(states):
         alive = False
     elif all(state.alive for state in states):
         alive = True
-    return State(alive,
-                 tuple(state.identity for state in states),
-                 [port for state in states for port in state.ports],
-                 worst.health, (dead + states)[0].text, worst.check,
-                 [pid for state in states for pid in state.pids],
-                 '; '.join(state.past for state in states if state.past))
+    return State(
+        alive=alive,
+        identity=tuple(state.identity for state in states),
+        ports=[port for state in states for port in state.ports],
+        health=worst.health,
+        check=worst.check,
+        text=dead[0].text if dead else states[0].text,
+        pids=[pid for state in states for pid in state.pids],
+        past='; '.join(state.past for state in states if state.past))
 
 CHECK_LETTERS = 160             # of what a HEALTHCHECK prints: its end, as curl has it
 
@@ -9159,14 +9195,22 @@ def report(app, live):
     """Print GoAccess's page of an app's requests."""
     from subprocess import PIPE, Popen
     host = app.host
-    path, kind = access_logs(app, live)[0]
+    logs = access_logs(app, live)
+    kind = logs[0][1]
     refuse_if(not host.ask(['which', 'goaccess']).out.strip(), 'goaccess is missing '
               'here: apt-get update; apt-get install goaccess')
     refuse_if(os.isatty(1), 'this is a page for a browser: dockhand report %s > %s.html',
               app.name, app.name)
 
-    reader = Popen(['zcat', '-f', '--'] + parts_of_log(host, path), stdout=PIPE,
-                   env=ENVIRONMENT, close_fds=True)
+    parts = []
+    for path, other in logs:
+        if other == kind:
+            parts += parts_of_log(host, path)
+        else:
+            say('dockhand: what is noted in %s is not measured: it is in another format',
+                path)
+    reader = Popen(['zcat', '-f', '--'] + parts, stdout=PIPE, env=ENVIRONMENT,
+                   close_fds=True)
     drawer = Popen(['goaccess', '--no-global-config', '--no-progress',
                     '--log-format=' + GOACCESS[kind], '--date-format=%d/%b/%Y',
                     '--time-format=%H:%M:%S', '--html-report-title=' + app.name, '-'],
@@ -9195,7 +9239,8 @@ def installed_parts(host):
     parts = [
         Part(USER_FILE, host.user + '\n', 0o644),
         Part(LIBRARY + '/dockhand.py', source, 0o644),
-        Part(PROGRAM, launcher(role='dockhand'), 0o755),
+        Part(LIBRARY + '/dockhand', launcher(role='dockhand'), 0o755),
+        Part(PROGRAM, program_text(host), 0o755),
         Part(RECEIVE, launcher(role='receive'), 0o755),
         Part(TEMPLATE + '/config', REPOSITORY_CONFIG, 0o644),
         Part(SUDOERS, SUDOERS_TEXT.format(user=host.user, receive=RECEIVE,
@@ -9211,6 +9256,15 @@ def installed_parts(host):
     if os.path.isdir(host.path(CERTBOT)) and host.certificates.are_any():
         parts.append(Part(RENEWAL_HOOK, RENEWAL_HOOK_TEXT, 0o755))
     return parts + hooks_in(TEMPLATE)
+
+def program_text(host):
+    """The sh that PROGRAM is."""
+    environment = ['%s=%s' % (name, quote(value))
+                   for name, value in sorted(ENVIRONMENT.items()) if name != 'HOME']
+    between = ' \\\n' + 16 * ' '
+    return PROGRAM_TEXT.format(
+        home=quote(host.home()), uses=USES, environment=between.join(environment),
+        git=' '.join(GIT_SERVES), python=LIBRARY + '/dockhand')
 
 def installed_hooks(host):
     """Those of the repositories that are there already, as [Part]."""
@@ -9736,33 +9790,16 @@ def cmd_install(host, user=None):
         host.user = user if user == 'git' else check_app_name(user)
     demand(requirements(host))
 
-    changes = [ensure_user(host), ensure_token(host),
-               make_folder(host.path(STATE, 'apps')),
-               make_folder(host.path(STATE, 'build'), 0o700, host.account())]
-    if not os.path.isdir(host.path('/var/cache/nginx')):
-        changes.append(make_folder(host.path('/var/cache/nginx')))
-    changes.append(disable_default_site(host))
+    changed = ensure_account_and_folders(host)
+    changed |= install_parts(host)
+    hooks_changed, failed = install_hooks(host)
+    changed |= hooks_changed
 
-    def install_now(part):
-        changes.append(install_part(host, *part))
-
-    with host_lock(host, 'install'):        # one of them is nginx's, for all apps
-        for part in installed_parts(host):
-            install_now(part)
-    changes.append(renew_keys(host))
-    changes.append(replace_link(host.path(OLDER_NAME), PROGRAM))
-    changes.append(enable_at_boot(host))
-    changes.append(compile_script(host))
-    failed = [part.path for part in installed_hooks(host)
-              if not attempt(part.path, install_now, part)]
-
-    changed = any(changes)
     if changed or host.nginx.master() is None:
         host.nginx.reload()
     if changed:
         for name in list_apps(host):
             attempt(name, settle_again, App(host, name))
-    if changed:
         log('install by %s', host.person())
     demand([(sudo_problem(host), 'visudo')])
     if failed:
@@ -9776,6 +9813,37 @@ def cmd_install(host, user=None):
     else:
         tell('dockhand is installed; next: cat ~/.ssh/id_ed25519.pub | ssh THIS-HOST '
              '"sudo dockhand upload-key NAME"')
+
+def ensure_account_and_folders(host):
+    """Make the git user, and the folders that its apps want; True where one was new."""
+    changes = [ensure_user(host), ensure_token(host),
+               make_folder(host.path(STATE, 'apps')),
+               make_folder(host.path(STATE, 'build'), 0o700, host.account())]
+    if not os.path.isdir(host.path('/var/cache/nginx')):
+        changes.append(make_folder(host.path('/var/cache/nginx')))
+    return any(changes)
+
+def install_parts(host):
+    """Write our files, and have this machine start and read them; True where one was
+    new or another."""
+    changes = [disable_default_site(host)]
+    with host_lock(host, 'install'):        # one of them is nginx's, for all apps
+        for part in installed_parts(host):
+            changes.append(install_part(host, *part))
+    changes += [renew_keys(host), replace_link(host.path(OLDER_NAME), PROGRAM),
+                enable_at_boot(host), compile_script(host)]
+    return any(changes)
+
+def install_hooks(host):
+    """Write the hooks of the repositories that are there: (whether one was another, the
+    paths of those that could not be written)."""
+    changes = []
+
+    def install_now(part):
+        changes.append(install_part(host, *part))
+    failed = [part.path for part in installed_hooks(host)
+              if not attempt(part.path, install_now, part)]
+    return any(changes), failed
 
 def change_keys(host, change):
     """Make of the lines of authorized_keys what a function makes of them; they are given

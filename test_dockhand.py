@@ -7187,6 +7187,77 @@ def test_a_key_reaches_its_apps_and_nothing_else(plain, command, name, apps, sai
         assert said in refusal(dh.serve, plain.host, name, *apps.split())
     assert os.listdir(plain.host.path('/home/git')) == ['.ssh'] and plain.done == []
 
+@pytest.fixture(params=['sh', 'bash'])
+def program(request, plain):
+    """Call what sshd runs, with the words behind `serve`: (`git` or `python`, who got it;
+    its words; the names of its environment where it is git)."""
+    shell, home = request.param, plain.host.path('/home/git')
+    folder = plain.host.path('/usr/local/bin')
+    for name in ('git', 'python'):
+        plain.write('/usr/local/bin/' + name, '#!/bin/sh\necho %s\n'
+                    'for word; do echo "$word"; done\necho --\nenv\n' % name)
+        os.chmod(os.path.join(folder, name), 0o755)
+    plain.write('/home/git/.ssh/dockhand/anna', '')
+    plain.write('/home/git/blog.git/HEAD', '')
+    text = dh.program_text(plain.host).replace('/home/git', home)
+    text = text.replace('PATH=', 'PATH=%s:' % folder)
+    text = text.replace('exec ' + dh.LIBRARY + '/dockhand ', 'exec %s/python ' % folder)
+
+    def call(command, *words):
+        env = {'SSH_ORIGINAL_COMMAND': command, 'SSH_CONNECTION': '1.2.3.4 5 6.7.8.9 22',
+               'PATH': dh.ENVIRONMENT['PATH'], 'GIT_PROTOCOL': 'version=2',
+               'GIT_DIR': '/tmp', 'LC_CTYPE': 'C'}
+        asked = subprocess.Popen([shell, '-c', text, 'dockhand', 'serve'] + list(words),
+                                 env=env, stdout=subprocess.PIPE)
+        said = asked.communicate()[0].decode().replace(home, '/home/git')
+        assert asked.returncode == 0
+        (got, words), known = said.split('\n', 1), said.partition('\n--\n')[2]
+        known = [line.replace(folder + ':', '') for line in known.splitlines()
+                 if not line.startswith(('PWD=', '_=', 'SHLVL='))]
+        return got, words.partition('--\n')[0].splitlines(), sorted(known)
+    return call
+
+@pytest.mark.parametrize('command, verb', [
+    ("git-receive-pack 'blog.git'", 'receive-pack'),
+    ("git-receive-pack '/blog.git'", 'receive-pack'),
+    ("git-upload-pack 'blog.git'", 'upload-pack')])
+def test_git_gets_at_once_what_serve_would_hand_to_it(
+        program, plain, monkeypatch, command, verb):
+    came = plain.host.path('/home/git/.ssh/dockhand/anna')
+    os.utime(came, (1, 1))
+    got, words, known = program(command, 'anna')
+    assert os.stat(came).st_mtime > 1
+
+    handed = []
+    with ssh_command(command):
+        os.environ.update(SSH_CONNECTION='1.2.3.4 5 6.7.8.9 22', GIT_PROTOCOL='version=2')
+        try:
+            monkeypatch.setattr(os, 'execvpe', lambda *words: handed.extend(words))
+            dh.serve(plain.host, 'anna')
+        finally:
+            del os.environ['SSH_CONNECTION'], os.environ['GIT_PROTOCOL']
+    root = plain.host.path('/home/git')
+    assert ['git'] + words == [word.replace(root, '/home/git') for word in handed[1]]
+    assert known == sorted('%s=%s' % (name, value.replace(root, '/home/git'))
+                           for name, value in handed[2].items())
+    assert got == 'git' and verb in words
+
+@pytest.mark.parametrize('command, words', [
+    ("git-receive-pack 'new.git'", ['anna']), ("git-receive-pack 'blog'", ['anna']),
+    ("git-receive-pack 'blog.git'", ['anna', 'blog']), ("git-receive-pack 'blog.git'", []),
+    ("git-receive-pack 'blog.git'", ['anna', '--read-only']),
+    ("git-receive-pack 'blog.git'", ['../x']), ("git-upload-pack 'blog.git'", ['a/b']),
+    ("git-receive-pack '../git/blog.git'", ['anna']),
+    ("git-receive-pack 'x' 'blog.git'", ['anna']), ("git-receive-pack '.git'", ['anna']),
+    ("git-receive-pack '//blog.git'", ['anna']), ("git-receive-pack 'blog.git';id", ['anna']),
+    ("git-receive-pack '*.git'", ['anna']), ("git-receive-pack 'Blog.git'", ['anna']),
+    ("git-receive-pack '$HOME/blog.git'", ['anna']), ("git-upload-archive 'blog.git'", ['anna']),
+    ("git-receive-pack 'blog.git'\n", ['anna']), ("git-receive-pack '\nblog.git'", ['anna']),
+    ("x\ngit-receive-pack 'blog.git'", ['anna']), ('', ['anna']), ('apps', ['anna'])])
+def test_all_that_sshd_hands_over_besides_is_pythons(program, plain, command, words):
+    assert program(command, *words)[:2] == ('python', ['serve'] + words)
+    assert not os.path.exists(plain.host.path('/home/git/.ssh/x'))
+
 @table('words', r'''
     update
     update blog
@@ -7253,7 +7324,7 @@ HOOK = '#!/bin/sh\nexec sudo -n %s {0} "$DOCKHAND_APP" "$DOCKHAND_KEY"{1}\n' % R
 TEMPLATE = '/usr/local/lib/dockhand/template'
 INSTALLED = [
     ('/usr/local/lib/dockhand/user', '644', 'git\n'),
-    ('/usr/local/bin/dockhand', '755', LAUNCHER.format('dockhand')),
+    ('/usr/local/lib/dockhand/dockhand', '755', LAUNCHER.format('dockhand')),
     (RECEIVE, '755', LAUNCHER.format('receive')),
     ('/etc/sudoers.d/dockhand', '440', 'Defaults:git env_keep += "SSH_ORIGINAL_COMMAND '
      'SSH_CONNECTION"\ngit ALL=(root) NOPASSWD: %s\n' % RECEIVE),
@@ -10756,6 +10827,140 @@ def test_real_nginx_is_started_by_a_push_where_it_does_not_run(server):
         'shop', app.port)['nginx-proxy.conf'] + '# %s\n' % time.time()})
     assert app.answer() == 'nginx is back'
 
+# ---- A newcomer's road: what the README says is typed, and what it says comes ----------
+
+def typed_in(title):
+    """The pieces of text that the README has to be typed under a heading."""
+    with io.open(os.path.join(HERE, 'README.md'), encoding='utf-8') as file:
+        parts = file.read().partition('# %s\n' % title)[2].split('```\n')
+    pieces = []
+    for prose, piece in zip(parts[::2], parts[1::2]):
+        if re.search('(?m)^#', prose):
+            break
+        pieces.append(str(piece))
+    return pieces
+
+def shown_in(title):
+    """[(a command that is shown behind a `$`, the lines that it is said to print)]"""
+    pieces = [piece for piece in typed_in(title) if piece.startswith('$ ')]
+    return [(command.partition('\n')[0], command.partition('\n')[2].splitlines())
+            for piece in pieces for command in re.split(r'(?m)^\$ ', piece)[1:]]
+
+def shape(line):
+    """A line without what differs each time: ids, times, sizes, and whose server it is."""
+    line = re.sub(r'\b[0-9a-f]{10}\b', 'ID', line.replace('server.example.com', 'HOST'))
+    line = re.sub(r'\d{4}-\d\d-\d\d \d\d:\d\d', 'DATE', line)
+    line = re.sub(r'\d+(\.\d)? (MB|s|days)\b', r'SOME \2', line)
+    return ' '.join(line.split())
+
+def check_shown(lines, said):
+    """What came is what is shown; `[...]` stands for any lines."""
+    pattern = '\n'.join('(.+\n)*?.+' if 'remote: [...]' == shape(line) else
+                        re.escape(shape(line)) for line in said)
+    came = '\n'.join(shape(line) for line in lines.strip().splitlines())
+    assert re.match(pattern + r'\Z', came), '%s\n\nshown:\n%s' % (came, '\n'.join(said))
+
+class Laptop(object):
+    """Where a newcomer types: its ssh, scp and curl find the server under the name HOST."""
+
+    def __init__(self, server, folder):
+        self.folder, self.cwd = folder, os.path.join(folder, 'clone')
+        os.makedirs(os.path.join(folder, '.ssh'))
+        os.makedirs(os.path.join(folder, 'bin'))
+        os.mkdir(self.cwd)
+        for name in ('dockhand.py', 'configure-system.sh'):
+            with io.open(os.path.join(HERE, name), encoding='utf-8') as file:
+                write(os.path.join(self.cwd, name), file.read())
+        ports = [must(['docker', 'port', server.name, port]).rpartition(':')[2]
+                 for port in ('22', '80')]
+        config = os.path.join(folder, '.ssh', 'config')
+        write(config, 'Host HOST\n  HostName 127.0.0.1\n  Port %s\n  IdentityFile %s\n'
+              '  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n'
+              '  LogLevel ERROR\n' % (ports[0], os.path.join(folder, '.ssh', 'id_ed25519')))
+        for name, options in (('ssh', '-F ' + config), ('scp', '-F ' + config),
+                              ('curl', '--connect-to ::127.0.0.1:' + ports[1])):
+            path = os.path.join(folder, 'bin', name)
+            real = [each for each in ('/usr/bin/', '/bin/') if os.path.exists(each + name)]
+            write(path, '#!/bin/sh\nexec %s%s %s "$@"\n' % (real[0], name, options))
+            os.chmod(path, 0o755)
+        self.type("ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519\n"
+                  'git config --global user.name Newcomer\n'
+                  'git config --global user.email newcomer@example.com\n'
+                  'git config --global init.defaultBranch main')
+        server.ok('mkdir -p /root/.ssh && cat >>/root/.ssh/authorized_keys', stdin=self.type(
+            'cat ~/.ssh/id_ed25519.pub'))
+
+    def type(self, text, status=0):
+        """What comes of it; the next text is typed in the folder where this one ends."""
+        env = {'HOME': self.folder, 'PATH': os.path.join(self.folder, 'bin') + ':' +
+               os.environ['PATH'], 'LC_ALL': 'C'}
+        outcome = run(['sh', '-ec', '{ %s\n} 2>&1; pwd >"$HOME/cwd"' % text], seconds=500,
+                      cwd=self.cwd, env=env)
+        assert outcome.status == status, '%s\n%s' % (text, outcome.out)
+        if status == 0:
+            with open(os.path.join(self.folder, 'cwd')) as file:
+                self.cwd = file.read().strip()
+        return outcome.out
+
+def write(path, text):
+    with io.open(path, 'w', encoding='utf-8') as file:
+        file.write(text)
+
+@drill('upstart')
+def test_real_the_road_of_the_readme_leads_where_it_says(server, size):
+    """On a server with nothing but a base system, to which root's key leads."""
+    bare = Server('systemd', server.folder, '-road')
+    bare.control('boot', bare.kind)
+    try:
+        return walk(Laptop(bare, os.path.join(server.folder, 'laptop')))
+    finally:
+        bare.control('remove')
+
+def walk(laptop):
+    _, install, write_app, push, names, _ = typed_in('From nothing to a running app')[:6]
+    laptop.type(install)
+    laptop.type(write_app)
+    answered = laptop.type(push)
+    assert answered.endswith('Hello from a container'), answered
+    assert re.search(r"(?m)^remote: -----> hello: http://hello\.[0-9-]+\.sslip\.io/ answers 200|"
+                     "^remote: -----> hello answers 200: curl -H 'Host: hello' ", answered)
+
+    laptop.type(names)
+    laptop.type("sed -i 's/from/again from/' index.html && git commit -qam Again && "
+                'git push host HEAD:main')
+    assert laptop.type('curl -s -H "Host: example.com" http://HOST/') == (
+        'Hello again from a container')
+
+    # Each of these pushes fails, as shown
+    laptop.type("sed -i 's,\"/www\",\"/wwww\",' Dockerfile && git commit -qam Wrong")
+    (command, said), = shown_in('When it fails')
+    check_shown(laptop.type(command, status=1), said)
+    laptop.type("sed -i 's,/wwww,/www,; s/from/here from/' Dockerfile index.html && "
+                'git commit -qam Mended && git push host HEAD:main')
+    plan, _ = typed_in('Looking first, going back')
+    planned = laptop.type('git push host HEAD:plan', status=1)
+    check_shown('\n'.join(line for line in planned.splitlines() if re.match(
+        r'remote: (-----> What a push|       (nginx|ports|image|gap|space)|dockhand)', line)),
+        plan.splitlines())
+
+    for command, said in shown_in('Looking first, going back'):
+        check_shown(laptop.type(command), said)
+    assert laptop.type('curl -s -H "Host: www.example.com" http://HOST/') == (
+        'Hello again from a container')
+
+    keys, = typed_in('Keys, and what each may do')[:1]
+    laptop.type("for name in anna ci bob eve me; do ssh-keygen -q -t ed25519 -N '' -f $name; "
+                'done')
+    laptop.type(keys.replace('cat me.pub ', 'cat me.pub ~/.ssh/id_ed25519.pub '))
+    listed = laptop.type('ssh git@HOST keys')
+    assert [line.split()[0] for line in listed.splitlines()] == [
+        'me', 'anna', 'ci', 'bob', 'eve', 'me'], listed
+    laptop.type('printf "A=1\\n" >.env; echo x >secret; echo y >key.pem')
+    settings = typed_in('What the server knows: config')[0].replace('shop', 'hello')
+    assert 'API_KEY' in laptop.type(settings)
+    laptop.type('git clone -q git@HOST:hello again && ssh git@HOST doctor hello && '
+                'ssh git@HOST status hello && ssh git@HOST run hello /bin/busybox true')
+
 # ---- What will be tried: each ends in one line and changes nothing ---------------------
 
 def check_one_line(outcome, statuses=(1,)):
@@ -10874,20 +11079,81 @@ def test_real_the_requests_to_an_app_are_a_page(target):
               '>/dev/null; done')
     page = target.ssh('main', 'report asked')
     assert page.status == 0 and page.out.startswith('<!DOCTYPE html>'), page.err
-    counted = int(re.search('"total_requests": ?([0-9]+)', page.out).group(1))
+    counted = counted_in(page.out)['general']['total_requests']
     assert counted == int(target.ok('wc -l </var/log/nginx/asked.log')) >= 50
+
+def counted_in(page):
+    """What GoAccess has counted, as the page of it has that."""
+    return json.loads(re.search(r'json_data ?= ?(\{.*?\})\s*(?:;|</script>|\n)', page).group(1))
+
+# Lines as nginx writes them, of many clients, with what strangers like to ask for
+WRITE_LOG = r"""
+import random, sys, time
+random.seed(1)
+number, now = int(sys.argv[1]), time.time()
+paths = ['/', '/a%20b', '/index.html', '/api?q=1', '/wp-login.php', '/../../etc/passwd',
+         r'/\x22\x5C', '/%00', '/' + 'x' * 300, '/caf\xc3\xa9']
+agents = ['Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0', '-',
+          'curl/8.5.0', r'\x22<script>alert(1)</script>', 'Googlebot/2.1']
+with open('/var/log/nginx/counted.log', 'w') as log:
+    for at in range(number):
+        client = '2001:db8::%x' % random.randrange(99) if at % 7 == 0 else (
+            '198.51.100.%d' % random.randrange(1, 255))
+        when = time.strftime('%d/%b/%Y:%H:%M:%S +0000', time.gmtime(now - number + at))
+        took = random.random()
+        log.write('%s - - [%s] "%s %s HTTP/1.1" %d %d "-" "%s" %.3f %.3f\n' % (
+            client, when, random.choice(['GET', 'POST']), random.choice(paths),
+            random.choice([200, 200, 200, 304, 404, 502]), random.randrange(10 ** 5),
+            random.choice(agents), took, took))
+"""
+COUNT_LOG = r"""
+awk '{ lines++; bytes += $10; statuses[$9]++; clients[$1]++
+       if ($7 == "/index.html") pages++ }
+     END { for (client in clients) hosts++
+           for (status in statuses) print status, statuses[status]
+           print "lines", lines; print "bytes", bytes; print "hosts", hosts
+           print "pages", pages }' OFMT=%.0f CONVFMT=%.0f /var/log/nginx/counted.log
+"""
+
+@drill('systemd', 20000, 10 ** 6)
+def test_real_the_counts_of_a_report_are_those_of_awk(server, size):
+    app = Plain(server, 'counted')
+    app.deploy(app.files('a'))
+    server.ok('python3 -c "$1" "$2"', WRITE_LOG, str(size))
+    begun = time.time()
+    page = server.ssh('main', 'report counted')
+    took = time.time() - begun
+    assert page.status == 0, page.err
+    found = counted_in(page.out)
+    right = dict((name, int(count)) for name, count in (
+        line.split() for line in server.ok(COUNT_LOG).splitlines()))
+    general = found['general']
+    assert (general['total_requests'], general['bandwidth'], general['failed_requests']) == (
+        right['lines'], right['bytes'], 0) and right['lines'] == size
+    assert found['hosts']['metadata']['data']['unique'] == right['hosts'] or (
+        len(found['hosts']['data']) == right['hosts'])
+    statuses = dict((status['data'].split()[0], status['hits']['count'])
+                    for group in found['status_codes']['data'] for status in group['items'])
+    assert statuses == dict((name, count) for name, count in right.items() if name.isdigit())
+    pages = [each['hits']['count'] for kind in ('requests', 'static_requests')
+             for each in found[kind]['data'] if each['data'] == '/index.html']
+    assert sum(pages) == right['pages']
+    server.ok('dockhand destroy counted --force')
+    return '%d lines, a page of %d kB in %.1f s' % (size, len(page.out) // 1000, took)
 
 # What is asked by ssh of an app, with the right that it wants; each of these changes nothing
 # that matters, or is over soon
 BY_SSH = [
     ('apps', 'read'), ('status', 'read'), ('status {}', 'read'), ('logs {} -n 1', 'read'),
     ('releases {} --json', 'read'), ('config {}', 'read'), ('https', 'read'),
-    ('doctor {}', 'read'), ('run {} true', 'manage'), ('enter {} true', 'manage'),
-    ('config {} --values', 'manage'), ('config {} --unset A', 'manage'),
-    ('restart {}', 'manage'), ('stop {}', 'manage'), ('start {}', 'manage'),
+    ('proxy {}', 'read'), ('report {}', 'read'), ('doctor {}', 'read'),
+    ('run {} true', 'manage'), ('enter {} true', 'manage'), ('config {} A=1', 'manage'),
+    ('config {} --values', 'manage'), ('config {} --next timeout=50', 'manage'),
+    ('config {} --unset A', 'manage'), ('restart {}', 'manage'), ('stop {}', 'manage'),
+    ('start {}', 'manage'), ('rollback {}', 'manage'), ('rebuild {}', 'manage'),
     ('https {} --off', 'manage'), ('keys', 'admin'), ('doctor', 'admin'),
-    ('recover', 'admin'), ('remove-key nobody', 'admin'), ('install', 'root')]
-NOTHING_THERE = ('remove-key nobody', 'config {} --unset A')
+    ('upload-key nobody', 'admin'), ('remove-key nobody', 'admin'),
+    ('recover', 'admin'), ('install', 'root'), ('destroy {} --force', 'manage')]
 LIMITED = [((), 'read manage'), (('--read-only',), 'read'), (('asked',), 'read manage'),
            (('ask-', 'asked', '--read-only'), 'read'), (('--admin',), 'read manage admin')]
 DENIED = (r'dockhand: (the key "other" has no right to \S+: it may reach .*|\S+ is for (keys '
@@ -10914,16 +11180,16 @@ def test_real_each_command_by_ssh_wants_its_right_to_its_own_app(target, words, 
         target.apps['asked'] = app = Plain(target, 'asked')
         app.deploy(app.files('a'))
     target.app('shop')
-    is_limited = any(word[0] != '-' for word in words)
+    target.ok('curl -s -H "Host: asked.test" http://127.0.0.1/')        # for `report`
+    key, is_limited = public_key(target, 'fresh'), any(word[0] != '-' for word in words)
     with limited(target, *words):
         who = target.ssh('other')
         assert who.status == 0 and who.out.startswith('You are other, and may ')
         for command, right in BY_SSH:
-            asked = target.ssh('other', command.format('asked'))
+            asked = target.ssh('other', command.format('asked'),
+                               stdin=key if 'upload' in command else '')
             if right in rights.split():
-                expected = 1 if command in NOTHING_THERE else 0
-                assert asked.status == expected and not re.match(DENIED, asked.err), (
-                    command, asked)
+                assert asked.status == 0, (command, asked)
             else:
                 assert asked.status == 1 and re.match(DENIED, asked.err), (command, asked)
             if is_limited and '{}' in command:
@@ -10932,6 +11198,24 @@ def test_real_each_command_by_ssh_wants_its_right_to_its_own_app(target, words, 
                 assert foreign == missing._replace(
                     err=missing.err.replace('none', 'shop')), command
                 assert foreign.status == 1 and re.match(DENIED, foreign.err)
+    if 'manage' in rights.split():                      # the last one destroyed it
+        del target.apps['asked']
+
+def test_each_command_is_among_those_that_are_asked_by_ssh():
+    assert set(command.split()[0] for command, _ in BY_SSH) == set(
+        verb.name for verb in dh.COMMANDS)
+
+def test_the_table_of_the_readme_has_each_command_with_its_right():
+    with io.open(os.path.join(HERE, 'README.md'), encoding='utf-8') as file:
+        rows = file.read().partition('\n## Commands\n')[2].partition('\n### ')[0]
+    said, names = {}, {'manage': dh.CHANGE, 'read': dh.READ, 'admin': dh.ADMIN,
+                       'root': dh.ROOT}
+    for line in rows.splitlines():
+        match = re.match(r'\| (`.*?`) \| (\w+) \| ', line)
+        if match and match.group(2) in names:
+            for pattern in re.findall('`(.*?)`', match.group(1)):
+                said.setdefault(pattern.split()[0], set()).add(names[match.group(2)])
+    assert said == dict((verb.name, set([verb.right, verb.alone])) for verb in dh.COMMANDS)
 
 HOSTILE_BY_SSH = r'''apps; id
 apps $(id >/tmp/owned)

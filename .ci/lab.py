@@ -203,8 +203,8 @@ class Server(object):
         for alias in aliases:
             run(['ssh', '-F', self.config, '-O', 'exit', alias])
 
-    def ssh(self, *words):
-        return run(['ssh', '-F', self.config] + list(words))
+    def ssh(self, *words, **options):
+        return run(['ssh', '-F', self.config] + list(words), **options)
 
     def git(self, *words, **options):
         env = dict(os.environ, GIT_SSH_COMMAND='ssh -F ' + self.config,
