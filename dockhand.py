@@ -975,7 +975,7 @@ def judge_ref(ref, new, branch):
     if not ref.startswith('refs/heads/'):
         raise Failure('%s is refused: push a branch or a tag', printable(ref))
     if not new.strip('0'):
-        raise Failure('branches are not deleted here; to remove the app, on the server: '
+        raise Failure('branches are not deleted here; to remove the app: '
                       'sudo dockhand destroy APP')
 
     name = ref[len('refs/heads/'):]
