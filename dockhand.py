@@ -8591,7 +8591,7 @@ class LogReader(object):
         self.skipped = 0                # how much of that comes once more
 
     def begin(self, *words):
-        """Ask for it, with options of `docker logs`; from where it was left."""
+        """Ask for it, with options of `docker logs`; again, from where it was left."""
         from subprocess import PIPE, STDOUT, Popen
         argv = ['docker', 'logs', '--timestamps'] + list(words)
         if self.last:
@@ -8636,15 +8636,18 @@ class LogReader(object):
         return found
 
     def is_new(self, printed):
-        """Whether something was not given yet, in what comes once more."""
+        """Whether something was not given yet: docker is asked for all of the last
+        moment once more. It is noted as given."""
         if printed.time != self.last:
             self.last = printed.time
             self.at_last = 1
             self.skipped = 0
             return True
+
         if self.skipped:
             self.skipped -= 1
             return False
+
         self.at_last += 1
         return True
 
@@ -8661,9 +8664,10 @@ def end_of_piece(data, at):
     return end
 
 def printed_by(reader, number):
-    """Each Printed of a reader until its end, so that they can be put in order."""
-    for found in iter(reader.read, None):
-        for printed in found:
+    """Each Printed of a reader until its end, so that they can be put in order: by time,
+    and of one moment by the reader's number, since readers cannot be compared."""
+    for several in iter(reader.read, None):
+        for printed in several:
             yield printed.time, number, printed, reader
 
 def show_printed(printed, reader):
@@ -8689,9 +8693,9 @@ def show_logs(readers, words):
     import heapq
     for reader in readers:
         reader.begin(*words)
-    printed = [printed_by(reader, number) for number, reader in enumerate(readers)]
-    for _, _, each, reader in heapq.merge(*printed):
-        show_printed(each, reader)
+    all_printed = [printed_by(reader, number) for number, reader in enumerate(readers)]
+    for _, _, printed, reader in heapq.merge(*all_printed):
+        show_printed(printed, reader)
 
 class Follower(object):
     """Prints what the processes of an app print, of one release after the other, until
@@ -8705,10 +8709,11 @@ class Follower(object):
         self.readers = readers
         self.begun = begun
         self.older = []                 # readers of what was live, until it has ended
+        self.known = dict((reader.container, reader) for reader in readers)
 
     def follow(self):
         for reader in self.readers:
-            self.begin(reader, self.begun)
+            self.begin(reader)
         try:
             while not is_hung_up() and os.path.isdir(self.app.folder()):
                 self.show_some()
@@ -8717,21 +8722,29 @@ class Follower(object):
             for reader in self.readers + self.older:
                 reader.end()
 
-    def begin(self, reader, since):
-        reader.begin('--follow', *[] if reader.last else ['--since=' + since])
+    def begin(self, reader):
+        """Have a reader go on from what it gave last. If it gave nothing yet, all is new
+        that was printed since we are here: that a container is started docker notes too
+        late, when its first lines may have been printed."""
+        if reader.last:
+            reader.begin('--follow')
+        else:
+            reader.begin('--follow', '--since=' + self.begun)
 
     def show_some(self):
         """Print what comes within a turn."""
-        readers = dict((reader.process.stdout.fileno(), reader)
-                       for reader in self.readers + self.older if reader.process)
+        followed = dict((reader.process.stdout.fileno(), reader)
+                        for reader in self.readers + self.older if reader.process)
         poll = select.poll()
-        for fd in readers:
+        for fd in followed:
             poll.register(fd, select.POLLIN)
         poll.register(1, 0)             # it ends the turn where nobody reads
+
         for fd, _ in poll.poll(TURN * 1000):
-            if fd in readers:
-                for printed in readers[fd].read() or []:
-                    show_printed(printed, readers[fd])
+            reader = followed.get(fd)
+            printed_now = reader.read() if reader else None
+            for printed in printed_now or []:
+                show_printed(printed, reader)
         self.older = [reader for reader in self.older if reader.process]
 
     def look_for_another(self):
@@ -8742,26 +8755,38 @@ class Follower(object):
             live = self.app.live()
             if live is None:
                 return
-            self.older += self.readers
-            self.number = live.number
-            self.readers = log_readers(self.app, live, self.title)
+            self.turn_to(live)
 
         ended = dict((reader.container, reader) for reader in self.readers
                      if reader.process is None)
-        for container in self.app.docker.inspect(*ended) if ended else []:
+        if not ended:
+            return
+        for container in self.app.docker.inspect(*ended):
             if is_new or container['State']['Running']:
-                reader = ended[container['Name'][1:]]
-                self.begin(reader, str(container['State']['StartedAt']))
-        if ended and not is_new:
+                self.begin(ended[container['Name'][1:]])
+        if not is_new:
             self.app.host.clock.sleep(TURN)
+
+    def turn_to(self, live):
+        """Read another release from now on; what was read is read to its end. Where it
+        was live before, its readers know what they have given."""
+        left = self.readers
+        self.number = live.number
+        self.readers = [self.known.setdefault(reader.container, reader)
+                        for reader in log_readers(self.app, live, self.title)]
+        self.older = [reader for reader in self.older + left
+                      if reader not in self.readers]
 
 def log_readers(app, live, title):
     """The [LogReader] of a release's processes: those that are called so, or all."""
+    readers = []
     processes = engine_of(app, live).logged(live)
-    is_one = len(processes) == 1
-    return [LogReader('' if is_one else title_of(process), process.name)
-            for process in processes
-            if title in (None, title_of(process), process.type or 'web')]
+    for process in processes:
+        own_title = title_of(process)
+        if title in (None, own_title, process.type or 'web'):
+            shown_title = own_title if len(processes) > 1 else ''
+            readers.append(LogReader(shown_title, process.name))
+    return readers
 
 # ---- One-off commands: run, and enter --------------------------------------------------
 # A command of a person's in a container of its own, of the live release, or in one that

@@ -9566,6 +9566,34 @@ def test_what_comes_once_more_is_shown_once(given, again):
     shown += split(reader, b''.join(lines) + stamped(2, b'd\n'), 99)
     assert b''.join(each.text[:1] for each in shown) == b'abcd'
 
+def test_of_a_new_release_all_is_followed_and_of_an_old_one_what_was_not_shown(
+        plain, monkeypatch):
+    """docker says that a container is started after it may have printed."""
+    begun = []
+
+    def begin(reader, *words):
+        begun.append((reader.container,) + words)
+        reader.process = True
+    monkeypatch.setattr(dh.LogReader, 'begin', begin)
+    plain.lives(ONE_WEB)
+    live = plain.app.live()
+    first, = readers = dh.log_readers(plain.app, live, None)
+    follower = dh.Follower(plain.app, live, None, readers, 'T0')
+
+    plain.push(TWO_WEB)
+    follower.look_for_another()
+    assert begun == [('blog--2', '--follow', '--since=T0')] and follower.older == [first]
+
+    first.last, first.process = b'T1', None
+    dh.cmd_rollback(plain.app)
+    follower.look_for_another()
+    assert begun[1:] == [('blog--1', '--follow')]
+    assert follower.readers == [first] and first not in follower.older
+
+    first.last, first.process = b'', None
+    follower.look_for_another()
+    assert begun[2:] == [('blog--1', '--follow', '--since=T0')]
+
 @pytest.mark.parametrize('text, said', [
     ('30m', '30m'), ('2d', '48h'), ('2026-01-31', '2026-01-31'),
     ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z')])
@@ -12765,6 +12793,7 @@ def test_real_logs_go_on_over_deploys_and_end_with_their_reader(server, size):
     found, lines = counted(heard[0].decode()), 0
     assert sorted(found) == sorted('r%d' % turn for turn in range(size + 1))
     for mark, numbers in found.items():
+        assert numbers[0] == 1 or mark == 'r0', mark
         starts = [at for at, number in enumerate(numbers) if number == 1]
         for begin, end in zip([0] + starts, starts + [len(numbers)]):
             part = numbers[begin:end]
