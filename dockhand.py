@@ -5622,11 +5622,14 @@ class Certificates(object):
         if any(os.path.lexists(path) for path in remains):
             self.host.run(['rm', '-rf', '--'] + remains)
 
+    def has_certificate(self, name):
+        """Whether there is a certificate for a name, in use or to be renewed."""
+        return (os.path.lexists(self.host.path(self.path(name)))
+                or os.path.lexists(self.renewal_conf(name)))
+
     def has_anything(self, name):
         """Whether there is anything for a name that would have to go with it."""
-        return any(map(os.path.lexists, (
-            self.host.path(self.path(name)), self.failed_path(name),
-            self.renewal_conf(name))))
+        return self.has_certificate(name) or os.path.lexists(self.failed_path(name))
 
     def give_back(self, name):
         """Remove all that there is for a name; Failure where certbot cannot now."""
@@ -7033,8 +7036,9 @@ def give_certificates_back(app, names, staying=()):
         if other != app.name:
             leaving.difference_update(full_names(App(app.host, other)))
     for name in sorted(leaving):
-        step('%s has no release with the name %s any more: its certificate goes',
-             app.name, name)
+        if certificates.has_certificate(name):      # else there was but a failed try
+            step('%s has no release with the name %s any more: its certificate goes',
+                 app.name, name)
         attempt('the certificate of %s stays' % name, certificates.give_back, name)
 
 def worth_keeping(releases):
@@ -8503,8 +8507,13 @@ class Asker(namedtuple('Asker', 'name rights')):
 
     def may(self, right):
         """Whether the rights go so far. right: READ, CHANGE, ADMIN or ROOT"""
-        return (right == READ or right == CHANGE and not self.rights.only_reads
-                or right == ADMIN and self.rights.is_admin)
+        if right == READ:
+            return True
+        if right == CHANGE:
+            return not self.rights.only_reads
+        if right == ADMIN:
+            return self.rights.is_admin
+        return False                    # nobody is root from afar
 
     def check_may(self, right, what):
         """Failure where they do not."""
@@ -8516,16 +8525,19 @@ class Asker(namedtuple('Asker', 'name rights')):
 
 GREETING = '''You are {name}, and {rights}.
 
-  git push git@{host}:NAME main    deploys the repository that you are in as NAME
-  ssh git@{host} apps              what runs here
-  ssh git@{host} logs NAME -f      what an app prints
+  {first}
+  ssh git@HOST apps                   what runs here
+  ssh git@HOST logs NAME -f           what an app prints
 
-ssh git@{host} help lists all commands.'''
+ssh git@HOST help lists all commands.'''
+PUSH_FIRST = 'git push git@HOST:NAME HEAD:main    deploys the commit that you are on as NAME'
+CLONE_FIRST = 'git clone git@HOST:NAME             fetches what an app is made of'
 
 def greet(host):
     """Say who somebody is that came without a command, and what comes first."""
     asker = host.asker
-    tell(GREETING.format(name=asker.name, rights=rights_text(asker.rights), host='HOST'))
+    first = PUSH_FIRST if asker.may(CHANGE) else CLONE_FIRST
+    tell(GREETING.format(name=asker.name, rights=rights_text(asker.rights), first=first))
     there = seen_apps(host)
     if there:
         tell('\nHere now: %s', ' '.join(there))
@@ -9529,7 +9541,7 @@ def problems_of(app):
     live = app.live()
     if live is None:
         return [('%s was never live; it waits %s' % (app.name, app.waiting_text()),
-                 'git push git@HOST:%s main' % app.name)]
+                 'git push git@HOST:%s HEAD:main' % app.name)]
 
     rows = [memory_problem(app, live), app_problem(app), health_problem(app, live),
             place_problem(app, live), room_problem(app), nginx_problem(host)]
@@ -10099,15 +10111,23 @@ def cmd_enter(app, *words):
     """
     live = app.must_be_live()
     processes = engine_of(app, live).logged(live)
-    names = dict((title_of(process), process.name) for process in processes)
-    if words and words[0] in names:
-        return enter(app, names[words[0]], list(words[1:]), is_terminal())
-    if processes:
-        return enter(app, processes[0].name, list(words), is_terminal())
+    containers = OrderedDict((title_of(process), process.name) for process in processes)
+    inside = list(words)
+    if words and words[0] in containers:
+        title = inside.pop(0)
+    elif containers:
+        title = list(containers)[0]
+    else:                               # of init's the name is not ours
+        running = app.docker.running(live.image)
+        refuse_if(not running, '%s does not run', app.name)
+        return enter(app, running[0]['Id'], inside, is_terminal())
 
-    running = app.docker.running(live.image)
-    refuse_if(not running, '%s does not run', app.name)
-    return enter(app, running[0]['Id'], list(words), is_terminal())
+    name = containers[title]
+    is_running = any(container['State']['Running']
+                     for container in app.docker.inspect(name))
+    refuse_if(not is_running, '%s of %s does not run: see dockhand status %s', title,
+              app.name, app.name)
+    return enter(app, name, inside, is_terminal())
 
 @command('restart', 'APP', CHANGE)
 def cmd_restart(app):
@@ -10702,7 +10722,7 @@ def run_command(host, words):
     """Run what a person typed after `dockhand`; or Usage."""
     if not words or words[0] in ('help', '-h', '--help'):
         return show_help(host, words[1:])
-    if words == ['--version']:
+    if words in (['version'], ['--version']):   # ssh takes the second for its own
         return tell('dockhand %s, Python %d.%d.%d', version_text(), *sys.version_info[:3])
 
     verb = verb_of(words[0])
@@ -10730,7 +10750,12 @@ def check_asker(asker, verb, given, options):
     least = re.sub(r'\[.*?\]', '', verb.pattern).split()
     more = set(options) - set(['json', 'quiet'])        # how it is told, not what
     is_alone = len(given) == len(least) and not more
-    asker.check_may(verb.alone if is_alone else verb.right, verb.name)
+    if not is_alone:
+        asker.check_may(verb.right, verb.name)
+    elif asker.may(verb.right):         # of an app, that is
+        asker.check_may(verb.alone, verb.name + ' without APP')
+    else:
+        asker.check_may(verb.alone, verb.name)
 
 def typed_by_ssh(text):
     """What is said to somebody who came by ssh: commands that a key may have as they are
@@ -10764,7 +10789,7 @@ FOREIGN = [
     ('ps|ls|list|apps:list|apps:ls|apps:report', 'apps'),
     ('ps:(inspect|report)|info|apps:info|describe|show|inspect|stats|top', 'status APP'),
     ('(apps|app):(create|new)|create|init|new|deploy|push|launch',
-     'git push git@HOST:NAME main, which makes the app NAME'),
+     'git push git@HOST:NAME HEAD:main, which makes the app NAME'),
     ('(apps|app):(destroy|delete|remove)|delete|remove|rm|drop', 'destroy APP'),
     ('domains?(:.*)?|hosts?', 'config APP domains="NAME..."'),
     ('ports?(:.*)?|proxy:ports.*', 'config APP port=N'),
@@ -10783,7 +10808,7 @@ FOREIGN = [
      'keys, upload-key NAME [APP...], remove-key NAME'),
     ('dockhand|gitreceive|sudo', 'the same without this word'),
     ('whoami|auth.*|login', 'ssh git@HOST, without a command'),
-    ('version', '--version'), ('commands|usage|man', 'help'), ('nginx:.*', 'proxy APP'),
+    ('commands|usage|man', 'help'), ('nginx:.*', 'proxy APP'),
     ('storage(:.*)?|volumes?(:.*)?|mount',
      'VOLUME in the Dockerfile, or config APP options="-v ..."'),
     ('maintenance(:.*)?', 'stop APP, which answers 503 meanwhile')]
@@ -10814,10 +10839,14 @@ def show_help(host, names):
 
     tell('dockhand: git push deploys anything that fits in a container\n')
     for verb in COMMANDS:
-        if host.asker is None or host.asker.may(verb.alone):
+        if may_use(host.asker, verb):
             tell('  %-33s %s', verb.name + ' ' + plain_pattern(verb), summary_of(verb))
     tell('  %-33s %s', 'help [COMMAND]', 'this list, or all of one')
-    tell('  %-33s %s', '--version', 'which dockhand this is')
+    tell('  %-33s %s', 'version', 'which dockhand this is')
+
+def may_use(asker, verb):
+    """Whether somebody may have a command, be it for an app or be it without one."""
+    return asker is None or asker.may(verb.right) or asker.may(verb.alone)
 
 def plain_pattern(verb):
     """What a command is about, without its options."""
