@@ -8457,34 +8457,42 @@ def make_repository(host, folder):
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
 
-def receive(host, hook, app_name='', key='', *arguments):
-    """Run as root by a repository's hooks, `update` and `post-receive`; `check` is how
-    sudo_problem tries sudo; the exit status.
-    arguments: of the update hook, a ref and its old and new commit; of the other one, the
-    addresses of the ssh connection (older hooks have none)"""
-    if hook == 'check':
-        return
-    if hook == 'command':               # by the key that is named, for no app
-        return answer_command(host, check_key_name(app_name))
-    if not app_name or not key:
-        raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
-    check_app_name(app_name)
-    check_key_name(key)
+def receive(host, what, name='', key='', *arguments):
+    """Run as root for the git user; the exit status, None for 0.
+    what: `update` and `post-receive` are a repository's hooks, with the name of its app,
+    a key and what git or sshd said; `command` is what the key `name` asks for by ssh;
+    `check` is nothing, to see whether sudo lets it through"""
+    if what == 'check':
+        return None
+    if what == 'command':
+        return answer_command(host, check_key_name(name))
 
-    if hook == 'post-receive':
-        said = ' '.join(arguments)
-        if not re.match(r'(\S+ \d+ \S+ \d+)?\Z', said):
-            raise Failure('this is for the hooks of a repository')
-        after_push(App(host, app_name), parse_connection(said))
-        return
-    if hook != 'update' or len(arguments) != 3:
-        raise Failure('this is for the hooks of a repository')
-    ref, old, new = arguments
+    if not name or not key:
+        raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
+    check_app_name(name)
+    check_key_name(key)
+    if what == 'update' and len(arguments) == 3:
+        return receive_update(host, name, key, *arguments)
+    if what == 'post-receive':
+        return receive_after_push(host, name, ' '.join(arguments))
+    raise Failure(FOR_HOOKS)
+
+FOR_HOOKS = 'this is for the hooks of a repository'
+
+def receive_update(host, app_name, key, ref, old, new):
+    """Deploy what the update hook is asked about: a ref, its commit and the new one."""
     if not OBJECT_ID.match(old) or not OBJECT_ID.match(new):
-        raise Failure('this is for the hooks of a repository')
+        raise Failure(FOR_HOOKS)
     rights = rights_of(read_keys(host), key)
     known = Reach() if rights is None else rights.apps
     deploy(App(host, app_name, known), key, ref, old, new)
+
+def receive_after_push(host, app_name, said):
+    """What follows a push. said: the four words of the ssh connection by which it came;
+    older hooks say nothing"""
+    if not re.match(r'(\S+ \d+ \S+ \d+)?\Z', said):
+        raise Failure(FOR_HOOKS)
+    after_push(App(host, app_name), parse_connection(said))
 
 def answer_command(host, name):
     """Run the command that a key's owner typed behind `ssh git@HOST`. Its rights are read
@@ -8530,7 +8538,7 @@ GREETING = '''You are {name}, and {rights}.
   ssh git@HOST logs NAME -f           what an app prints
 
 ssh git@HOST help lists all commands.'''
-PUSH_FIRST = 'git push git@HOST:NAME HEAD:main    deploys the commit that you are on as NAME'
+PUSH_FIRST = 'git push git@HOST:NAME HEAD:main    deploys what you have committed as NAME'
 CLONE_FIRST = 'git clone git@HOST:NAME             fetches what an app is made of'
 
 def greet(host):
@@ -8914,7 +8922,8 @@ def kill_marked(host, mark):
         except EnvironmentError:        # it has ended by itself
             pass
 
-def is_terminal():
+def has_terminal():
+    """Whether a person types here and reads: `ssh -t` gives one too."""
     return os.isatty(0) and os.isatty(1)
 
 # ---- Status: what is so at this moment -------------------------------------------------
@@ -9106,14 +9115,15 @@ def app_line(found):
     """A line of `apps`. found: as describe_app gives it"""
     if found['state'] == 'waiting':
         return '%-16s %-8s %s' % (found['app'], 'waiting', found['why'])
-    said = [origin_text(found['commit'], found['by'], found['since']), found['address']]
+
+    origin = origin_text(found['commit'], found['by'], found['since'])
+    said = ['%s %s' % (origin, found['address'])]
     if found['why']:
         said.append(found['why'])
-    counts = ['%s=%d' % each for each in found['processes'].items()]
+    counts = ['%s=%d' % pair for pair in found['processes'].items()]
     if counts:
         said.append(' '.join(counts))
-    return '%-16s %-8s %s' % (found['app'], found['state'], ' '.join(said[:2]) + ''.join(
-        '  ' + part for part in said[2:]))
+    return '%-16s %-8s %s' % (found['app'], found['state'], '  '.join(said))
 
 def status_lines(found, now):
     """What `status APP` prints. found: as describe_status gives it"""
@@ -9220,13 +9230,16 @@ def parts_of_log(host, path):
     names = [name for name in list_folder(host.path(folder))
              if re.match(re.escape(own) + ROTATED, name)]
 
-    def newest_first(name):
+    def age(name):
+        """0 for the log itself; of others a number that is larger the older they are:
+        logrotate counts up from 1, or, where it is told to, appends the day."""
         number = re.search(r'[.-](\d+)', name[len(own):])
         if number is None:
             return 0
-        is_date = len(number.group(1)) == 8
-        return int(number.group(1)) if not is_date else 10 ** 8 - int(number.group(1))
-    return [host.path(folder, name) for name in sorted(names, key=newest_first)][::-1]
+        digits = number.group(1)
+        is_day = len(digits) == 8
+        return 10 ** 8 - int(digits) if is_day else int(digits)
+    return [host.path(folder, name) for name in sorted(names, key=age, reverse=True)]
 
 def report(app, live):
     """Print GoAccess's page of an app's requests."""
@@ -9267,10 +9280,11 @@ def script_path():
 Part = namedtuple('Part', 'path text mode')         # of an installation
 
 def installed_parts(host):
-    """Every file that `install` writes but for the token, as [Part]. The launchers
-    neither collect garbage nor take the interpreter down, which saves 7 of a start's 30
-    ms: nothing is lost, since all that is printed was written by os.write."""
+    """Every file that `install` writes but for the token, as [Part]."""
     source = read_file(script_path())
+
+    # Launchers neither collect garbage nor take the interpreter down, which saves 7 of a
+    # start's 30 ms: nothing is lost, since all that is printed was written by os.write.
     launcher = partial(LAUNCHER.format, python=sys.executable, library=LIBRARY,
                        flags='-Es' if PYTHON_2 else '-IS')
     parts = [
@@ -9377,6 +9391,8 @@ def enabled_scripts(host):
 PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
             ('visudo', 'sudo'), ('useradd', 'passwd'), ('ss', 'iproute2'))
+
+WELL = ('', '')                 # a row for `demand` of what is as it should be
 
 def demand(rows):
     """Tell every problem, of [(what is wrong or nothing, what to type)]; Failure then."""
@@ -9509,11 +9525,11 @@ def app_problem(app):
     """What is wrong with an app, or nothing, and what to type: a row for `demand`."""
     live = app.live()
     if app.held_for():                  # what is half done is no fault yet
-        return None, ''
+        return WELL
     if app.linked('pending'):
         return 'a deploy of %s was interrupted' % app.name, 'sudo dockhand recover'
     if live is None:
-        return None, ''
+        return WELL
 
     if not app.docker.inspect(image_tag(live)):
         return 'the image of %s is gone' % app.name, 'sudo dockhand rebuild ' + app.name
@@ -9556,23 +9572,26 @@ def memory_problem(app, live):
     killed = set(container['Name'][1:] for container in there
                  if container['State'].get('OOMKilled'))
     titles = [title_of(process) for process in processes if process.name in killed]
-    more = 'dockhand config %s options="--memory 1g", or a server with more' % app.name
-    return (titles and '%s of %s was out of memory, and the kernel killed it'
-            % (' '.join(titles), app.name), more)
+    if not titles:
+        return WELL
+    return ('%s of %s was out of memory, and the kernel killed it'
+            % (' '.join(titles), app.name),
+            'dockhand config %s options="--memory 1g", or a server with more' % app.name)
 
 def health_problem(app, live):
     """What a HEALTHCHECK says against an app, as a row for `demand`."""
     if app.is_stopped():
-        return '', ''
+        return WELL
     state = engine_of(app, live).state(live)
-    unwell = state.alive and state.health not in ('', 'healthy')
+    if not state.alive or state.health in ('', 'healthy'):
+        return WELL
     said = 'the HEALTHCHECK of %s says %s' % (app.name, state.health)
-    return unwell and and_then(said, state.check), 'dockhand logs ' + app.name
+    return and_then(said, state.check), 'dockhand logs ' + app.name
 
 def place_problem(app, live):
     """Whether an app listens where nothing reaches it, as a row for `demand`."""
     if live.job or app.is_stopped():
-        return '', ''
+        return WELL
     alone, open_ports = listening_ports(app.host, engine_of(app, live).state(live).pids)
     if live.port and live.port not in open_ports and live.port in alone:
         return ('%s listens on 127.0.0.1:%d alone' % (app.name, live.port),
@@ -9581,21 +9600,23 @@ def place_problem(app, live):
         return ('%s listens on %d, and nginx passes nothing to it'
                 % (app.name, open_ports[0]),
                 'dockhand config %s port=%d (or port=none)' % (app.name, open_ports[0]))
-    return '', ''
+    return WELL
 
 def room_problem(app):
     """Whether the disk is too full for a push, as a row for `demand`."""
     folder = app.docker.images_folder()
     left = min(free_bytes(app.host, path) for path in (folder, STATE)
                if os.path.exists(app.host.path(path))) // 1000000
-    said = '%d MB of the disk are free: a push wants %d' % (left, SPACE)
-    return left < SPACE and said, 'docker system df; docker system prune'
+    if left >= SPACE:
+        return WELL
+    return ('%d MB of the disk are free: a push wants %d' % (left, SPACE),
+            'docker system df; docker system prune')
 
 def crontab_problem(app, live):
     """Why cron does not run the lines of a live app, or nothing, and what to type: a row
     for `demand`."""
     if not live.crontab:
-        return '', ''
+        return WELL
     problem, remedy = cron_missing(app.host)
     if problem:
         return 'the crontab of %s does not run: %s' % (app.name, problem), remedy
@@ -9608,7 +9629,7 @@ def crontab_problem(app, live):
     if app.host.text(path) != render_cron_file(live):
         return (path + ' was changed on the server: the next push will be refused for it',
                 'commit that in crontab; then: sudo rm %s; sudo dockhand recover' % path)
-    return '', ''
+    return WELL
 
 def https_problems(host):
     """What keeps names from https, now or at the next renewal: rows for `demand`."""
@@ -10063,9 +10084,7 @@ def start_live(app, live, is_restart=False):
     with undone_by(settle_or_stop, app, live):
         log_end = None              # of one that runs already the whole log is shown
         engine.end_stops(live)
-        down = None
-        if is_restart or not engine.state(live).alive:      # or is started for ever
-            down = live if is_restart else down_part(engine, live) or live
+        down = part_to_stop(engine, live, is_restart)
         if down is not None:
             engine.stop(down)       # what is left of it holds its port and its name
             log_end = engine.log_end(live)
@@ -10076,6 +10095,14 @@ def start_live(app, live, is_restart=False):
         if app.is_stopped():
             turn_proxy(app, live, live.proxy)
     finish(app, live, git_moves_branch=False)
+
+def part_to_stop(engine, live, is_restart):
+    """What of a release is stopped before its start, a Release; None for nothing."""
+    if is_restart:
+        return live
+    if engine.state(live).alive:
+        return None
+    return down_part(engine, live) or live      # init may be starting all for ever
 
 def settle_or_stop(app, live):
     """After a start that failed: what is to run is docker's again, what was stopped is so
@@ -10101,7 +10128,7 @@ def cmd_run(app, *words, **options):
         words = words or tuple(process.command or ())
         refuse_if(not words, '%s of %s is what its image runs: say a command', kind,
                   app.name)
-    return run_one_off(app, list(words), is_terminal())
+    return run_one_off(app, list(words), has_terminal())
 
 @command('enter', 'APP [PROCESS] [COMMAND...]', CHANGE)
 def cmd_enter(app, *words):
@@ -10120,14 +10147,14 @@ def cmd_enter(app, *words):
     else:                               # of init's the name is not ours
         running = app.docker.running(live.image)
         refuse_if(not running, '%s does not run', app.name)
-        return enter(app, running[0]['Id'], inside, is_terminal())
+        return enter(app, running[0]['Id'], inside, has_terminal())
 
     name = containers[title]
     is_running = any(container['State']['Running']
                      for container in app.docker.inspect(name))
     refuse_if(not is_running, '%s of %s does not run: see dockhand status %s', title,
               app.name, app.name)
-    return enter(app, name, inside, is_terminal())
+    return enter(app, name, inside, has_terminal())
 
 @command('restart', 'APP', CHANGE)
 def cmd_restart(app):
@@ -10186,8 +10213,9 @@ def cmd_rollback(app, number=None):
         check_edited(app, live, release)
         step('Switching from release %d to %d', live.number, release.number)
         revived = {'by': app.host.person(), 'time': round(app.host.clock.time(), 2)}
-        report = apply(app, live, release._replace(revived=revived))
-        step('Release %d is live again: %s', release.number, report)
+        went = apply(app, live, release._replace(revived=revived))
+        step('Release %d is live again: %s', release.number, went)
+
         settings = changed_keys(live.config, release.config)
         if settings:
             step('Its config too, for later pushes as well: %s', ' '.join(settings))

@@ -5078,7 +5078,7 @@ def test_what_is_under_way_is_no_fault(plain, capfd):
     plain.containers['blog--1--worker']['State'].update(Running=False)
     with dh.locked(plain.host.path(dh.LOCKS, 'blog'), 'a push of blog by anna'):
         dh.cmd_apps(plain.host)
-        assert dh.app_problem(plain.app) == (None, '')
+        assert dh.app_problem(plain.app) == dh.WELL
     assert re.search('blog +changing .*  a push of blog by anna, since ',
                      capfd.readouterr().out)
     dh.cmd_apps(plain.host)
