@@ -8853,8 +8853,12 @@ def is_attended(host, mark):
 
 def one_offs(app):
     """{name of the container of a one-off command: whether its dockhand is there}."""
-    return dict((name, is_attended(app.host, read_file(app.folder('runs', name)) or ''))
-                for name in list_folder(app.folder('runs')) if re.match(RUN_NAME, name))
+    found = {}
+    for name in list_folder(app.folder('runs')):
+        if re.match(RUN_NAME, name):
+            mark = read_file(app.folder('runs', name)) or ''
+            found[name] = is_attended(app.host, mark)
+    return found
 
 def end_one_offs(app, names):
     """End one-off commands for good."""
@@ -8891,10 +8895,15 @@ def run_one_off(app, words, is_terminal):
         name = create_one_off(app, live, words, is_terminal)
     try:
         status = attend(['docker', 'start', '--attach', '--interactive', name])
-        left = app.docker.inspect(name)         # it is gone, or never began
-        if left and status:
-            status = left[0]['State'].get('ExitCode') or status
-        return 1 if status is None else status
+        if status is None:
+            return 1
+
+        # One that ended is gone by --rm. Of one that never began `docker start` says 1,
+        # and docker has written down what a shell would say: 126 or 127.
+        never_began = app.docker.inspect(name)
+        if status and never_began:
+            return never_began[0]['State'].get('ExitCode') or status
+        return status
     finally:
         end_one_offs(app, [name])
 
@@ -8905,6 +8914,7 @@ def enter(app, container, words, is_terminal):
     argv = ['docker', 'exec', '--interactive', '--env=' + mark]
     if is_terminal:
         argv.append('--tty')
+
     status = None
     try:
         status = attend(argv + [container] + (words or ['sh', '-c', SHELL]))
@@ -9009,6 +9019,7 @@ def read_docker_time(text):
 def memory_of(host, pid):
     """The bytes of memory that a container has now, by its cgroup; where the kernel
     counts none for it, by its processes. pid: of its first process"""
+    # A line is NUMBER:CONTROLLER:PATH; the controller of cgroup2 has no name.
     for line in host.text('/proc', str(pid), 'cgroup').splitlines():
         kind, path = line.split(':', 2)[1:]
         name = {'': 'memory.current', 'memory': 'memory.usage_in_bytes'}.get(kind)
@@ -9016,6 +9027,7 @@ def memory_of(host, pid):
             count = host.text('/sys/fs/cgroup', kind, path, name).strip()
             if count.isdigit():
                 return int(count)
+
     return resident_bytes(host, str(pid)) or None
 
 def resident_bytes(host, pid):
@@ -9040,19 +9052,21 @@ def describe_status(app, here):
         return found
 
     subject = app.git('log', '-1', '--format=%s', live.commit, act=host.ask).out
+    found.update(subject=printable(subject.strip(), 60) or None, how=live.how)
+
     processes = engine_of(app, live).logged(live)
     there = dict((container['Name'][1:], container) for container in
                  app.docker.inspect(*[process.name for process in processes]))
-    images = app.docker.inspect(*sorted(set(
-        release.image for release in app.kept() if release.image)))
-    return dict(
-        found, subject=printable(subject.strip(), 60) or None, how=live.how,
-        containers=[describe_process(host, process, there.get(process.name))
-                    for process in processes],
-        certificates=[describe_certificate(app, name) for name in https_names(app)],
-        images=sum(image.get('Size') or 0 for image in images),
-        volumes=[{'name': name, 'bytes': volume_bytes(app, name)}
-                 for name in app.docker.volumes_of(app.name)])
+    found['containers'] = [describe_process(host, process, there.get(process.name))
+                           for process in processes]
+
+    kept = set(release.image for release in app.kept() if release.image)
+    images = app.docker.inspect(*sorted(kept))
+    found['images'] = sum(image.get('Size') or 0 for image in images)
+    found['certificates'] = [describe_certificate(app, name) for name in https_names(app)]
+    found['volumes'] = [{'name': name, 'bytes': volume_bytes(app, name)}
+                        for name in app.docker.volumes_of(app.name)]
+    return found
 
 def describe_certificate(app, name):
     """What is so of https for a host name of an app."""
@@ -10121,13 +10135,13 @@ def cmd_run(app, *words, **options):
     container goes with the command. --process TYPE alone runs what the Procfile says of
     that type. A terminal wants `ssh -t`; a pipe or `$`: run APP sh -c '...'.
     """
-    kind = options.get('process')
-    if kind is not None:
-        live = app.must_be_live()
-        process = process_called(live, kind)
+    title = options.get('process')
+    if title is not None:
+        process = process_called(app.must_be_live(), title)
         words = words or tuple(process.command or ())
-        refuse_if(not words, '%s of %s is what its image runs: say a command', kind,
+        refuse_if(not words, '%s of %s is what its image runs: say a command', title,
                   app.name)
+
     return run_one_off(app, list(words), has_terminal())
 
 @command('enter', 'APP [PROCESS] [COMMAND...]', CHANGE)
@@ -10287,7 +10301,7 @@ def cmd_config(app, *changes, **options):
         if not changed:
             tell('nothing changed')
         elif live is None or 'next' in options:
-            build_options(wanted)
+            build_options(wanted)           # or Failure: no push would build with them
             if 'options' in changed and 'options' in wanted:
                 check_options(app, wanted['options'])
             names = noted_names(app)
@@ -10350,10 +10364,11 @@ def check_branch_fits(app, branch):
 def change_config(config, changes, unset=False, env=False):
     """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
     is piped in, or, to unset one, KEY; env: all of them are variables"""
-    unsets = [word for word in changes if '=' not in word and word != '-']
-    refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
-    piped = [word for word in changes if word == '-' or word.partition('=')[2] == '-']
-    refuse_if(len(piped) > 1, 'only one KEY=- at a time: the next would find nothing')
+    bare_keys = [word for word in changes if word != '-' and '=' not in word]
+    refuse_if(unset and not bare_keys, '--unset wants KEY, as in --unset WORKERS')
+    values = [word.partition('=')[2] for word in changes]
+    from_input = changes.count('-') + values.count('-')
+    refuse_if(from_input > 1, 'only one KEY=- at a time: the next would find nothing')
 
     wanted = dict(config)
     for word in changes:
