@@ -375,6 +375,34 @@ def test_who_comes_without_a_command_is_told_who_it_is_and_what_comes_first(plai
     assert said.startswith('You are anna, and may read bl- blog.\n\n')
     assert 'ssh git@HOST logs NAME -f' in said and said.endswith('\nHere now: blog\n')
 
+@pytest.mark.parametrize('words, pushes', [((), True), (('--read-only',), False)])
+def test_nobody_is_told_first_of_a_push_that_the_key_may_not(plain, capfd, words, pushes):
+    by_ssh(plain, '', *words)
+    said = capfd.readouterr().out
+    assert ('git push git@HOST:NAME HEAD:main ' in said) == pushes
+    assert ('git clone git@HOST:NAME ' in said) != pushes
+
+@pytest.mark.parametrize('words, listed', [
+    (('--read-only',), 'doctor config https logs status'), ((), 'doctor run destroy'),
+    (('--admin',), 'doctor keys recover')])
+def test_help_lists_what_a_key_may_in_one_way_or_another(plain, capfd, words, listed):
+    by_ssh(plain, 'help', *words)
+    said = re.findall('(?m)^  ([a-z-]+)', capfd.readouterr().out)
+    assert set(listed.split()) <= set(said)
+    assert ('run' in said) == (words != ('--read-only',))
+    assert ('keys' in said) == (words == ('--admin',)) and 'install' not in said
+
+def test_a_key_that_may_not_check_the_server_is_told_that_it_is_about_that(plain):
+    assert refusal(by_ssh, plain, 'doctor', 'blog') == (
+        'doctor without APP is for keys that were uploaded with --admin')
+    assert refusal(by_ssh, plain, 'keys', 'blog').startswith('keys is for keys that ')
+    assert refusal(by_ssh, plain, 'config blog A=1', '--read-only').startswith('config is ')
+
+def test_which_dockhand_this_is_can_be_asked_by_ssh(plain, capfd):
+    """There ssh takes a word with dashes for an option of its own."""
+    assert by_ssh(plain, 'version') == 0
+    assert re.match(r'dockhand [0-9a-f]{12}, Python \d', capfd.readouterr().out)
+
 def test_a_prefix_of_names_reaches_what_begins_so(plain, capfd):
     assert 'shop-x' in dh.Reach(['shop-']) and 'shop' not in dh.Reach(['shop-'])
     assert 'shop' in dh.Reach(['shop']) and 'shop-x' not in dh.Reach(['shop'])
@@ -5050,7 +5078,7 @@ def test_what_is_under_way_is_no_fault(plain, capfd):
     plain.containers['blog--1--worker']['State'].update(Running=False)
     with dh.locked(plain.host.path(dh.LOCKS, 'blog'), 'a push of blog by anna'):
         dh.cmd_apps(plain.host)
-        assert dh.app_problem(plain.app) == (None, '')
+        assert dh.app_problem(plain.app) == dh.WELL
     assert re.search('blog +changing .*  a push of blog by anna, since ',
                      capfd.readouterr().out)
     dh.cmd_apps(plain.host)
@@ -9188,6 +9216,15 @@ def test_a_name_that_no_release_has_any_more_gives_its_certificate_back(secure, 
     assert 'its certificate goes' in capfd.readouterr().err
     assert secure.read(CERTIFICATES + '/here.org.pem')
 
+def test_of_a_name_that_never_had_a_certificate_none_is_said_to_go(secure, capfd):
+    os.unlink(secure.host.path(CERTIFICATES, 'www.here.org.pem'))
+    os.unlink(secure.host.path('/etc/letsencrypt/renewal/dockhand-www.here.org.conf'))
+    secure.write(CERTIFICATES + '/www.here.org.failed', '{"why": "no"}')
+    dh.cmd_config(secure.app, 'domains=here.org')
+    dh.cmd_config(secure.app, 'A=2')
+    assert 'www.here.org' not in str(secure.files().keys())
+    assert 'its certificate goes' not in capfd.readouterr().err
+
 def test_destroy_takes_the_certificates_of_an_app_and_no_others(secure):
     secure.write('/etc/letsencrypt/renewal/here.org.conf', 'x')     # an admin's own
     secure.write('/etc/letsencrypt/live/here.org/fullchain.pem', 'x')
@@ -9566,6 +9603,34 @@ def test_what_comes_once_more_is_shown_once(given, again):
     shown += split(reader, b''.join(lines) + stamped(2, b'd\n'), 99)
     assert b''.join(each.text[:1] for each in shown) == b'abcd'
 
+def test_of_a_new_release_all_is_followed_and_of_an_old_one_what_was_not_shown(
+        plain, monkeypatch):
+    """docker says that a container is started after it may have printed."""
+    begun = []
+
+    def begin(reader, *words):
+        begun.append((reader.container,) + words)
+        reader.process = True
+    monkeypatch.setattr(dh.LogReader, 'begin', begin)
+    plain.lives(ONE_WEB)
+    live = plain.app.live()
+    first, = readers = dh.log_readers(plain.app, live, None)
+    follower = dh.Follower(plain.app, live, None, readers, 'T0')
+
+    plain.push(TWO_WEB)
+    follower.look_for_another()
+    assert begun == [('blog--2', '--follow', '--since=T0')] and follower.older == [first]
+
+    first.last, first.process = b'T1', None
+    dh.cmd_rollback(plain.app)
+    follower.look_for_another()
+    assert begun[1:] == [('blog--1', '--follow')]
+    assert follower.readers == [first] and first not in follower.older
+
+    first.last, first.process = b'', None
+    follower.look_for_another()
+    assert begun[2:] == [('blog--1', '--follow', '--since=T0')]
+
 @pytest.mark.parametrize('text, said', [
     ('30m', '30m'), ('2d', '48h'), ('2026-01-31', '2026-01-31'),
     ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z')])
@@ -9678,6 +9743,18 @@ def test_one_enters_what_runs(plain, words, container, command):
     if container == 'blog--1' and argv[4] == worker:
         first = worker                          # it stands first in this Procfile
     assert argv[4:] == [first] + command
+
+@pytest.mark.parametrize('words, container', [
+    ([], 'blog--1'), (['worker'], 'blog--1--worker'), (['web', 'ls'], 'blog--1')])
+def test_nobody_enters_what_does_not_run(plain, words, container):
+    plain.lives(ONE_TYPES)
+    plain.containers[container]['State'].update(Running=False)
+    said, asked = attended(plain, lambda: refusal(dh.cmd_enter, plain.app, *words))
+    assert asked is None
+    assert said == '%s of blog does not run: see dockhand status blog' % (
+        'worker' if words == ['worker'] else 'web')
+    del plain.containers[container]
+    assert 'does not run' in refusal(dh.cmd_enter, plain.app, *words)
 
 @pytest.mark.parametrize('line, given, options', [
     ('blog ls -la --x', ['blog', 'ls', '-la', '--x'], {}), ('blog', ['blog'], {}),
@@ -12765,6 +12842,7 @@ def test_real_logs_go_on_over_deploys_and_end_with_their_reader(server, size):
     found, lines = counted(heard[0].decode()), 0
     assert sorted(found) == sorted('r%d' % turn for turn in range(size + 1))
     for mark, numbers in found.items():
+        assert numbers[0] == 1 or mark == 'r0', mark
         starts = [at for at, number in enumerate(numbers) if number == 1]
         for begin, end in zip([0] + starts, starts + [len(numbers)]):
             part = numbers[begin:end]
