@@ -4435,10 +4435,10 @@ def is_routed(host, subnet):
                 return True
     return False
 
-def host_lock(host, who):
-    """What apps share (names, nginx) changes under this lock, taken after the app's.
-    who: the app's name, or the command's"""
-    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + who)
+def host_lock(host):
+    """What apps share (names, nginx) changes under this lock, taken after the app's. For
+    which one it is held is not told: who waits may have no right to know of that."""
+    return locked(host.path(LOCKS, '.host'), 'a change of nginx')
 
 HEAD_END = b'\r\n\r\n'            # of an answer
 
@@ -5076,7 +5076,7 @@ class Nginx(object):
         """Put a release's proxy file in place, or take the app's away where it has none,
         and make nginx follow. older, known: as check wants them"""
         app = release.app
-        with host_lock(self.host, app):
+        with host_lock(self.host):
             form = self.form(app, release.proxy)
             if self.host.text(proxy_path(app)) == form:
                 return
@@ -5135,7 +5135,7 @@ class Nginx(object):
     def restore(self, app, text):
         """Put the text back that was live before, or take the file away: it is not
         checked again, and nginx reloads whatever lies there."""
-        with host_lock(self.host, app):
+        with host_lock(self.host):
             files = self.files()
             form = self.usable_form(app, text, self.form(app, text), files)
             self.write(app, form, files)
@@ -5143,13 +5143,13 @@ class Nginx(object):
 
     def refresh(self):
         """Bring our catch-all up to date, and have nginx take up all that lies there."""
-        with host_lock(self.host, 'dockhand'):
+        with host_lock(self.host):
             replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files()))
             self.reload()
 
     def remove(self, app):
         """Take an app's proxy file away for good."""
-        with host_lock(self.host, app):
+        with host_lock(self.host):
             if self.write(app, '', self.files()):
                 self.reload()
 
@@ -6609,7 +6609,7 @@ def check_proxy_change(app, release, older=False):
     """Failure where the proxy file of a release cannot be had beside the others.
     older: as Nginx.check wants it"""
     if release.proxy:
-        with host_lock(app.host, app.name):
+        with host_lock(app.host):
             app.nginx.check(release, app.nginx.files(), older, app.known)
 
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
@@ -8274,7 +8274,7 @@ def check_crontab_edited(app, live, release):
 
 def check_pushed_proxy(app, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
-    with host_lock(app.host, app.name):
+    with host_lock(app.host):
         app.nginx.check_alone(release, app.nginx.files())
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
         step('nginx-proxy.conf:%d: warning: %s', line, text)
@@ -8306,7 +8306,7 @@ def complete_plain(app, live, release, settings):
         for name in app.docker.volumes_of(app.name):
             step('Found a volume of an earlier %s: %s', app.name, name)
 
-    with host_lock(app.host, app.name):         # other apps choose addresses too
+    with host_lock(app.host):       # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
                                    addresses=free_addresses(
                                        app.host, count_addresses(release)))
@@ -9693,7 +9693,7 @@ def form_refused(app, live):
     form = app.nginx.form(app.name, text)
     if form in (text, app.host.text(proxy_path(app.name))):
         return ''
-    with host_lock(app.host, app.name):
+    with host_lock(app.host):
         problem = app.nginx.form_problem(app.name, form, app.nginx.files())
     return problem and '%s is served without https: %s' % (app.name, problem)
 
@@ -9827,7 +9827,7 @@ def install_parts(host):
     """Write our files, and have this machine start and read them; True where one was
     new or another."""
     changes = [disable_default_site(host)]
-    with host_lock(host, 'install'):        # one of them is nginx's, for all apps
+    with host_lock(host):       # one of them is nginx's, for all apps
         for part in installed_parts(host):
             changes.append(install_part(host, *part))
     changes += [renew_keys(host), replace_link(host.path(OLDER_NAME), PROGRAM),
@@ -10204,6 +10204,10 @@ def cmd_config(app, *changes, **options):
     for the next push, where the live commit could not have it, as a folder that is new.
     """
     if not changes:
+        if set(options) - set(['values']):
+            raise Usage('wanted: config APP KEY=VALUE, or APP --unset KEY')
+        refuse_if(app.name not in all_apps(app.host), 'no app %s here: see dockhand apps',
+                  app.name)
         return show_config(app.config(), 'values' in options)
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
@@ -10452,7 +10456,7 @@ def check_nginx_takes(app, certificate):
 
     text = app.wanted_proxy(live)
     form = with_https(text, [certificate], app.nginx.version())
-    with host_lock(app.host, app.name):
+    with host_lock(app.host):
         files = app.nginx.files()
         problem = app.nginx.form_problem(app.name, form, files)
         refuse_if(problem and not app.nginx.test(app.name, text, files),
@@ -10570,7 +10574,7 @@ def remove_app(app, live):
 
 def load_certificates(host):
     """Have nginx's files name no certificate that it cannot load."""
-    with host_lock(host, 'dockhand'):
+    with host_lock(host):
         host.nginx.mend_certificates(host.nginx.problem())
 
 @command('recover', '', ADMIN)
@@ -10692,7 +10696,7 @@ def run_command(host, words):
         check_asker(host.asker, verb, given, options)
     refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + verb.name)
     if verb.pattern.startswith('APP'):
-        app = App(host, given[0], host.reach())
+        app = App(host, check_app_name(given[0]), host.reach())
         return verb.function(app, *given[1:], **options)
     return verb.function(host, *given, **options)
 

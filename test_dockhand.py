@@ -358,6 +358,33 @@ def test_an_app_of_others_is_told_from_none_by_nothing(plain, words, command):
     assert not [path for path in opened if 'blog' in path]
     assert plain.done == []
 
+NO_NAMES = '''.. . .ssh a/b blog-a/../wiki blog-/../wiki / Upper ../../../../home/git/wiki.git
+    ../../../../root/.docker a..b a- a:b * blog-'''.split() + [
+        '', 'x' * 256, 'blog\n', '\x1b[31m']
+
+@pytest.mark.parametrize('words', [(), ('blog-',), ('blog-', '--read-only'), ('--admin',)])
+@pytest.mark.parametrize('verb', sorted(
+    verb.name for verb in dh.COMMANDS if verb.pattern.startswith(('APP', '[APP]'))))
+def test_a_command_is_about_an_app_and_no_path(plain, capfd, verb, words):
+    for app in ('wiki', 'blog-a'):
+        other = dh.App(plain.host, app)
+        dh.make_folder(other.folder(), 0o700)
+        other.save_config({'SECRET': 'hush'})
+    plain.write('/home/git/wiki.git/config', '[core] bare = true\n')
+    capfd.readouterr()
+    for name in NO_NAMES:
+        refusal(by_ssh, plain, '%s %s' % (verb, dh.quote(name)), *words)
+    assert 'SECRET' not in capfd.readouterr().out and plain.done == []
+
+def test_the_config_of_no_app_is_refused(plain):
+    assert 'no app blgo here' in refusal(by_ssh, plain, 'config blgo')
+
+def test_who_waits_for_nginx_is_not_told_for_which_app(plain, capfd):
+    with dh.host_lock(plain.host), pytest.raises(Failure):
+        with dh.locked(plain.host.path(dh.LOCKS, '.host'), 'x', patience=0):
+            pass
+    assert '-----> Waiting for a change of nginx, since ' in capfd.readouterr().err
+
 def test_what_is_listed_over_ssh_is_what_a_key_may_see(plain, capfd):
     plain.lives(ONE_WEB)
     for words, there in ((('wiki',), False), (('blo-',), False), (('bl-',), False),
