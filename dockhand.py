@@ -296,10 +296,11 @@ PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'''(?x) [ \t]*
     (?P<options>(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^ \t"\\])+)
     [ \t]+ (?P<type>\S+) [ \t]+ (?P<blob>\S+)'''
-# Of a forced command: the key's name and its rights, whatever stands around
+# Of a forced command: the key's name and the words of its rights, whatever they are and
+# whatever stands around
 SERVED = r'''(?x) (?:^|[\s;&|('"/\\]) (?:dockhand(?:\.py)?|gitreceive) ['"\\]*
     \s+ serve \s+ ['"\\]* (?P<name>[A-Za-z0-9._@-]+) ['"\\]*
-    (?P<words>(?:\s+(?:--read-only|--admin|[a-z][a-z0-9._-]*)(?=[\s'"\\;&|)]|\Z))*)'''
+    (?P<words>(?:\s+(?!\#|[0-9]*[<>])(?:[^\s'"\\;&|()<>]+|'[^'"\\]*'|\\"[^'"\\]*\\"))*)'''
 KEY_OPTION = r'(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^",\\])+'
 
 # ---- The little OS layer ---------------------------------------------------------------
@@ -1027,9 +1028,27 @@ def check_rights(words):
         if word in (ONLY_READS, IS_ADMIN):
             continue
         check_app_name(word[:-1] if word.endswith('-') else word)
+    check_means_something(words)
+
+def check_means_something(words):
+    """Failure for words of a key's line, which somebody may have written by hand, that
+    are no rights: what limits less than he thinks is to limit all."""
+    for word in words:
+        app = word[:-1] if word.endswith('-') else word
+        if word not in (ONLY_READS, IS_ADMIN) and not re.match(APP_NAME, app):
+            raise Failure('"%s" is no right: an app is, the beginning of names as '
+                          'shop-, --read-only or --admin', printable(word))
     rights = read_rights(words)
     refuse_if(rights.is_admin and (rights.apps or rights.only_reads), '--admin is for '
               'who manages every app: leave out what it is to be limited to')
+
+def words_text(words):
+    """The rights of a key's line in words."""
+    try:
+        check_means_something(words)
+    except Failure as problem:
+        return 'may do nothing: %s' % problem
+    return rights_text(read_rights(words))
 
 def rights_text(rights):
     """Rights in words."""
@@ -1087,8 +1106,9 @@ def read_key_line(text):
         forced = value[1:-1]                        # without its quotes
         served = re.search(SERVED, forced)
         if name.lower() == 'command' and served:
+            words = [word.strip('\\"\'') for word in served.group('words').split()]
             key = Key(match.group('type'), match.group('blob'), served.group('name'),
-                      tuple(served.group('words').split()))
+                      tuple(words))
             return KeyLine(text, key, forced)
     return KeyLine(text, None, None)
 
@@ -8379,9 +8399,10 @@ def serve(host, name, *words):
     note_use(host, name)
     asked = parse_git_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if asked is None:
-        return hand_to_root(name)
+        return hand_to_root(name, words)
 
     verb, app_name = asked
+    check_line(name, words)
     asker = Asker(name, read_rights(words))
     asker.check_reaches(app_name)
     if verb == 'receive-pack':
@@ -8411,12 +8432,20 @@ def note_use(host, name):
     except EnvironmentError:
         pass
 
-def hand_to_root(name):
+def check_line(name, words):
+    """Failure where what stands in a key's line is no rights."""
+    try:
+        check_means_something(words)
+    except Failure as problem:
+        raise Failure('the key "%s" may do nothing while its line in authorized_keys is '
+                      'so: %s', name, problem)
+
+def hand_to_root(name, words):
     """Have root answer a command. What it says is in the environment: sudo writes each
     command line into the system's log, and some have a secret in them."""
     kept = [variable for variable in ASKED if variable in os.environ]
     env = dict(ENVIRONMENT, **dict((variable, os.environ[variable]) for variable in kept))
-    os.execvpe('sudo', ['sudo', '-n', RECEIVE, 'command', name], env)
+    os.execvpe('sudo', ['sudo', '-n', RECEIVE, 'command', name] + list(words), env)
 
 # Of refs that are pushed as all or none git asks our hook one by one: the first would be
 # live when the next is refused.
@@ -8453,15 +8482,19 @@ def make_repository(host, folder):
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
 
-def receive(host, hook, app_name='', key='', *arguments):
-    """Run as root by a repository's hooks, `update` and `post-receive`; `check` is how
-    sudo_problem tries sudo; the exit status.
-    arguments: of the update hook, a ref and its old and new commit; of the other one, the
-    addresses of the ssh connection (older hooks have none)"""
+def receive(host, hook, *words):
+    """Run as root for the git user; the exit status. `check` is how sudo_problem tries
+    sudo."""
     if hook == 'check':
         return
     if hook == 'command':               # by the key that is named, for no app
-        return answer_command(host, check_key_name(app_name))
+        return answer_command(host, check_key_name(''.join(words[:1])), words[1:])
+    return receive_push(host, hook, *words)
+
+def receive_push(host, hook, app_name='', key='', *arguments):
+    """Run by a repository's hooks, `update` and `post-receive`.
+    arguments: of the update hook, a ref and its old and new commit; of the other one, the
+    addresses of the ssh connection (older hooks have none)"""
     if not app_name or not key:
         raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(app_name)
@@ -8482,12 +8515,17 @@ def receive(host, hook, app_name='', key='', *arguments):
     known = Reach() if rights is None else rights.apps
     deploy(App(host, app_name, known), key, ref, old, new)
 
-def answer_command(host, name):
-    """Run the command that a key's owner typed behind `ssh git@HOST`. Its rights are read
-    from the file itself."""
-    rights = rights_of(read_keys(host), name)
-    refuse_if(rights is None, 'no key here is called "%s"', name)
-    host.asker = Asker(name, rights)
+def answer_command(host, name, words):
+    """Run the command that a key's owner typed behind `ssh git@HOST`. words: of its line,
+    as sshd's shell has read them; where no line of that name says the same, the file has
+    been changed, or is not as it seems"""
+    lines = [key.words for key in read_keys(host) if key.name == name]
+    refuse_if(not lines, 'no key here is called "%s"', name)
+    refuse_if(words not in lines, 'what the key "%s" may do is not clear from its line '
+              'in authorized_keys, or was changed just now: connect again, or have it '
+              'uploaded again', name)
+    check_line(name, words)
+    host.asker = Asker(name, read_rights(words))
     words = split_words(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     return run_command(host, words) if words else greet(host)
 
@@ -9917,7 +9955,7 @@ def cmd_keys(host, json=False):
         used = 'never used' if each['used'] is None else time_text(each['used'])
         tell('%-20s %-20s %s  %-16s  %s', printable(key.name), printable(key.type),
              each['fingerprint'] or '(unknown to OpenSSH here)', used,
-             printable(rights_text(read_rights(key.words)), 8000))
+             printable(words_text(key.words), 8000))
 
 def last_use(host, name):
     """When a key of a name came last, in seconds since 1970, or None."""
@@ -10693,7 +10731,11 @@ def run_command(host, words):
     except Usage as problem:
         raise Usage(str(problem) + foreign_option(verb.name, words[1:]))
     if host.asker is not None:
-        check_asker(host.asker, verb, given, options)
+        try:
+            check_asker(host.asker, verb, given, options)
+        except Failure:         # of its words one may be a secret
+            log('%s by %s: refused: it has no right to that', verb.name, host.person())
+            raise
     refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + verb.name)
     if verb.pattern.startswith('APP'):
         app = App(host, check_app_name(given[0]), host.reach())

@@ -293,7 +293,8 @@ def by_ssh(machine, command, *words):
         machine.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', words))))
     os.environ['SSH_ORIGINAL_COMMAND'] = command
     try:
-        return dh.receive(machine.host, 'command', 'anna') or 0
+        key, = dh.read_keys(machine.host)
+        return dh.receive(machine.host, 'command', 'anna', *key.words) or 0
     finally:
         del os.environ['SSH_ORIGINAL_COMMAND']
         machine.host.asker = None
@@ -413,6 +414,82 @@ def test_a_prefix_of_names_reaches_what_begins_so(plain, capfd):
     (('shop--',), 'is no name')])
 def test_no_right_has_a_letter_that_a_shell_reads(words, said):
     assert said in refusal(dh.check_rights, words)
+
+@contextmanager
+def handed_over(host, name, *words):
+    """What a key's line with these words has root run, and no more; the words of it."""
+    handed, execvpe = [], os.execvpe
+    os.execvpe = lambda program, argv, env: handed.extend(argv[3:])
+    try:
+        dh.serve(host, name, *words)
+        yield handed
+    finally:
+        os.execvpe = execvpe
+
+# As sshd's shell hands it to `serve`, and what it may not do at all where it is that
+HAND_WRITTEN = [
+    ("serve anna 'blog'", ['blog'], 'blog'), (r'serve anna \"blog\"', ['blog'], 'blog'),
+    ('serve anna blog,wiki', ['blog,wiki'], ''), ('serve anna Blog', ['Blog'], ''),
+    ('serve anna --readonly', ['--readonly'], ''),
+    ('serve anna blog --readonly', ['blog', '--readonly'], ''),
+    ('serve anna --readonly blog', ['--readonly', 'blog'], ''),
+    ("serve anna '--read-only'", ['--read-only'], 'every app'),
+    ('serve anna -- blog', ['--', 'blog'], ''), ('serve anna blog-*', ['blog-x.git'], ''),
+    ('serve anna blog_', ['blog_'], ''), ('serve anna $APPS', [], ''),
+    ('serve anna $APPS', ['wiki'], ''), ('serve anna blo\'g\'', ['blog'], ''),
+    ('serve anna --admin blog', ['--admin', 'blog'], ''),
+    ('serve anna --admin --read-only', ['--admin', '--read-only'], ''),
+    (r'serve anna \"\"', [''], ''), ('serve anna blog # x', ['blog'], 'blog'),
+    ('serve anna blog 2>/dev/null', ['blog'], 'blog'),
+    ('serve anna  blog\t', ['blog'], 'blog'), ('serve anna blog; x', ['blog'], 'blog')]
+
+@pytest.mark.parametrize('forced, words, apps', HAND_WRITTEN)
+def test_a_line_written_by_hand_lets_nobody_do_more_by_a_command_than_by_a_push(
+        plain, capfd, forced, words, apps):
+    plain.lives(ONE_WEB)
+    plain.write('/home/git/' + dh.KEYS, 'command="/usr/local/bin/dockhand %s" %s x\n' % (
+        forced, ' '.join(ONE)))
+    before = plain.read('/home/git/' + dh.KEYS)
+    with ssh_command(''):
+        if apps:
+            with handed_over(plain.host, 'anna', *words) as handed:
+                assert dh.receive(plain.host, *handed) is None
+            assert apps in capfd.readouterr().out.splitlines()[0]
+        else:
+            refusal(dh.receive, plain.host, 'command', 'anna', *words)
+            assert plain.host.asker is None
+    with ssh_command("git-upload-pack 'wiki.git'"):
+        refusal(dh.serve, plain.host, 'anna', *words or ['$APPS'])
+    assert plain.read('/home/git/' + dh.KEYS) == before
+
+def test_each_line_of_a_name_has_its_own_rights(plain, capfd):
+    plain.write('/home/git/' + dh.KEYS, keys_text(
+        Key(*ONE + ('anna', ('--read-only',))), Key(*TWO + ('anna', ()))))
+    for words, said in (((), 'may push and manage every app'),
+                        (('--read-only',), 'may read every app')):
+        with ssh_command(''):
+            dh.receive(plain.host, 'command', 'anna', *words)
+        assert said in capfd.readouterr().out
+
+def test_keys_says_of_a_line_written_by_hand_that_it_lets_nobody_in(plain, capfd):
+    plain.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', ()))).replace(
+        'serve anna', 'serve anna --readonly'))
+    dh.cmd_keys(plain.host)
+    assert '"--readonly" is no right' in capfd.readouterr().out
+    lines = dh.read_authorized_keys(plain.read('/home/git/' + dh.KEYS))
+    changed = dh.render_authorized_keys(dh.add_keys(lines, [], 'anna', ('blog',)))
+    assert changed == keys_text(Key(*ONE + ('anna', ('blog',))))
+
+@pytest.mark.parametrize('words, command, what', [
+    (('wiki',), 'config blog TOKEN=hush', 'config'), (('wiki',), 'config TOKEN=hush', 'config'),
+    (('--read-only',), 'destroy blog --force', 'destroy'), ((), 'keys', 'keys')])
+def test_a_command_that_a_key_has_no_right_to_is_logged_without_its_words(
+        plain, monkeypatch, words, command, what):
+    logged = []
+    monkeypatch.setattr(dh, 'log', lambda text, *values: logged.append(text % values))
+    plain.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', words))))
+    refusal(by_ssh, plain, command)
+    assert logged == ['%s by anna: refused: it has no right to that' % what]
 
 def test_a_key_that_nobody_uploaded_may_nothing(plain):
     plain.lives(ONE_WEB)
