@@ -4619,6 +4619,8 @@ class Docker(object):
 
     def on_containers(self, names, *words):
         """Run a command on some containers; False where one of them is gone."""
+        if not names:
+            return True
         argv = ('docker',) + words + tuple(names)
         if self.host.run_unless('No such container', argv):
             return True

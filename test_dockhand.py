@@ -4948,6 +4948,13 @@ def test_a_setting_that_cannot_be_had_is_refused_and_nothing_changes(plain, word
     assert said in refusal(dh.cmd_config, plain.app, *words)
     assert plain.changed(before) == [] and str(plain.containers) == containers
 
+def test_a_release_that_would_have_no_process_leaves_its_number_and_why(plain):
+    plain.lives(ONE_WEB)
+    assert 'without a web process' in refusal(dh.cmd_config, plain.app, 'scale=web=0')
+    assert plain.app.load(2).failed.startswith('scale: without a web process')
+    dh.cmd_config(plain.app, 'A=1')
+    assert plain.app.live().number == 3
+
 @pytest.mark.parametrize('words, said', [
     (['options=--bogus 1'], 'options: unknown flag: --bogus'),
     (['options=-v wiki--data:/x'], 'options: wiki--data is a volume of wiki')])
