@@ -199,11 +199,13 @@ case "$1 $# ${{SSH_ORIGINAL_COMMAND:-}}" in
     app=${{SSH_ORIGINAL_COMMAND#*\\'}}
     app=${{app#/}}
     app=${{app%.git\\'}}
-    case $app$2 in
-    *[!a-z0-9.-]*) ;;
-    *)  # That the key came is noted too, for `dockhand keys`
+    case $app/$2 in
+    [!a-z]* | *[!a-z0-9.-]*/* | */*[!a-z0-9.-]*) ;;
+    *)  # What has a folder there has the name of an app. That the key came is noted too,
+        # for `dockhand keys`
         umask 022
-        if [ -d "$home/$app.git" ] && {{ true >"$home/{uses}/$2"; }} 2>/dev/null; then
+        if [ -d "{state}/apps/$app" ] && [ -d "$home/$app.git" ] &&
+            {{ true >"$home/{uses}/$2"; }} 2>/dev/null; then
             exec env -i {environment} \\
                 HOME="$home" DOCKHAND_APP="$app" DOCKHAND_KEY="$2" \\
                 GIT_PROTOCOL="${{GIT_PROTOCOL:-}}" SSH_CONNECTION="${{SSH_CONNECTION:-}}" \\
@@ -9303,8 +9305,9 @@ def program_text(host):
                    for name, value in sorted(ENVIRONMENT.items()) if name != 'HOME']
     between = ' \\\n' + 16 * ' '
     return PROGRAM_TEXT.format(
-        home=quote(host.home()), uses=USES, environment=between.join(environment),
-        git=' '.join(GIT_SERVES), python=LIBRARY + '/dockhand')
+        home=quote(host.home()), state=STATE, uses=USES,
+        environment=between.join(environment), git=' '.join(GIT_SERVES),
+        python=LIBRARY + '/dockhand')
 
 def installed_hooks(host):
     """Those of the repositories that are there already, as [Part]."""

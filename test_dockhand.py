@@ -7309,8 +7309,11 @@ def program(request, plain):
                     'for word; do echo "$word"; done\necho --\nenv\n' % name)
         os.chmod(os.path.join(folder, name), 0o755)
     plain.write('/home/git/.ssh/dockhand/anna', '')
-    plain.write('/home/git/blog.git/HEAD', '')
+    for name in ('blog', 'docker', 'a--b', '', '.', '-x'):
+        plain.write('/home/git/%s.git/HEAD' % name, '')
+    plain.write('/var/lib/dockhand/apps/blog/live', '')
     text = dh.program_text(plain.host).replace('/home/git', home)
+    text = text.replace(dh.STATE, plain.host.path(dh.STATE))
     text = text.replace('PATH=', 'PATH=%s:' % folder)
     text = text.replace('exec ' + dh.LIBRARY + '/dockhand ', 'exec %s/python ' % folder)
 
@@ -7363,6 +7366,8 @@ def test_git_gets_at_once_what_serve_would_hand_to_it(
     ("git-receive-pack '//blog.git'", ['anna']), ("git-receive-pack 'blog.git';id", ['anna']),
     ("git-receive-pack '*.git'", ['anna']), ("git-receive-pack 'Blog.git'", ['anna']),
     ("git-receive-pack '$HOME/blog.git'", ['anna']), ("git-upload-archive 'blog.git'", ['anna']),
+    ("git-receive-pack 'docker.git'", ['anna']), ("git-upload-pack 'a--b.git'", ['anna']),
+    ("git-upload-pack '..git'", ['anna']), ("git-upload-pack '-x.git'", ['anna']),
     ("git-receive-pack 'blog.git'\n", ['anna']), ("git-receive-pack '\nblog.git'", ['anna']),
     ("x\ngit-receive-pack 'blog.git'", ['anna']), ('', ['anna']), ('apps', ['anna'])])
 def test_all_that_sshd_hands_over_besides_is_pythons(program, plain, command, words):
