@@ -334,7 +334,11 @@ class Voice(object):
         self.reword = str
 
     def __call__(self, text, *values):
-        data = to_bytes(self.reword(text % values if values else text) + '\n')
+        self.write(self.reword(text % values if values else text) + '\n')
+
+    def write(self, text):
+        """The same for what is somebody's own, as a value or a file: as it is."""
+        data = to_bytes(text)
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
 
@@ -9914,6 +9918,8 @@ def read_stdin():
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
     data = b'' if source.isatty() else source.read(FILE_LIMIT + 1)
     refuse_if(len(data) > FILE_LIMIT, 'what came in is larger than 256 KB')
+    refuse_if(is_hung_up(), 'the connection broke while something came in: '
+              'nothing has changed')
     return to_text(data)
 
 @command('upload-key', 'NAME [APP...] [--read-only] [--admin]', ADMIN)
@@ -10021,7 +10027,7 @@ def cmd_logs(app, process=None, n=None, f=False, since=None):
     --since 30m, 2h, 1d or a date. PROCESS is one of the Procfile: `worker` is all of
     that type, `worker.2` the second.
     """
-    refuse_if(n is not None and not n.isdigit(), '-n wants a number')
+    refuse_if(n is not None and not re.match(r'[0-9]{1,9}\Z', n), '-n wants a number')
     if app.is_waiting():
         raise Failure('%s was never live; it waits %s', app.name, app.waiting_text())
     live = app.must_be_live()
@@ -10035,7 +10041,7 @@ def cmd_logs(app, process=None, n=None, f=False, since=None):
 
     begun = time_for_docker(app.host.clock.time())
     options = ['--tail=' + (n or ('all' if since else '100'))]
-    if since:
+    if since is not None:
         options.append('--since=' + read_since(since))
     try:
         show_logs(readers, options)
@@ -10046,13 +10052,34 @@ def cmd_logs(app, process=None, n=None, f=False, since=None):
 
 def read_since(text):
     """`docker logs --since` for 30m, 2h or 1d, or a date that it takes as it is."""
-    match = re.match(r'(\d{1,6})([smhd])\Z', text)
+    match = re.match(r'([0-9]{1,6})([smhd])\Z', text)
     if match:
         number, unit = match.groups()
         return '%dh' % (int(number) * 24) if unit == 'd' else text
-    refuse_if(not re.match(r'\d{4}-\d\d-\d\d[T0-9:.Z+-]{0,30}\Z', text),
+    refuse_if(not is_date(text),
               '--since wants 30m, 2h or 1d, or a date as 2026-01-31T06:00:00')
     return text
+
+# A day, and a moment of it in some zone
+DATE = r'''(?x) ([0-9]{4}-[0-9]{2}-[0-9]{2})
+    (?:T ([0-9]{2}:[0-9]{2}(?::[0-9]{2})?) (?:\.[0-9]{1,9})?
+       (?:Z | [+-](?:0[0-9]|1[0-4]):[0-5][0-9])? )? \Z'''
+
+def is_date(text):
+    """Whether docker takes a text for a date. Of one that it does not it says so where
+    nobody looks, in the log that is asked for."""
+    from datetime import datetime
+    match = re.match(DATE, text)
+    if match is None:
+        return False
+
+    day, moment = match.groups()
+    moment = ((moment or '00:00') + ':00')[:len('00:00:00')]
+    try:
+        datetime.strptime('%s %s' % (day, moment), '%Y-%m-%d %H:%M:%S')
+    except ValueError:
+        return False
+    return True
 
 def process_called(live, title):
     """The Process that a person means by `worker` or `worker.2`."""
@@ -10234,7 +10261,7 @@ def cmd_proxy(app):
     refuse_if(not live.web, '%s is no web app that its Dockerfile describes: push it '
               'without an upstart.conf first', app.name)
     text = complete_proxy(app, live._replace(proxy=''))
-    tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
+    tell.write(text.partition('\n')[2].partition(MARK)[0].rstrip() + '\n')
 
 @command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--next] [--values]', CHANGE,
          alone=READ)
@@ -10252,10 +10279,12 @@ def cmd_config(app, *changes, **options):
         refuse_if(app.name not in all_apps(app.host), 'no app %s here: see dockhand apps',
                   app.name)
         return show_config(app.config(), 'values' in options)
+    # Before the lock, or everybody else waits for that
+    piped = read_stdin() if piped_words(changes) else ''
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
         wanted = change_config(before, changes, unset='unset' in options,
-                               env='env' in options)
+                               env='env' in options, piped=piped)
         changed = changed_keys(before, wanted)
 
         if not changed:
@@ -10279,7 +10308,7 @@ def show_config(config, with_values):
     """Print what is set; a variable's value may be a secret."""
     for key in sorted(config):
         shown = with_values or key in SETTINGS
-        tell('%s=%s', key, config[key] if shown else '(see it with --values)')
+        tell.write('%s=%s\n' % (key, config[key] if shown else '(see it with --values)'))
 
 def release_config(app, live, wanted, changed):
     """Make a release of the live image with another config. changed: [key]"""
@@ -10321,23 +10350,26 @@ def check_branch_fits(app, branch):
         refuse_if(clashes and name != branch, 'branch=%s: git cannot have it beside the '
                   'branch %s, which is here', branch, printable(name))
 
-def change_config(config, changes, unset=False, env=False):
-    """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
-    is piped in, or, to unset one, KEY; env: all of them are variables"""
-    unsets = [word for word in changes if '=' not in word and word != '-']
-    refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
+def piped_words(changes):
+    """Those of the words of `config` that take what is piped in: one of them, or none."""
     piped = [word for word in changes if word == '-' or word.partition('=')[2] == '-']
     refuse_if(len(piped) > 1, 'only one KEY=- at a time: the next would find nothing')
+    return piped
 
+def change_config(config, changes, unset=False, env=False, piped=''):
+    """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
+    is piped in, or, to unset one, KEY; env: all of them are variables; piped: the text"""
+    unsets = [word for word in changes if '=' not in word and word != '-']
+    refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
     wanted = dict(config)
     for word in changes:
         name, equals, value = word.partition('=')
         if word == '-':
-            for name, value in read_env_file(read_stdin()):
+            for name, value in read_env_file(piped):
                 wanted[variable_key(name)] = value
         elif equals:
             if value == '-':
-                value = re.sub(r'\r?\n\Z', '', read_stdin())
+                value = re.sub(r'\r?\n\Z', '', piped)
             wanted[checked_key(config, name, value, env)] = value
         else:
             refuse_if(not unset, '"%s" is not KEY=VALUE (what has blanks is quoted, over '
@@ -10886,11 +10918,24 @@ def installed_user(host):
     older = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
     return older.group(1) if older else 'git'
 
+def open_closed_streams():
+    """Have the standard streams that are closed lead nowhere: the next file that is
+    opened would be taken for one of them."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except EnvironmentError:
+            opened = os.open(os.devnull, os.O_RDWR)     # the first number that is free
+            fcntl.fcntl(opened, fcntl.F_SETFD, 0)       # for commands too
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+
 def main(role, user=None):
     """Run as one of dockhand's names; the exit status.
     user: of the launchers of older versions, while they are replaced"""
     on_signals(leave)
     os.umask(0o022)
+    open_closed_streams()
     host = Host(user=user or installed_user(Host()))
     words = sys.argv[1:]
     status = 0

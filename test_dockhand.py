@@ -931,7 +931,7 @@ def test_a_config_is_changed_word_by_word(words, unset, wanted):
     (['A=1', 'port=x'], False, 'port=x: a number'), (['=1'], False, '"" is no name'),
     (['A=1', 'domain=x'], False, 'no setting is called "domain"'),
     (['B'], True, 'no B is set'), ([], True, '--unset wants KEY'),
-    (['A=1'], True, '--unset wants KEY'), (['A=-', 'C=-'], False, 'only one KEY=-'),
+    (['A=1'], True, '--unset wants KEY'),
     (['A=1', 'B'], True, 'no B is set')])
 def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     found = {'A': 'old'}
@@ -1034,10 +1034,10 @@ def test_one_container_that_is_gone_hides_nothing_of_another(plain):
         plain.host.docker.on_containers, ['blog--1--worker', 'blog--1'], 'stop', '-t', '1')
 
 def test_a_file_of_variables_is_read_as_docker_reads_it():
-    with standard_input(b'# all\n\n  A=1 # no comment\r\nB="q"\nmemory=2\nport=x\nC=\nA=3'):
-        assert dh.change_config({'Z': '9'}, ['-', 'Y=8']) == {
-            'Z': '9', 'A': '3', 'B': '"q"', '--env memory': '2', '--env port': 'x',
-            'C': '', 'Y': '8'}
+    piped = '# all\n\n  A=1 # no comment\r\nB="q"\nmemory=2\nport=x\nC=\nA=3'
+    assert dh.change_config({'Z': '9'}, ['-', 'Y=8'], piped=piped) == {
+        'Z': '9', 'A': '3', 'B': '"q"', '--env memory': '2', '--env port': 'x',
+        'C': '', 'Y': '8'}
 
 @pytest.mark.parametrize('data, said', [
     (b'A=1\nB\n', 'line 2 of it, `B`, is not NAME=VALUE'),
@@ -1046,7 +1046,8 @@ def test_a_file_of_variables_is_read_as_docker_reads_it():
     (b'A=\xff', 'line 1 of it: A: a variable is text in UTF-8')])
 def test_a_file_of_variables_is_refused_by_line_and_as_a_whole(data, said):
     with standard_input(data):
-        assert said in refusal(dh.change_config, {}, ['-'])
+        assert said in refusal(
+            lambda: dh.change_config({}, ['-'], piped=dh.read_stdin()))
 
 @pytest.mark.parametrize('data, value', [
     (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
@@ -1054,14 +1055,15 @@ def test_a_file_of_variables_is_refused_by_line_and_as_a_whole(data, said):
     (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
 def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
     with standard_input(data):
-        assert dh.change_config({}, ['A=-'], False) == {'A': value}
+        assert dh.change_config({}, ['A=-'], piped=dh.read_stdin()) == {'A': value}
 
 @pytest.mark.parametrize('data, times, said', [
     (b'\xff\n', 1, 'text in UTF-8'),
     (b'x', 40000, 'up to 32 KB'), (b'x', 300000, 'larger than')])
 def test_a_secret_that_will_not_do_is_refused(data, times, said):
     with standard_input(data * times):
-        assert said in refusal(dh.change_config, {}, ['A=-'], False)
+        assert said in refusal(
+            lambda: dh.change_config({}, ['A=-'], piped=dh.read_stdin()))
 
 @table('exposed, port, more, found, web', """
                         =>      =>     => 0    => False
@@ -5075,6 +5077,59 @@ def test_a_job_and_a_procfile_are_one_too_many(machine):
     assert refusal(machine.push, dict(FILES_2, Procfile='web: x\n')) == (
         'upstart.conf says itself what runs, and so does Procfile: remove one of the two')
     assert machine.changed(before) == []
+
+@pytest.mark.parametrize('words', [['A=-'], ['-'], ['B=1', 'A=-']])
+def test_nobody_waits_for_what_is_piped_into_config(plain, monkeypatch, words):
+    plain.lives(ONE_WEB)
+    with counted_locks() as taken:
+        monkeypatch.setattr(dh, 'read_stdin', lambda: 'A=' + str(taken))
+        dh.cmd_config(plain.app, *words)
+    assert plain.app.config()['A'] in ('[]', 'A=[]') and 'blog' in taken
+
+@pytest.mark.parametrize('words', [['A=-', 'C=-'], ['-', 'A=-'], ['-', '-']])
+def test_what_is_piped_in_is_for_one_word_alone(plain, words):
+    with standard_input(b'A=1'):
+        assert 'only one KEY=-' in refusal(dh.cmd_config, plain.app, *words)
+    assert plain.app.config() == {}
+
+@each('option', 'unset env next')
+def test_an_option_of_config_wants_something_to_change(plain, option):
+    plain.lives(ONE_WEB)
+    with pytest.raises(dh.Usage):
+        dh.cmd_config(plain.app, **{option: True})
+
+@pytest.mark.parametrize('closed', [[0], [1], [2], [0, 1], [0, 1, 2]])
+def test_a_closed_stream_leads_nowhere_and_to_no_file_of_ours(tmpdir, closed):
+    script = ('import os, sys\nfor fd in %r: os.close(fd)\nif 0 in %r: sys.stdin = None\n'
+              'import dockhand\ndockhand.open_closed_streams()\n'
+              'file = os.open("new", os.O_CREAT | os.O_RDWR)\n'
+              'dockhand.tell("told"); dockhand.say("said")\n'
+              'assert sys.stdin is not None\nos._exit(file > 2)' % (closed, closed))
+    asked = subprocess.Popen([sys.executable, '-c', script], cwd=str(tmpdir), env=dict(
+        os.environ, PYTHONPATH=os.path.dirname(os.path.abspath(dh.__file__))))
+    assert asked.wait() == 1 and tmpdir.join('new').read() == ''
+
+def test_a_connection_that_breaks_is_no_end_of_what_is_piped_in(plain, monkeypatch):
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    monkeypatch.setattr(dh, 'is_hung_up', lambda: True)
+    for act in (functools.partial(dh.cmd_config, plain.app, 'KEY=-'),
+                functools.partial(dh.cmd_config, plain.app, '-'),
+                functools.partial(dh.cmd_upload_key, plain.host, 'bob'),
+                functools.partial(dh.cmd_https, plain.host, 'blog', cert=True)):
+        with standard_input(b'half of a ke'):
+            assert 'the connection broke' in refusal(act)
+    assert plain.changed(before) == []
+
+@each('command', '''config\\_blog\\_--values proxy\\_blog status\\_blog\\_--json''')
+def test_what_is_somebodys_own_is_not_put_into_other_words(plain, capfd, monkeypatch, command):
+    plain.lives(ONE_WEB)
+    dh.cmd_config(plain.app, 'NOTE=see dockhand status blog')
+    for voice in (dh.say, dh.tell):
+        monkeypatch.setattr(voice, 'reword', dh.typed_by_ssh)
+    capfd.readouterr()
+    by_ssh(plain, command)
+    assert 'ssh git@HOST' not in capfd.readouterr().out
 
 def test_a_job_of_inits_has_no_variable_of_several_lines(machine):
     job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % (
@@ -9684,11 +9739,21 @@ def test_what_comes_once_more_is_shown_once(given, again):
 
 @pytest.mark.parametrize('text, said', [
     ('30m', '30m'), ('2d', '48h'), ('2026-01-31', '2026-01-31'),
-    ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z')])
+    ('2026-01-31T06:00', '2026-01-31T06:00'),
+    ('2026-01-31T06:00:00', '2026-01-31T06:00:00'),
+    ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z'),
+    ('2026-01-31T06:00:00.5+02:00', '2026-01-31T06:00:00.5+02:00')])
 def test_since_is_what_docker_reads(text, said):
     assert dh.read_since(text) == said
 
-@each('text', '1y -1h h 1 yesterday 2026-1-1 $(id) 2026-01-31;id', '')
+@each('number', 'x -5 1e3 +1 1_000', '', '\xb2', '\u0663', '9' * 23)
+def test_the_number_of_lines_is_one_that_docker_takes(plain, number):
+    plain.lives(ONE_WEB)
+    assert '-n wants a number' in refusal(lambda: dh.cmd_logs(plain.app, n=number))
+
+@each('text', '''1y -1h h 1 yesterday 2026-1-1 $(id) 2026-01-31;id 2026-99-99 0000-00-00 2026-02-30
+      2026-01-31T25:00:00 2026-01-31T06:60 2026-01-01Z-Z+T 2026-01-31T06:00:00+99
+      2026-01-31T''', '', '\u0663m', '1h\n', '2026-01-31\n')
 def test_another_since_is_refused(text):
     assert '--since wants 30m' in refusal(dh.read_since, text)
 
