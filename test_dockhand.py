@@ -11421,6 +11421,10 @@ serve main
 status --json asked asked asked
 logs asked -n -1
 logs asked --since $(id)
+logs asked --since 2026-99-99
+logs asked -n 99999999999999999999
+config ../../../../home/git/asked.git
+config asked/../asked
 upload-key x --admin
 releases asked ''
 help $(id)
