@@ -199,11 +199,13 @@ case "$1 $# ${{SSH_ORIGINAL_COMMAND:-}}" in
     app=${{SSH_ORIGINAL_COMMAND#*\\'}}
     app=${{app#/}}
     app=${{app%.git\\'}}
-    case $app$2 in
-    *[!a-z0-9.-]*) ;;
-    *)  # That the key came is noted too, for `dockhand keys`
+    case $app/$2 in
+    [!a-z]* | *[!a-z0-9.-]*/* | */*[!a-z0-9.-]*) ;;
+    *)  # What has a folder there has the name of an app. That the key came is noted too,
+        # for `dockhand keys`
         umask 022
-        if [ -d "$home/$app.git" ] && {{ true >"$home/{uses}/$2"; }} 2>/dev/null; then
+        if [ -d "{state}/apps/$app" ] && [ -d "$home/$app.git" ] &&
+            {{ true >"$home/{uses}/$2"; }} 2>/dev/null; then
             exec env -i {environment} \\
                 HOME="$home" DOCKHAND_APP="$app" DOCKHAND_KEY="$2" \\
                 GIT_PROTOCOL="${{GIT_PROTOCOL:-}}" SSH_CONNECTION="${{SSH_CONNECTION:-}}" \\
@@ -296,10 +298,11 @@ PUBLIC_KEY = r'([a-z0-9.@-]{1,99})\s+(AAAA[A-Za-z0-9+/]+={0,2})(?:\s|\Z)'
 KEY_LINE = r'''(?x) [ \t]*
     (?P<options>(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^ \t"\\])+)
     [ \t]+ (?P<type>\S+) [ \t]+ (?P<blob>\S+)'''
-# Of a forced command: the key's name and its rights, whatever stands around
+# Of a forced command: the key's name and the words of its rights, whatever they are and
+# whatever stands around
 SERVED = r'''(?x) (?:^|[\s;&|('"/\\]) (?:dockhand(?:\.py)?|gitreceive) ['"\\]*
     \s+ serve \s+ ['"\\]* (?P<name>[A-Za-z0-9._@-]+) ['"\\]*
-    (?P<words>(?:\s+(?:--read-only|--admin|[a-z][a-z0-9._-]*)(?=[\s'"\\;&|)]|\Z))*)'''
+    (?P<words>(?:\s+(?!\#|[0-9]*[<>])(?:[^\s'"\\;&|()<>]+|'[^'"\\]*'|\\"[^'"\\]*\\"))*)'''
 KEY_OPTION = r'(?:\\"|\\(?!")|"(?:\\"|\\(?!")|[^"\\])*"|[^",\\])+'
 
 # ---- The little OS layer ---------------------------------------------------------------
@@ -331,7 +334,11 @@ class Voice(object):
         self.reword = str
 
     def __call__(self, text, *values):
-        data = to_bytes(self.reword(text % values if values else text) + '\n')
+        self.write(self.reword(text % values if values else text) + '\n')
+
+    def write(self, text):
+        """The same for what is somebody's own, as a value or a file: as it is."""
+        data = to_bytes(text)
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
 
@@ -1027,9 +1034,27 @@ def check_rights(words):
         if word in (ONLY_READS, IS_ADMIN):
             continue
         check_app_name(word[:-1] if word.endswith('-') else word)
+    check_means_something(words)
+
+def check_means_something(words):
+    """Failure for words of a key's line, which somebody may have written by hand, that
+    are no rights: what limits less than he thinks is to limit all."""
+    for word in words:
+        app = word[:-1] if word.endswith('-') else word
+        if word not in (ONLY_READS, IS_ADMIN) and not re.match(APP_NAME, app):
+            raise Failure('"%s" is no right: an app is, the beginning of names as '
+                          'shop-, --read-only or --admin', printable(word))
     rights = read_rights(words)
     refuse_if(rights.is_admin and (rights.apps or rights.only_reads), '--admin is for '
               'who manages every app: leave out what it is to be limited to')
+
+def words_text(words):
+    """The rights of a key's line in words."""
+    try:
+        check_means_something(words)
+    except Failure as problem:
+        return 'may do nothing: %s' % problem
+    return rights_text(read_rights(words))
 
 def rights_text(rights):
     """Rights in words."""
@@ -1087,8 +1112,9 @@ def read_key_line(text):
         forced = value[1:-1]                        # without its quotes
         served = re.search(SERVED, forced)
         if name.lower() == 'command' and served:
+            words = [word.strip('\\"\'') for word in served.group('words').split()]
             key = Key(match.group('type'), match.group('blob'), served.group('name'),
-                      tuple(served.group('words').split()))
+                      tuple(words))
             return KeyLine(text, key, forced)
     return KeyLine(text, None, None)
 
@@ -4435,10 +4461,10 @@ def is_routed(host, subnet):
                 return True
     return False
 
-def host_lock(host, who):
-    """What apps share (names, nginx) changes under this lock, taken after the app's.
-    who: the app's name, or the command's"""
-    return locked(host.path(LOCKS, '.host'), 'a change of nginx for ' + who)
+def host_lock(host):
+    """What apps share (names, nginx) changes under this lock, taken after the app's. For
+    which one it is held is not told: who waits may have no right to know of that."""
+    return locked(host.path(LOCKS, '.host'), 'a change of nginx')
 
 HEAD_END = b'\r\n\r\n'            # of an answer
 
@@ -4599,6 +4625,8 @@ class Docker(object):
 
     def on_containers(self, names, *words):
         """Run a command on some containers; False where one of them is gone."""
+        if not names:
+            return True
         argv = ('docker',) + words + tuple(names)
         if self.host.run_unless('No such container', argv):
             return True
@@ -5076,7 +5104,7 @@ class Nginx(object):
         """Put a release's proxy file in place, or take the app's away where it has none,
         and make nginx follow. older, known: as check wants them"""
         app = release.app
-        with host_lock(self.host, app):
+        with host_lock(self.host):
             form = self.form(app, release.proxy)
             if self.host.text(proxy_path(app)) == form:
                 return
@@ -5135,7 +5163,7 @@ class Nginx(object):
     def restore(self, app, text):
         """Put the text back that was live before, or take the file away: it is not
         checked again, and nginx reloads whatever lies there."""
-        with host_lock(self.host, app):
+        with host_lock(self.host):
             files = self.files()
             form = self.usable_form(app, text, self.form(app, text), files)
             self.write(app, form, files)
@@ -5143,13 +5171,13 @@ class Nginx(object):
 
     def refresh(self):
         """Bring our catch-all up to date, and have nginx take up all that lies there."""
-        with host_lock(self.host, 'dockhand'):
+        with host_lock(self.host):
             replace_file(self.host.path(CATCH_ALL), self.catch_all_text(self.files()))
             self.reload()
 
     def remove(self, app):
         """Take an app's proxy file away for good."""
-        with host_lock(self.host, app):
+        with host_lock(self.host):
             if self.write(app, '', self.files()):
                 self.reload()
 
@@ -6612,7 +6640,7 @@ def check_proxy_change(app, release, older=False):
     """Failure where the proxy file of a release cannot be had beside the others.
     older: as Nginx.check wants it"""
     if release.proxy:
-        with host_lock(app.host, app.name):
+        with host_lock(app.host):
             app.nginx.check(release, app.nginx.files(), older, app.known)
 
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
@@ -8278,7 +8306,7 @@ def check_crontab_edited(app, live, release):
 
 def check_pushed_proxy(app, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
-    with host_lock(app.host, app.name):
+    with host_lock(app.host):
         app.nginx.check_alone(release, app.nginx.files())
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
         step('nginx-proxy.conf:%d: warning: %s', line, text)
@@ -8310,7 +8338,7 @@ def complete_plain(app, live, release, settings):
         for name in app.docker.volumes_of(app.name):
             step('Found a volume of an earlier %s: %s', app.name, name)
 
-    with host_lock(app.host, app.name):         # other apps choose addresses too
+    with host_lock(app.host):       # other apps choose addresses too
         release = release._replace(port=port, web=web, volumes=volumes,
                                    addresses=free_addresses(
                                        app.host, count_addresses(release)))
@@ -8383,9 +8411,10 @@ def serve(host, name, *words):
     note_use(host, name)
     asked = parse_git_command(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     if asked is None:
-        return hand_to_root(name)
+        return hand_to_root(name, words)
 
     verb, app_name = asked
+    check_line(name, words)
     asker = Asker(name, read_rights(words))
     asker.check_reaches(app_name)
     if verb == 'receive-pack':
@@ -8415,12 +8444,20 @@ def note_use(host, name):
     except EnvironmentError:
         pass
 
-def hand_to_root(name):
+def check_line(name, words):
+    """Failure where what stands in a key's line is no rights."""
+    try:
+        check_means_something(words)
+    except Failure as problem:
+        raise Failure('the key "%s" may do nothing while its line in authorized_keys is '
+                      'so: %s', name, problem)
+
+def hand_to_root(name, words):
     """Have root answer a command. What it says is in the environment: sudo writes each
     command line into the system's log, and some have a secret in them."""
     kept = [variable for variable in ASKED if variable in os.environ]
     env = dict(ENVIRONMENT, **dict((variable, os.environ[variable]) for variable in kept))
-    os.execvpe('sudo', ['sudo', '-n', RECEIVE, 'command', name], env)
+    os.execvpe('sudo', ['sudo', '-n', RECEIVE, 'command', name] + list(words), env)
 
 # Of refs that are pushed as all or none git asks our hook one by one: the first would be
 # live when the next is refused.
@@ -8457,23 +8494,27 @@ def make_repository(host, folder):
     except OSError:                         # another first push was faster
         host.run(['rm', '-rf', '--', temporary])
 
-def receive(host, what, name='', key='', *arguments):
+def receive(host, what, *words):
     """Run as root for the git user; the exit status, None for 0.
-    what: `update` and `post-receive` are a repository's hooks, with the name of its app,
-    a key and what git or sshd said; `command` is what the key `name` asks for by ssh;
-    `check` is nothing, to see whether sudo lets it through"""
+    what: `update` and `post-receive` are a repository's hooks; `command` is what the key
+    that is named asks for by ssh, with the words of its line; `check` is nothing, to see
+    whether sudo lets it through"""
     if what == 'check':
         return None
     if what == 'command':
-        return answer_command(host, check_key_name(name))
+        return answer_command(host, check_key_name(''.join(words[:1])), words[1:])
+    return receive_push(host, what, *words)
 
+def receive_push(host, hook, name='', key='', *arguments):
+    """What a hook of an app's repository asks for. key: the name of who pushes;
+    arguments: what git or sshd said"""
     if not name or not key:
         raise Failure('push over ssh, with a key of your own: git@HOST:APP.git')
     check_app_name(name)
     check_key_name(key)
-    if what == 'update' and len(arguments) == 3:
+    if hook == 'update' and len(arguments) == 3:
         return receive_update(host, name, key, *arguments)
-    if what == 'post-receive':
+    if hook == 'post-receive':
         return receive_after_push(host, name, ' '.join(arguments))
     raise Failure(FOR_HOOKS)
 
@@ -8494,12 +8535,17 @@ def receive_after_push(host, app_name, said):
         raise Failure(FOR_HOOKS)
     after_push(App(host, app_name), parse_connection(said))
 
-def answer_command(host, name):
-    """Run the command that a key's owner typed behind `ssh git@HOST`. Its rights are read
-    from the file itself."""
-    rights = rights_of(read_keys(host), name)
-    refuse_if(rights is None, 'no key here is called "%s"', name)
-    host.asker = Asker(name, rights)
+def answer_command(host, name, words):
+    """Run the command that a key's owner typed behind `ssh git@HOST`. words: of its line,
+    as sshd's shell has read them; where no line of that name says the same, the file has
+    been changed, or is not as it seems"""
+    lines = [key.words for key in read_keys(host) if key.name == name]
+    refuse_if(not lines, 'no key here is called "%s"', name)
+    refuse_if(words not in lines, 'what the key "%s" may do is not clear from its line '
+              'in authorized_keys, or was changed just now: connect again, or have it '
+              'uploaded again', name)
+    check_line(name, words)
+    host.asker = Asker(name, read_rights(words))
     words = split_words(os.environ.get('SSH_ORIGINAL_COMMAND', ''))
     return run_command(host, words) if words else greet(host)
 
@@ -9328,8 +9374,9 @@ def program_text(host):
                    for name, value in sorted(ENVIRONMENT.items()) if name != 'HOME']
     between = ' \\\n' + 16 * ' '
     return PROGRAM_TEXT.format(
-        home=quote(host.home()), uses=USES, environment=between.join(environment),
-        git=' '.join(GIT_SERVES), python=LIBRARY + '/dockhand')
+        home=quote(host.home()), state=STATE, uses=USES,
+        environment=between.join(environment), git=' '.join(GIT_SERVES),
+        python=LIBRARY + '/dockhand')
 
 def installed_hooks(host):
     """Those of the repositories that are there already, as [Part]."""
@@ -9765,7 +9812,7 @@ def form_refused(app, live):
     form = app.nginx.form(app.name, text)
     if form in (text, app.host.text(proxy_path(app.name))):
         return ''
-    with host_lock(app.host, app.name):
+    with host_lock(app.host):
         problem = app.nginx.form_problem(app.name, form, app.nginx.files())
     return problem and '%s is served without https: %s' % (app.name, problem)
 
@@ -9899,7 +9946,7 @@ def install_parts(host):
     """Write our files, and have this machine start and read them; True where one was
     new or another."""
     changes = [disable_default_site(host)]
-    with host_lock(host, 'install'):        # one of them is nginx's, for all apps
+    with host_lock(host):       # one of them is nginx's, for all apps
         for part in installed_parts(host):
             changes.append(install_part(host, *part))
     changes += [renew_keys(host), replace_link(host.path(OLDER_NAME), PROGRAM),
@@ -9943,6 +9990,8 @@ def read_stdin():
     source = sys.stdin if PYTHON_2 else sys.stdin.buffer
     data = b'' if source.isatty() else source.read(FILE_LIMIT + 1)
     refuse_if(len(data) > FILE_LIMIT, 'what came in is larger than 256 KB')
+    refuse_if(is_hung_up(), 'the connection broke while something came in: '
+              'nothing has changed')
     return to_text(data)
 
 @command('upload-key', 'NAME [APP...] [--read-only] [--admin]', ADMIN)
@@ -9989,7 +10038,7 @@ def cmd_keys(host, json=False):
         used = 'never used' if each['used'] is None else time_text(each['used'])
         tell('%-20s %-20s %s  %-16s  %s', printable(key.name), printable(key.type),
              each['fingerprint'] or '(unknown to OpenSSH here)', used,
-             printable(rights_text(read_rights(key.words)), 8000))
+             printable(words_text(key.words), 8000))
 
 def last_use(host, name):
     """When a key of a name came last, in seconds since 1970, or None."""
@@ -10050,7 +10099,7 @@ def cmd_logs(app, process=None, n=None, f=False, since=None):
     --since 30m, 2h, 1d or a date. PROCESS is one of the Procfile: `worker` is all of
     that type, `worker.2` the second.
     """
-    refuse_if(n is not None and not n.isdigit(), '-n wants a number')
+    refuse_if(n is not None and not re.match(r'[0-9]{1,9}\Z', n), '-n wants a number')
     if app.is_waiting():
         raise Failure('%s was never live; it waits %s', app.name, app.waiting_text())
     live = app.must_be_live()
@@ -10064,7 +10113,7 @@ def cmd_logs(app, process=None, n=None, f=False, since=None):
 
     begun = time_for_docker(app.host.clock.time())
     options = ['--tail=' + (n or ('all' if since else '100'))]
-    if since:
+    if since is not None:
         options.append('--since=' + read_since(since))
     try:
         show_logs(readers, options)
@@ -10075,13 +10124,34 @@ def cmd_logs(app, process=None, n=None, f=False, since=None):
 
 def read_since(text):
     """`docker logs --since` for 30m, 2h or 1d, or a date that it takes as it is."""
-    match = re.match(r'(\d{1,6})([smhd])\Z', text)
+    match = re.match(r'([0-9]{1,6})([smhd])\Z', text)
     if match:
         number, unit = match.groups()
         return '%dh' % (int(number) * 24) if unit == 'd' else text
-    refuse_if(not re.match(r'\d{4}-\d\d-\d\d[T0-9:.Z+-]{0,30}\Z', text),
+    refuse_if(not is_date(text),
               '--since wants 30m, 2h or 1d, or a date as 2026-01-31T06:00:00')
     return text
+
+# A day, and a moment of it in some zone
+DATE = r'''(?x) ([0-9]{4}-[0-9]{2}-[0-9]{2})
+    (?:T ([0-9]{2}:[0-9]{2}(?::[0-9]{2})?) (?:\.[0-9]{1,9})?
+       (?:Z | [+-](?:0[0-9]|1[0-4]):[0-5][0-9])? )? \Z'''
+
+def is_date(text):
+    """Whether docker takes a text for a date. Of one that it does not it says so where
+    nobody looks, in the log that is asked for."""
+    from datetime import datetime
+    match = re.match(DATE, text)
+    if match is None:
+        return False
+
+    day, moment = match.groups()
+    moment = ((moment or '00:00') + ':00')[:len('00:00:00')]
+    try:
+        datetime.strptime('%s %s' % (day, moment), '%Y-%m-%d %H:%M:%S')
+    except ValueError:
+        return False
+    return True
 
 def process_called(live, title):
     """The Process that a person means by `worker` or `worker.2`."""
@@ -10278,7 +10348,7 @@ def cmd_proxy(app):
     refuse_if(not live.web, '%s is no web app that its Dockerfile describes: push it '
               'without an upstart.conf first', app.name)
     text = complete_proxy(app, live._replace(proxy=''))
-    tell('%s', text.partition('\n')[2].partition(MARK)[0].rstrip())
+    tell.write(text.partition('\n')[2].partition(MARK)[0].rstrip() + '\n')
 
 @command('config', 'APP [KEY=VALUE...] [--unset] [--env] [--next] [--values]', CHANGE,
          alone=READ)
@@ -10291,11 +10361,17 @@ def cmd_config(app, *changes, **options):
     for the next push, where the live commit could not have it, as a folder that is new.
     """
     if not changes:
+        if set(options) - set(['values']):
+            raise Usage('wanted: config APP KEY=VALUE, or APP --unset KEY')
+        refuse_if(app.name not in all_apps(app.host), 'no app %s here: see dockhand apps',
+                  app.name)
         return show_config(app.config(), 'values' in options)
+    # Before the lock, or everybody else waits for that
+    piped = read_stdin() if piped_words(changes) else ''
     with app_lock(app, 'dockhand config ' + app.name) as live:
         before = app.config()
         wanted = change_config(before, changes, unset='unset' in options,
-                               env='env' in options)
+                               env='env' in options, piped=piped)
         changed = changed_keys(before, wanted)
 
         if not changed:
@@ -10319,7 +10395,7 @@ def show_config(config, with_values):
     """Print what is set; a variable's value may be a secret."""
     for key in sorted(config):
         shown = with_values or key in SETTINGS
-        tell('%s=%s', key, config[key] if shown else '(see it with --values)')
+        tell.write('%s=%s\n' % (key, config[key] if shown else '(see it with --values)'))
 
 def release_config(app, live, wanted, changed):
     """Make a release of the live image with another config. changed: [key]"""
@@ -10361,24 +10437,26 @@ def check_branch_fits(app, branch):
         refuse_if(clashes and name != branch, 'branch=%s: git cannot have it beside the '
                   'branch %s, which is here', branch, printable(name))
 
-def change_config(config, changes, unset=False, env=False):
-    """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
-    is piped in, or, to unset one, KEY; env: all of them are variables"""
-    bare_keys = [word for word in changes if word != '-' and '=' not in word]
-    refuse_if(unset and not bare_keys, '--unset wants KEY, as in --unset WORKERS')
-    values = [word.partition('=')[2] for word in changes]
-    from_input = changes.count('-') + values.count('-')
-    refuse_if(from_input > 1, 'only one KEY=- at a time: the next would find nothing')
+def piped_words(changes):
+    """Those of the words of `config` that take what is piped in: one of them, or none."""
+    piped = [word for word in changes if word == '-' or word.partition('=')[2] == '-']
+    refuse_if(len(piped) > 1, 'only one KEY=- at a time: the next would find nothing')
+    return piped
 
+def change_config(config, changes, unset=False, env=False, piped=''):
+    """What words make of a config: a new one. changes: KEY=VALUE, KEY=- and `-` for what
+    is piped in, or, to unset one, KEY; env: all of them are variables; piped: the text"""
+    unsets = [word for word in changes if '=' not in word and word != '-']
+    refuse_if(unset and not unsets, '--unset wants KEY, as in --unset WORKERS')
     wanted = dict(config)
     for word in changes:
         name, equals, value = word.partition('=')
         if word == '-':
-            for name, value in read_env_file(read_stdin()):
+            for name, value in read_env_file(piped):
                 wanted[variable_key(name)] = value
         elif equals:
             if value == '-':
-                value = re.sub(r'\r?\n\Z', '', read_stdin())
+                value = re.sub(r'\r?\n\Z', '', piped)
             wanted[checked_key(config, name, value, env)] = value
         else:
             refuse_if(not unset, '"%s" is not KEY=VALUE (what has blanks is quoted, over '
@@ -10540,7 +10618,7 @@ def check_nginx_takes(app, certificate):
 
     text = app.wanted_proxy(live)
     form = with_https(text, [certificate], app.nginx.version())
-    with host_lock(app.host, app.name):
+    with host_lock(app.host):
         files = app.nginx.files()
         problem = app.nginx.form_problem(app.name, form, files)
         refuse_if(problem and not app.nginx.test(app.name, text, files),
@@ -10658,7 +10736,7 @@ def remove_app(app, live):
 
 def load_certificates(host):
     """Have nginx's files name no certificate that it cannot load."""
-    with host_lock(host, 'dockhand'):
+    with host_lock(host):
         host.nginx.mend_certificates(host.nginx.problem())
 
 @command('recover', '', ADMIN)
@@ -10777,10 +10855,14 @@ def run_command(host, words):
     except Usage as problem:
         raise Usage(str(problem) + foreign_option(verb.name, words[1:]))
     if host.asker is not None:
-        check_asker(host.asker, verb, given, options)
+        try:
+            check_asker(host.asker, verb, given, options)
+        except Failure:         # of its words one may be a secret
+            log('%s by %s: refused: it has no right to that', verb.name, host.person())
+            raise
     refuse_if(os.geteuid() != 0, 'root only: sudo dockhand ' + verb.name)
     if verb.pattern.startswith('APP'):
-        app = App(host, given[0], host.reach())
+        app = App(host, check_app_name(given[0]), host.reach())
         return verb.function(app, *given[1:], **options)
     return verb.function(host, *given, **options)
 
@@ -10932,11 +11014,24 @@ def installed_user(host):
     older = re.search(r"'dockhand', '([a-z0-9._-]+)'\)", host.text(PROGRAM))
     return older.group(1) if older else 'git'
 
+def open_closed_streams():
+    """Have the standard streams that are closed lead nowhere: the next file that is
+    opened would be taken for one of them."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except EnvironmentError:
+            opened = os.open(os.devnull, os.O_RDWR)     # the first number that is free
+            fcntl.fcntl(opened, fcntl.F_SETFD, 0)       # for commands too
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+
 def main(role, user=None):
     """Run as one of dockhand's names; the exit status.
     user: of the launchers of older versions, while they are replaced"""
     on_signals(leave)
     os.umask(0o022)
+    open_closed_streams()
     host = Host(user=user or installed_user(Host()))
     words = sys.argv[1:]
     status = 0

@@ -293,7 +293,8 @@ def by_ssh(machine, command, *words):
         machine.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', words))))
     os.environ['SSH_ORIGINAL_COMMAND'] = command
     try:
-        return dh.receive(machine.host, 'command', 'anna') or 0
+        key, = dh.read_keys(machine.host)
+        return dh.receive(machine.host, 'command', 'anna', *key.words) or 0
     finally:
         del os.environ['SSH_ORIGINAL_COMMAND']
         machine.host.asker = None
@@ -358,6 +359,33 @@ def test_an_app_of_others_is_told_from_none_by_nothing(plain, words, command):
     assert not [path for path in opened if 'blog' in path]
     assert plain.done == []
 
+NO_NAMES = '''.. . .ssh a/b blog-a/../wiki blog-/../wiki / Upper ../../../../home/git/wiki.git
+    ../../../../root/.docker a..b a- a:b * blog-'''.split() + [
+        '', 'x' * 256, 'blog\n', '\x1b[31m']
+
+@pytest.mark.parametrize('words', [(), ('blog-',), ('blog-', '--read-only'), ('--admin',)])
+@pytest.mark.parametrize('verb', sorted(
+    verb.name for verb in dh.COMMANDS if verb.pattern.startswith(('APP', '[APP]'))))
+def test_a_command_is_about_an_app_and_no_path(plain, capfd, verb, words):
+    for app in ('wiki', 'blog-a'):
+        other = dh.App(plain.host, app)
+        dh.make_folder(other.folder(), 0o700)
+        other.save_config({'SECRET': 'hush'})
+    plain.write('/home/git/wiki.git/config', '[core] bare = true\n')
+    capfd.readouterr()
+    for name in NO_NAMES:
+        refusal(by_ssh, plain, '%s %s' % (verb, dh.quote(name)), *words)
+    assert 'SECRET' not in capfd.readouterr().out and plain.done == []
+
+def test_the_config_of_no_app_is_refused(plain):
+    assert 'no app blgo here' in refusal(by_ssh, plain, 'config blgo')
+
+def test_who_waits_for_nginx_is_not_told_for_which_app(plain, capfd):
+    with dh.host_lock(plain.host), pytest.raises(Failure):
+        with dh.locked(plain.host.path(dh.LOCKS, '.host'), 'x', patience=0):
+            pass
+    assert '-----> Waiting for a change of nginx, since ' in capfd.readouterr().err
+
 def test_what_is_listed_over_ssh_is_what_a_key_may_see(plain, capfd):
     plain.lives(ONE_WEB)
     for words, there in ((('wiki',), False), (('blo-',), False), (('bl-',), False),
@@ -414,6 +442,82 @@ def test_a_prefix_of_names_reaches_what_begins_so(plain, capfd):
     (('shop--',), 'is no name')])
 def test_no_right_has_a_letter_that_a_shell_reads(words, said):
     assert said in refusal(dh.check_rights, words)
+
+@contextmanager
+def handed_over(host, name, *words):
+    """What a key's line with these words has root run, and no more; the words of it."""
+    handed, execvpe = [], os.execvpe
+    os.execvpe = lambda program, argv, env: handed.extend(argv[3:])
+    try:
+        dh.serve(host, name, *words)
+        yield handed
+    finally:
+        os.execvpe = execvpe
+
+# As sshd's shell hands it to `serve`, and what it may not do at all where it is that
+HAND_WRITTEN = [
+    ("serve anna 'blog'", ['blog'], 'blog'), (r'serve anna \"blog\"', ['blog'], 'blog'),
+    ('serve anna blog,wiki', ['blog,wiki'], ''), ('serve anna Blog', ['Blog'], ''),
+    ('serve anna --readonly', ['--readonly'], ''),
+    ('serve anna blog --readonly', ['blog', '--readonly'], ''),
+    ('serve anna --readonly blog', ['--readonly', 'blog'], ''),
+    ("serve anna '--read-only'", ['--read-only'], 'every app'),
+    ('serve anna -- blog', ['--', 'blog'], ''), ('serve anna blog-*', ['blog-x.git'], ''),
+    ('serve anna blog_', ['blog_'], ''), ('serve anna $APPS', [], ''),
+    ('serve anna $APPS', ['wiki'], ''), ('serve anna blo\'g\'', ['blog'], ''),
+    ('serve anna --admin blog', ['--admin', 'blog'], ''),
+    ('serve anna --admin --read-only', ['--admin', '--read-only'], ''),
+    (r'serve anna \"\"', [''], ''), ('serve anna blog # x', ['blog'], 'blog'),
+    ('serve anna blog 2>/dev/null', ['blog'], 'blog'),
+    ('serve anna  blog\t', ['blog'], 'blog'), ('serve anna blog; x', ['blog'], 'blog')]
+
+@pytest.mark.parametrize('forced, words, apps', HAND_WRITTEN)
+def test_a_line_written_by_hand_lets_nobody_do_more_by_a_command_than_by_a_push(
+        plain, capfd, forced, words, apps):
+    plain.lives(ONE_WEB)
+    plain.write('/home/git/' + dh.KEYS, 'command="/usr/local/bin/dockhand %s" %s x\n' % (
+        forced, ' '.join(ONE)))
+    before = plain.read('/home/git/' + dh.KEYS)
+    with ssh_command(''):
+        if apps:
+            with handed_over(plain.host, 'anna', *words) as handed:
+                assert dh.receive(plain.host, *handed) is None
+            assert apps in capfd.readouterr().out.splitlines()[0]
+        else:
+            refusal(dh.receive, plain.host, 'command', 'anna', *words)
+            assert plain.host.asker is None
+    with ssh_command("git-upload-pack 'wiki.git'"):
+        refusal(dh.serve, plain.host, 'anna', *words or ['$APPS'])
+    assert plain.read('/home/git/' + dh.KEYS) == before
+
+def test_each_line_of_a_name_has_its_own_rights(plain, capfd):
+    plain.write('/home/git/' + dh.KEYS, keys_text(
+        Key(*ONE + ('anna', ('--read-only',))), Key(*TWO + ('anna', ()))))
+    for words, said in (((), 'may push and manage every app'),
+                        (('--read-only',), 'may read every app')):
+        with ssh_command(''):
+            dh.receive(plain.host, 'command', 'anna', *words)
+        assert said in capfd.readouterr().out
+
+def test_keys_says_of_a_line_written_by_hand_that_it_lets_nobody_in(plain, capfd):
+    plain.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', ()))).replace(
+        'serve anna', 'serve anna --readonly'))
+    dh.cmd_keys(plain.host)
+    assert '"--readonly" is no right' in capfd.readouterr().out
+    lines = dh.read_authorized_keys(plain.read('/home/git/' + dh.KEYS))
+    changed = dh.render_authorized_keys(dh.add_keys(lines, [], 'anna', ('blog',)))
+    assert changed == keys_text(Key(*ONE + ('anna', ('blog',))))
+
+@pytest.mark.parametrize('words, command, what', [
+    (('wiki',), 'config blog TOKEN=hush', 'config'), (('wiki',), 'config TOKEN=hush', 'config'),
+    (('--read-only',), 'destroy blog --force', 'destroy'), ((), 'keys', 'keys')])
+def test_a_command_that_a_key_has_no_right_to_is_logged_without_its_words(
+        plain, monkeypatch, words, command, what):
+    logged = []
+    monkeypatch.setattr(dh, 'log', lambda text, *values: logged.append(text % values))
+    plain.write('/home/git/' + dh.KEYS, keys_text(Key(*ONE + ('anna', words))))
+    refusal(by_ssh, plain, command)
+    assert logged == ['%s by anna: refused: it has no right to that' % what]
 
 def test_a_key_that_nobody_uploaded_may_nothing(plain):
     plain.lives(ONE_WEB)
@@ -855,7 +959,7 @@ def test_a_config_is_changed_word_by_word(words, unset, wanted):
     (['A=1', 'port=x'], False, 'port=x: a number'), (['=1'], False, '"" is no name'),
     (['A=1', 'domain=x'], False, 'no setting is called "domain"'),
     (['B'], True, 'no B is set'), ([], True, '--unset wants KEY'),
-    (['A=1'], True, '--unset wants KEY'), (['A=-', 'C=-'], False, 'only one KEY=-'),
+    (['A=1'], True, '--unset wants KEY'),
     (['A=1', 'B'], True, 'no B is set')])
 def test_a_change_of_config_is_refused_as_a_whole(words, unset, said):
     found = {'A': 'old'}
@@ -958,10 +1062,10 @@ def test_one_container_that_is_gone_hides_nothing_of_another(plain):
         plain.host.docker.on_containers, ['blog--1--worker', 'blog--1'], 'stop', '-t', '1')
 
 def test_a_file_of_variables_is_read_as_docker_reads_it():
-    with standard_input(b'# all\n\n  A=1 # no comment\r\nB="q"\nmemory=2\nport=x\nC=\nA=3'):
-        assert dh.change_config({'Z': '9'}, ['-', 'Y=8']) == {
-            'Z': '9', 'A': '3', 'B': '"q"', '--env memory': '2', '--env port': 'x',
-            'C': '', 'Y': '8'}
+    piped = '# all\n\n  A=1 # no comment\r\nB="q"\nmemory=2\nport=x\nC=\nA=3'
+    assert dh.change_config({'Z': '9'}, ['-', 'Y=8'], piped=piped) == {
+        'Z': '9', 'A': '3', 'B': '"q"', '--env memory': '2', '--env port': 'x',
+        'C': '', 'Y': '8'}
 
 @pytest.mark.parametrize('data, said', [
     (b'A=1\nB\n', 'line 2 of it, `B`, is not NAME=VALUE'),
@@ -970,7 +1074,8 @@ def test_a_file_of_variables_is_read_as_docker_reads_it():
     (b'A=\xff', 'line 1 of it: A: a variable is text in UTF-8')])
 def test_a_file_of_variables_is_refused_by_line_and_as_a_whole(data, said):
     with standard_input(data):
-        assert said in refusal(dh.change_config, {}, ['-'])
+        assert said in refusal(
+            lambda: dh.change_config({}, ['-'], piped=dh.read_stdin()))
 
 @pytest.mark.parametrize('data, value', [
     (b'secret\n', 'secret'), (b'secret\r\n', 'secret'), (b'secret', 'secret'),
@@ -978,14 +1083,15 @@ def test_a_file_of_variables_is_refused_by_line_and_as_a_whole(data, said):
     (b'\xc3\xa9\n', dh.to_text(b'\xc3\xa9'))])
 def test_a_secret_is_read_from_standard_input_without_its_line_end(data, value):
     with standard_input(data):
-        assert dh.change_config({}, ['A=-'], False) == {'A': value}
+        assert dh.change_config({}, ['A=-'], piped=dh.read_stdin()) == {'A': value}
 
 @pytest.mark.parametrize('data, times, said', [
     (b'\xff\n', 1, 'text in UTF-8'),
     (b'x', 40000, 'up to 32 KB'), (b'x', 300000, 'larger than')])
 def test_a_secret_that_will_not_do_is_refused(data, times, said):
     with standard_input(data * times):
-        assert said in refusal(dh.change_config, {}, ['A=-'], False)
+        assert said in refusal(
+            lambda: dh.change_config({}, ['A=-'], piped=dh.read_stdin()))
 
 @table('exposed, port, more, found, web', """
                         =>      =>     => 0    => False
@@ -4872,6 +4978,13 @@ def test_a_setting_that_cannot_be_had_is_refused_and_nothing_changes(plain, word
     assert said in refusal(dh.cmd_config, plain.app, *words)
     assert plain.changed(before) == [] and str(plain.containers) == containers
 
+def test_a_release_that_would_have_no_process_leaves_its_number_and_why(plain):
+    plain.lives(ONE_WEB)
+    assert 'without a web process' in refusal(dh.cmd_config, plain.app, 'scale=web=0')
+    assert plain.app.load(2).failed.startswith('scale: without a web process')
+    dh.cmd_config(plain.app, 'A=1')
+    assert plain.app.live().number == 3
+
 @pytest.mark.parametrize('words, said', [
     (['options=--bogus 1'], 'options: unknown flag: --bogus'),
     (['options=-v wiki--data:/x'], 'options: wiki--data is a volume of wiki')])
@@ -4992,6 +5105,59 @@ def test_a_job_and_a_procfile_are_one_too_many(machine):
     assert refusal(machine.push, dict(FILES_2, Procfile='web: x\n')) == (
         'upstart.conf says itself what runs, and so does Procfile: remove one of the two')
     assert machine.changed(before) == []
+
+@pytest.mark.parametrize('words', [['A=-'], ['-'], ['B=1', 'A=-']])
+def test_nobody_waits_for_what_is_piped_into_config(plain, monkeypatch, words):
+    plain.lives(ONE_WEB)
+    with counted_locks() as taken:
+        monkeypatch.setattr(dh, 'read_stdin', lambda: 'A=' + str(taken))
+        dh.cmd_config(plain.app, *words)
+    assert plain.app.config()['A'] in ('[]', 'A=[]') and 'blog' in taken
+
+@pytest.mark.parametrize('words', [['A=-', 'C=-'], ['-', 'A=-'], ['-', '-']])
+def test_what_is_piped_in_is_for_one_word_alone(plain, words):
+    with standard_input(b'A=1'):
+        assert 'only one KEY=-' in refusal(dh.cmd_config, plain.app, *words)
+    assert plain.app.config() == {}
+
+@each('option', 'unset env next')
+def test_an_option_of_config_wants_something_to_change(plain, option):
+    plain.lives(ONE_WEB)
+    with pytest.raises(dh.Usage):
+        dh.cmd_config(plain.app, **{option: True})
+
+@pytest.mark.parametrize('closed', [[0], [1], [2], [0, 1], [0, 1, 2]])
+def test_a_closed_stream_leads_nowhere_and_to_no_file_of_ours(tmpdir, closed):
+    script = ('import os, sys\nfor fd in %r: os.close(fd)\nif 0 in %r: sys.stdin = None\n'
+              'import dockhand\ndockhand.open_closed_streams()\n'
+              'file = os.open("new", os.O_CREAT | os.O_RDWR)\n'
+              'dockhand.tell("told"); dockhand.say("said")\n'
+              'assert sys.stdin is not None\nos._exit(file > 2)' % (closed, closed))
+    asked = subprocess.Popen([sys.executable, '-c', script], cwd=str(tmpdir), env=dict(
+        os.environ, PYTHONPATH=os.path.dirname(os.path.abspath(dh.__file__))))
+    assert asked.wait() == 1 and tmpdir.join('new').read() == ''
+
+def test_a_connection_that_breaks_is_no_end_of_what_is_piped_in(plain, monkeypatch):
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    monkeypatch.setattr(dh, 'is_hung_up', lambda: True)
+    for act in (functools.partial(dh.cmd_config, plain.app, 'KEY=-'),
+                functools.partial(dh.cmd_config, plain.app, '-'),
+                functools.partial(dh.cmd_upload_key, plain.host, 'bob'),
+                functools.partial(dh.cmd_https, plain.host, 'blog', cert=True)):
+        with standard_input(b'half of a ke'):
+            assert 'the connection broke' in refusal(act)
+    assert plain.changed(before) == []
+
+@each('command', '''config\\_blog\\_--values proxy\\_blog status\\_blog\\_--json''')
+def test_what_is_somebodys_own_is_not_put_into_other_words(plain, capfd, monkeypatch, command):
+    plain.lives(ONE_WEB)
+    dh.cmd_config(plain.app, 'NOTE=see dockhand status blog')
+    for voice in (dh.say, dh.tell):
+        monkeypatch.setattr(voice, 'reword', dh.typed_by_ssh)
+    capfd.readouterr()
+    by_ssh(plain, command)
+    assert 'ssh git@HOST' not in capfd.readouterr().out
 
 def test_a_job_of_inits_has_no_variable_of_several_lines(machine):
     job = 'start on x\nexec docker run --rm --env-file=%s blog\n' % (
@@ -7226,8 +7392,11 @@ def program(request, plain):
                     'for word; do echo "$word"; done\necho --\nenv\n' % name)
         os.chmod(os.path.join(folder, name), 0o755)
     plain.write('/home/git/.ssh/dockhand/anna', '')
-    plain.write('/home/git/blog.git/HEAD', '')
+    for name in ('blog', 'docker', 'a--b', '', '.', '-x'):
+        plain.write('/home/git/%s.git/HEAD' % name, '')
+    plain.write('/var/lib/dockhand/apps/blog/live', '')
     text = dh.program_text(plain.host).replace('/home/git', home)
+    text = text.replace(dh.STATE, plain.host.path(dh.STATE))
     text = text.replace('PATH=', 'PATH=%s:' % folder)
     text = text.replace('exec ' + dh.LIBRARY + '/dockhand ', 'exec %s/python ' % folder)
 
@@ -7280,6 +7449,8 @@ def test_git_gets_at_once_what_serve_would_hand_to_it(
     ("git-receive-pack '//blog.git'", ['anna']), ("git-receive-pack 'blog.git';id", ['anna']),
     ("git-receive-pack '*.git'", ['anna']), ("git-receive-pack 'Blog.git'", ['anna']),
     ("git-receive-pack '$HOME/blog.git'", ['anna']), ("git-upload-archive 'blog.git'", ['anna']),
+    ("git-receive-pack 'docker.git'", ['anna']), ("git-upload-pack 'a--b.git'", ['anna']),
+    ("git-upload-pack '..git'", ['anna']), ("git-upload-pack '-x.git'", ['anna']),
     ("git-receive-pack 'blog.git'\n", ['anna']), ("git-receive-pack '\nblog.git'", ['anna']),
     ("x\ngit-receive-pack 'blog.git'", ['anna']), ('', ['anna']), ('apps', ['anna'])])
 def test_all_that_sshd_hands_over_besides_is_pythons(program, plain, command, words):
@@ -9633,11 +9804,21 @@ def test_of_a_new_release_all_is_followed_and_of_an_old_one_what_was_not_shown(
 
 @pytest.mark.parametrize('text, said', [
     ('30m', '30m'), ('2d', '48h'), ('2026-01-31', '2026-01-31'),
-    ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z')])
+    ('2026-01-31T06:00', '2026-01-31T06:00'),
+    ('2026-01-31T06:00:00', '2026-01-31T06:00:00'),
+    ('2026-01-31T06:00:00Z', '2026-01-31T06:00:00Z'),
+    ('2026-01-31T06:00:00.5+02:00', '2026-01-31T06:00:00.5+02:00')])
 def test_since_is_what_docker_reads(text, said):
     assert dh.read_since(text) == said
 
-@each('text', '1y -1h h 1 yesterday 2026-1-1 $(id) 2026-01-31;id', '')
+@each('number', 'x -5 1e3 +1 1_000', '', '\xb2', '\u0663', '9' * 23)
+def test_the_number_of_lines_is_one_that_docker_takes(plain, number):
+    plain.lives(ONE_WEB)
+    assert '-n wants a number' in refusal(lambda: dh.cmd_logs(plain.app, n=number))
+
+@each('text', '''1y -1h h 1 yesterday 2026-1-1 $(id) 2026-01-31;id 2026-99-99 0000-00-00 2026-02-30
+      2026-01-31T25:00:00 2026-01-31T06:60 2026-01-01Z-Z+T 2026-01-31T06:00:00+99
+      2026-01-31T''', '', '\u0663m', '1h\n', '2026-01-31\n')
 def test_another_since_is_refused(text):
     assert '--since wants 30m' in refusal(dh.read_since, text)
 
@@ -11317,6 +11498,10 @@ serve main
 status --json asked asked asked
 logs asked -n -1
 logs asked --since $(id)
+logs asked --since 2026-99-99
+logs asked -n 99999999999999999999
+config ../../../../home/git/asked.git
+config asked/../asked
 upload-key x --admin
 releases asked ''
 help $(id)
