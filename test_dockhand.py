@@ -307,7 +307,7 @@ def test_an_ssh_command_that_is_none_of_ours_is_refused_and_does_nothing(plain, 
     assert plain.done == []
 
 # What each of the rights may do: to its own app, and to the server
-RIGHTS = {(): 'read change', ('blog',): 'read change', ('bl-',): '', ('b', 'blo-'): '',
+RIGHTS = {(): 'read change', ('blog',): 'read change', ('bl-',): '', ('bb', 'blo-'): '',
           ('blog', '--read-only'): 'read', ('--read-only',): 'read',
           ('--admin',): 'read change admin', ('wiki',): ''}
 ASKED = [
