@@ -6434,8 +6434,19 @@ class Upstart(Engine):
         return run_in_image(self.host, release, options, argv, each, {}, '/')
 
     def once(self, release):
-        env_file = self.app.release_folder(release.number) + '/env'
-        return ['--env-file=' + env_file, PIDS_CAP, '--log-driver=none'], {}, '/'
+        """With the options of the job's `docker run`; where docker alone could not do
+        what the job does, config's variables are all that is known."""
+        own = [PIDS_CAP, '--log-driver=none']
+        try:
+            job = container_of(job_of(release), release.app)
+        except Failure:
+            env_file = self.app.release_folder(release.number) + '/env'
+            return ['--env-file=' + env_file] + own, {}, '/'
+        options = without_places(job.options)
+        for option in own:
+            if not any(each.startswith(option.partition('=')[0]) for each in options):
+                options.append(option)
+        return options, job.env, job.folder
 
     def prepare(self, release):
         """Failure where somebody else's job has the name, before anything is stopped."""

@@ -9872,6 +9872,22 @@ def test_a_shell_is_run_where_no_command_is_named(plain):
     made, = [line for line in plain.done if line.startswith('docker create')]
     assert ' --entrypoint=sh sha256:FROMone -c ' in made
 
+@pytest.mark.parametrize('job, there', [
+    ('exec docker run --rm -v data:/data -p 25:25 -e B=2 --name blog blog',
+     '--volume=data:/data --env=B=2 --pids-limit=4096'),
+    ('exec docker run --rm --pids-limit 9 blog', '--pids-limit=9'),
+    ('script\n    [ -e /x ] || exit 0\n    exec docker run --rm -v data:/data blog\n'
+     'end script', '--env-file=/var/lib/dockhand/apps/blog/releases/1/env')])
+def test_a_one_off_command_of_a_job_of_init_has_what_docker_gets_from_that(
+        tmpdir, job, there):
+    machine = Machine(tmpdir, 'upstart')
+    machine.lives(but('job', 'start on started docker\n' + job + '\n'))
+    attended(machine, lambda: dh.cmd_run(machine.app, 'x'))
+    made, = [line for line in machine.done if line.startswith('docker create')]
+    assert set(there.split()) <= set(made.split()), made
+    assert '25:25' not in made and made.count('--pids-limit') == 1, made
+    assert '--log-driver=none' in made and made.count('--name') == 1
+
 def test_a_process_of_the_procfile_is_run_once(plain):
     plain.lives(ONE_TYPES)
     attended(plain, lambda: dh.cmd_run(plain.app, process='worker'))
