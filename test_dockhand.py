@@ -11025,8 +11025,12 @@ def come_back_after(server, event):
     assert until(app.answer, 'survivor', 60) == 'survivor'
     assert until(lambda: server.get('whatever.test'), 'It works', 60) == 'It works'
     assert quiet.answer() == '502'
-    states = dict(line.split()[:2] for line in server.ok('dockhand apps').splitlines())
-    assert states.pop('quiet') == 'stopped'
+    def stopped():                      # `changing` while recover looks at it
+        states.update(line.split()[:2] for line in server.ok('dockhand apps').splitlines())
+        return states['quiet']
+    states = {}
+    assert until(stopped, 'stopped') == 'stopped'
+    del states['quiet']
     assert set(states.values()) <= set(['running', 'waiting']), states
     quiet.change(event.__name__)
 
@@ -11431,7 +11435,7 @@ BY_SSH = [
     ('recover', 'admin'), ('install', 'root'), ('destroy {} --force', 'manage')]
 LIMITED = [((), 'read manage'), (('--read-only',), 'read'), (('asked',), 'read manage'),
            (('ask-', 'asked', '--read-only'), 'read'), (('--admin',), 'read manage admin')]
-DENIED = (r'dockhand: (the key "other" has no right to \S+: it may reach .*|\S+ is for (keys '
+DENIED = (r'dockhand: (the key "other" has no right to \S+: it may reach .*|.+ is for (keys '
           r'that were uploaded with --admin|root, on the server itself)|\S+ is not for the '
           r'key "other", which may only read)\Z')
 
