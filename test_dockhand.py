@@ -12896,6 +12896,7 @@ def test_real_the_processes_of_an_app_are_one_release_through_whatever_comes(ser
     handled = queue.check()
 
     server.reboot()
+    server.ok('dockhand recover')           # as init does where there is one
     with Queue(server) as queue:
         app.check_whole('fewer')
         app.WHOLE = Typed.WHOLE
