@@ -208,7 +208,8 @@ case "$1 $# ${{SSH_ORIGINAL_COMMAND:-}}" in
             {{ true >"$home/{uses}/$2"; }} 2>/dev/null; then
             exec env -i {environment} \\
                 HOME="$home" DOCKHAND_APP="$app" DOCKHAND_KEY="$2" \\
-                GIT_PROTOCOL="${{GIT_PROTOCOL:-}}" SSH_CONNECTION="${{SSH_CONNECTION:-}}" \\
+                GIT_PROTOCOL="${{GIT_PROTOCOL:-}}" \\
+                SSH_CONNECTION="${{SSH_CONNECTION:-}}" \\
                 {git} "${{verb#git-}}" "$home/$app.git"
         fi ;;
     esac ;;
@@ -6195,12 +6196,20 @@ def without_places(options):
 LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
 PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
 
+def caps_beside(options, log):
+    """What a container gets besides some options where these say nothing of it. log: how
+    docker is to keep what it prints"""
+    caps = []
+    if not any(option.startswith('--log-') for option in options):
+        caps += log
+    if not any(option.startswith('--pids-limit') for option in options):
+        caps.append(PIDS_CAP)
+    return caps
+
 def run_in_image(host, release, options, argv, each, env, cwd):
     """`docker run` in the image of a release; the exit status."""
     run = ['docker', 'run', '--rm', '--name', once_name(release)] + options
-    if not any(option.startswith('--pids-limit') for option in options):
-        run.append(PIDS_CAP)
-    run += [release.image] + argv
+    run += caps_beside(options, []) + [release.image] + argv
     return host.ask(run, each=each, idle=say_busy, env=env, cwd=cwd).status
 
 def once_name(release):
@@ -6306,11 +6315,7 @@ class Containers(Engine):
         own = ['--label=dockhand.app=' + release.app]
         if not release.job and self.docker.has_init():
             own.append('--init')
-        if not any(option.startswith('--log-') for option in options):
-            own += log
-        if not any(option.startswith('--pids-limit') for option in options):
-            own.append(PIDS_CAP)
-        return own
+        return own + caps_beside(options, log)
 
     def prepare(self, release):
         """Create the containers, so that the gap is a stop and a start, no more. Those of
@@ -6436,16 +6441,13 @@ class Upstart(Engine):
     def once(self, release):
         """With the options of the job's `docker run`; where docker alone could not do
         what the job does, config's variables are all that is known."""
-        own = [PIDS_CAP, '--log-driver=none']
         try:
             job = container_of(job_of(release), release.app)
         except Failure:
             env_file = self.app.release_folder(release.number) + '/env'
-            return ['--env-file=' + env_file] + own, {}, '/'
+            return ['--env-file=' + env_file, '--log-driver=none', PIDS_CAP], {}, '/'
         options = without_places(job.options)
-        for option in own:
-            if not any(each.startswith(option.partition('=')[0]) for each in options):
-                options.append(option)
+        options += caps_beside(options, ['--log-driver=none'])
         return options, job.env, job.folder
 
     def prepare(self, release):
@@ -9312,7 +9314,7 @@ def parts_of_log(host, path):
         return 10 ** 8 - int(digits) if is_day else int(digits)
     return [host.path(folder, name) for name in sorted(names, key=age, reverse=True)]
 
-def report(app, live):
+def draw_report(app, live):
     """Print GoAccess's page of an app's requests."""
     from subprocess import PIPE, Popen
     host = app.host
@@ -10157,7 +10159,10 @@ def is_date(text):
         return False
 
     day, moment = match.groups()
-    moment = ((moment or '00:00') + ':00')[:len('00:00:00')]
+    if moment is None:
+        moment = '00:00:00'
+    elif len(moment) == len('00:00'):
+        moment += ':00'
     try:
         datetime.strptime('%s %s' % (day, moment), '%Y-%m-%d %H:%M:%S')
     except ValueError:
@@ -10680,7 +10685,7 @@ def cmd_report(app):
 
     Made by GoAccess of /var/log/nginx/APP.log: ssh git@HOST report shop > shop.html
     """
-    return report(app, app.must_be_live())
+    return draw_report(app, app.must_be_live())
 
 @command('destroy', 'APP [--force] [--volumes]', CHANGE)
 def cmd_destroy(app, force=False, volumes=False):

@@ -9876,6 +9876,8 @@ def test_a_shell_is_run_where_no_command_is_named(plain):
     ('exec docker run --rm -v data:/data -p 25:25 -e B=2 --name blog blog',
      '--volume=data:/data --env=B=2 --pids-limit=4096'),
     ('exec docker run --rm --pids-limit 9 blog', '--pids-limit=9'),
+    ('exec docker run --rm --log-opt max-size=1m blog', '--log-opt=max-size=1m'),
+    ('exec docker run --rm --log-driver syslog blog', '--log-driver=syslog'),
     ('script\n    [ -e /x ] || exit 0\n    exec docker run --rm -v data:/data blog\n'
      'end script', '--env-file=/var/lib/dockhand/apps/blog/releases/1/env')])
 def test_a_one_off_command_of_a_job_of_init_has_what_docker_gets_from_that(
@@ -9886,7 +9888,8 @@ def test_a_one_off_command_of_a_job_of_init_has_what_docker_gets_from_that(
     made, = [line for line in machine.done if line.startswith('docker create')]
     assert set(there.split()) <= set(made.split()), made
     assert '25:25' not in made and made.count('--pids-limit') == 1, made
-    assert '--log-driver=none' in made and made.count('--name') == 1
+    assert ('--log-driver=none' in made) == ('log-' not in job)
+    assert made.count('--name') == 1
 
 def test_a_process_of_the_procfile_is_run_once(plain):
     plain.lives(ONE_TYPES)
