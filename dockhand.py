@@ -94,6 +94,7 @@ OLDER_NAME = '/usr/local/bin/gitreceive'
 RECEIVE = LIBRARY + '/receive'
 TEMPLATE = LIBRARY + '/template'
 USER_FILE = LIBRARY + '/user'       # the name of the git user
+KEPT_USER = STATE + '/user'         # the same, while dockhand is uninstalled
 TOKEN_FILE = LIBRARY + '/token'     # it tells this server's answers from those of others
 TOKEN_PATH = '/.well-known/dockhand'
 INSTALL_AGAIN = 'sudo %s %s/dockhand.py install' % (sys.executable, LIBRARY)
@@ -105,6 +106,7 @@ ROTATED = r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z'
 PROXIES = '/etc/nginx/conf.d'
 NGINX_LOGS = '/var/log/nginx'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
+STREAMS = STATE + '/streams'           # what is exported or imported just now
 CERTIFICATES = STATE + '/certificates'      # what nginx reads; certbot has its own
 OWN_CERTIFICATES = CERTIFICATES + '/own'    # that people brought
 CHALLENGES = STATE + '/acme'                # where a certificate authority looks
@@ -391,35 +393,85 @@ def plain_line(text):
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
 
-def execute(argv, env=None, cwd='/', account=None, each=None, idle=None):
-    """Run a command, never through a shell, as an Account; a Result(status, out, err).
-    env: added to ENVIRONMENT; each: gets each line of both its streams as it comes;
-    idle: as read_lines has it"""
+def execute(argv, each=None, idle=None, **options):
+    """Run a command, never through a shell; a Result(status, out, err).
+    each: gets each line of both its streams as it comes; idle: as read_lines has it;
+    options: as start_command has them"""
+    is_joined = each is not None
+    with Begun(start_command(argv, is_joined=is_joined, **options)) as running:
+        if each:
+            read_lines(running.process.stdout.fileno(), each, idle)
+        return running.result()
+
+OUT_OF_TIME = 124               # the status of a command that `timeout` has ended
+
+LONGEST_BESIDE = 60             # seconds
+
+def begin_command(argv):
+    """The same, Begun: it runs beside what follows, so long at most, even where we are
+    killed. For what asks or tests, and for one change of what nothing else changes."""
+    return Begun(start_command(['timeout', '%d' % LONGEST_BESIDE] + list(argv)))
+
+def start_command(argv, env=None, cwd='/', account=None, stdin=None, stdout=None,
+                  is_joined=False):
+    """A process that runs a command, as an Account; Failure where there is none.
+    env: added to ENVIRONMENT; stdin: a file that it reads on from, instead of nothing;
+    stdout: a file that gets what it prints, instead of a pipe
+    is_joined: whether that goes for what it prints to its standard error too"""
     from subprocess import PIPE, STDOUT, Popen
     variables = dict(ENVIRONMENT, **(env or {}))
     if account:
         variables.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
 
+    stderr = STDOUT if is_joined else PIPE
     with open(os.devnull) as null:
         try:
-            process = Popen(argv, stdin=null, stdout=PIPE, env=variables, cwd=cwd,
-                            stderr=STDOUT if each else PIPE, close_fds=True,
-                            preexec_fn=partial(become, account))
+            return Popen(argv, stdin=stdin or null, stdout=stdout or PIPE, stderr=stderr,
+                         env=variables, cwd=cwd, close_fds=True,
+                         **rights_of_process(account))
         except OSError as error:
             raise Failure('%s: %s', argv[0], error.strerror)
 
-    try:
-        if each:
-            read_lines(process.stdout.fileno(), each, idle)
-        out, err = process.communicate()
-    except BaseException:                   # a signal: the command must not go on alone
-        end_group(process)
-        process.kill()
-        for pipe in filter(None, (process.stdout, process.stderr)):
+def rights_of_process(account):
+    """The options with which Popen runs a command as an Account. Where no function of
+    ours is called in the process, it starts in a quarter to half of the time; then
+    Python 3 itself does not hand on that it ignores SIGPIPE."""
+    is_other = account is not None and os.geteuid() == 0
+    if PYTHON_2 or is_other and sys.version_info < (3, 9):
+        return {'preexec_fn': partial(become, account)}
+    if not is_other:
+        return {}
+    groups = os.getgrouplist(account.name, account.gid)
+    return {'user': account.uid, 'group': account.gid, 'extra_groups': groups}
+
+class Begun(object):
+    """A command that runs, inside a `with`: it does not go on alone when that is left."""
+    def __init__(self, process):
+        self.process = process
+        self.said = None
+
+    def is_over(self):
+        return self.process.poll() is not None
+
+    def result(self):
+        """Its Result, once it is over."""
+        if self.said is None:
+            self.said = Result(1, '', 'it was interrupted')     # by what is raised here
+            out, err = self.process.communicate()
+            self.said = Result(self.process.returncode, to_text(out or b''),
+                               to_text(err or b''))
+        return self.said
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        if not self.is_over():
+            end_group(self.process)
+            self.process.kill()
+        for pipe in filter(None, (self.process.stdout, self.process.stderr)):
             pipe.close()
-        process.wait()
-        raise
-    return Result(process.returncode, to_text(out), to_text(err or b''))
+        self.process.wait()
 
 def end_group(process):
     """Kill those whom a process leads, as `timeout` does what it runs."""
@@ -565,11 +617,13 @@ NEVER = '(?!)'                      # a pattern that matches nothing
 
 class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
-    `ask` runs a command that may fail, with execute's options, and gives its Result."""
+    `ask` runs a command that may fail, with execute's options, and gives its Result;
+    `begin` begins one that runs beside what follows, and gives it Begun."""
     def __init__(self, root='/', run=execute, user='git', clock=Clock,
                  connect=open_connection):
         self.root = root
         self.ask = run
+        self.begin = getattr(run, 'begin', begin_command)
         self.user = user
         self.clock = clock
         self.connect = connect
@@ -612,10 +666,16 @@ class Host(object):
     def tried(self, argv, expected, options):
         """The Result, or the Failure `docker start blog--3 failed (1): its last line`."""
         result = self.ask(argv, **options)
+        self.check_result(result, argv, expected)
+        return result
+
+    def check_result(self, result, argv, expected):
+        """Failure for the Result of a command that failed in another way."""
+        refuse_if(result.status == OUT_OF_TIME, '%s came to no end in time',
+                  ' '.join(argv[:4]))
         if result.status and not re.search('(?i)' + expected, result.err + result.out):
             raise Failure('%s failed (%d): %s', ' '.join(argv[:4]), result.status,
                           last_line(result.err or result.out) or 'it says nothing')
-        return result
 
     def account(self):
         """The user who owns the repositories and the keys; None before `install`."""
@@ -708,6 +768,15 @@ def start_ticks(host, pid):
     """When a process began, in clock ticks since boot; None where it is not known."""
     fields = process_fields(host, pid)
     return int(fields[19]) if len(fields) > 19 else None
+
+def own_mark(host):
+    """Which process this is, told from a later one of the same number."""
+    return '%d %s' % (os.getpid(), start_ticks(host, os.getpid()))
+
+def is_attended(host, mark):
+    """Whether the process of an own_mark is there."""
+    pid, _, began = mark.partition(' ')
+    return began.isdigit() and str(start_ticks(host, pid)) == began
 
 @contextmanager
 def replacing(path):
@@ -1477,7 +1546,8 @@ def changed_keys(before, after):
 
 Release = namedtuple('Release', '''
     app number plan commit branch by how time seconds failed turn revived
-    image layers config port web volumes addresses job proxy procfile crontab part''')
+    image layers config port web healthcheck volumes addresses job proxy procfile crontab
+    part''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
 # A numbered deployment of an app. What is None is not known yet, or not written down.
@@ -1496,6 +1566,8 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # config    what the host knew of the app then, {key: value}
 # port      of a plain app, which it listens on; 0: it is a worker, or a job
 # web       whether nginx passes requests to that port
+# healthcheck  whether docker runs a HEALTHCHECK in its containers; None of a job, and in
+#           older records
 # volumes   of a plain app, [path] of each VOLUME
 # addresses of a plain app, on our network: of each process that has one of its own
 # job       its upstart.conf as it is installed; '' where it brings none
@@ -2482,6 +2554,10 @@ def mounts_of_fields(value):
             mounts.append(Mount(path, is_read_only))
     return mounts
 
+def mounts_of_release(release):
+    """The [Mount] that a release says itself, beside the VOLUMEs of its image."""
+    return mounts_of(options_of(job_of(release)) if release.job else own_options(release))
+
 def has_places(release):
     """Whether two of a release cannot run at once: they would share a port, or data."""
     options = own_options(release)
@@ -2513,6 +2589,15 @@ def read_image(settings, release):
     wanted = bool(web_ports or 'port' in config or has_web(release) or release.proxy)
     is_web = port != 0 and wanted and config.get('domains') != 'none'
     return port, is_web, sorted(settings.get('Volumes') or {})
+
+def has_healthcheck(settings, release):
+    """Whether docker may run a HEALTHCHECK in the containers of a release, by the Config
+    of its image and config's `options`."""
+    options = read_options(release.config.get('options', ''))
+    if any(option.name.startswith('health') for option in options):
+        return True
+    test = (settings.get('Healthcheck') or {}).get('Test') or ['NONE']
+    return test[0] != 'NONE'
 
 def refuse_here_if(wrong, place, what, remedy):
     """Failure for a Stanza or a Word that only init could follow."""
@@ -2747,6 +2832,10 @@ esac
 
 {exports}tell() {{ logger -t dockhand/{app} "crontab:$dockhand_line: $*"; }}
 
+if [ -e {store}/exporting ]; then
+    tell "not started while the app is copied"
+    exit 0
+fi
 mkdir -p {locks}
 exec 9>>"{locks}/{app}--$dockhand_id"
 if ! flock -n 9; then
@@ -2807,13 +2896,14 @@ def render_cron_script(release, options, env):
 # its block, None where it ends with `;`. opened: where in the text that block begins.
 Directive = namedtuple('Directive', 'words line begin end inside opened')
 
-# What stands at one place of an nginx file. A bare word goes on over quotes, `#`, `}` and
-# what a backslash precedes; `{` ends it, but not right after `$`.
-NGINX_TOKEN = r'''(?xs)(?P<blank>[ \t\r\n]+)
-  | (?P<comment>\#[^\n]*)
+# What stands at one place of an nginx file, behind blanks. A bare word goes on over
+# quotes, `#`, `}` and what a backslash precedes; `{` ends it, but not right after `$`.
+NGINX_TOKEN = r'''(?xs)(?P<blanks>[ \t\r\n]*)(?:
+    (?P<comment>\#[^\n]*)
   | (?P<mark>[;{}])
   | (?P<quoted>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
-  | (?P<bare>(?:\\.|\$\{*|[^ \t\r\n;{}\#"'\\$])(?:\\.|\$\{*|[^ \t\r\n;{\\$])*)'''
+  | (?P<bare>(?:\\.|\$\{*|[^ \t\r\n;{}\#"'\\$])(?:\\.|\$\{*|[^ \t\r\n;{\\$])*)
+  | \Z)'''
 
 NGINX_ESCAPES = {'t': '\t', 'r': '\r', 'n': '\n', '"': '"', "'": "'", '\\': '\\'}
 CONTROL = r'[\0-\x08\x0b\x0c\x0e-\x1f\x7f]'
@@ -2848,26 +2938,30 @@ class NginxReader(object):
     def read(self):
         """Take one token after the other, until the end or something that is none."""
         self.note_control_characters()
+        text = self.text
         token = re.compile(NGINX_TOKEN)
         at = 0
         line = 1
         after_quote = False
 
-        while at < len(self.text):
-            match = token.match(self.text, at)
+        while at < len(text):
+            match = token.match(text, at)
             if match is None:
+                line += re.match('[ \t\r\n]*', text[at:]).group().count('\n')
                 return self.stop(line, 'a quote or a word that does not end')
             # (take_mark refuses the `}`.)
-            if after_quote and self.text[at] not in ' \t\r\n;{)}':
+            if after_quote and text[at] not in ' \t\r\n;{)}':
                 return self.stop(line, 'something directly behind a closing quote')
 
-            if match.lastgroup in ('quoted', 'bare'):
-                self.take_word(match, line)
-            elif match.lastgroup == 'mark' and not self.take_mark(match, line):
+            kind = match.lastgroup
+            line += text.count('\n', at, match.start(kind))
+            if kind in ('quoted', 'bare'):
+                self.take_word(match, kind, line)
+            elif kind == 'mark' and not self.take_mark(match, line):
                 return
-            after_quote = match.lastgroup == 'quoted'
-            line += match.group().count('\n')
+            after_quote = kind == 'quoted'
             at = match.end()
+            line += text.count('\n', match.start(kind), at)
 
         if self.words:
             self.stop(line, 'a directive without `;`')
@@ -2879,13 +2973,13 @@ class NginxReader(object):
         if match:
             self.trouble(line_at(match), 'a control character')
 
-    def take_word(self, match, line):
+    def take_word(self, match, kind, line):
         if not self.words:
             self.line = line
-            self.begin = match.start()
+            self.begin = match.start(kind)
 
-        word = match.group()
-        if match.lastgroup == 'quoted':
+        word = match.group(kind)
+        if kind == 'quoted':
             word = word[1:-1]
         elif has_brace(word):
             self.trouble(line, '`%s`: put what holds `{` or `}` into quotes'
@@ -2894,7 +2988,7 @@ class NginxReader(object):
 
     def take_mark(self, match, line):
         """End a directive, begin or end a block; False where nginx gives up."""
-        mark = match.group()
+        mark = match.group('mark')
         ends_block = mark == '}'
         is_wanted = not self.words if ends_block else bool(self.words)
         if not is_wanted or (ends_block and not self.around):
@@ -2942,11 +3036,15 @@ class NginxReader(object):
 
 def has_brace(word):
     """Whether a bare word has a `{` or `}`, but for those of `${name}`."""
+    if '{' not in word and '}' not in word:
+        return False
     without_variables = re.sub(r'\$\{\w+\}', '', word)
     return '{' in without_variables or '}' in without_variables
 
 def without_escapes(word):
     """A word with the characters that its backslashes stand for."""
+    if '\\' not in word:
+        return word
     return re.sub(r'''\\([trn"'\\])''',
                   lambda match: NGINX_ESCAPES[match.group(1)], word)
 
@@ -3950,7 +4048,8 @@ LOG_FORMAT = '''log_format dockhand_{app} '$dockhand_client - $remote_user [$tim
 
 def render_proxy(app, domains, version, ipv6, trust='', log=''):
     """The proxy file of a web app that brings none. A client's idle connection outlives
-    a reload by a second, where nginx can do that: a request may be on its way already.
+    a reload until it has paused for five seconds, where nginx can do that: the next
+    request may be on its way already.
     trust: addresses and networks of those who may say who the client is; log: the path
     where requests are noted, if not where nginx notes them all"""
     default = ''
@@ -3961,7 +4060,7 @@ def render_proxy(app, domains, version, ipv6, trust='', log=''):
     if ipv6:
         more += 'listen [::]:80%s;\n    ' % default
     if version >= (1, 27, 4):
-        more += 'keepalive_min_timeout 1s;\n    '
+        more += 'keepalive_min_timeout 5s;\n    '
     # Before, an nginx whose servers on a port differ in this wrote past its buffer.
     if version >= (1, 19, 2):
         more += '%s;\n    ' % ' '.join(LARGE_HEADERS)
@@ -4604,9 +4703,22 @@ class Docker(object):
 
     def inspect(self, *names):
         """Its description of containers and images, as [dict]; no unknown names."""
+        argv = ('docker', 'inspect') + names
+        return self.described(argv, self.host.ask(argv))
+
+    @contextmanager
+    def inspecting(self, *names):
+        """The same, asked beside what is done inside the `with`: a function that waits
+        for the answer and gives it."""
+        argv = ('docker', 'inspect') + names
+        with self.host.begin(argv) as asked:
+            yield lambda: self.described(argv, asked.result())
+
+    def described(self, argv, result):
+        """What `docker inspect` says of the names that docker knows, as [dict]."""
         import json
-        described = self.host.tried(('docker', 'inspect') + names, 'no such', {}).out
-        return json.loads(described or '[]')
+        self.host.check_result(result, argv, 'no such (object|image|container)')
+        return json.loads(result.out or '[]')
 
     def running(self, image=None, listed='-q'):
         """Its description of the containers that run (an image, by id), newest first.
@@ -4623,6 +4735,17 @@ class Docker(object):
                    and not re.match(RUN_NAME, container.get('Name') or '')]
         return sorted(running, reverse=True,
                       key=lambda container: container['State']['StartedAt'])
+
+    @contextmanager
+    def updating(self, names, policy):
+        """Say whether docker starts some containers again by itself, beside what is done
+        inside the `with`."""
+        words = ('update', '--restart', policy)
+        with self.host.begin(('docker',) + words + tuple(names)) as update:
+            yield
+            result = update.result()
+        if result.status:                   # one may be gone: what of the others?
+            self.on_containers(names, *words)
 
     def on_containers(self, names, *words):
         """Run a command on some containers; False where one of them is gone."""
@@ -4688,9 +4811,27 @@ class Docker(object):
         raise Failure('the build failed: ' + reasons[0])
 
     def tag(self, source, target):
-        """Move a tag; docker before 1.10 wants to be told that it may."""
-        if not self.host.run_unless('is already', ['docker', 'tag', source, target]):
-            self.host.run(['docker', 'tag', '-f', source, target])
+        """Move a tag."""
+        with self.tagging(source, target):
+            pass
+
+    @contextmanager
+    def tagging(self, source, target):
+        """Move a tag beside what is done inside the `with`: a function that waits until
+        it is moved. Docker before 1.10 wants to be told that it may."""
+        argv = ['docker', 'tag', source, target]
+        with self.host.begin(argv) as tag:
+            moved = []
+
+            def wait():
+                if moved:
+                    return
+                self.host.check_result(tag.result(), argv, 'is already')
+                if tag.result().status:
+                    self.host.run(['docker', 'tag', '-f', source, target])
+                moved.append(target)
+            yield wait
+            wait()
 
     def untag(self, tag, *options):
         """Take a tag away, and an unused image with it; False where a container uses
@@ -4790,10 +4931,23 @@ class Docker(object):
         if inside.status == 0 and not inside.out.strip():
             self.host.ask(['docker', 'network', 'rm', NETWORK])
 
+    def volumes(self):
+        """The names of all volumes."""
+        return self.host.run(['docker', 'volume', 'ls', '-q']).split()
+
     def volumes_of(self, name):
-        """The names of the volumes that an app of this name left."""
-        volumes = self.host.run(['docker', 'volume', 'ls', '-q']).split()
-        return [volume for volume in volumes if volume.startswith(name + '--')]
+        """Those that an app of this name left."""
+        return [volume for volume in self.volumes() if volume.startswith(name + '--')]
+
+    def volume_folder(self, name):
+        """Where a volume keeps its files; None of one that a driver has elsewhere, or
+        that is a device, which is mounted only while a container has it."""
+        import json
+        shown = self.host.run(['docker', 'volume', 'inspect', name])
+        volume = native(json.loads(shown))[0]
+        path = self.host.path(volume['Mountpoint'])
+        is_here = volume['Driver'] == 'local' and not volume.get('Options')
+        return path if is_here and os.path.isdir(path) else None
 
     # Its disk
 
@@ -4873,16 +5027,32 @@ class Nginx(object):
     def __init__(self, host):
         self.host = host
         self.known_version = None
+        self.version_asked = None   # a command that was begun to find it out
         self.parsed = {}            # {(path, text): ProxyFile} of what was read before
+        self.passed = set()         # what `nginx -t` found nothing against
 
     # What it has
 
     def version(self):
         """Its version, as a tuple."""
         if self.known_version is None:
-            said = self.host.ask(['nginx', '-v']).err
-            self.known_version = tuple(map(int, re.findall(r'\d+', said)[:3]))
+            asked = self.version_asked
+            if asked and asked.result().status == 0:
+                result = asked.result()
+            else:
+                result = self.host.ask(['nginx', '-v'])
+            self.known_version = tuple(map(int, re.findall(r'\d+', result.err)[:3]))
         return self.known_version
+
+    @contextmanager
+    def asking_version(self):
+        """It is asked for its version beside what is done inside the `with`, so that who
+        wants it there does not wait. What wants none, as a worker, needs no nginx."""
+        with self.host.begin(['nginx', '-v']) as self.version_asked:
+            try:
+                yield
+            finally:
+                self.version_asked = None
 
     def files(self):
         """{path: ProxyFile} of conf.d and sites-enabled, without our catch-all."""
@@ -5055,7 +5225,8 @@ class Nginx(object):
 
     def test(self, app, text, files):
         """What nginx says against a proxy file in the place of the app's own, or ''. It
-        is tested in a staged copy: what lies in conf.d is valid at every moment.
+        is tested in a staged copy: what lies in conf.d is valid at every moment. Where it
+        said nothing before, and nothing has changed, it is not asked again.
         files: {path: ProxyFile}"""
         host = self.host
         own = proxy_path(app)
@@ -5068,6 +5239,9 @@ class Nginx(object):
         paths = [path for path in sorted(files) if path.startswith(PROXIES)]
         paths[paths.index(own)] = candidate
         conf = stage_nginx_conf(host.text(whole), self.catch_all_text(files), paths)
+        asked = (text, conf) + tuple(id(files[path]) for path in sorted(files))
+        if asked in self.passed:            # a text is parsed once: see `parse`
+            return ''
         new = [path for path in files_made(parsed.directives)
                if not os.path.lexists(host.path(path))]
 
@@ -5076,6 +5250,8 @@ class Nginx(object):
                 with open(host.path(path), 'wb') as target:
                     target.write(to_bytes(content))
             said = self.problem('-c', staged).replace(staged, whole)
+            if not said:
+                self.passed.add(asked)
             return said.replace(candidate, 'nginx-proxy.conf')
         finally:
             remove_file(host.path(candidate))
@@ -5419,6 +5595,11 @@ class Certificates(object):
         """Whether any app has, or had, https."""
         return os.path.isdir(self.host.path(CERTIFICATES))
 
+    def are_renewed(self):
+        """Whether certbot has a certificate that was ordered here."""
+        names = list_folder(self.host.path(CERTBOT, 'renewal'))
+        return any(name.startswith(LINEAGE) for name in names)
+
     def is_on(self, app):
         """Whether an app is to have https."""
         return os.path.exists(self.host.path(STATE, 'apps', app, 'https'))
@@ -5602,10 +5783,7 @@ class Certificates(object):
         (Said like this, how goes before what its cli.ini says for others; `--webroot`
         clashes with that.) deadline: a moment of the clock"""
         make_folder(self.host.path(CHALLENGES))
-        hook = self.host.path(RENEWAL_HOOK)
-        if not os.path.isdir(os.path.dirname(hook)):
-            os.makedirs(os.path.dirname(hook))
-        replace_file(hook, RENEWAL_HOOK_TEXT, 0o755)
+        self.write_hook()
         if not read_file(self.renewal_conf(name)):      # else certbot mends it itself
             self.remove_remains(name)
 
@@ -5613,7 +5791,7 @@ class Certificates(object):
             deadline, 'certonly', '--authenticator', 'webroot', '-w', CHALLENGES,
             '--preferred-challenges', 'http', '-d', name, '--cert-name', LINEAGE + name,
             '--keep-until-expiring', '--agree-tos', '--register-unsafely-without-email')
-        if result.status == 124:
+        if result.status == OUT_OF_TIME:
             return NO_TIME
         if result.status:
             return certbot_reason(result.out + '\n' + result.err)
@@ -5621,6 +5799,13 @@ class Certificates(object):
             return 'certbot says that it has got one, and there is none: see %s' % CERTBOT
         remove_file(self.failed_path(name))
         return None
+
+    def write_hook(self):
+        """What certbot runs for each certificate that it has renewed."""
+        hook = self.host.path(RENEWAL_HOOK)
+        if not os.path.isdir(os.path.dirname(hook)):
+            os.makedirs(os.path.dirname(hook))
+        replace_file(hook, RENEWAL_HOOK_TEXT, 0o755)
 
     def certbot(self, deadline, *words):
         """Run certbot until a deadline; its Result, or one of status 124. Another one,
@@ -5727,8 +5912,9 @@ class App(object):
 
     def empty_build_folder(self):
         """As the git user. Where there is none any more root may: rm follows no link."""
-        self.host.run(['rm', '-rf', '--', self.build_folder()],
-                      account=self.host.account())
+        folder = self.build_folder()
+        if os.path.lexists(folder):
+            self.host.run(['rm', '-rf', '--', folder], account=self.host.account())
 
     # Its config
 
@@ -6058,6 +6244,8 @@ class Engine(object):
     store. Every method may be called again after a crash in the middle of it, and then
     finds some of its work done already. What docker or init refuse is a Failure.
     """
+    runs_by_tag = False     # whether what it starts is the image that is called latest
+
     def __init__(self, app):
         self.app = app
         self.host = app.host
@@ -6107,7 +6295,14 @@ class Engine(object):
         """Take away what `place` put there: another engine follows, or nothing does."""
 
     def settle(self, release):
-        """It is live: from now on it is started by itself at boot, and where it dies."""
+        """It has passed its checks: from now on it is started by itself at boot, and
+        where it dies."""
+
+    @contextmanager
+    def settling(self, release):
+        """The same, beside what is done inside the `with`."""
+        yield
+        self.settle(release)
 
     def revives(self, release):
         """Whether one that is live and does not run is to be started, after a boot."""
@@ -6116,6 +6311,13 @@ class Engine(object):
     def state(self, release):
         """Its State at this moment."""
         raise NotImplementedError
+
+    @contextmanager
+    def watched(self, release, is_first):
+        """Inside a `with`, a function that gives its State at this moment, or what that
+        is as long as nothing says otherwise. is_first: whether it is a first look, that
+        is followed by more"""
+        yield partial(self.state, release)
 
     def running(self, releases):
         """Which of some earlier [Release] run still, beside the one that is live."""
@@ -6375,15 +6577,49 @@ class Containers(Engine):
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too. (With the policy
         `unless-stopped` it would not after a kill of dockerd.)"""
-        policy = 'always' if self.revives(release) else 'on-failure'
         self.docker.on_containers(self.names_taken(release), 'update', '--restart',
-                                  policy)
+                                  self.policy(release))
+
+    @contextmanager
+    def settling(self, release):
+        with self.docker.updating(self.names_taken(release), self.policy(release)):
+            yield
+
+    def policy(self, release):
+        """Docker's word for when it starts a live release again."""
+        return 'always' if self.revives(release) else 'on-failure'
 
     def state(self, release):
         found = dict((container['Name'][1:], container)
                      for container in self.docker.inspect(*self.names_taken(release)))
         return joined_state([self.process_state(release, process, found.get(process.name))
                              for process in processes_of(release)])
+
+    @contextmanager
+    def watched(self, release, is_first):
+        """What one container without a HEALTHCHECK has is known, but not when it ends:
+        that docker says at once, to who waits for it. (To ask takes 40 ms each time.)
+        Where that has come to an end, be it for its time, docker is asked."""
+        expected = self.expected_state(release)
+        if expected is None:
+            yield partial(self.state, release)
+        elif is_first:
+            looks = iter([expected])        # docker is asked from the second one on
+            yield lambda: next(looks, None) or self.state(release)
+        else:
+            name = processes_of(release)[0].name
+            with self.host.begin(['docker', 'wait', name]) as waiting:
+                yield lambda: self.state(release) if waiting.is_over() else expected
+
+    def expected_state(self, release):
+        """The State of a release that runs, where that is known without docker; else
+        None. Its identity is not."""
+        processes = processes_of(release)
+        if release.job or not release.port or release.healthcheck is not False:
+            return None
+        if len(processes) > 1:
+            return None
+        return State(True, None, [(processes[0].address, release.port)], '', 'running')
 
     def process_state(self, release, process, container):
         """The State of a process. container: as docker describes it, None if it is
@@ -6423,6 +6659,7 @@ class Containers(Engine):
 class Upstart(Engine):
     """Upstart keeps the app running, as its upstart.conf says: the job is named APP."""
     held = 'manual\n'   # an override that keeps a reboot from starting a mixture
+    runs_by_tag = True
 
     @classmethod
     def takes(cls, host, release):
@@ -6475,7 +6712,7 @@ class Upstart(Engine):
 
         for container in self.docker.running(release.image):
             stop = ['docker', 'stop', '-t', '1', container['Id']]
-            self.host.run_unless('No such', stop)
+            self.host.run_unless('No such container', stop)
         self.free_names(release)
 
     def free_names(self, release):
@@ -6491,7 +6728,7 @@ class Upstart(Engine):
         for container in holders:
             if container.get('Image') in ours:
                 remove = ['docker', 'rm', '-f', container['Id']]
-                self.host.run_unless('No such', remove)
+                self.host.run_unless('No such container', remove)
 
     def revives(self, release):
         """init starts it by its events, but not where a command was killed that held the
@@ -6564,6 +6801,9 @@ def engine_of(app, release):
         if kind.takes(app.host, release):
             return kind(app)
 
+LOOK_EACH = 0.1                 # seconds
+ACCEPTS_WITHIN = 0.05           # seconds: a SYN that is lost is sent again after one
+
 def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     """Wait until a release answers and keeps running; the moment of its first answer, and
     its State. Failure as soon as none can come. Without a HEALTHCHECK to say so, it
@@ -6574,34 +6814,49 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
     identity = None
     deaths = 0
     answered = None
-    while True:
-        state = engine.state(release)
-        refuse_if(state.alive is False, 'it does not run: ' + state.text)
-        refuse_if(state.health == 'unhealthy',
-                  and_then('its HEALTHCHECK says unhealthy', state.check))
+    with engine.watched(release, is_first=steady == 0) as look:
+        while True:
+            looked = clock.monotonic()
+            state = look()
+            check_state(state)
+            if state.identity not in (None, identity):
+                if identity is not None:
+                    deaths += 1
+                identity = state.identity
+                since = looked
+                answered = None
+            refuse_if(deaths > 3, 'it keeps dying and being started again')
 
-        if state.identity != identity:
-            if identity is not None:
-                deaths += 1
-            identity = state.identity
-            since = clock.monotonic()
-            answered = None
-        refuse_if(deaths > 3, 'it keeps dying and being started again')
+            patience = LOOK_EACH if answered is None else 0
+            missing = silent_ports(engine.host, state, patience)
+            left = begun + timeout - clock.monotonic()
+            if state.alive and not missing and answered is None:
+                missing = page_problem(engine.host, release,
+                                       max(1, min(left, PAGE_TIMEOUT)))
+            if state.alive and not missing:
+                answered = answered or clock.monotonic()
+                if clock.monotonic() - since >= steady:
+                    return answered, state
+            if clock.monotonic() - begun > timeout:
+                if state.alive and not silent_ports(engine.host, state):
+                    missing = page_problem(engine.host, release, 1, NO_END) or missing
+                raise Failure('after %d s %s (config timeout=N gives it more time)',
+                              timeout, missing or 'it is not running yet')
+            rest_after_look(clock, looked)
 
-        missing = silent_ports(engine.host, state)
-        left = begun + timeout - clock.monotonic()
-        if state.alive and not missing and answered is None:
-            missing = page_problem(engine.host, release, max(1, min(left, PAGE_TIMEOUT)))
-        if state.alive and not missing:
-            answered = answered or clock.monotonic()
-            if clock.monotonic() - since >= steady:
-                return answered, state
-        if clock.monotonic() - begun > timeout:
-            if state.alive and not silent_ports(engine.host, state):
-                missing = page_problem(engine.host, release, 1, NO_END) or missing
-            raise Failure('after %d s %s (config timeout=N gives it more time)', timeout,
-                          missing or 'it is not running yet')
-        clock.sleep(0.1)
+def rest_after_look(clock, looked):
+    """Wait until the next look is due. looked: the moment of the last one; where that has
+    taken long, docker has a rest all the same"""
+    left = looked + LOOK_EACH - clock.monotonic()
+    left = max(left, LOOK_EACH / 2)
+    left = min(left, LOOK_EACH)         # on Python 2 somebody may have set the clock back
+    clock.sleep(left)
+
+def check_state(state):
+    """Failure where an app that is in this State does not get well any more."""
+    refuse_if(state.alive is False, 'it does not run: ' + state.text)
+    refuse_if(state.health == 'unhealthy',
+              and_then('its HEALTHCHECK says unhealthy', state.check))
 
 NO_END = b'\0'                  # of an answer that is read with its body
 PAGE_TIMEOUT = 10               # seconds for one answer, of those that a check has
@@ -6634,16 +6889,26 @@ def answer_text(answer):
 def and_then(text, reason):
     return text + ', ' + reason if reason else text
 
-def silent_ports(host, state):
-    """What does not answer yet, in words; '' when all does."""
+def silent_ports(host, state, patience=0):
+    """What does not answer yet, in words; '' when all does. patience: seconds in which it
+    may yet come to that"""
     if state.health not in ('', 'healthy'):
         return and_then('its HEALTHCHECK is still ' + state.health, state.check)
+    deadline = host.clock.monotonic() + patience
     for address, port in state.ports:
-        try:
-            host.connect((address, port), 1).close()
-        except EnvironmentError:
-            return 'nothing listens on port %d of the container' % port
+        while not accepts(host, address, port):
+            if host.clock.monotonic() >= deadline:
+                return 'nothing listens on port %d of the container' % port
+            host.clock.sleep(0.02)
     return ''
+
+def accepts(host, address, port):
+    """Whether something listens there."""
+    try:
+        host.connect((address, port), ACCEPTS_WITHIN).close()
+    except EnvironmentError:
+        return False
+    return True
 
 # ---- Switching: one function makes the host match a release ----------------------------
 # A deploy, a rollback, a change of config, and putting back are all `apply`. It knows no
@@ -6668,7 +6933,7 @@ def apply(app, old, new):
     engine = engine_of(app, new)
     begun = clock.monotonic()
     served = old is not None and not app.is_stopped()
-    overlap = served and engine.overlaps(old, new)
+    overlap = is_handed_over(app, old, new)
 
     # Another app may have taken one of its names while this one was built. Where both
     # overlap that is found when nginx is switched, and nothing is down yet.
@@ -6690,7 +6955,7 @@ def apply(app, old, new):
         app.set_link('live', new)   # put_back asks for it, and then only finishes
 
     switched = clock.monotonic() - begun - switch.checked
-    finish(app, new, git_moves_branch=is_pushed(old, new))
+    finish(app, new, git_moves_branch=is_pushed(old, new), is_settled=overlap)
     report = 'switched in %.1f s, checked in %.1f s' % (switched, switch.checked)
     if overlap:
         return report + ', no gap'
@@ -6698,10 +6963,26 @@ def apply(app, old, new):
         return report + ', down for %.1f s' % switch.gap
     return report
 
+def is_handed_over(app, old, new):
+    """Whether a release takes over while the old one runs. old: may be None"""
+    return (old is not None and not app.is_stopped()
+            and engine_of(app, new).overlaps(old, new))
+
+def is_on_trial(app, old, new):
+    """Whether nginx goes on with the old release, at first, where a new one fails."""
+    return is_handed_over(app, old, new) and old.web and new.web
+
+def first_shown(app, old, new):
+    """A release as nginx is told of it at first: the old one answers where it fails."""
+    if not is_on_trial(app, old, new):
+        return new
+    addresses = engine_of(app, old).addresses(old)
+    return new._replace(proxy=with_backup(new.proxy, addresses, old.port))
+
 def was_live(old, new):
     """Whether a release, or its image, was live before: a rule for proxy files that is
     newer than that only warns. (A push that changes the proxy file alone may give the
-    live image; build_commit has held its file against all rules before.)"""
+    live image; check_commit has held its file against all rules before.)"""
     return new.turn is not None or old is not None and new.image == old.image
 
 def is_pushed(old, new):
@@ -6711,10 +6992,11 @@ def is_pushed(old, new):
     return is_new and not (old is not None and old.commit == new.commit)
 
 def hand_over(app, old, new):
-    """Both run for a time, so that no request is lost; gives a Switch."""
+    """Both run for a time, so that no request is lost, and the new one is settled; gives
+    a Switch."""
     engine = engine_of(app, new)
     clock = app.host.clock
-    on_trial = old.web and new.web      # the old one answers where the new one fails
+    on_trial = is_on_trial(app, old, new)
     log_end = engine.log_end(new)
     engine.start(front_of(new))
     begun = clock.monotonic()
@@ -6722,17 +7004,13 @@ def hand_over(app, old, new):
     checked = clock.monotonic() - begun
     checked += hand_work_over(app, old, new, log_end)
 
-    shown = new
-    if on_trial:
-        addresses = engine_of(app, old).addresses(old)
-        shown = new._replace(proxy=with_backup(new.proxy, addresses, old.port))
-    app.nginx.install(shown, was_live(old, new), app.known)
-    app.docker.tag(image_tag(new), latest_tag(app))
-
-    if on_trial:
-        begun = clock.monotonic()
-        check_or_show_log(app, new, log_end)
-        checked += clock.monotonic() - begun
+    app.nginx.install(first_shown(app, old, new), was_live(old, new), app.known)
+    with app.docker.tagging(image_tag(new), latest_tag(app)):
+        if on_trial:
+            begun = clock.monotonic()
+            check_or_show_log(app, new, log_end)
+            checked += clock.monotonic() - begun
+    with engine.settling(new):
         app.nginx.install(new, was_live(old, new), app.known)
     return Switch(None, checked)
 
@@ -6758,14 +7036,17 @@ def stop_then_start(app, old, new):
     stopped = clock.monotonic()
     if old is not None:
         stop_for(app, old, engine)
-    app.docker.tag(image_tag(new), latest_tag(app))
-    engine.place(new)
-    app.nginx.install(new, was_live(old, new), app.known)
-    log_end = engine.log_end(new)
-    engine.start(new)
+    # (Not before: init starts a job that dies again, and by this tag.)
+    with app.docker.tagging(image_tag(new), latest_tag(app)) as wait_for_tag:
+        engine.place(new)
+        app.nginx.install(new, was_live(old, new), app.known)
+        if engine.runs_by_tag:
+            wait_for_tag()
+        log_end = engine.log_end(new)
+        engine.start(new)
 
-    started = clock.monotonic()
-    answered = check_or_show_log(app, new, log_end)
+        started = clock.monotonic()
+        answered = check_or_show_log(app, new, log_end)
     return Switch(answered - stopped, clock.monotonic() - started)
 
 def write_cron_script(app, release):
@@ -6938,11 +7219,13 @@ def put_back(app, old, new, git_moves_branch=False):
         if attempt(title, check_health, old, engine_of(app, old), HEALTH_TIMEOUT, 0):
             step('Release %d runs as before', old.number)
 
-def finish(app, release, git_moves_branch):
-    """What follows the commit point. git_moves_branch: when this push is over"""
+def finish(app, release, git_moves_branch, is_settled=False):
+    """What follows the commit point. git_moves_branch: when this push is over;
+    is_settled: whether docker or init starts it by itself already"""
     try:
         remove_file(app.folder('stopped'))
-        engine_of(app, release).settle(release)
+        if not is_settled:
+            engine_of(app, release).settle(release)
         stop_others(app, release)
         if not git_moves_branch and app.has_history(release.commit):
             branch = 'refs/heads/' + release.branch
@@ -6973,8 +7256,10 @@ def stop_others(app, live):
 # A release that failed leaves its number and why; old ones go. Only what the store names
 # is ours to remove.
 
-def forget(app, release, reason=None):
+def forget(app, release, check_names=None, reason=None):
     """Clean up after a release that did not become live: its number and why remain.
+    check_names: of one that was not written down yet, a function that raises Failure
+    where docker has something of its names, which is not ours: then nothing remains
     reason: without one, it is the error that is being undone"""
     why = printable(reason or str(sys.exc_info()[1]), 300)
     live = app.live()
@@ -6983,11 +7268,14 @@ def forget(app, release, reason=None):
         return                                  # or it is not over yet
 
     try:
-        note_layers_below(app, live, release)
-        noted = app.load(release.number)        # with all that its build found out
-        drop(app, noted, '--no-prune')          # the mended push builds on what is there
-        app.save(app.load(release.number)._replace(
-            failed=why, job='', proxy='', crontab='', config={}, addresses=[]))
+        if release.number in app.numbers():
+            note_layers_below(app, live, release)
+            release = app.load(release.number)  # with all that its build found out
+            drop(app, release, '--no-prune')    # the mended push builds on what is there
+        elif check_names:                       # docker was told nothing of it yet
+            check_names()
+        app.save(release._replace(failed=why, job='', proxy='', crontab='', config={},
+                                  addresses=[]))
         if live is None:
             remove_file(app.folder('live'))
             clean_up_failed(app)
@@ -7082,6 +7370,21 @@ def give_certificates_back(app, names, staying=()):
                  app.name, name)
         attempt('the certificate of %s stays' % name, certificates.give_back, name)
 
+def one_offs(app):
+    """{name of the container of a one-off command: whether its dockhand is there}."""
+    found = {}
+    for name in list_folder(app.folder('runs')):
+        if re.match(RUN_NAME, name):
+            mark = read_file(app.folder('runs', name)) or ''
+            found[name] = is_attended(app.host, mark)
+    return found
+
+def end_one_offs(app, names):
+    """End one-off commands for good."""
+    for name in names:
+        app.docker.on_containers([name], 'rm', '-f', '-v')
+        remove_file(app.folder('runs', name))
+
 def worth_keeping(releases):
     """Those of the last images, and of one image the newest alone, so that changes of
     config do not push the way back out. releases: [Release] in the order of `kept`"""
@@ -7146,6 +7449,43 @@ def remove_release(app, release):
     if written:
         detail('with what it wrote outside volumes: ' + ' '.join(written[:5]))
 
+def remove_app(app, live, volumes=()):
+    """Remove all that there is of an app, with some of its volumes. live: may be None"""
+    remove_crontab(app)
+    for name in list_folder(app.host.path(CRON_LOCKS)):
+        if name.startswith(app.name + '--'):
+            remove_file(app.host.path(CRON_LOCKS, name))
+    end_one_offs(app, sorted(one_offs(app)))
+    if live is not None:
+        engine = engine_of(app, live)
+        engine.stop(live)
+        app.nginx.remove(app.name)
+        engine.withdraw(live)
+        app.docker.untag(latest_tag(app))
+
+    for link in ('live', 'pending'):
+        remove_file(app.folder(link))
+    releases = [app.load(number) for number in app.numbers()]
+    names = certified_names(releases) | set(noted_names(app))
+    layers = []
+    for release in releases:
+        layers.extend(release.layers)
+        drop(app, release)
+    remove_unneeded(app, layers)
+    app.nginx.remove_logs(releases)
+    give_certificates_back(app, names)
+    remove_file(app.host.path(app.host.certificates.own_path(app.name)))
+    if volumes:
+        app.host.run_unless('no such volume', ['docker', 'volume', 'rm'] + list(volumes))
+    app.docker.untag(app.name + ':plan')
+    app.host.run(['rm', '-rf', '--', app.repository()], account=app.host.account())
+    app.host.run(['rm', '-rf', '--', app.folder(),
+                  app.host.path('/var/cache/nginx', app.name)])
+
+    others = [App(app.host, name) for name in list_apps(app.host)]
+    if not any(other.live() for other in others):
+        app.docker.remove_network()
+
 # ---- Recovering: what a crash left -----------------------------------------------------
 # Every command on an app begins here, under its lock: what was interrupted is finished or
 # undone by the functions of "Switching" and "Keeping".
@@ -7177,21 +7517,50 @@ def recover_app(app, git_moves_branch=False):
         put_back(app, live, pending, git_moves_branch)
         is_live = live is not None and live.number == pending.number
         if pending.seconds is None and not is_live:
-            forget(app, pending, 'interrupted')
+            forget(app, pending, reason='interrupted')
 
+    if os.path.exists(app.folder('exporting')):
+        start_again(app)
     for number in reversed(app.numbers()):      # of builds that did not come so far
         release = app.load(number)
         if release.seconds is not None or release.failed is not None:
             break
-        forget(app, release, 'interrupted')
+        forget(app, release, reason='interrupted')
+    if os.path.exists(app.folder('importing')):
+        end_import(app)
     if app.name in list_apps(app.host) and not app.numbers():
         remove_records(app)
+
+def start_again(app):
+    """Start an app that was stopped while its volumes were copied."""
+    live = app.must_be_live()
+    engine = engine_of(app, live)
+    engine.end_stops(live)
+    engine.place(live)
+    engine.start(live)
+    engine.settle(live)
+    remove_file(app.folder('exporting'))
+
+def end_import(app):
+    """Take away what an import brought of an app that is not live; bring it to its end
+    where it is."""
+    live = app.live()
+    moved = read_json(app.folder('importing'))
+    if live is None:
+        step('%s: its import was interrupted, and is undone', app.name)
+        there = app.docker.volumes()
+        return remove_app(app, None, [name for name in moved.get('volumes', [])
+                                      if name in there])
+    if moved.get('stopped'):
+        stop_live(app, live)
+    remove_file(app.folder('importing'))
 
 def sweep(app):
     """Remove the temporary files and the build folder of a command that was killed."""
     host = app.host
     written = [app.folder(name)
-               for name in ('live', 'pending', 'stopped', 'config', 'env', 'https')]
+               for name in '''live pending stopped config env https exporting
+                              importing'''.split()]
     written += [host.path(folder, app.name + '.conf')
                 for folder in (JOBS, PROXIES, NGINX)]
     for number in app.numbers():
@@ -7292,6 +7661,13 @@ def turn_proxy(app, live, text):
     crash, or a reload that failed, may have come before nginx followed."""
     if is_made(live) and holds_ours(app, live):
         app.nginx.restore(app.name, text)
+
+def stop_live(app, live):
+    """Stop a live release, until a person starts it."""
+    replace_file(app.folder('stopped'), '')
+    attempt('nginx goes on passing requests to it', turn_proxy, app, live,
+            app.proxy_when_stopped(live))
+    engine_of(app, live).stop(live)
 
 def bring_tags_back(app, live):
     """Give the image of a live release its two tags again; Failure where it is gone."""
@@ -7768,13 +8144,16 @@ def deploy(app, key, ref, old, new):
             return log('%s: %s is stored: push by %s', app.name, ref, key)
 
         branch = branch or ref[len('refs/heads/'):]
-        check_is_commit(app, new, ref)
+        release = new_release(app, branch, new, key, plan=verdict == 'plan')
+        is_commit = partial(check_is_commit, app, new, ref)
         if verdict == 'plan':
-            plan_release(app, live, new_release(app, branch, new, key, plan=True))
-        elif live is None or live.commit != new:
-            check_race(app, live, branch, old, new)
-            tell_one_offs(app)
-            make_release(app, live, new_release(app, branch, new, key))
+            plan_release(app, live, release, is_commit)
+        elif live is not None and live.commit == new:
+            is_commit()
+        else:
+            race = partial(check_race, app, live, branch, old, new)
+            one_offs = partial(tell_one_offs, app)
+            make_release(app, live, release, [is_commit, race, one_offs])
 
 def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
@@ -7842,24 +8221,25 @@ def new_release(app, branch, commit, by, how='push', plan=False):
                    by=by, how=how, time=round(app.host.clock.time(), 2), layers=[],
                    config=app.config())
 
-def make_release(app, live, release, options=()):
+def make_release(app, live, release, checks=(), options=()):
     """Check, build and apply a new release; Failure leaves everything as it was.
-    options: of `docker build`"""
+    checks: functions, called before that; options: of `docker build`"""
     clock = app.host.clock
-    app.docker.check_space()
-    check_free(app, live, release)
-    begun = clock.monotonic()
+    with beside_git(app, live, release) as check_names:
+        for check in checks:
+            check()
+        app.docker.check_space()
+        check_host_names(app)
+        begun = clock.monotonic()
 
-    with undone_by(forget, app, release):
-        app.save(release)
-        release, size = build_release(app, live, release, options)
-        app.git('update-ref', HELD_REF % release.number, release.commit)
-        app.save(release)
-        if release_command(release):
-            run_release_command(app, release)
-        built = clock.monotonic() - begun
-        step('Switching to release %d', release.number)
-        report = apply(app, live, release)
+        with undone_by(forget, app, release, check_names):
+            release, size = build_release(app, live, release, check_names, options)
+            app.save(release)
+            if release_command(release):
+                run_release_command(app, release)
+            built = clock.monotonic() - begun
+            step('Switching to release %d', release.number)
+            report = apply(app, live, release)
 
     step('Release %d is live: built in %.1f s, %s', release.number, built, report)
     if live is None or live.image != release.image:
@@ -7867,15 +8247,18 @@ def make_release(app, live, release, options=()):
     log('%s: release %d of %s is live: %s by %s', app.name, release.number,
         release.commit, release.how, release.by)
 
-def plan_release(app, live, release):
-    """Build a release, say what it would change, and refuse the push."""
-    app.docker.check_space()
-    try:
-        release, size = build_release(app, live, release)
-        show_plan(app, live, release, size)
-    finally:
-        app.docker.untag(image_tag(release))
-        remove_unneeded(app, release.layers)
+def plan_release(app, live, release, check):
+    """Build a release, say what it would change, and refuse the push. check: a function,
+    called before that"""
+    with beside_git(app, live, release) as check_names:
+        check()
+        app.docker.check_space()
+        try:
+            release, size = build_release(app, live, release, check_names)
+            show_plan(app, live, release, size)
+        finally:
+            app.docker.untag(image_tag(release))
+            remove_unneeded(app, release.layers)
 
     raise Failure('this was a plan, nothing has changed; to deploy it: git push REMOTE '
                   'HEAD:%s', live.branch if live else DEFAULT_BRANCHES[0])
@@ -7891,81 +8274,118 @@ def check_host_names(app):
     for path in paths:
         check_not_foreign(app.host, path, app.name)
 
-def check_free(app, live, release):
-    """Failure where docker has something of a name that this release needs."""
-    check_host_names(app)
-    names = [image_tag(release)] + engine_of(app, release).names_taken(release)
+@contextmanager
+def beside_git(app, live, release):
+    """Docker and nginx are asked what a new release will want to know, beside what is
+    done inside the `with`, which is git's at first; gives check_free, to be called."""
+    names = names_needed(app, live, release)
+    with app.docker.inspecting(*names) as described, app.nginx.asking_version():
+        yield partial(check_free, app, names, described)
+
+def names_needed(app, live, release):
+    """The names that docker may have nothing of before a release comes."""
+    names = engine_of(app, release).names_taken(release)
+    if not release.plan:            # that tag may be left of a plan that was killed
+        names.append(image_tag(release))
     if live is None:
         names.append(latest_tag(app))
-    if not app.docker.inspect(*names):
-        return
+    return names
 
-    for name in names:
+def check_free(app, names, described):
+    """Failure where docker has something of one of the names that a release needs.
+    described: a function that gives what it says of them all, as [dict]"""
+    for name in names if described() else []:
         refuse_if(app.docker.inspect(name), 'docker has %s already, and not from '
                   'dockhand: rename the app, or remove that', name)
 
-def build_release(app, live, release, options=()):
-    """The Release with its image, and all checked that can be before a switch; and how
-    many bytes docker says that the image has."""
+def build_release(app, live, release, check_names, options=()):
+    """What complete_release gives of a release, its image built. It is written down
+    before docker makes anything: from then on what has its names is dockhand's to remove.
+    check_names: a function that raises Failure where docker has one of these"""
     step('Checking %s', release.commit[:10])
-    if release.image:               # of a change of config: that of the live release
-        check_config(app, live, release)
-        app.docker.tag(release.image, image_tag(release))
-    else:
-        release = build_commit(app, live, release, options)
+    with undone_by(app.empty_build_folder):
+        if release.image:           # of a change of config: that of the live release
+            check_config(app, live, release)
+            check_names()
+            app.save(release)
+            app.docker.tag(release.image, image_tag(release))
+        else:
+            tree = check_out(app, release.commit)
+            release, folder = check_commit(app, live, release, tree)
+            check_names()
+            if not release.plan:
+                app.save(release)
+            release = build_image(app, release, folder, options)
 
-    images = app.docker.inspect(image_tag(release))
+        with app.docker.inspecting(image_tag(release)) as described:
+            app.empty_build_folder()
+            if not release.plan:    # git is to keep what a rollback may want
+                app.git('update-ref', HELD_REF % release.number, release.commit)
+            images = described()
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
-    settings = native(images[0].get('Config') or {})
-    made = str(images[0]['Id'])
+    return complete_release(app, live, release, images[0])
+
+def complete_release(app, live, release, image):
+    """The Release with its image, and all checked that can be before a switch; and how
+    many bytes docker says that the image has. image: as it describes it"""
+    settings = native(image.get('Config') or {})
+    made = str(image['Id'])
     on_the_way = [layer for layer in release.layers
                   if not made.startswith('sha256:' + layer)]
     release = release._replace(image=made, layers=on_the_way)
     complete = complete_job if release.job else complete_plain
     # docker before 1.10 has both: there `Size` is that of the last layer alone
-    size = images[0].get('VirtualSize') or images[0]['Size']
+    size = image.get('VirtualSize') or image['Size']
     return complete(app, live, release, settings), size
 
-def build_commit(app, live, release, options):
-    """The Release with the files of its commit, its image built from them."""
-    check_tree(app, release.commit)
+def check_out(app, commit):
+    """The folder into which the files of a commit were written, as the git user."""
+    check_tree(app, commit)
     tree = app.build_folder()
+    app.host.run(['mkdir', tree], account=app.host.git_account())
+    write_files(app, commit, tree)
+    return tree
+
+def check_commit(app, live, release, tree):
+    """The Release with the files of its commit, and the folder that they are in; Failure
+    where it is refused for one of them. tree: where the commit is checked out"""
+    folder = folder_in(tree, release.config.get('folder'))
+    if live is not None:
+        tell_no_change(app, live, release)
+    release = check_files(release, folder)
+    check_config(app, live, release)
+    if live is not None and live.procfile is None and release.procfile:
+        tell_procfile_is_read(app, live)
+    engine_of(app, release).check(release)
+
+    if live is not None:
+        check_edited(app, live, release)
+    if release.crontab:
+        check_cron(app, release)
+    check_proxy_change(app, release)
+    if release.proxy:
+        check_pushed_proxy(app, release)
+    return release, folder
+
+def build_image(app, release, folder, options):
+    """The Release with its image built, and what this made on the way.
+    options: of `docker build`, before those of the release"""
+    step('Building %s', image_tag(release))
+    own, env = own_build(release, folder)
     layers = []
     try:
-        app.host.run(['mkdir', tree], account=app.host.git_account())
-        check_out(app, release.commit, tree)
-        folder = folder_in(tree, release.config.get('folder'))
-        if live is not None:
-            tell_no_change(app, live, release)
-        release = check_files(release, folder)
-        check_config(app, live, release)
-        if live is not None and live.procfile is None and release.procfile:
-            tell_procfile_is_read(app, live)
-        engine_of(app, release).check(release)
-
-        if live is not None:
-            check_edited(app, live, release)
-        if release.crontab:
-            check_cron(app, release)
-        check_proxy_change(app, release)
-        if release.proxy:
-            check_pushed_proxy(app, release)
-
-        step('Building %s', image_tag(release))
-        more, env = own_build(release, folder)
-        app.docker.build(folder, image_tag(release), layers, list(options) + more, env)
-        release = release._replace(layers=layers)
-        if not release.plan:
-            app.save_record(release)        # or a crash would leave them unnoted
-        return release
+        app.docker.build(folder, image_tag(release), layers, list(options) + own, env)
     except (Failure, Stopped):
         if release.plan:
             remove_unneeded(app, layers)
         elif layers:                    # the mended push goes on from there
-            app.save(release._replace(layers=layers))
+            app.save_record(release._replace(layers=layers))
         raise
-    finally:
-        app.empty_build_folder()
+
+    release = release._replace(layers=layers)
+    if not release.plan:
+        app.save_record(release)        # or a crash would leave them unnoted
+    return release
 
 def tell_procfile_is_read(app, live):
     """Say that a Procfile counts which was there before and did not, for older versions
@@ -8032,7 +8452,9 @@ def check_options(app, text):
     argv = ['docker', 'create'] + [long_option(option) for option in options]
     result = app.host.ask(argv + ['sha256:' + 64 * '0'])
     said = result.err + result.out
-    refuse_if('No such image' not in said, 'options: %s', last_line(said))
+    if 'No such image' not in said:
+        app.docker.version()                # is that what is wrong?
+        raise Failure('options: %s', last_line(said))
 
 def check_mount(app, mount):
     """Failure for a Mount of what is another app's, or dockhand's."""
@@ -8085,7 +8507,7 @@ class TreeLimits(object):
                   ' so much is not free on %s beside the %d MB for a build',
                   self.room // 1000000, STATE, SPACE)
 
-def check_out(app, commit, folder, patience=CHECKOUT_TIMEOUT):
+def write_files(app, commit, folder, patience=CHECKOUT_TIMEOUT):
     """Write the files of a commit into a folder; Failure where that takes so long. git
     tries a pattern of .gitattributes with many `*` on a long name almost for ever."""
     clock = app.host.clock
@@ -8347,14 +8769,15 @@ def complete_plain(app, live, release, settings):
     if is_made(release):
         release = release._replace(proxy='')
     port, web, volumes = read_image(settings, release)
-    if live is None:
+    if live is None and release.how != 'import':
         for name in app.docker.volumes_of(app.name):
             step('Found a volume of an earlier %s: %s', app.name, name)
 
     with host_lock(app.host):       # other apps choose addresses too
-        release = release._replace(port=port, web=web, volumes=volumes,
-                                   addresses=free_addresses(
-                                       app.host, count_addresses(release)))
+        release = release._replace(
+            port=port, web=web, healthcheck=has_healthcheck(settings, release),
+            volumes=volumes,
+            addresses=free_addresses(app.host, count_addresses(release)))
         release = release._replace(proxy=complete_proxy(app, release))
         if not release.plan:
             app.save(release)
@@ -8362,7 +8785,7 @@ def complete_plain(app, live, release, settings):
     refuse_if('check' in release.config and not port, 'check is for an app with a port: '
               'dockhand config %s port=N', app.name)
     is_older = live is not None and live.image == release.image
-    check_proxy_change(app, release, is_older)
+    check_proxy_change(app, first_shown(app, live, release), is_older)
     if is_older:
         tell_taken_names(app, live, release)
     if live is None or kind_text(live) != kind_text(release):
@@ -8613,6 +9036,17 @@ def read_keys(host):
     """[Key] of those that are ours in the git user's authorized_keys."""
     text = host.as_git(read_file, host.path(host.home(), KEYS))
     return keys_in(read_authorized_keys(text or ''))
+
+def change_keys(host, change):
+    """Make of the lines of authorized_keys what a function makes of them; they are given
+    as [KeyLine]."""
+    path = host.path(host.home(), KEYS)
+    refuse_if(not host.account(), 'dockhand is not installed here: dockhand.py install')
+    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
+        lines = change(read_authorized_keys(host.as_git(read_file, path) or ''))
+        host.as_git(make_folder, os.path.dirname(path), 0o700)
+        host.as_git(replace_file, path, render_authorized_keys(lines), 0o600)
+    return lines
 
 def after_push(app, connection):
     """Remove what is too old, say where the app answers. Nothing depends on it: git does
@@ -8900,30 +9334,6 @@ def create_one_off(app, live, words, is_terminal):
 def random_id():
     import binascii
     return to_text(binascii.hexlify(os.urandom(4)))
-
-def own_mark(host):
-    """Which process this is, told from a later one of the same number."""
-    return '%d %s' % (os.getpid(), start_ticks(host, os.getpid()))
-
-def is_attended(host, mark):
-    """Whether the process of an own_mark is there."""
-    pid, _, began = mark.partition(' ')
-    return began.isdigit() and str(start_ticks(host, pid)) == began
-
-def one_offs(app):
-    """{name of the container of a one-off command: whether its dockhand is there}."""
-    found = {}
-    for name in list_folder(app.folder('runs')):
-        if re.match(RUN_NAME, name):
-            mark = read_file(app.folder('runs', name)) or ''
-            found[name] = is_attended(app.host, mark)
-    return found
-
-def end_one_offs(app, names):
-    """End one-off commands for good."""
-    for name in names:
-        app.docker.on_containers([name], 'rm', '-f', '-v')
-        remove_file(app.folder('runs', name))
 
 def tell_one_offs(app):
     """Name the one-off commands that go on in the release they were begun in."""
@@ -9343,6 +9753,669 @@ def draw_report(app, live):
     reader.wait()
     return status
 
+# ---- Moving: apps as one stream, and back ----------------------------------------------
+# A stream is a tar, with a line behind it that says the sum of all that came before: a
+# part of one is never taken for the whole. Nothing in it is of one kind of processor: an
+# app is built anew from its live commit.
+
+STREAM_FORMAT = 1
+SUM_BEGINS = b'dockhand-sha256 '
+SUM_LENGTH = len(SUM_BEGINS) + 64 + 1
+MANIFEST = 'dockhand.json'
+LARGEST_TEXT = 2 ** 24          # bytes of a part that is read as text
+# The parts of a stream, each a file
+PART = (r'dockhand\.json|keys|certbot-accounts\.tar|certificates/[^/]+\.(pem|tar)'
+        r'|apps/[^/]+/(app\.json|own\.pem|repository\.bundle|shallow|volume-[^/]+\.tar)')
+VOLUME_NAME = r'[A-Za-z0-9][A-Za-z0-9_.-]*\Z'
+
+# An app in a stream. branch, commit: of what was live, None where nothing was; held: the
+# number of that release, the ref of which keeps the commit; names: those that have
+# certificates
+Moved = namedtuple('Moved', 'name config https stopped branch commit held volumes names')
+NOTHING_LIVE = type(None)
+KINDS_OF_FIELDS = {
+    'name': (str,), 'config': (dict,), 'https': (bool,), 'stopped': (bool,),
+    'branch': (str, NOTHING_LIVE), 'commit': (str, NOTHING_LIVE),
+    'held': (int, NOTHING_LIVE), 'volumes': (list,), 'names': (list,)}
+
+@contextmanager
+def stream_folder(host):
+    """A folder for what is copied or has come in, which is removed afterwards. The git
+    user may go through it, to what is its own there, and look into nothing."""
+    sweep_streams(host)
+    folder = host.path(STREAMS, own_mark(host).replace(' ', '-'))
+    for path in (os.path.dirname(folder), folder):
+        make_folder(path, 0o711)
+    try:
+        yield folder
+    finally:
+        host.run(['rm', '-rf', '--', folder])
+
+def sweep_streams(host):
+    """Remove what an export or import that was killed has left on the disk."""
+    for name in list_folder(host.path(STREAMS)):
+        if not is_attended(host, name.replace('-', ' ', 1)):
+            host.run(['rm', '-rf', '--', host.path(STREAMS, name)])
+
+def check_room(host, path, count, what):
+    """Failure where so many bytes, and what a build wants, are not free."""
+    free = free_bytes(host, path)
+    refuse_if(free < count + SPACE * 1000000, '%s is free on %s, and %s wants %s beside '
+              'the %d MB for a build', size_text(free), path, what, size_text(count),
+              SPACE)
+
+def create_file(path):
+    """A new file that root alone reads, to be written."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb')
+
+# Out
+
+def export_apps(host, names):
+    """Write apps, the keys that reach them, and their certificates to standard output."""
+    import tarfile
+    names = in_moving_order(host, names)
+    problems = []
+    with stream_folder(host) as folder, SumWriter() as writer:
+        target = tarfile.open(fileobj=writer, mode='w|', bufsize=2 ** 18,
+                              format=tarfile.GNU_FORMAT)
+        add_text(target, MANIFEST, to_json({
+            'format': STREAM_FORMAT, 'version': version_text(), 'apps': names}))
+        add_text(target, 'keys', keys_to_move(host, names))
+
+        host_names = set()
+        for name in names:
+            moved, problem = export_app(App(host, name), target, folder + '/' + name)
+            host_names.update(moved.names)
+            if problem:
+                problems.append(problem)
+        export_certificates(host, sorted(host_names), target, folder)
+        target.close()
+        writer.write_sum()
+    step('%d app(s), %s', len(names), size_text(writer.count))
+    refuse_if(problems, 'the stream is whole, but: %s', '; '.join(problems))
+
+class SumWriter(object):
+    """Standard output for tarfile inside a `with`, and the sum of what went there. A tar
+    that is not closed writes what it still has once nobody has it any more."""
+    def __init__(self):
+        import hashlib
+        self.sum = hashlib.sha256()
+        self.count = 0
+        self.is_open = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.is_open = False
+
+    def write(self, data):
+        if self.is_open:
+            self.sum.update(data)
+            self.count += len(data)
+            write_whole(data)
+
+    def write_sum(self):
+        write_whole(SUM_BEGINS + to_bytes(self.sum.hexdigest()) + b'\n')
+
+def in_moving_order(host, names):
+    """Services last, which others write to: so whatever these have noted as written is
+    there. They are brought in the other way round, so that each finds its database."""
+    def is_service(name):
+        live = App(host, name).live()
+        if live is None or live.proxy:
+            return False
+        return bool(live.port or live.job and published_ports(job_of(live)))
+    return sorted(names, key=lambda name: (is_service(name), name))
+
+def keys_to_move(host, names):
+    """The lines of the keys that reach some apps, or every app."""
+    text = host.as_git(read_file, host.path(host.home(), KEYS)) or ''
+    lines = []
+    for line in read_authorized_keys(text):
+        reach = read_rights(line.key.words).apps if line.key else ()
+        if reach is None or any(name in reach for name in names):
+            lines.append(line)
+    return render_authorized_keys(lines)
+
+def export_app(app, target, folder):
+    """Write an app into a tar; (its Moved, why it does not answer since then, or None).
+    The app goes on, and may be pushed, before any of it is sent. folder: for copies"""
+    problem = None
+    with app_lock(app, 'an export of ' + app.name) as live:
+        refuse_if(app.name not in all_apps(app.host), 'the app %s is gone', app.name)
+        step('Copying %s', app.name)
+        moved = describe_moved(app, live)
+        make_folder(folder, 0o700)
+        replace_file(folder + '/app.json', to_json(dict(moved._asdict())), 0o600)
+        own = app.host.text(app.host.certificates.own_path(app.name))
+        if own:
+            replace_file(folder + '/own.pem', own, 0o600)
+        copy_repository(app, moved, folder)
+        if moved.volumes:
+            problem = copy_volumes(app, live, moved.volumes, folder)
+
+    for name in list_folder(folder):
+        add_file(target, 'apps/%s/%s' % (app.name, name), os.path.join(folder, name))
+    app.host.run(['rm', '-rf', '--', folder])
+    return moved, problem
+
+def describe_moved(app, live):
+    """The Moved of an app. live: the Release that is, or None"""
+    return Moved(
+        name=app.name, config=config_record(app.config()),
+        volumes=volumes_to_move(app, live),
+        https=app.host.certificates.is_on(app.name), stopped=app.is_stopped(),
+        branch=live.branch if live else None, commit=live.commit if live else None,
+        held=live.number if live else None, names=full_names(app))
+
+def volumes_to_move(app, live):
+    """The names of the volumes that are called after an app, and of those that its live
+    release names, be that None; what it writes to and is not in the stream is told."""
+    there = app.docker.volumes()
+    mounts = mounts_of_release(live) if live else []
+    wanted = app.docker.volumes_of(app.name)
+    wanted += [mount.source for mount in mounts
+               if mount.source in there and mount.source not in wanted]
+    elsewhere = [name for name in wanted if app.docker.volume_folder(name) is None]
+    folders = [mount.source for mount in mounts
+               if '/' in mount.source and not mount.is_read_only]
+
+    for name in elsewhere + folders:
+        step('Note: %s, which %s writes to, is not in the stream: it is no volume on the '
+             'disk of this server', printable(name), app.name)
+    return [name for name in wanted if name not in elsewhere]
+
+def copy_repository(app, moved, folder):
+    """Have git pack all branches and tags, and what is live, into a bundle. It holds no
+    more than the repository: where that came from a shallow clone, the file that says so
+    goes along."""
+    if not os.path.isdir(app.repository()):
+        return
+    wanted = ['--branches', '--tags']
+    if moved.commit is not None:
+        held = HELD_REF % moved.held
+        app.git('update-ref', held, moved.commit)
+        wanted.append(held)
+    elif not app.git('for-each-ref', '--count=1', 'refs/heads/', 'refs/tags/'):
+        return                              # git makes no bundle of nothing
+
+    with create_file(folder + '/repository.bundle') as target:
+        act = partial(app.host.run, stdout=target)
+        app.git('bundle', 'create', '-', *wanted, act=act)
+    shallow = app.host.as_git(read_file, os.path.join(app.repository(), 'shallow'))
+    if shallow:
+        replace_file(folder + '/shallow', shallow, 0o600)
+
+def copy_volumes(app, live, volumes, folder):
+    """Copy the volumes of an app into a folder, while it is stopped if it runs; why it
+    does not answer afterwards, or None."""
+    host = app.host
+    folders = [(name, app.docker.volume_folder(name)) for name in volumes]
+    check_room(host, STREAMS, sum(folder_bytes(host, path) for _, path in folders),
+               'the copy of the volumes of ' + app.name)
+    tasks = [partial(pack, host, path, '%s/volume-%s.tar' % (folder, name))
+             for name, path in folders]
+    if not runs_or_will(app, live):
+        for task in tasks:
+            task()
+        return None
+
+    app.docker.check_takes_writes(app.name)
+    engine = engine_of(app, live)
+    log_end = engine.log_end(live)
+    stopped = host.clock.monotonic()
+    with undone_by(start_again, app):
+        replace_file(app.folder('exporting'), '')
+        engine.stop(live)
+        tell_who_writes(app, volumes)
+        for task in tasks:
+            task()
+    start_again(app)
+    try:
+        answered = check_or_show_log(app, live, log_end, steady=0)
+    except Failure as problem:
+        return '%s does not answer since it was copied: %s' % (app.name, problem)
+    step('%s was down for %.1f s', app.name, answered - stopped)
+    return None
+
+def tell_who_writes(app, volumes):
+    """Name what runs yet with some volumes: a line of a crontab that was begun before, a
+    one-off command, another app. (No line is begun while the volumes are copied.)"""
+    for volume in volumes:
+        shown = app.host.ask(['docker', 'ps', '--filter', 'volume=' + volume, '--format',
+                              '{{.Names}}'])
+        for name in shown.out.split():
+            step('Note: %s goes on, and may write to %s meanwhile', name, volume)
+
+def runs_or_will(app, live):
+    """Whether an app may write to its volumes at any moment. live: may be None"""
+    if live is None or app.is_stopped():
+        return False
+    engine = engine_of(app, live)
+    return engine.state(live).alive is not False or engine.revives(live)
+
+def folder_bytes(host, path):
+    """How much of the disk a folder takes. Files may go while they are counted, as an
+    app makes and removes them: du says 1 then, and how much it is all the same."""
+    argv = ['du', '-skx', '--', path]
+    result = host.ask(argv)
+    count = result.out.split()[:1]
+    if not count or not count[0].isdigit():
+        host.check_result(result, argv, NEVER)
+        raise Failure('du says nothing of %s', path)
+    return int(count[0]) * 1024
+
+def pack(host, folder, path, *names):
+    """Write what is in a folder, or some of it, into a tar: owners by number, holes and
+    what else tar knows of a file as they are."""
+    argv = ['tar'] + tar_options(host) + ['--sparse', '--one-file-system', '-C', folder]
+    argv += ['-cf', path, '--'] + list(names or ['.'])
+    result = host.ask(argv)
+    if result.status == 1:                  # tar's word for that, and for no more
+        return step('Note: something wrote there meanwhile: %s', last_line(result.err))
+    host.check_result(result, argv, NEVER)
+
+def unpack(host, folder, source, *options):
+    """The way back. source: a file that is read from where it stands, to the end of the
+    tar in it"""
+    host.run(['tar'] + tar_options(host) + list(options) + ['-C', folder, '-xpf', '-'],
+             stdin=source)
+
+def tar_options(host):
+    """Owners by number; and attributes and rights beside the usual ones, where tar knows
+    these (from 1.27 on)."""
+    more = ['--xattrs', '--xattrs-include=*', '--acls']
+    knows = host.ask(['tar'] + more + ['--version']).status == 0
+    return ['--numeric-owner'] + (more if knows else [])
+
+def add_text(target, name, text):
+    """Add a file of this text to a tar."""
+    import io
+    data = to_bytes(text)
+    add_part(target, name, io.BytesIO(data), len(data))
+
+def add_file(target, name, path):
+    """Add a file of the disk to a tar."""
+    with open(path, 'rb') as source:
+        add_part(target, name, source, os.path.getsize(path))
+
+def add_part(target, name, source, size):
+    import tarfile
+    part = tarfile.TarInfo(name)
+    part.size = size
+    part.mode = 0o600
+    part.mtime = int(time.time())
+    target.addfile(part, source)
+
+def export_certificates(host, names, target, folder):
+    """Write what nginx has for some host names into a tar, and what certbot has, with the
+    accounts by which it renews that."""
+    certificates = host.certificates
+    make_folder(folder + '/certbot', 0o700)
+    path = folder + '/certbot/some.tar'
+    is_any_renewed = False
+    for name in names:
+        text = host.text(certificates.path(name))
+        if text:
+            add_text(target, 'certificates/%s.pem' % name, text)
+        if certificates.is_renewed(name):
+            lineage = LINEAGE + name
+            pack(host, host.path(CERTBOT), path, 'live/' + lineage, 'archive/' + lineage,
+                 'renewal/%s.conf' % lineage)
+            add_file(target, 'certificates/%s.tar' % name, path)
+            is_any_renewed = True
+
+    if is_any_renewed and os.path.isdir(host.path(CERTBOT, 'accounts')):
+        pack(host, host.path(CERTBOT), path, 'accounts')
+        add_file(target, 'certbot-accounts.tar', path)
+
+# In
+
+def import_apps(host, names):
+    """Take the stream from standard input: all its apps and keys, or some apps alone."""
+    with stream_folder(host) as folder:
+        path = folder + '/stream'
+        receive_stream(host, path)
+        with open(path, 'rb', 0) as file:       # as others read on from where we are
+            stream = Stream(file)
+            apps = chosen_apps(stream, names)
+            lines = [] if names else moved_keys(host, stream)
+            check_is_new(host, apps)
+            room = sum(stream.size(part) for moved in apps
+                       for part in parts_of(stream, moved))
+            check_room(host, host.docker.images_folder(), room, 'what comes in')
+
+            log('import of %s by %s', ' '.join(names) or 'all', host.person())
+            if lines:
+                change_keys(host, lambda here: insert_keys(here, lines))
+            import_certificates(host, apps, stream)
+            come_up(host, apps, stream, folder)
+
+def receive_stream(host, path):
+    """Write standard input to the disk, while there is room; Failure where it is not a
+    whole stream."""
+    import hashlib
+    found = hashlib.sha256()
+    last = b''
+    with create_file(path) as target:
+        for data in iter(partial(os.read, 0, 2 ** 20), b''):
+            check_room(host, STREAMS, len(data), 'what comes in')
+            target.write(data)
+            last += data
+            found.update(last[:-SUM_LENGTH])
+            last = last[-SUM_LENGTH:]
+
+    refuse_if(not last, 'nothing came in: sudo dockhand export | ssh HOST sudo dockhand '
+              'import')
+    refuse_if(last != SUM_BEGINS + to_bytes(found.hexdigest()) + b'\n', 'what came in is '
+              'no whole stream of `dockhand export`, or was changed on its way: nothing '
+              'has changed')
+
+class Stream(object):
+    """A stream that came in whole: its parts by their names. file: without a buffer"""
+    def __init__(self, file):
+        import tarfile
+        self.file = file
+        try:
+            members = tarfile.open(fileobj=file, mode='r:').getmembers()
+        except (tarfile.TarError, ValueError, OverflowError) as problem:
+            raise Failure('what came in is no tar: %s', printable(str(problem)))
+        self.parts = dict((part.name, part) for part in members)
+        for part in members:
+            is_known = re.match('(?:%s)\\Z' % PART, part.name) is not None
+            refuse_if(not is_known or part.type != tarfile.REGTYPE, 'no export writes %s',
+                      printable(part.name))
+        refuse_if(len(members) != len(self.parts), 'a name stands twice in what came in')
+
+    def size(self, name):
+        return self.parts[name].size
+
+    def at(self, name):
+        """The file, to be read from where a part begins."""
+        self.file.seek(self.parts[name].offset_data)
+        return self.file
+
+    def text(self, name):
+        """The text of a part; Failure where it is not there, or too long."""
+        refuse_if(name not in self.parts, 'there is no %s in what came in', name)
+        size = self.size(name)
+        refuse_if(size > LARGEST_TEXT, '%s in what came in is too long', name)
+        return to_text(self.at(name).read(size))
+
+    def save(self, name, path):
+        """Write a part to a file."""
+        left = self.size(name)
+        source = self.at(name)
+        with create_file(path) as target:
+            while left:
+                data = source.read(min(left, 2 ** 20))
+                target.write(data)
+                left -= len(data)
+
+def json_in(stream, name):
+    """The dict in a part of a stream; Failure where there is none."""
+    import json
+    try:
+        found = native(json.loads(stream.text(name)))
+    except ValueError:
+        found = None
+    refuse_if(not isinstance(found, dict), '%s in what came in cannot be read', name)
+    return found
+
+def moved_in(stream):
+    """The [Moved] of a stream in its order; Failure where it holds what no export
+    writes."""
+    manifest = json_in(stream, MANIFEST)
+    version = printable(str(manifest.get('version')))
+    refuse_if(manifest.get('format') != STREAM_FORMAT, 'this stream is of another '
+              'dockhand, %s: install that one here', version)
+    names = manifest.get('apps')
+    refuse_if(not isinstance(names, list), '%s in what came in cannot be read', MANIFEST)
+    for name in names:
+        check_app_name(str(name))
+    refuse_if(len(set(names)) != len(names), '%s names an app twice', MANIFEST)
+
+    apps = []
+    for name in names:
+        found = json_in(stream, 'apps/%s/app.json' % name)
+        refuse_if(not is_description(found) or found['name'] != name, 'what came in '
+                  'describes %s in another way than an export does', name)
+        apps.append(Moved(**dict(found, config=read_config(found['config']))))
+    for part in stream.parts:
+        refuse_if(part.startswith('apps/') and part.split('/')[1] not in names,
+                  'what came in has %s, and no such app', part)
+    return apps
+
+def is_description(found):
+    """Whether a dict has what the Moved of an app has."""
+    if set(found) != set(Moved._fields):
+        return False
+    if not all(isinstance(found[field], KINDS_OF_FIELDS[field]) for field in found):
+        return False
+    for key, value in read_config(found['config']).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            return False
+    if not all(re.match(VOLUME_NAME, str(name)) for name in found['volumes']):
+        return False
+    if not all(is_full_name(str(name)) for name in found['names']):
+        return False
+
+    live = [found['commit'], found['branch'], found['held']]
+    if None in live:
+        return live == [None] * 3
+    return bool(OBJECT_ID.match(found['commit'])) and is_branch_name(found['branch'])
+
+def chosen_apps(stream, names):
+    """The [Moved] of those apps of a stream that are wanted, names or all, services
+    first."""
+    apps = moved_in(stream)
+    here = [moved.name for moved in apps]
+    missing = [printable(name) for name in names if name not in here]
+    refuse_if(missing, 'the stream has no %s, but %s', ' '.join(missing),
+              ' '.join(here) or 'no app')
+    for moved in apps:
+        for name in moved.volumes:
+            part = volume_part(moved, name)
+            refuse_if(part not in stream.parts, 'there is no %s in what came in', part)
+    return [moved for moved in reversed(apps) if not names or moved.name in names]
+
+def volume_part(moved, name):
+    return 'apps/%s/volume-%s.tar' % (moved.name, name)
+
+def parts_of(stream, moved):
+    """The names of the parts of an app."""
+    return [part for part in stream.parts if part.startswith('apps/%s/' % moved.name)]
+
+def moved_keys(host, stream):
+    """The [KeyLine] of a stream whose keys are not here; Failure where one of the same
+    name may do something else here."""
+    here = read_keys(host)
+    known = [(key.type, key.blob) for key in here]
+    new = []
+    for line in read_authorized_keys(stream.text('keys')):
+        refuse_if(line.key is None, 'the keys in what came in hold what is no key of '
+                  'dockhand: %s', printable(line.text, 40))
+        name = check_key_name(line.key.name)
+        check_means_something(line.key.words)
+        others = [key for key in here if key.name == name and key.words != line.key.words]
+        refuse_if(others, 'the key "%s" is here already, and may do something else: '
+                  'dockhand remove-key %s, or `import APP...`, which takes no keys', name,
+                  name)
+        if (line.key.type, line.key.blob) not in known:
+            new.append(line)
+    return new
+
+def check_is_new(host, apps):
+    """Failure where a name of some [Moved] is here already; each is told."""
+    there = all_apps(host)
+    volumes = host.docker.volumes()
+    problems = []
+    for moved in apps:
+        app = App(host, moved.name)
+        if moved.name in there:
+            problems.append('the app %s is here already' % moved.name)
+            continue
+        try:
+            check_host_names(app)
+        except Failure as problem:
+            problems.append(str(problem))
+        if host.docker.inspect(latest_tag(app)):
+            problems.append('docker has an image %s already' % latest_tag(app))
+        problems += ['the volume %s is here already' % name
+                     for name in moved.volumes if name in volumes]
+    for problem in problems:
+        say('dockhand: %s', problem)
+    refuse_if(problems, '%d thing(s) in the way, so nothing has changed; `import APP...` '
+              'takes some apps alone', len(problems))
+
+def import_certificates(host, apps, stream):
+    """Take over the certificates for the names of some [Moved] that have none here, with
+    what renews them."""
+    certificates = host.certificates
+    renewed_names = []
+    for name in sorted(set(name for moved in apps for name in moved.names)):
+        part = 'certificates/%s.' % name
+        if certificates.has_certificate(name):
+            continue
+        if part + 'tar' in stream.parts:
+            if not os.path.isdir(host.path(CERTBOT)):
+                make_folder(host.path(CERTBOT))
+            unpack(host, host.path(CERTBOT), stream.at(part + 'tar'))
+            renewed_names.append(name)
+        if part + 'pem' in stream.parts:
+            attempt('the certificate of ' + name, certificates.keep,
+                    certificates.path(name), stream.text(part + 'pem'))
+
+    if renewed_names:
+        if 'certbot-accounts.tar' in stream.parts:
+            unpack(host, host.path(CERTBOT), stream.at('certbot-accounts.tar'),
+                   '--skip-old-files')
+        certificates.write_hook()
+        make_folder(host.path(CHALLENGES))
+        if not certificates.has_certbot():
+            step('Note: %s; then it renews what came in', certificates.no_certbot_text())
+
+def come_up(host, apps, stream, folder):
+    """Bring in one app after the other, and have it run; again those that did not come up
+    as long as another one did, which they may want. Failure names the rest."""
+    reasons = {}
+    brought = []
+    for moved in apps:
+        is_here, reasons[moved.name] = import_app(App(host, moved.name), moved, stream,
+                                                  folder)
+        if is_here:
+            brought.append(moved)
+
+    tried = brought
+    while any(not reasons[moved.name] for moved in tried):
+        tried = [moved for moved in brought if reasons[moved.name]]
+        for moved in tried:
+            app = App(host, moved.name)
+            with app_lock(app, 'an import of ' + app.name):
+                reasons[moved.name] = bring_up(app, moved)
+
+    for moved in apps:
+        tell_what_became_of(App(host, moved.name), moved, moved in brought,
+                            reasons[moved.name])
+    left = [moved.name for moved in apps if reasons[moved.name]]
+    refuse_if(left, '%d app(s) did not come up: %s', len(left), ' '.join(left))
+
+def tell_what_became_of(app, moved, is_here, reason):
+    """Say whether an app of a stream is here and runs, and what to do if not. reason: why
+    it does not, or None"""
+    if not reason and not moved.commit:
+        tell('%s waits %s', app.name, app.waiting_text())
+    elif not reason:
+        attempt(app.name, after_push, app, own_connection(app.host))
+        tell('%s %s', app.name, 'is stopped, as it was' if moved.stopped else 'runs')
+    elif is_here:
+        tell('%s did not come up: %s', app.name, reason)
+        tell('  what it brought is here: mend that and push, or: sudo dockhand rebuild '
+             + app.name)
+    else:
+        tell('%s was not brought here: %s', app.name, reason)
+
+def import_app(app, moved, stream, folder):
+    """Bring an app of a stream here, and have it run: (whether it is here, why it does
+    not run, or None). What a crash leaves before that is taken away again."""
+    try:
+        with app_lock(app, 'an import of ' + app.name):
+            refuse_if(app.name in all_apps(app.host), 'somebody has made it meanwhile')
+            with undone_by(end_import, app):
+                # What is there of them another app of this stream has brought
+                there = app.docker.volumes()
+                volumes = [name for name in moved.volumes if name not in there]
+                make_folder(app.folder(), 0o700)
+                replace_file(app.folder('importing'), to_json({
+                    'volumes': volumes, 'stopped': moved.stopped}), 0o600)
+
+                step('Bringing %s in', app.name)
+                fill_repository(app, moved, stream, folder)
+                for name in volumes:
+                    fill_volume(app.host, name, stream.at(volume_part(moved, name)))
+                fill_store(app, moved, stream)
+                why = bring_up(app, moved) if moved.commit else None
+            remove_file(app.folder('importing'))
+            return True, why
+    except (Failure, EnvironmentError) as problem:
+        on_signals(leave)           # after undoing they were ignored
+        return False, str(problem)
+
+def fill_repository(app, moved, stream, folder):
+    """Make the repository, and fetch into it what the bundle holds."""
+    host = app.host
+    account = host.git_account()
+    parts = 'apps/%s/' % app.name
+    host.as_git(make_repository, host, app.repository())
+    if parts + 'shallow' in stream.parts:
+        host.as_git(replace_file, os.path.join(app.repository(), 'shallow'),
+                    stream.text(parts + 'shallow'))
+    if parts + 'repository.bundle' not in stream.parts:
+        return
+
+    path = folder + '/repository.bundle'
+    stream.save(parts + 'repository.bundle', path)
+    os.chown(path, account.uid, account.gid)
+    refs = ['+refs/heads/*:refs/heads/*', '+refs/tags/*:refs/tags/*']
+    if moved.commit:
+        refs.append('+%s:%s' % (HELD_REF % moved.held, HELD_REF % 1))
+    app.git('fetch', '-q', path, *refs)
+    remove_file(path)
+    if moved.commit:
+        app.git('update-ref', 'refs/heads/' + moved.branch, moved.commit)
+
+def fill_volume(host, name, source):
+    """Make a volume of what a tar holds. source: as unpack has it"""
+    host.run(['docker', 'volume', 'create', name])
+    folder = host.docker.volume_folder(name)
+    refuse_if(folder is None, 'docker makes the volume %s, and not on a disk here', name)
+    unpack(host, folder, source)
+
+def fill_store(app, moved, stream):
+    """Write down what the store has of an app without a release."""
+    certificates = app.host.certificates
+    app.save_config(moved.config)
+    own = 'apps/%s/own.pem' % app.name
+    if own in stream.parts:
+        certificates.keep(certificates.own_path(app.name), stream.text(own))
+    if moved.https:
+        make_folder(app.host.path(CERTIFICATES), 0o700)
+        replace_file(app.folder('https'), '')
+
+def bring_up(app, moved):
+    """Build and check the commit of an app that is here, and have it run; why it does
+    not, or None."""
+    try:
+        make_release(app, None, new_release(app, moved.branch, moved.commit,
+                                            app.host.person(), 'import'))
+    except (Failure, EnvironmentError) as problem:
+        on_signals(leave)           # after undoing they were ignored
+        return str(problem)
+    if moved.stopped:
+        stop_live(app, app.live())
+    return None
+
 # ---- Installing, and whether all is well -----------------------------------------------
 # Every file that is ours on this machine, and what would keep them from working.
 
@@ -9377,7 +10450,7 @@ def installed_parts(host):
         parts.append(Part(BOOT_JOB, BOOT_JOB_TEXT.format(program=PROGRAM), 0o644))
     elif has_init_scripts(host):
         parts.append(Part(BOOT_SCRIPT, BOOT_SCRIPT_TEXT.format(program=PROGRAM), 0o755))
-    if os.path.isdir(host.path(CERTBOT)) and host.certificates.are_any():
+    if host.certificates.are_renewed():
         parts.append(Part(RENEWAL_HOOK, RENEWAL_HOOK_TEXT, 0o755))
     return parts + hooks_in(TEMPLATE)
 
@@ -9461,6 +10534,58 @@ def enabled_scripts(host):
     links = [os.path.join(folder, name) for folder in folders
              for name in list_folder(host.path(folder))]
     return [link for link in links if link.endswith('dockhand-recover')]
+
+def disable_at_boot(host):
+    """Have no init run `dockhand recover` any more; the files that were removed."""
+    removed = [path for path in UNIT_ENABLED + [UNIT, BOOT_JOB, BOOT_SCRIPT]
+               if remove_file(host.path(path))]
+    name = os.path.basename(BOOT_SCRIPT)
+    if enabled_scripts(host):
+        if os.path.exists(host.path(ENABLERS[0])):
+            host.run(['update-rc.d', '-f', name, 'remove'])
+        else:
+            host.run(['rc-update', 'del', name, 'default'])
+    return removed
+
+def remove_installation(host):
+    """Remove dockhand itself: what runs it first, its own files last, so that one that is
+    killed at this can be run again."""
+    with host_lock(host):
+        replace_file(host.path(KEPT_USER), host.user + '\n')
+        removed = disable_at_boot(host)
+        removed += [path for path in (SUDOERS, OLDER_NAME, PROGRAM)
+                    if remove_file(host.path(path))]
+        if os.path.isdir(host.path(LIBRARY)):
+            host.run(['rm', '-rf', '--', host.path(LIBRARY)])
+            removed.append(LIBRARY)
+    for path in removed:
+        tell('removed ' + path)
+
+# What an uninstalled dockhand leaves: what it is, where, and how it is removed. A path is
+# told of if it is there.
+LEFT = [
+    ('containers and images of apps', 'docker ps -a; docker images',
+     'docker rm -f APP--N; docker rmi APP:N'),
+    ('their data', 'docker volume ls', 'docker volume rm APP--PATH'),
+    ('their network', 'docker network ls', 'docker network rm ' + NETWORK),
+    ('their jobs', JOBS + '/APP.conf', 'stop APP; rm %s/APP.*' % JOBS),
+    ('their proxy files', PROXIES + '/APP.conf', 'rm that; nginx -s reload'),
+    ('the 404 for other names', CATCH_ALL, 'rm that; nginx -s reload'),
+    ('their crontabs', CRON_FILES + '/dockhand-APP', 'rm %s/dockhand-APP' % CRON_FILES),
+    ('certificates', CERTIFICATES, 'certbot delete --cert-name dockhand-NAME'),
+    ('what copies renewed ones there', RENEWAL_HOOK, 'rm ' + RENEWAL_HOOK),
+    ('config, records, crontabs\' sh', STATE, 'rm -r %s, last of all' % STATE),
+    ('repositories and keys', '/home/USER', 'userdel -r USER')]
+
+def tell_what_is_left(host):
+    """Say where each piece of what goes on lies, and how it is removed."""
+    tell('\nEvery app goes on, also after a reboot. What is left, and what removes it:')
+    for what, where, how in LEFT:
+        where = where.replace('/home/USER', host.home())
+        folder = os.path.dirname(where) if 'APP' in where else where
+        if not where.startswith('/') or os.path.exists(host.path(folder)):
+            tell('  %s: %s\n      %s', what, where, how.replace('USER', host.user))
+    tell('`python3 dockhand.py install` finds all of it again.')
 
 PACKAGES = (('docker', 'docker.io'), ('git', 'git'), ('nginx', 'nginx'),
             ('sshd', 'openssh-server'), ('ssh-keygen', 'openssh-client'),
@@ -9950,7 +11075,8 @@ def ensure_account_and_folders(host):
     """Make the git user, and the folders that its apps want; True where one was new."""
     changes = [ensure_user(host), ensure_token(host),
                make_folder(host.path(STATE, 'apps')),
-               make_folder(host.path(STATE, 'build'), 0o700, host.account())]
+               make_folder(host.path(STATE, 'build'), 0o700, host.account()),
+               make_folder(host.path(STREAMS), 0o711)]
     if not os.path.isdir(host.path('/var/cache/nginx')):
         changes.append(make_folder(host.path('/var/cache/nginx')))
     return any(changes)
@@ -9976,17 +11102,6 @@ def install_hooks(host):
     failed = [part.path for part in installed_hooks(host)
               if not attempt(part.path, install_now, part)]
     return any(changes), failed
-
-def change_keys(host, change):
-    """Make of the lines of authorized_keys what a function makes of them; they are given
-    as [KeyLine]."""
-    path = host.path(host.home(), KEYS)
-    refuse_if(not host.account(), 'dockhand is not installed here: dockhand.py install')
-    with locked(host.path(LOCKS, '.keys'), 'a change of keys'):
-        lines = change(read_authorized_keys(host.as_git(read_file, path) or ''))
-        host.as_git(make_folder, os.path.dirname(path), 0o700)
-        host.as_git(replace_file, path, render_authorized_keys(lines), 0o600)
-    return lines
 
 def renew_keys(host):
     """Give the lines of our keys what this version writes beside their command; True
@@ -10273,10 +11388,7 @@ def cmd_stop(app):
     """
     with live_app(app, 'stop') as live:
         log('%s: stop by %s', app.name, app.host.person())
-        replace_file(app.folder('stopped'), '')
-        attempt('nginx goes on passing requests to it', turn_proxy, app, live,
-                app.proxy_when_stopped(live))
-        engine_of(app, live).stop(live)
+        stop_live(app, live)
     tell('%s is stopped', app.name)
 
 @command('start', 'APP', CHANGE)
@@ -10347,10 +11459,23 @@ def cmd_rebuild(app, pull=False):
 
     --pull fetches newer base images.
     """
-    with live_app(app, 'rebuild') as live:
-        release = new_release(app, live.branch, live.commit, app.host.person(), 'rebuild')
-        make_release(app, live, release, ['--pull'] if pull else [])
+    with app_lock(app, 'dockhand rebuild ' + app.name) as live:
+        branch, commit = what_to_rebuild(app, live)
+        release = new_release(app, branch, commit, app.host.person(), 'rebuild')
+        make_release(app, live, release, options=['--pull'] if pull else [])
     after_push(app, own_connection(app.host))
+
+def what_to_rebuild(app, live):
+    """(branch, commit) of what is live; where nothing ever was, as after an import that
+    failed, what the branch has that is deployed."""
+    if live is not None:
+        return live.branch, live.commit
+    if os.path.isdir(app.repository()):
+        for branch in deployed_branches(app.config().get('branch')):
+            commit = app.read_branch('refs/heads/' + branch)
+            if commit:
+                return branch, commit
+    raise Failure('no app %s is live here: see dockhand apps', app.name)
 
 # What only this server knows
 
@@ -10687,6 +11812,35 @@ def cmd_report(app):
     """
     return draw_report(app, app.must_be_live())
 
+# Moving
+
+@command('export', '[APP...]')
+def cmd_export(host, *names):
+    """write apps, or all, as one stream: to move, to back up
+
+    With their data, config, keys and certificates: sudo dockhand export >FILE, or
+    ssh OLD sudo dockhand export | ssh NEW sudo dockhand import. An app with volumes is
+    stopped while they are copied on the disk here, no longer.
+    """
+    refuse_if(os.isatty(1), 'a terminal cannot show this: sudo dockhand export >FILE')
+    known = all_apps(host)
+    for name in names:
+        refuse_if(check_app_name(name) not in known, 'no app %s here: see dockhand apps',
+                  name)
+    export_apps(host, set(names or known))
+    log('export of %s by %s', ' '.join(names) or 'all', host.person())
+
+@command('import', '[APP...]')
+def cmd_import(host, *names):
+    """bring in what `export` wrote, all or some apps
+
+    Nothing is changed before all of it has come and is found whole. Each app is built
+    here, and checked; one that does not come up is named, and the others stay.
+    """
+    refuse_if(os.isatty(0), 'a stream is wanted: sudo dockhand import <FILE')
+    host.git_account()
+    import_apps(host, names)
+
 @command('destroy', 'APP [--force] [--volumes]', CHANGE)
 def cmd_destroy(app, force=False, volumes=False):
     """remove an app, its config and its repository
@@ -10704,49 +11858,12 @@ def cmd_destroy(app, force=False, volumes=False):
               app.name)
 
     with app_lock(app, 'dockhand destroy ' + app.name) as live:
-        remove_app(app, live)
         kept = app.docker.volumes_of(app.name)
-        if kept and volumes:
-            app.host.run(['docker', 'volume', 'rm'] + kept)
+        remove_app(app, live, kept if volumes else ())
         log('%s: destroy by %s', app.name, app.host.person())
     tell('%s is removed', app.name)
     for name in kept:
         tell('removed volume %s' if volumes else 'kept: docker volume rm %s', name)
-
-def remove_app(app, live):
-    """Remove all that there is of an app, but for its volumes. live: may be None"""
-    remove_crontab(app)
-    for name in list_folder(app.host.path(CRON_LOCKS)):
-        if name.startswith(app.name + '--'):
-            remove_file(app.host.path(CRON_LOCKS, name))
-    end_one_offs(app, sorted(one_offs(app)))
-    if live is not None:
-        engine = engine_of(app, live)
-        engine.stop(live)
-        app.nginx.remove(app.name)
-        engine.withdraw(live)
-        app.docker.untag(latest_tag(app))
-
-    for link in ('live', 'pending'):
-        remove_file(app.folder(link))
-    releases = [app.load(number) for number in app.numbers()]
-    names = certified_names(releases) | set(noted_names(app))
-    layers = []
-    for release in releases:
-        layers.extend(release.layers)
-        drop(app, release)
-    remove_unneeded(app, layers)
-    app.nginx.remove_logs(releases)
-    give_certificates_back(app, names)
-    remove_file(app.host.path(app.host.certificates.own_path(app.name)))
-    app.docker.untag(app.name + ':plan')
-    app.host.run(['rm', '-rf', '--', app.repository()], account=app.host.account())
-    app.host.run(['rm', '-rf', '--', app.folder(),
-                  app.host.path('/var/cache/nginx', app.name)])
-
-    others = [App(app.host, name) for name in list_apps(app.host)]
-    if not any(other.live() for other in others):
-        app.docker.remove_network()
 
 # The server itself
 
@@ -10761,6 +11878,7 @@ def cmd_recover(host):
 
     It runs at boot, and when docker starts.
     """
+    attempt('streams', sweep_streams, host)     # no reason to leave an app down
     host.docker.wait()
     host.docker.free_ports()
     if host.certificates.are_any():     # or nginx would not start, and every site be down
@@ -10777,6 +11895,19 @@ def cmd_recover(host):
             attempt('https for ' + name, get_and_tell, App(host, name))
     refuse_if(wrong, '%d app(s) could not be put right', len(wrong))
     refuse_if(not runs, 'nginx could not be started')
+
+@command('uninstall')
+def cmd_uninstall(host):
+    """remove dockhand, and nothing that it deployed
+
+    Apps, crontabs and renewals go on without it; `install` finds all again.
+    """
+    wrong = [name for name in list_apps(host)
+             if not attempt(name, put_right, App(host, name))]
+    refuse_if(wrong, '%d app(s) could not be put right: nothing is removed', len(wrong))
+    remove_installation(host)
+    log('uninstall by %s', host.person())
+    tell_what_is_left(host)
 
 @command('doctor', '[APP] [--quiet]', READ, alone=ADMIN)
 def cmd_doctor(host, name=None, quiet=False):
@@ -11023,7 +12154,7 @@ def version_text():
 
 def installed_user(host):
     """The git user of the installation at hand."""
-    name = host.text(USER_FILE).strip()
+    name = host.text(USER_FILE).strip() or host.text(KEPT_USER).strip()
     if name:
         return name
     # Older versions had it in their launcher alone.

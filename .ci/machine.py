@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import stat
+import subprocess
 import time
 
 import dockhand as dh
@@ -35,7 +36,8 @@ USER, GROUP = os.getuid() or 12345, os.getgid() or 12345
 def mode_in(found):
     return '%o' % stat.S_IMODE(found.st_mode)
 
-QUERIES = ('openssl', 'timeout 5 openssl', 'certbot --version', 'docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps',
+VOLUMES = '/var/lib/docker/volumes'
+QUERIES = ('du', 'docker volume inspect', 'openssl', 'timeout 5 openssl', 'certbot --version', 'docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'docker wait',
            'ip', 'hostname', 'docker version', 'docker logs', 'docker diff', 'nginx -v',
            'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
 
@@ -116,6 +118,32 @@ class OpenHost(Host):
         open_to_all(self.root)
         return Host.as_git(self, function, *args)
 
+class Beside(object):
+    """A command of a Machine that was begun: it does all at once, or, where the machine
+    `is_late`, when its end is waited for, and nothing if that never is. A `docker wait`
+    comes to its end when the container does, or at once where that does not run."""
+    def __init__(self, machine, argv):
+        self.machine, self.argv, self.said = machine, list(argv), None
+        self.waits = self.argv[:2] == ['docker', 'wait']
+        if self.waits or not machine.is_late:
+            self.said = machine(self.argv)
+
+    def is_over(self):
+        if self.waits and not self.said.status:
+            found = self.machine.find(self.argv[2])
+            return not (found and found['State']['Running'])
+        return True
+
+    def result(self):
+        self.said = self.said or self.machine(self.argv)
+        return self.said
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
 class Machine(object):
     """What docker, nginx, git and init do, in small, on files under a root of its own.
 
@@ -141,6 +169,10 @@ class Machine(object):
         self.others = 0             # how often another certbot is running
         self.has_certbot = True
         self.absent = []            # other commands that are not here
+        self.is_late = False        # what is begun beside something else
+        self.is_old = False         # its tar
+        self.is_written_to = False  # what that packs
+        self.devices = {}           # {volume: options of its driver}
         self.timer = 'active'       # certbot's
         self.caught, self.certified = None, []
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
@@ -186,15 +218,20 @@ class Machine(object):
         method = getattr(self, names[0], None) or getattr(self, names[1], None)
         assert method, 'unexpected command: ' + line
         self.each = each
+        self.stdin, self.stdout = options.get('stdin'), options.get('stdout')
         result = method(*argv[1:])
         return result if isinstance(result, Result) else Result(0, result or '', '')
+
+    def begin(self, argv):
+        return Beside(self, argv)
 
     def next(self):
         self.count += 1
         return self.count
 
     def connect(self, place, timeout, tls_name=None):
-        """The app of a container that runs listens on its $PORT, unless it is mute."""
+        """The app of a container that runs listens on its $PORT, or where it has none on
+        what its image names, unless it is mute."""
         at, port = place
         is_nginx = at in ('127.0.0.1', self.here) and port == (443 if tls_name else 80)
         if is_nginx and self.read('/run/nginx.pid'):
@@ -202,9 +239,13 @@ class Machine(object):
         if at.startswith('127.'):
             return dh.open_connection(place, timeout)
         for each in self.containers.values():
-            if (each['address'], each['State']['Running']) == (at, True) and (
-                    'PORT=%d\n' % port in each['env'] and 'mute' not in each['Image']):
-                return io.BytesIO()
+            if (each['address'], each['State']['Running']) == (at, True):
+                image = (self.find(each['Image']) or {}).get('Config') or {}
+                exposed = '%d/tcp' % port in image.get('ExposedPorts', {})
+                told = re.findall('PORT=([0-9]+)\n', each['env'])
+                listens = str(port) in told if told else exposed
+                if listens and 'mute' not in each['Image']:
+                    return io.BytesIO()
         raise socket.error(errno.ECONNREFUSED, 'Connection refused')
 
     # docker
@@ -235,9 +276,23 @@ class Machine(object):
     def docker_volume(self, _, verb, *words):
         if verb == 'rm':
             self.volumes = [name for name in self.volumes if name not in words]
+            for name in words:
+                shutil.rmtree(self.host.path(VOLUMES, name), ignore_errors=True)
             return
+        if verb == 'create':
+            self.volumes.append(words[0])
+            return self.fill(words[0], {})
+        if verb == 'inspect':
+            return json.dumps([{'Driver': 'local', 'Options': self.devices.get(words[0]),
+                                'Mountpoint': '%s/%s/_data' % (VOLUMES, words[0])}])
         assert (verb, words) == ('ls', ('-q',))
         return '\n'.join(self.volumes) + '\n'
+
+    def fill(self, volume, files):
+        """Let a volume hold these files, {name: text}."""
+        dh.make_folder(self.host.path(VOLUMES, volume, '_data'))
+        for name, text in files.items():
+            self.write('%s/%s/_data/%s' % (VOLUMES, volume, name), text)
 
     def docker_network(self, _, verb, *words):
         name = words[-1]
@@ -360,6 +415,9 @@ class Machine(object):
         said = 'Error response from daemon: No such container: x\n' * there.count(None)
         return Result(1 if said else 0, '', said)
 
+    def docker_wait(self, _, name):
+        return None if self.find(name) else Result(1, '', 'No such container: x\n')
+
     def docker_stop(self, _, t, seconds, *names):
         def stop(found):
             found['State'].update(Running=False)
@@ -381,7 +439,11 @@ class Machine(object):
         return ('A /.dockerenv\nC /sbin\nA /sbin/docker-init\nC /srv\nA /srv/kept.db\n'
                 'C /run\nA /run/x.pid\n')
 
-    def docker_ps(self, _, q, no_trunc, network=None):
+    def docker_ps(self, _, q, no_trunc, network=None, *shown):
+        if q == '--filter':
+            volume = no_trunc[len('volume='):]
+            return '\n'.join(each['Name'][1:] for each in self.containers.values()
+                             if volume in each['volumes'] and each['State']['Running'])
         if no_trunc == '--filter':
             there = self.networks[network[len('network='):]]['Id']
             return '\n'.join(each['Id'] for each in self.containers.values()
@@ -518,6 +580,7 @@ class Machine(object):
         chain, begin, key = text.partition('-----BEGIN PRIVATE')
         self.write('/etc/letsencrypt/live/%s/fullchain.pem' % lineage, chain)
         self.write('/etc/letsencrypt/live/%s/privkey.pem' % lineage, begin + key)
+        self.write('/etc/letsencrypt/archive/%s/privkey1.pem' % lineage, begin + key)
         self.write(conf % lineage, 'cert = x\n')
         return 'Successfully received certificate.\n'
 
@@ -525,7 +588,8 @@ class Machine(object):
         if not self.read('/etc/letsencrypt/renewal/%s.conf' % lineage):
             return Result(1, '', 'No certificate found with name %s\n' % lineage)
         os.unlink(self.host.path('/etc/letsencrypt/renewal/%s.conf' % lineage))
-        shutil.rmtree(self.host.path('/etc/letsencrypt/live', lineage))
+        for folder in ('live', 'archive'):
+            shutil.rmtree(self.host.path('/etc/letsencrypt', folder, lineage))
 
     def lets_challenges_through(self, name):
         """Whether what nginx has taken up answers an authority for a host name."""
@@ -656,6 +720,8 @@ class Machine(object):
     # git and files
 
     def git(self, folder, verb, *words):
+        if folder == '-c':
+            return self.git_init(words[-1])
         assert re.match(re.escape('--git-dir=' + self.host.path('/home/git/')) +
                         r'[a-z]+\.git\Z', folder)
         if verb == 'ls-tree':
@@ -666,6 +732,12 @@ class Machine(object):
         if verb.startswith('--work-tree='):
             assert words == ('checkout-index', '-a')
             self.check_out(verb.partition('=')[2])
+        if verb == 'for-each-ref' and words[0] == '--count=1':
+            return ''.join(sorted(self.refs)[:1])
+        if verb == 'bundle':
+            return self.bundle(*words)
+        if verb == 'fetch':
+            return self.fetch(*words)
         if verb == 'for-each-ref':
             return self.refs.get(words[-1], '') + '\n'
         if verb == 'symbolic-ref':
@@ -688,6 +760,29 @@ class Machine(object):
             self.refs.pop(words[1], None)
         elif verb == 'update-ref':
             self.refs[words[0]] = words[1]
+
+    def git_init(self, folder):
+        os.makedirs(folder)
+        with open(folder + '/HEAD', 'w') as target:
+            target.write('ref: refs/heads/main\n')
+
+    def bundle(self, verb, dash, *refs):
+        """What a bundle holds is all that is here."""
+        assert (verb, dash) == ('create', '-') and self.refs
+        wanted = refs[2:] + ('refs/heads/', 'refs/tags/')
+        held = {'refs': dict((ref, self.refs[ref]) for ref in self.refs
+                             if ref.startswith(wanted)), 'commits': self.commits}
+        self.stdout.write(dh.to_bytes(json.dumps(held)))
+
+    def fetch(self, q, path, *specs):
+        held = dh.native(json.loads(dh.read_file(path)))
+        for spec in specs:
+            source, target = [each.rstrip('*') for each in spec.lstrip('+').split(':')]
+            found = [ref for ref in held['refs'] if ref.startswith(source)]
+            assert found or spec.endswith('*'), spec
+            self.refs.update((target + ref[len(source):], held['refs'][ref])
+                             for ref in found)
+        self.commits.update(held['commits'])
 
     def cat_file(self, how, name):
         if how == 'tag':
@@ -713,10 +808,35 @@ class Machine(object):
             with open(path, 'wb') as target:
                 target.write(dh.to_bytes(text))
 
+    def du(self, *words):
+        return subprocess.check_output(('du',) + words).decode()
+
+    def tar(self, *words):
+        """The real one; one before 1.27 knows no --xattrs."""
+        if '--version' in words:
+            return Result(64 if self.is_old else 0, '', '')
+        assert not (self.is_old and '--xattrs' in words)
+        status = subprocess.call(('tar',) + words, stdin=self.stdin)
+        if status == 0 and self.is_written_to:
+            return Result(1, '', 'tar: ./kept: file changed as we read it\n')
+        return Result(status, '', '')
+
+    def update_rc_d(self, *words):
+        """Puts links where init finds them, or takes them away."""
+        folder = '/etc/rc2.d'
+        if words == ('dockhand-recover', 'defaults'):
+            dh.make_folder(self.host.path(folder))
+            dh.replace_link(self.host.path(folder, 'S01dockhand-recover'), 'x')
+        else:
+            assert words == ('-f', 'dockhand-recover', 'remove')
+            os.unlink(self.host.path(folder, 'S01dockhand-recover'))
+
     def rm(self, *words):
         assert words[:2] == ('-rf', '--') and words[2:]
         for path in words[2:]:
             assert path.startswith(self.root + '/')
+            if path.endswith('/blog.git'):
+                self.refs = {}
             shutil.rmtree(path, ignore_errors=True)
             if os.path.islink(path) or os.path.isfile(path):
                 os.unlink(path)
@@ -908,8 +1028,8 @@ def half_deployed(machine, steps=99, files=None):
     return new
 
 def an_app(name, more='EXPOSE 8000', proxy=None):
-    """The files of a plain app. Its HEALTHCHECK is what the machine here can answer."""
-    files = {'Dockerfile': 'FROM %s\nHEALTHCHECK x\n%s\n' % (name, more)}
+    """The files of a plain app. more: lines of its Dockerfile"""
+    files = {'Dockerfile': 'FROM %s\n%s\n' % (name, more)}
     return dict(files, **{'nginx-proxy.conf': proxy} if proxy else {})
 
 ONE_WEB, TWO_WEB = an_app('one'), an_app('two')
@@ -919,7 +1039,7 @@ ONE_TYPES, TWO_TYPES = [
 NAMED = ('server {\n    listen 80;\n    server_name here.org www.here.org;\n'
          '    location / { proxy_pass http://blog; }\n}\n')
 ONE_NAMED, TWO_NAMED = [an_app(name, proxy=NAMED) for name in ('one', 'two')]
-ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data')
+ONE_DATA, TWO_DATA = [an_app(name, 'EXPOSE 8000\nVOLUME /data\nHEALTHCHECK x')
                       for name in ('one', 'two')]
 ONE_CRON, TWO_CRON = [dict(an_app(name), crontab='* * * * * bin/both\n@daily bin/%s\n' % name)
                       for name in ('one', 'two')]
