@@ -4752,7 +4752,7 @@ class Docker(object):
         if not names:
             return True
         argv = ('docker',) + words + tuple(names)
-        if self.host.run_unless('No such container', argv):
+        if self.host.run_unless('No such container|marked for removal', argv):
             return True
 
         # What it says of one that is gone must not hide what went wrong with another.
@@ -4760,6 +4760,28 @@ class Docker(object):
             for name in names:
                 self.on_containers([name], *words)
         return False
+
+    def remove_containers(self, names, *options):
+        """Remove some containers, whether they run or are gone. Where docker is removing
+        one already, as after a `docker run --rm`, its name is free only after that."""
+        if not names:
+            return
+        argv = ['docker', 'rm', '-f'] + list(options) + list(names)
+        result = self.host.ask(argv)
+        self.host.check_result(result, argv, 'No such container|already in progress')
+        if result.status and len(names) > 1:
+            for name in names:
+                self.remove_containers([name], *options)
+        elif 'already in progress' in result.err:
+            self.wait_until_gone(names[0])
+
+    def wait_until_gone(self, container, patience=10):
+        clock = self.host.clock
+        deadline = clock.monotonic() + patience
+        while self.inspect(container):
+            refuse_if(clock.monotonic() > deadline, 'docker does not come to an end with '
+                      'removing %s', container)
+            clock.sleep(0.1)
 
     def written_files(self, container):
         """What a container wrote outside its volumes, as [path], but what is passing, and
@@ -6351,13 +6373,13 @@ class Engine(object):
 
     def remove(self, release):
         """Remove what is left of it in docker, but for its image and its data."""
-        self.docker.on_containers(self.names_taken(release), 'rm', '-f', '-v')
+        self.docker.remove_containers(self.names_taken(release), '-v')
         if release_command(release):
             self.host.ask(['docker', 'rm', '-f', '-v', once_name(release)])
         lines = cron_lines(release)
         if lines:
             names = [cron_container(release, line) for line in lines]
-            self.docker.on_containers(names, 'rm', '-f', '-v')
+            self.docker.remove_containers(names, '-v')
 
     def logs_command(self, release, lines, *follow):
         """The command that prints its last lines: so many, a str; `-F` goes on."""
@@ -6542,9 +6564,10 @@ class Containers(Engine):
     def start_process(self, release, process):
         """Start a container; if it was pruned away, or its network, it is new."""
         argv = ['docker', 'start', process.name]
-        if self.host.run_unless('No such container|network .* not found', argv):
+        gone = 'No such container|marked for removal|network .* not found'
+        if self.host.run_unless(gone, argv):
             return
-        self.docker.on_containers([process.name], 'rm', '-f')
+        self.docker.remove_containers([process.name])
         if not release.job:
             self.docker.ensure_network(release.addresses[0])
         self.create(release, process)
@@ -6725,10 +6748,8 @@ class Upstart(Engine):
             return
 
         ours = [self.app.load(number).image for number in self.app.numbers()]
-        for container in holders:
-            if container.get('Image') in ours:
-                remove = ['docker', 'rm', '-f', container['Id']]
-                self.host.run_unless('No such container', remove)
+        self.docker.remove_containers([container['Id'] for container in holders
+                                       if container.get('Image') in ours])
 
     def revives(self, release):
         """init starts it by its events, but not where a command was killed that held the
@@ -7382,7 +7403,7 @@ def one_offs(app):
 def end_one_offs(app, names):
     """End one-off commands for good."""
     for name in names:
-        app.docker.on_containers([name], 'rm', '-f', '-v')
+        app.docker.remove_containers([name], '-v')
         remove_file(app.folder('runs', name))
 
 def worth_keeping(releases):

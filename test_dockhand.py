@@ -3940,6 +3940,36 @@ def test_a_docker_that_does_not_answer_is_said_with_its_words():
     result = Result(1, '[]\n', 'error: no such object: a\n')
     assert Host('/', lambda argv: result).docker.inspect('a') == []
 
+LEAVING = 'Error response from daemon: removal of container x is already in progress'
+
+@each('names', 'a a,b')
+def test_a_container_that_docker_is_removing_is_waited_for(names):
+    """Its name is taken until then."""
+    asked, left = [], [3]
+
+    def run(argv):
+        asked.append(' '.join(argv[:2]))
+        if argv[1] == 'inspect':
+            left[0] -= 1
+            return Result(left[0] < 0, '[{}]' if left[0] >= 0 else '[]', 'no such object')
+        is_first = argv[-1] == 'a' or len(argv) > 4
+        return Result(1, '', LEAVING if is_first else 'Error: No such container: b')
+
+    clock = Clock()
+    Host('/', run, clock=clock).docker.remove_containers(names.split(','))
+    assert asked.count('docker inspect') == 4 and clock.monotonic() > 0
+    left[0] = 10 ** 9
+    assert 'does not come to an end with removing a' in refusal(
+        Host('/', run, clock=clock).docker.remove_containers, names.split(','))
+
+def test_a_container_that_is_marked_for_removal_is_made_anew(plain):
+    live = plain.lives(ONE_WEB)
+    dh.cmd_stop(plain.app)
+    plain.leaving = 'blog--1'           # as a killed `docker rm -f` leaves it for a while
+    dh.cmd_start(plain.app)
+    assert plain.containers['blog--1']['State']['Running'] and plain.leaving is None
+    assert plain.app.live().number == live.number
+
 @table('status, err, said', """
     1   => failed to connect to the docker API at unix:///x: connect: no such file or directory => (1)
     127 => timeout: failed to run command 'docker': No such file or directory => (127)

@@ -159,6 +159,7 @@ class Machine(object):
         self.sockets = SS_HEAD
         self.done, self.broken, self.count, self.shares = [], {}, 100, False
         self.images, self.containers, self.jobs = {}, {}, {}
+        self.leaving = None         # a container that docker is removing
         self.volumes, self.networks = [], {}
         self.routes = 'default via 192.0.2.9 dev eth0\n'
         self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
@@ -384,6 +385,9 @@ class Machine(object):
     def docker_start(self, _, name):
         if name not in self.containers:
             return Result(1, '', 'Error response from daemon: No such container: x\n')
+        if name == self.leaving:
+            return Result(1, '', 'Error response from daemon: container is marked for '
+                          'removal and cannot be started\n')
         found = self.containers[name]
         if found['State']['Running']:
             return
@@ -433,6 +437,11 @@ class Machine(object):
     def docker_rm(self, _, *words):
         names = [word for word in words if word not in ('-f', '-v')]
         assert words[0] == '-f'
+        if self.leaving in names:
+            self.remove(self.containers[self.leaving])
+            self.leaving = None
+            return Result(1, '', 'Error response from daemon: removal of container x is '
+                          'already in progress\n')
         return self.of_all(names, self.remove)
 
     def docker_diff(self, _, name):
