@@ -3,14 +3,16 @@
 #
 #   scp configure-system.sh dockhand.py root@HOST:
 #   ssh root@HOST sh configure-system.sh [--user NAME] [--local-name] [--demo]
+#   ssh root@HOST sh configure-system.sh --worker
 #
 # It installs what is missing (docker's engine, nginx, git, an ssh server, sudo, certbot, cron,
 # goaccess, a static busybox, a Python), starts it by whatever init is there, and runs
 # `dockhand.py install` from beside it.
 # --local-name makes this host known as NAME.local to its neighbours, by avahi, which opens udp
-# ports. --demo then pushes a small app to this very host and removes it again. It asks nothing,
-# says only what it changes, and a second run changes nothing. For Ubuntu 12.04 and 14.04 (Upstart),
-# 16.04 to 26.04, Debian 10 and later, and machines whose PID 1 is no init.
+# ports. --demo then pushes a small app to this very host and removes it again.
+# --worker makes it a machine for `dockhand machines add`: docker's engine and an ssh server, no more.
+# It asks nothing, says only what it changes, and a second run changes nothing. For Ubuntu 12.04 and
+# 14.04 (Upstart), 16.04 to 26.04, Debian 10 and later, and machines whose PID 1 is no init.
 set -eu
 
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=a
@@ -20,7 +22,7 @@ umask 022
 
 ME=configure-system.sh
 HERE=$(cd "$(dirname "$0")" && pwd)
-GIT_USER='' LOCAL_NAME='' DEMO=''    # --user, --local-name, --demo
+GIT_USER='' LOCAL_NAME='' DEMO='' WORKER=''     # --user, --local-name, --demo, --worker
 WORK=''                       # temporary folder, made when needed
 CHANGED=''                    # set by the first thing that changes
 MADE_APP='' MADE_KEY=''       # what the demonstration has to take away
@@ -67,10 +69,12 @@ clean_up() {
 usage() {
     echo "usage: sh $ME [--user NAME (whom pushes go to, git otherwise)]"
     echo "       [--local-name (answer to $(uname -n).local, by avahi)] [--demo]"
+    echo "or:    sh $ME --worker (docker alone, for dockhand machines add)"
     exit "$1"
 }
 
 parse_options() {
+    case "$*" in --worker) WORKER=yes; return ;; esac
     while [ $# -gt 0 ]; do
         case $1 in
         --demo) DEMO=yes ;;
@@ -115,6 +119,7 @@ say_where_packages_moved() {
 require_root() { [ "$(id -u)" -eq 0 ] || die "run this as root: sudo sh $0"; }
 
 require_dockhand() {
+    [ -z "$WORKER" ] || return 0
     [ -f "$HERE/dockhand.py" ] ||
         die "dockhand.py is not beside it: scp dockhand.py root@$(uname -n):$HERE/ and run this again"
 }
@@ -209,7 +214,21 @@ engine_present() {
     [ $INIT != systemd ] || systemctl cat docker.service >/dev/null 2>&1
 }
 
+# Of a machine that runs what another one sends it
+missing_for_worker() {
+    engine_present || echo docker.io
+    have sshd || echo openssh-server
+    have ip || echo iproute2
+    have xz || echo xz-utils
+    [ -s /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
+    [ ! -d /sys/kernel/security/apparmor ] || have apparmor_parser || echo apparmor
+}
+
 missing_packages() {
+    if [ -n "$WORKER" ]; then
+        missing_for_worker
+        return
+    fi
     engine_present || echo docker.io
     have nginx || echo nginx
     have git || echo git
@@ -580,6 +599,12 @@ main() {
     refuse_other_dockers
     ensure_packages
     require_engine
+    if [ -n "$WORKER" ]; then
+        ensure_docker
+        ensure_ssh
+        say_if_nothing_changed
+        return
+    fi
     ensure_buildx
 
     ensure_docker

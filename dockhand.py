@@ -22,13 +22,14 @@ crontab, /etc/cron.d/dockhand-APP, and locks in /run/dockhand; where it has http
 of certbot's, who writes below /etc/letsencrypt; ".*.new" files beside what it replaces,
 and one in docker's folder, to see that it can be written. nginx's own default site, if
 nobody changed it, becomes *.disabled. To docker it gives images, containers, volumes and
-one network. Where nginx does not run, what wants it to reload starts it; `recover`
-restarts docker where docker keeps a port for no container.
+one network; where other machines were added, a swarm. Where nginx does not run, what
+wants it to reload starts it; `recover` restarts docker where docker keeps a port for no
+container.
 
-How to read it. Each section has a banner and uses those above it (Host alone names three
+How to read it. Each section has a banner and uses those above it (Host alone names four
 classes further down). First come the tools, then pure functions: what strangers send is
 read, judged and rendered there, and nothing is touched. Then docker, nginx, the app and
-the two engines, each a class. From "Switching" on they act. A push is `serve`, as the
+the three engines, each a class. From "Switching" on they act. A push is `serve`, as the
 git user; then, as root, `receive` and `deploy`, which check, build and `apply`. Who
 decides whether to run this as root reads "What is pushed", "Receiving" and "Deploying",
 and then "Switching".
@@ -106,7 +107,7 @@ ROTATED = r'([.-][0-9]+)?(\.(gz|xz|bz2|zst))?\Z'
 PROXIES = '/etc/nginx/conf.d'
 NGINX_LOGS = '/var/log/nginx'
 CATCH_ALL = PROXIES + '/000-dockhand.conf'
-STREAMS = STATE + '/streams'           # what is exported or imported just now
+STREAMS = STATE + '/streams'           # what goes to other servers, or comes, just now
 CERTIFICATES = STATE + '/certificates'      # what nginx reads; certbot has its own
 OWN_CERTIFICATES = CERTIFICATES + '/own'    # that people brought
 CHALLENGES = STATE + '/acme'                # where a certificate authority looks
@@ -151,6 +152,9 @@ LISTED = 50                         # newer ones, then a failed release's record
 DEFAULT_BRANCHES = ('main', 'master')
 WEB_PORTS = ('80', '8080', '8000', '5000', '3000')      # an EXPOSE of these is for nginx
 HTTP_PORTS = WEB_PORTS + ('443',)
+OVERLAY = 'dockhand--machines'      # the network of apps over several machines
+MACHINES = STATE + '/machines'      # there while other machines belong to this one
+MACHINE_PORTS = (20000, 29999)      # the first and the last on which a machine answers
 NETWORK = 'dockhand'                # of plain apps; its /16 is one of these
 SUBNETS = ['10.%d' % number for number in range(86, 128)] + [
     '172.%d' % number for number in range(31, 19, -1)]
@@ -631,6 +635,7 @@ class Host(object):
         self.docker = Docker(self)
         self.nginx = Nginx(self)
         self.certificates = Certificates(self)
+        self.machines = Machines(self)
         self.upstart = None             # what is_upstart found out
         self.asker = None               # the Asker of a command that came by ssh
 
@@ -1351,6 +1356,9 @@ def is_scale(value):
         return False
     return all(re.match(PROCESS_TYPE + '=(0|[1-9][0-9]?)\\Z', word) for word in words)
 
+def is_machine_count(value):
+    return value == 'all' or re.match('[1-9][0-9]?\\Z', value) is not None
+
 def are_networks(value):
     """Whether a value is addresses and networks, as nginx reads them in a `geo`."""
     words = value.split()
@@ -1395,7 +1403,9 @@ SETTINGS = {
                       'services/api'),
     'check': Setting(is_url_path, 'the path of a page is wanted, as /up'),
     'scale': Setting(is_scale, 'how many of which process is wanted, up to 99, as web=2 '
-                     'worker=3')}
+                     'worker=3'),
+    'machines': Setting(is_machine_count, 'on how many machines it is to run is wanted, '
+                        'as 2, or all')}
 
 # A variable whose name is like that of a setting, small letters alone, has this before
 # its key: as it is typed. All other keys of a config are what they name.
@@ -1412,7 +1422,8 @@ HINTS = {
     'folder': 'context dir directory path root subdir',
     'check': 'health healthcheck healthz probe',
     'scale': 'instances processes replicas web worker workers',
-    'domains': 'host hostname vhost'}
+    'domains': 'host hostname vhost',
+    'machines': 'machine nodes node servers spread swarm'}
 FILES_INSTEAD = {
     'command': 'commit a Procfile', 'cmd': 'commit a Procfile',
     'cron': 'commit a crontab', 'crontab': 'commit a crontab',
@@ -1421,7 +1432,8 @@ FILES_INSTEAD = {
     'https': 'it is a command: dockhand https'}
 EXAMPLES = {'options': 'options="--memory 512m"', 'build': 'build="--target prod"',
             'folder': 'folder=services/api', 'check': 'check=/up',
-            'scale': 'scale="web=2"', 'domains': 'domains="www.example.com"'}
+            'scale': 'scale="web=2"', 'domains': 'domains="www.example.com"',
+            'machines': 'machines=2'}
 
 def variable_key(name):
     """The key in a config of the variable with this name."""
@@ -1546,8 +1558,8 @@ def changed_keys(before, after):
 
 Release = namedtuple('Release', '''
     app number plan commit branch by how time seconds failed turn revived
-    image layers config port web healthcheck volumes addresses job proxy procfile crontab
-    part''')
+    image layers config port web healthcheck volumes addresses machines published job
+    proxy procfile crontab part''')
 Release.__new__.__defaults__ = (None,) * len(Release._fields)
 
 # A numbered deployment of an app. What is None is not known yet, or not written down.
@@ -1570,6 +1582,8 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 #           older records
 # volumes   of a plain app, [path] of each VOLUME
 # addresses of a plain app, on our network: of each process that has one of its own
+# machines  of an app that runs on several, [address] of each that may run it
+# published the port by which each of these is asked; 0 of other apps
 # job       its upstart.conf as it is installed; '' where it brings none
 # proxy     its proxy file as it is installed, pushed or made; '' where it has none
 # procfile  its Procfile as it was pushed; '' where it has none, None: it was not read
@@ -1577,8 +1591,8 @@ Release.__new__.__defaults__ = (None,) * len(Release._fields)
 # part      the names of the containers that it is about, None for all; never saved
 
 # What stands in a release for that which is known not to be there.
-NOTHING = {'port': 0, 'web': False, 'volumes': [], 'addresses': [], 'job': '',
-           'proxy': '', 'crontab': ''}
+NOTHING = {'port': 0, 'web': False, 'volumes': [], 'addresses': [], 'machines': [],
+           'published': 0, 'job': '', 'proxy': '', 'crontab': ''}
 
 # What is written into job and proxy files besides what was pushed
 MARK = '# dockhand: where requests go\n'
@@ -2434,6 +2448,72 @@ def grace_of(release):
     given = [option.value for option in own_options(release)
              if option.name == 'stop-timeout']
     return given[-1] if given else '10'
+
+LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
+PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
+
+# What an option is called by `docker service create`: these alone can be had there
+SAME_FOR_SERVICES = '''cap-add cap-drop dns dns-option dns-search entrypoint env env-file
+    health-cmd health-interval health-retries health-start-period health-timeout hostname
+    init log-driver log-opt mount no-healthcheck read-only stop-signal sysctl ulimit user
+    workdir'''.split()
+FOR_SERVICES = dict(zip(SAME_FOR_SERVICES, SAME_FOR_SERVICES))
+FOR_SERVICES.update({
+    'add-host': 'host', 'cpus': 'limit-cpu', 'dns-opt': 'dns-option',
+    'group-add': 'group', 'label': 'container-label', 'memory': 'limit-memory',
+    'memory-reservation': 'reserve-memory', 'pids-limit': 'limit-pids',
+    'stop-timeout': 'stop-grace-period'})
+
+def service_option(option):
+    """An Option of `docker create` in one word of `docker service create`; Failure for
+    one that holds on this server alone."""
+    name = FOR_SERVICES.get(option.name)
+    is_tied = bool(mounts_of([option])) or name is None
+    refuse_if(is_tied, 'options: `%s` cannot be had on several machines: leave it out, '
+              'or unset machines', printable(long_option(option)))
+    if name == 'stop-grace-period':
+        return '--%s=%ss' % (name, option.value)
+    return long_option(option._replace(name=name))
+
+def service_words(release, env_file, front, init):
+    """What `docker service create` gets for the web process of a release, and the
+    variables that these words name: ([word], {name: value}). It runs nothing yet.
+    front: the address of this server; init: whether docker has one for containers"""
+    app = release.app
+    process = processes_of(front_of(release))[0]
+    env = long_variables(release)
+    network = 'name=' + OVERLAY
+    # With a dot it would stand in the way of a real site of that name.
+    if '.' not in app:
+        network += ',alias=' + app
+    words = ['--name=' + process.name, '--replicas=0', '--detach', '--no-resolve-image',
+             '--endpoint-mode=dnsrr', '--network=' + network,
+             '--publish=mode=host,target=%d,published=%d' % (release.port,
+                                                            release.published),
+             '--constraint=node.labels.%s==%s' % (machine_label(release), release.image),
+             '--restart-condition=any', '--restart-delay=1s',
+             '--label=dockhand.app=' + app, '--container-label=dockhand.app=' + app,
+             '--host=host.docker.internal:' + front, '--env-file=' + env_file]
+    words += ['--env=' + name for name in sorted(env)]
+    if init:
+        words.append('--init')
+
+    given = [service_option(option) for option in own_options(release)]
+    words += given
+    if not any(word.startswith('--log-') for word in given):
+        words += LOG_CAP
+    if not any(word.startswith('--limit-pids') for word in given):
+        words.append(PIDS_CAP.replace('--pids-limit', '--limit-pids'))
+    return words + [release.image] + (process.command or []), env
+
+def machine_label(release):
+    """The label of a machine that has the image of a release; its value is the id."""
+    return 'dockhand.%s.%d' % (release.app, release.number)
+
+def read_machine_label(label):
+    """(app, number) of such a label, or None."""
+    match = re.match(r'dockhand\.(.+)\.([0-9]+)\Z', label)
+    return (match.group(1), int(match.group(2))) if match else None
 
 # Options of `docker build` that config may have: those with a value, and those without
 BUILD_OPTIONS = '''add-host build-arg file label network platform secret shm-size target
@@ -4005,7 +4085,7 @@ GENERATED = '''{fronts}{format}server {{
     proxy_set_header X-Url-Scheme '';
 
     proxy_buffer_size 32k; proxy_buffers 8 8k; proxy_busy_buffers_size 32k;
-    proxy_connect_timeout 5s; proxy_read_timeout 10m; proxy_send_timeout 10m;
+    proxy_connect_timeout {patience}s; proxy_read_timeout 10m; proxy_send_timeout 10m;
     error_page 418 = @events;
 
     location / {{
@@ -4046,12 +4126,13 @@ LOG_FORMAT = '''log_format dockhand_{app} '$dockhand_client - $remote_user [$tim
     '$request_time $upstream_response_time';
 '''
 
-def render_proxy(app, domains, version, ipv6, trust='', log=''):
+def render_proxy(app, domains, version, ipv6, trust='', log='', are_machines=False):
     """The proxy file of a web app that brings none. A client's idle connection outlives
     a reload until it has paused for five seconds, where nginx can do that: the next
     request may be on its way already.
     trust: addresses and networks of those who may say who the client is; log: the path
-    where requests are noted, if not where nginx notes them all"""
+    where requests are noted, if not where nginx notes them all; are_machines: as upstream
+    has it"""
     default = ''
     if '_' in domains.split():
         default = ' default_server'
@@ -4074,7 +4155,8 @@ def render_proxy(app, domains, version, ipv6, trust='', log=''):
     return GENERATED.format(
         app=app, names=domains, default=default, more=more, fronts=fronts,
         but_fronts=', or what a front says that config trusts' if trust else '',
-        believed=believed if trust else '', log=log, format=log_format)
+        believed=believed if trust else '', log=log, format=log_format,
+        patience=2 if are_machines else 5)
 
 def log_path(host, app):
     """Where the requests to an app are noted, '' where it has no such place: no folder of
@@ -4113,20 +4195,36 @@ def closed_proxy(text, version):
     begin = 'server {\n'
     return text.replace(begin, begin + CLOSED.format(header=header), 1)
 
-def upstream(app, addresses, port, version):
+def upstream(app, places, version, are_machines=False):
     """Where `proxy_pass http://APP` leads. Where nginx can do that, it closes an idle
-    connection before the app may."""
-    servers = ''.join('    server %s:%d;\n' % (address, port) for address in addresses)
+    connection before the app may. places: [(address, port)]; are_machines: of several
+    machines, any of which may be off"""
+    servers = ''.join('    server %s:%d;\n' % place for place in places)
+    if are_machines:
+        servers = spread_servers(app, places, version)
     limit = ''
     if version >= (1, 15, 3):
         limit = '    keepalive_timeout 1s;\n'
     return MARK + 'upstream %s {\n%s    keepalive 64;\n%s}\n' % (app, servers, limit)
 
-def with_backup(text, addresses, port):
-    """A proxy file that turns to other addresses where its own do not answer."""
+def spread_servers(app, places, version):
+    """The servers of an upstream on several machines. One that is off is asked every ten
+    seconds, by whoever comes then. Once all have failed, each is asked again, or one lost
+    packet would close a site."""
+    text = ''
+    if version >= (1, 9, 0):            # what one worker finds out all of them know
+        text += '    zone %s 64k;\n' % app
+    for place in places:
+        text += '    server %s:%d max_fails=1 fail_timeout=10s;\n' % place
+    for place in places:
+        text += '    server %s:%d max_fails=0 backup;\n' % place
+    return text
+
+def with_backup(text, places):
+    """A proxy file that turns to other places where its own do not answer.
+    places: [(address, port)]"""
     body, mark, where = text.partition(MARK)
-    backup = ''.join('    server %s:%d backup;\n' % (address, port)
-                     for address in addresses)
+    backup = ''.join('    server %s:%d backup;\n' % place for place in places)
     return body + mark + where.replace('    keepalive', backup + '    keepalive', 1)
 
 def server_claims(server):
@@ -4399,8 +4497,8 @@ def is_our_network(network):
     return (subnet == half + '.0.0/16' and pool.get('IPRange') == half + '.255.0/24'
             and pool.get('Gateway', '').split('/')[0] == half + '.0.1')
 
-# A TCP socket as `ss` shows it. port: its own; peer: the address at the other end; pids:
-# [process id] of those that hold it, as str
+# A TCP socket as `ss` shows it. port: its own, a str; peer: (address, port), both str, of
+# the other end; pids: [process id] of those that hold it, as str
 Socket = namedtuple('Socket', 'state port peer pids')
 
 def read_sockets(text):
@@ -4413,8 +4511,9 @@ def read_sockets(text):
             continue
 
         pids = re.findall(r',(?:pid=)?(\d+),', ' '.join(fields[5:]))
-        sockets.append(Socket(fields[0], fields[3].rpartition(':')[2],
-                              fields[4].rpartition(':')[0], pids))
+        own_port = fields[3].rpartition(':')[2]
+        address, _, port = fields[4].rpartition(':')
+        sockets.append(Socket(fields[0], own_port, (address, port), pids))
     return sockets
 
 def pem_blocks(text):
@@ -4548,6 +4647,30 @@ def zone_of(host):
 def free_bytes(host, path):
     found = os.statvfs(host.path(path))
     return found.f_bavail * found.f_frsize
+
+@contextmanager
+def stream_folder(host):
+    """A folder for what is copied or has come in, which is removed afterwards. The git
+    user may go through it, to what is its own there, and look into nothing."""
+    sweep_streams(host)
+    folder = stream_path(host)
+    for path in (os.path.dirname(folder), folder):
+        make_folder(path, 0o711)
+    try:
+        yield folder
+    finally:
+        host.run(['rm', '-rf', '--', folder])
+
+def stream_path(host):
+    """Where this process puts what goes to another server, or comes from there."""
+    return host.path(STREAMS, own_mark(host).replace(' ', '-'))
+
+def sweep_streams(host):
+    """Remove what a command that was killed has left there."""
+    for name in list_folder(host.path(STREAMS)):
+        mark = name.partition('.')[0].replace('-', ' ', 1)
+        if not is_attended(host, mark):
+            host.run(['rm', '-rf', '--', host.path(STREAMS, name)])
 
 LARGE_ROUTE = r'(\w+ )?default|\d+\.0\.0\.0/1 '
 
@@ -4703,6 +4826,8 @@ class Docker(object):
 
     def inspect(self, *names):
         """Its description of containers and images, as [dict]; no unknown names."""
+        if not names:
+            return []
         argv = ('docker', 'inspect') + names
         return self.described(argv, self.host.ask(argv))
 
@@ -5008,6 +5133,271 @@ class Docker(object):
                           error.strerror)
         finally:
             remove_file(path)
+
+# ---- Machines: docker's own swarm, whose one manager this server is --------------------
+# Which other machines run containers, and what each has of the images. All that there is
+# to know of one docker's manager keeps. Uses docker, and root's own ssh.
+
+OLDEST_SWARM = (20, 10)             # docker that knows all options of a service
+NODE_PATIENCE = 30                  # seconds for a machine to come or to go
+SSH = ['ssh', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=5',
+       '-o', 'ServerAliveInterval=5', '-o', 'ServerAliveCountMax=3']
+
+# A machine of the swarm. state: docker's word, `ready` or `down`; labels: {name: value};
+# kind: of its processor; docker: the version there
+Machine = namedtuple('Machine', 'id name address is_front state is_active labels kind '
+                     'docker')
+
+def read_machine(node):
+    """The Machine that `docker node inspect` describes."""
+    manager = node.get('ManagerStatus') or {}
+    told = node['Description']
+    address = node['Status'].get('Addr', '')
+    if manager.get('Addr'):         # that of a manager is told as 0.0.0.0 elsewhere
+        address = manager['Addr'].rpartition(':')[0]
+    return Machine(
+        id=node['ID'], name=told['Hostname'], address=address, is_front=bool(manager),
+        state=node['Status']['State'], is_active=node['Spec']['Availability'] == 'active',
+        labels=node['Spec'].get('Labels') or {}, kind=told['Platform']['Architecture'],
+        docker=told['Engine']['EngineVersion'])
+
+def is_up(machine):
+    """Whether docker's manager hears of a machine, and may have it run something."""
+    return machine.state == 'ready' and machine.is_active
+
+# A task of a service: a container of it on a machine. state: docker's word and since when
+Task = namedtuple('Task', 'id machine wanted state error')
+
+def read_tasks(text):
+    """[Task] of what `docker service ps` prints in TASK_FORMAT."""
+    return [Task(*line.split('\t')) for line in text.splitlines()
+            if line.count('\t') == 4]
+
+TASK_FORMAT = '{{.ID}}\t{{.Node}}\t{{.DesiredState}}\t{{.CurrentState}}\t{{.Error}}'
+
+# sh for a machine: its images, described; one of them taken in, or called by a tag, and
+# its id; all that is left of a release
+DESCRIBE_IMAGES = 'docker image ls -aq --no-trunc | sort -u | xargs -r docker inspect'
+TAKE_IMAGE = 'docker load -q >/dev/null && docker inspect --format "{{.Id}}" "$1"'
+TAG_IMAGE = 'docker tag "$2" "$1" && docker inspect --format "{{.Id}}" "$1"'
+DROP_IMAGE = '''docker ps -aq --filter label=com.docker.swarm.service.name="$2" |
+    xargs -r docker rm -f -v >/dev/null 2>&1
+! docker inspect "$1" >/dev/null 2>&1 || docker rmi "$1" >/dev/null'''
+DROP_CONTAINERS = '''docker ps -aq --filter label=com.docker.swarm.service.name="$1" |
+    xargs -r docker rm -f -v'''
+
+class Machines(object):
+    """The machines of docker's swarm: this server, and those that it was told of."""
+    def __init__(self, host):
+        self.host = host
+
+    def are_any(self):
+        """Whether there are others; docker is not asked."""
+        return os.path.exists(self.host.path(MACHINES))
+
+    def subnet(self):
+        """The first half of the addresses of what the swarm makes on each machine."""
+        return self.host.text(MACHINES).strip()
+
+    def all(self):
+        """The [Machine], this server first; none where there is no other. After a boot
+        docker's manager takes some seconds."""
+        import json
+        if not self.are_any():
+            return []
+        clock = self.host.clock
+        deadline = clock.monotonic() + NODE_PATIENCE
+        argv = ['docker', 'node', 'ls', '-q']
+        listed = self.host.ask(argv)
+        while listed.status and clock.monotonic() < deadline:
+            clock.sleep(0.5)
+            listed = self.host.ask(argv)
+        self.host.check_result(listed, argv, NEVER)
+
+        shown = self.host.run(['docker', 'node', 'inspect'] + listed.out.split())
+        machines = [read_machine(node) for node in native(json.loads(shown))]
+        return sorted(machines, key=lambda machine: (not machine.is_front, machine.name))
+
+    def front(self):
+        """This server, as a Machine."""
+        return self.all()[0]
+
+    def ask(self, machine, script, *words, **options):
+        """Have a machine run some sh, whose $1 and so on are words; its Result."""
+        argv = ['sh', '-c', script, 'sh'] + list(words)
+        if not machine.is_front:
+            argv = SSH + ['root@' + machine.address, ' '.join(map(quote, argv))]
+        return self.host.ask(argv, **options)
+
+    def told(self, machine, script, *words, **options):
+        """The same of sh that must succeed; its standard output."""
+        result = self.ask(machine, script, *words, **options)
+        refuse_if(result.status, '%s: %s', machine.name,
+                  last_line(result.err or result.out) or 'it says nothing')
+        return result.out
+
+    # Its labels
+
+    def label(self, machine, *words):
+        """Change a machine's labels, one command at a time: docker's manager refuses the
+        second of two."""
+        with locked(self.host.path(LOCKS, '.machines'), 'a change of machines'):
+            self.host.run(['docker', 'node', 'update'] + list(words) + [machine.id])
+
+    # Images
+
+    def ship(self, machine, tag, image):
+        """Bring an image to a machine, but for those of its layers that this has; gives
+        the bytes that were sent. image: its id"""
+        layers = self.host.docker.inspect(tag)[0]['RootFS']['Layers']
+        there = read_jsons(self.told(machine, DESCRIBE_IMAGES))
+        sent = 0
+        if any(found['Id'] == image for found in there):
+            got = self.told(machine, TAG_IMAGE, tag, image)
+        else:
+            chains = [found['RootFS'].get('Layers') or [] for found in there]
+            count = common_layers(layers, chains)
+            with self.saved(tag) as path:
+                got, sent = self.send(machine, path, tag, count)
+        refuse_if(got.strip() != image, '%s: docker there gives the image another id, as '
+                  'with another image store than here', machine.name)
+        return sent
+
+    @contextmanager
+    def saved(self, tag):
+        """Inside a `with`, the path of a file with an image as `docker save` has it."""
+        sweep_streams(self.host)
+        path = stream_path(self.host) + '.image'
+        make_folder(os.path.dirname(path), 0o711)
+        try:
+            self.host.run(['docker', 'save', '-o', path, tag])
+            yield path
+        finally:
+            remove_file(path)
+
+    def send(self, machine, path, tag, count):
+        """Send a machine an image without its first layers: (what it says then, the bytes
+        that were sent). path: as `saved` gives it; count: how many layers"""
+        import tarfile
+        reduced = path + '.part'
+        try:
+            with tarfile.open(path) as whole:
+                left_out = files_left_out(whole, count)
+                with tarfile.open(reduced, 'w') as part:
+                    for member in whole:
+                        if member.name in left_out:
+                            continue
+                        content = None
+                        if member.isreg():
+                            content = whole.extractfile(member)
+                        part.addfile(member, content)
+            with open(reduced, 'rb') as stream:
+                said = self.told(machine, TAKE_IMAGE, tag, stdin=stream)
+            return said, os.path.getsize(reduced)
+        finally:
+            remove_file(reduced)
+
+    def bring(self, release, tag):
+        """Have all machines that can be reached have a release's image, and be labelled
+        for it: ([Machine] that have it and are up, ['web3 is down'] of the others)."""
+        label = machine_label(release)
+        having = []
+        wrong = []
+        for machine in self.all():
+            if not is_up(machine):
+                state = machine.state if machine.is_active else 'drained'
+                wrong.append('%s is %s' % (machine.name, state))
+                continue
+            try:
+                if machine.labels.get(label) != release.image:
+                    if not machine.is_front:
+                        sent = self.ship(machine, tag, release.image)
+                        detail('%.1f MB to %s', sent / 1e6, machine.name)
+                    self.label(machine, '--label-add', '%s=%s' % (label, release.image))
+                having.append(machine)
+            except Failure as problem:
+                wrong.append(str(problem))
+        return having, wrong
+
+    def drop(self, machine, label):
+        """Take the image of a release from a machine, and then the label for it, if it
+        came so far; False where that must wait for another time."""
+        app, number = read_machine_label(label)
+        if not machine.is_front:
+            if not is_up(machine):
+                return False
+            gone = self.ask(machine, DROP_IMAGE, '%s:%d' % (app, number),
+                            '%s--%d' % (app, number))
+            if gone.status:
+                return False
+        if label in machine.labels:
+            self.label(machine, '--label-rm', label)
+        return True
+
+    # Its network, and services
+
+    def join(self, name, alias):
+        """Have a container of this server be on the network of all machines too, where it
+        is called by an alias, if it has one. One on the network of the server itself, by
+        a job's word, can be on no other."""
+        words = ['--alias', alias] if alias else []
+        self.host.run_unless(
+            'already exists|already attached|No such container|cannot be connected',
+            ['docker', 'network', 'connect'] + words + [OVERLAY, name])
+
+    def tasks(self, service):
+        """The [Task] of a service, newest first; [] where there is no such service."""
+        argv = ['docker', 'service', 'ps', '--no-trunc', '--format', TASK_FORMAT, service]
+        result = self.host.ask(argv)
+        self.host.check_result(result, argv, 'no such service')
+        return read_tasks(result.out)
+
+    def scale(self, service, count):
+        """Say on how many machines a service is to run; False where it is gone."""
+        argv = ['docker', 'service', 'scale', '-d', '%s=%d' % (service, count)]
+        return self.host.run_unless('no such service|not found', argv)
+
+    def wanted(self):
+        """{service: on how many machines it is to run}."""
+        argv = ['docker', 'service', 'ls', '--format', '{{.Name}} {{.Replicas}}']
+        found = re.findall(r'(?m)^(\S+) \d+/(\d+)', self.host.run(argv))
+        return dict((name, int(count)) for name, count in found)
+
+def read_jsons(text):
+    """[dict] of several lists of JSON, one after the other."""
+    import json
+    decoder = json.JSONDecoder()
+    found = []
+    text = text.strip()
+    while text:
+        some, end = decoder.raw_decode(text)
+        found += native(some)
+        text = text[end:].lstrip()
+    return found
+
+def common_layers(layers, chains):
+    """How many of the first layers of an image another machine has: each of them counts
+    only where all below it are there. chains: the layers of that machine's images"""
+    count = 0
+    while count < len(layers):
+        wanted = layers[:count + 1]
+        if not any(chain[:count + 1] == wanted for chain in chains):
+            break
+        count += 1
+    return count
+
+def files_left_out(whole, count):
+    """The names in a `docker save` of what has its first layers alone. whole: a TarFile;
+    count: of layers"""
+    import json
+    manifest = json.loads(to_text(whole.extractfile('manifest.json').read()))
+    paths = manifest[0]['Layers']
+    links = dict((member.name, os.path.normpath(os.path.join(
+        os.path.dirname(member.name), member.linkname)))
+        for member in whole if member.issym())
+    needed = set(paths[count:])
+    needed.update(links[path] for path in paths[count:] if path in links)
+    return set(paths[:count]) - needed
 
 # ---- nginx -----------------------------------------------------------------------------
 # Its configuration as it lies there, one app's file in it, and its processes. Uses the
@@ -5551,18 +5941,19 @@ class Nginx(object):
         titles = children(self.host, master)
         return [pid for pid in titles if is_working(titles[pid])]
 
-    def drain(self, addresses):
-        """Wait, DRAIN seconds at most, until no request can reach some addresses any
-        more."""
+    def drain(self, places):
+        """Wait, DRAIN seconds at most, until no request can reach some places any more.
+        places: [(address, port)]"""
         clock = self.host.clock
         deadline = clock.monotonic() + DRAIN
-        while not self.is_drained(addresses) and clock.monotonic() < deadline:
+        while not self.is_drained(places) and clock.monotonic() < deadline:
             clock.sleep(0.1)
 
-    def is_drained(self, addresses):
-        """Whether each worker that is shutting down has no connection to some addresses,
-        and no more clients than connections to apps: one more may be about to connect
+    def is_drained(self, places):
+        """Whether each worker that is shutting down has no connection to some places, and
+        no more clients than connections to apps: one more may be about to connect
         there."""
+        left = set((address, str(port)) for address, port in places)
         sockets = read_sockets(self.host.run(['ss', '-tanp']))
         ports = [socket.port for socket in sockets if socket.state == 'LISTEN']
         for pid, title in children(self.host, self.master()).items():
@@ -5574,7 +5965,7 @@ class Nginx(object):
             to_apps = len(held) - len(clients)
             if len(clients) > to_apps:
                 return False
-            if any(socket.peer in addresses for socket in held):
+            if any(socket.peer in left for socket in held):
                 return False
         return True
 
@@ -6134,15 +6525,28 @@ def is_finished_older(record):
     is_newer = 'seconds' in record or 'failed' in record
     return bool(record.get('image')) and not is_newer
 
-def free_addresses(host, count):
-    """Some addresses on our network that no release of any app has."""
-    taken = set()
+def all_records(host):
+    """What is written down of each release of each app, as a dict."""
     for name in list_apps(host):
         app = App(host, name)
         for number in app.numbers():
-            record = read_json(app.release_folder(number) + '/release.json')
-            taken.add(record.get('address'))        # of an older version
-            taken.update(record.get('addresses') or [])
+            yield read_json(app.release_folder(number) + '/release.json')
+
+def free_port(host):
+    """A port of all machines that no release of any app has."""
+    taken = set(record.get('published') for record in all_records(host))
+    first, last = MACHINE_PORTS
+    for port in range(first, last + 1):
+        if port not in taken:
+            return port
+    raise Failure('no port from %d to %d is free on the machines', first, last)
+
+def free_addresses(host, count):
+    """Some addresses on our network that no release of any app has."""
+    taken = set()
+    for record in all_records(host):
+        taken.add(record.get('address'))        # of an older version
+        taken.update(record.get('addresses') or [])
 
     subnet = host.docker.subnet(sorted(filter(None, taken)))
     free = []
@@ -6341,6 +6745,17 @@ class Engine(object):
         is followed by more"""
         yield partial(self.state, release)
 
+    def join(self, release):
+        """What of it runs is to reach other machines, and to be reached from there."""
+
+    def check_complete(self, release):
+        """Failure where what its image says of it cannot be had here."""
+
+    def with_machines(self, release):
+        """The Release with the places that it is to have on other machines, if any; under
+        the lock of the host."""
+        return release
+
     def running(self, releases):
         """Which of some earlier [Release] run still, beside the one that is live."""
         return []
@@ -6349,9 +6764,10 @@ class Engine(object):
         """Whether two releases, either may be None, may run at once for a time."""
         return False
 
-    def addresses(self, release):
-        """Where nginx reaches it: [str], none where it has no address of its own."""
-        return []
+    def places(self, release):
+        """Where nginx reaches it: [(address, port)], none of a job, whose own file says
+        that."""
+        return [(address, release.port) for address in release.addresses]
 
     def cron_script(self, release):
         """The sh that runs a line of its crontab; '' where it brings none."""
@@ -6385,10 +6801,24 @@ class Engine(object):
         """The command that prints its last lines: so many, a str; `-F` goes on."""
         raise NotImplementedError
 
+    def own(self, release):
+        """The [Process] of it that are containers of this server, by their names: none
+        where init has them."""
+        return []
+
     def logged(self, release):
         """The [Process] of it whose logs docker has, each for itself: none where init has
         one for them all."""
         return []
+
+    def log_words(self, process):
+        """The command that prints the log of one of these, but for its options and the
+        name."""
+        return ['docker', 'logs']
+
+    def container_here(self, process):
+        """The name of the container of one of these, on this server; or Failure."""
+        return process.name
 
     def log_end(self, release):
         """Where its log ends at this moment, before it is started."""
@@ -6416,9 +6846,6 @@ def without_places(options):
             option = name + equals + ','.join(fields)
         kept.append(option)
     return kept
-
-LOG_CAP = ['--log-driver=json-file', '--log-opt=max-size=10m', '--log-opt=max-file=3']
-PIDS_CAP = '--pids-limit=4096'      # or a fork bomb in one app takes the host
 
 def caps_beside(options, log):
     """What a container gets besides some options where these say nothing of it. log: how
@@ -6466,6 +6893,12 @@ class Containers(Engine):
         """The same where it is the same for all."""
         return self.container(release, processes_of(release)[0])
 
+    def own(self, release):
+        return processes_of(release)
+
+    def own_names(self, release):
+        return [process.name for process in self.own(release)]
+
     def check(self, release):
         if release.job:
             self.any_container(release)
@@ -6495,31 +6928,37 @@ class Containers(Engine):
                         for release in (old, new))
         return new.config.get('overlap', 'yes' if both_safe else 'no') == 'yes'
 
-    def addresses(self, release):
-        return release.addresses
-
     def running(self, releases):
         """A job's own container was stopped before the next one was started."""
         plain = [release for release in releases if not release.job]
-        names = [name for release in plain for name in self.names_taken(release)]
+        names = [name for release in plain for name in self.own_names(release)]
         containers = self.docker.inspect(*names) if names else []
         running = set(container['Name'][1:] for container in containers
                       if container['State']['Running'])
         return [release for release in plain
-                if running.intersection(self.names_taken(release))]
+                if running.intersection(self.own_names(release))]
 
     def run_once(self, release, argv, each):
         """Beside the app: with its volumes and its network, but not its names there."""
         job = self.any_container(release)
-        options = without_places(job.options)
+        options = self.beside(job.options)
         if not release.job:
             self.docker.ensure_network(release.addresses[0])
         return run_in_image(self.host, release, options, argv, each, job.env,
                             job.folder)
 
+    def beside(self, options):
+        """The options for a container beside the app's own: it takes no place of theirs,
+        and where there are machines it reaches what runs there by its name."""
+        options = without_places(options)
+        if not self.host.machines.are_any():
+            return options
+        return ['--net=' + OVERLAY if option == '--net=' + NETWORK else option
+                for option in options]
+
     def once(self, release):
         job = self.any_container(release)
-        options = without_places(job.options)
+        options = self.beside(job.options)
         options += self.common_options(release, options, ['--log-driver=none'])
         return options, job.env, job.folder
 
@@ -6529,7 +6968,7 @@ class Containers(Engine):
         # The paths that it names are those of the server, whatever stands before them.
         store = '%s/apps/%s/releases/%d' % (STATE, release.app, release.number)
         job = plain_container(release, processes_of(release)[0], store + '/env')
-        options = without_places(job.options)
+        options = self.beside(job.options)
         options += self.common_options(release, options, ['--log-driver=none'])
         return render_cron_script(release, options + [release.image], job.env)
 
@@ -6544,10 +6983,18 @@ class Containers(Engine):
     def prepare(self, release):
         """Create the containers, so that the gap is a stop and a start, no more. Those of
         a kept release are there. Until it is checked, docker starts none at boot."""
-        there = [process.name for process in processes_of(release)
+        there = [process.name for process in self.own(release)
                  if not self.create(release, process)]
         if there:
             self.docker.on_containers(there, 'update', '--restart', 'no')
+        self.join(release)
+
+    def join(self, release):
+        if not self.host.machines.are_any():
+            return
+        for process in self.own(release):
+            is_named = process.type in FRONT and '.' not in release.app
+            self.host.machines.join(process.name, release.app if is_named else None)
 
     def create(self, release, process):
         """Create the container of a process; False where it is there."""
@@ -6558,7 +7005,7 @@ class Containers(Engine):
         return self.host.run_unless('already in use', argv, env=job.env, cwd=job.folder)
 
     def start(self, release):
-        for process in processes_of(release):
+        for process in self.own(release):
             self.start_process(release, process)
 
     def start_process(self, release, process):
@@ -6571,13 +7018,14 @@ class Containers(Engine):
         if not release.job:
             self.docker.ensure_network(release.addresses[0])
         self.create(release, process)
+        self.join(part_of(release, [process.name]))
         self.host.run(argv)
 
     def stop(self, release):
         """Stop it for good: docker's own start must not bring it back beside another, not
         even where docker dies half-way. While a container is coming to its end, docker
         refuses to update it: then that is done afterwards."""
-        names = self.names_taken(release)
+        names = self.own_names(release)
         forbid = ['docker', 'update', '--restart', 'no'] + names
         refused = self.host.ask(forbid).status != 0
         grace = self.any_container(release).grace
@@ -6587,7 +7035,7 @@ class Containers(Engine):
 
     def end_stops(self, release):
         names = [container['Name'][1:]
-                 for container in self.docker.inspect(*self.names_taken(release))
+                 for container in self.docker.inspect(*self.own_names(release))
                  if container['State']['Running'] and restart_policy(container) == 'no']
         if names:
             grace = self.any_container(release).grace
@@ -6600,12 +7048,12 @@ class Containers(Engine):
     def settle(self, release):
         """From now on docker starts it again by itself, at boot too. (With the policy
         `unless-stopped` it would not after a kill of dockerd.)"""
-        self.docker.on_containers(self.names_taken(release), 'update', '--restart',
+        self.docker.on_containers(self.own_names(release), 'update', '--restart',
                                   self.policy(release))
 
     @contextmanager
     def settling(self, release):
-        with self.docker.updating(self.names_taken(release), self.policy(release)):
+        with self.docker.updating(self.own_names(release), self.policy(release)):
             yield
 
     def policy(self, release):
@@ -6613,10 +7061,14 @@ class Containers(Engine):
         return 'always' if self.revives(release) else 'on-failure'
 
     def state(self, release):
+        return joined_state(self.own_states(release))
+
+    def own_states(self, release):
+        """The [State] of its containers."""
         found = dict((container['Name'][1:], container)
-                     for container in self.docker.inspect(*self.names_taken(release)))
-        return joined_state([self.process_state(release, process, found.get(process.name))
-                             for process in processes_of(release)])
+                     for container in self.docker.inspect(*self.own_names(release)))
+        return [self.process_state(release, process, found.get(process.name))
+                for process in self.own(release)]
 
     @contextmanager
     def watched(self, release, is_first):
@@ -6658,6 +7110,8 @@ class Containers(Engine):
 
         # nginx connects to a web app's port, even if a HEALTHCHECK says that it is well
         is_asked = release.web or release.port and not state.health
+        if release.port and 'check' in release.config:
+            is_asked = True
         if process.type not in FRONT:
             is_asked = False
             title = title_of(process)
@@ -6813,8 +7267,214 @@ class Upstart(Engine):
             end = 0
         return ('tail', '-c', '+%d' % (end + 1), self.log_path(release))
 
+class Swarm(Containers):
+    """Docker's swarm keeps the web process running, on several machines: a service for
+    each release, named as its container would be. All else of it is containers here."""
+    @classmethod
+    def takes(cls, host, release):
+        return 'machines' in release.config and not release.job
+
+    def own(self, release):
+        return processes_of(workers_of(release))
+
+    def service(self, release):
+        """The name of its service, '' where this part of it has none."""
+        return ''.join(process.name for process in processes_of(front_of(release)))
+
+    def check(self, release):
+        refuse_if(not self.host.machines.are_any(), 'machines=%s, and there are none: '
+                  'dockhand machines add root@ADDRESS', release.config['machines'])
+        Containers.check(self, release)
+        wanted = release.config['machines']
+        there = len(self.host.machines.all())
+        refuse_if(wanted != 'all' and int(wanted) > there, 'machines=%s, and there are '
+                  '%d: dockhand machines add root@ADDRESS', wanted, there)
+        refuse_if('web' in scale_of(release), 'scale counts web, which runs once on each '
+                  'machine: leave out one of machines and scale')
+        for option in own_options(release):
+            service_option(option)
+
+    def check_complete(self, release):
+        refuse_if(not release.web, 'machines is for web apps: this one stays here, where '
+                  'the others reach it by its name')
+        refuse_if(release.volumes, 'machines: its VOLUME %s is on one machine alone, and '
+                  'goes to no other', ' '.join(release.volumes))
+
+    def with_machines(self, release):
+        addresses = [machine.address for machine in self.host.machines.all()]
+        return release._replace(machines=addresses, published=free_port(self.host))
+
+    def places(self, release):
+        return [(address, release.published) for address in release.machines]
+
+    def prepare(self, release):
+        """Its image goes to each machine that can be reached."""
+        machines = self.host.machines
+        having, wrong = machines.bring(release, image_tag(release))
+        others = [machine for machine in having if not machine.is_front]
+        refuse_if(not others, 'no other machine took its image: %s', '; '.join(wrong))
+        if wrong:
+            step('On %d of %d machines: %s', len(having), len(having) + len(wrong),
+                 '; '.join(wrong))
+        self.create_service(release)
+        Containers.prepare(self, release)
+
+    def create_service(self, release):
+        env_file = self.app.release_folder(release.number) + '/env'
+        words, env = service_words(release, env_file, self.host.machines.front().address,
+                                   self.docker.has_init())
+        argv = ['docker', 'service', 'create', '--quiet'] + words
+        self.host.run_unless('already exists|name conflicts', argv, env=env)
+
+    def wanted(self, release):
+        """On how many machines it is to run."""
+        wanted = release.config['machines']
+        if wanted == 'all':
+            return len(release.machines)
+        return int(wanted)
+
+    def start(self, release):
+        service = self.service(release)
+        if service and not self.host.machines.scale(service, self.wanted(release)):
+            self.create_service(release)        # somebody has removed it
+            self.host.machines.scale(service, self.wanted(release))
+        Containers.start(self, release)
+
+    def stop(self, release):
+        service = self.service(release)
+        if service:
+            self.host.machines.scale(service, 0)
+            self.wait_for_end(service, int(grace_of(release)))
+        if self.own(release):
+            Containers.stop(self, release)
+
+    def wait_for_end(self, service, grace):
+        """Wait until no machine that is up runs a service any more."""
+        machines = self.host.machines
+        up = set(machine.name for machine in machines.all() if is_up(machine))
+        clock = self.host.clock
+        deadline = clock.monotonic() + grace + NODE_PATIENCE
+        while any(task.machine in up and is_at_work(task)
+                  for task in machines.tasks(service)):
+            if clock.monotonic() > deadline:
+                raise Failure('%s does not end: docker service ps %s', service, service)
+            clock.sleep(0.2)
+
+    def end_stops(self, release):
+        if self.own(release):
+            Containers.end_stops(self, workers_of(release))
+
+    def settle(self, release):
+        if self.own(release):
+            Containers.settle(self, release)
+
+    @contextmanager
+    def settling(self, release):
+        yield
+        self.settle(release)
+
+    def revives(self, release):
+        return True
+
+    def state(self, release):
+        states = []
+        service = self.service(release)
+        if service:
+            states.append(self.service_state(release, service))
+        if self.own(release):
+            states += self.own_states(release)
+        return joined_state(states)
+
+    def service_state(self, release, service):
+        """The State of its service. Until it has passed its checks a task that ended is
+        one that it does not survive; afterwards docker starts another."""
+        machines = self.host.machines.all()
+        up = dict((machine.name, machine) for machine in machines if is_up(machine))
+        tasks = self.host.machines.tasks(service)
+        running = [task for task in tasks if task.machine in up
+                   and task.wanted == 'Running' and task.state.startswith('Running')]
+        ended = [task for task in tasks if task.machine in up
+                 and task.state.split(' ')[0] in ('Failed', 'Rejected', 'Complete')]
+        label = machine_label(release)
+        able = [machine for machine in up.values() if label in machine.labels]
+        wanted = min(self.wanted(release), len(able))
+
+        on_trial = self.app.linked_number('pending') == release.number
+        alive = True if running else None
+        text = spread_text(machines, running, self.wanted(release))
+        if not tasks:
+            alive = False
+            text = 'it runs on no machine'
+        elif on_trial and ended:
+            alive = False
+            text = 'on %s: %s' % (ended[0].machine, ended[0].error or ended[0].state)
+        elif on_trial and len(running) < wanted:
+            alive = None
+        identity = tuple(sorted(task.id for task in running))
+        places = [(up[task.machine].address, release.published) for task in running]
+        return State(alive, identity, places, '', text, '', [], text)
+
+    @contextmanager
+    def watched(self, release, is_first):
+        yield partial(self.state, release)
+
+    def running(self, releases):
+        if not releases or not self.host.machines.are_any():
+            return []
+        wanted = self.host.machines.wanted()
+        by_service = [release for release in releases
+                      if wanted.get(self.service(release))]
+        by_container = Containers.running(self, releases)
+        return [release for release in releases
+                if release in by_service or release in by_container]
+
+    def remove(self, release):
+        """Where a machine cannot be reached its label stays, and says what is to go."""
+        machines = self.host.machines
+        if machines.are_any():
+            self.host.run_unless('no such service|not found',
+                                 ['docker', 'service', 'rm', self.service(release)])
+            label = machine_label(release)
+            for machine in machines.all():
+                if machine.is_front:
+                    machines.ask(machine, DROP_CONTAINERS, self.service(release))
+                machines.drop(machine, label)
+        Containers.remove(self, release)
+
+    def log_words(self, process):
+        if process.type in FRONT:
+            return ['docker', 'service', 'logs', '--no-task-ids']
+        return Containers.log_words(self, process)
+
+    def logs_command(self, release, lines, *follow):
+        process = processes_of(release)[0]
+        words = tuple(self.log_words(process))
+        return words + ('--tail', lines) + follow + (process.name,)
+
+    def container_here(self, process):
+        if process.type not in FRONT:
+            return process.name
+        label = 'label=com.docker.swarm.service.name=' + process.name
+        here = self.host.run(['docker', 'ps', '-q', '--filter', label]).split()
+        refuse_if(not here, 'it runs on other machines: docker service ps %s',
+                  process.name)
+        return here[0]
+
+def is_at_work(task):
+    """Whether a Task runs, or is about to."""
+    return task.state.split(' ')[0] not in (
+        'Shutdown', 'Complete', 'Failed', 'Rejected', 'Orphaned', 'Remove')
+
+def spread_text(machines, running, wanted):
+    """On how many machines an app runs, and which are not up. running: [Task]"""
+    text = 'on %d of %d machines' % (len(running), wanted)
+    down = [machine.name for machine in machines if not is_up(machine)]
+    if down:
+        text += ': %s is down' % ', '.join(down)
+    return text
+
 # Who runs a release: the first of these that takes it.
-ENGINES = [Upstart, Containers]
+ENGINES = [Upstart, Swarm, Containers]
 
 def engine_of(app, release):
     """The engine that runs a release."""
@@ -6852,7 +7512,7 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
             missing = silent_ports(engine.host, state, patience)
             left = begun + timeout - clock.monotonic()
             if state.alive and not missing and answered is None:
-                missing = page_problem(engine.host, release,
+                missing = page_problem(engine.host, release, state.ports,
                                        max(1, min(left, PAGE_TIMEOUT)))
             if state.alive and not missing:
                 answered = answered or clock.monotonic()
@@ -6860,7 +7520,8 @@ def check_health(release, engine, timeout=HEALTH_TIMEOUT, steady=STEADY):
                     return answered, state
             if clock.monotonic() - begun > timeout:
                 if state.alive and not silent_ports(engine.host, state):
-                    missing = page_problem(engine.host, release, 1, NO_END) or missing
+                    missing = page_problem(engine.host, release, state.ports, 1,
+                                           NO_END) or missing
                 raise Failure('after %d s %s (config timeout=N gives it more time)',
                               timeout, missing or 'it is not running yet')
             rest_after_look(clock, looked)
@@ -6882,18 +7543,18 @@ def check_state(state):
 NO_END = b'\0'                  # of an answer that is read with its body
 PAGE_TIMEOUT = 10               # seconds for one answer, of those that a check has
 
-def page_problem(host, release, timeout, end=HEAD_END):
-    """What is wrong with the page that config's `check` names, '' where nothing is: each
-    process that answers requests is asked. end: of what is read of its answer"""
+def page_problem(host, release, places, timeout, end=HEAD_END):
+    """What is wrong with the page that config's `check` names, '' where nothing is: it is
+    asked for at each place that answers requests. places: [(address, port)]; end: of what
+    is read of an answer"""
     path = release.config.get('check')
-    if path is None or not release.port:
+    if path is None:
         return ''
 
     name = (names_for_https(release.proxy or '') + [release.app])[0]
-    for process in processes_of(front_of(release)):
+    for address, port in places:
         try:
-            answer = fetch_head(host, name, release.port, timeout, process.address, path,
-                                end=end)
+            answer = fetch_head(host, name, port, timeout, address, path, end=end)
             if re.match('[23][0-9][0-9]\\Z', status_in(answer)):
                 continue
         except EnvironmentError as error:
@@ -6997,8 +7658,8 @@ def first_shown(app, old, new):
     """A release as nginx is told of it at first: the old one answers where it fails."""
     if not is_on_trial(app, old, new):
         return new
-    addresses = engine_of(app, old).addresses(old)
-    return new._replace(proxy=with_backup(new.proxy, addresses, old.port))
+    places = engine_of(app, old).places(old)
+    return new._replace(proxy=with_backup(new.proxy, places))
 
 def was_live(old, new):
     """Whether a release, or its image, was live before: a rule for proxy files that is
@@ -7116,7 +7777,7 @@ def check_or_show_log(app, release, log_end=None, steady=STEADY):
     except Failure as error:
         for process in processes_to_blame(engine, release):
             show_log(app, engine, release, process, log_end)
-        names = engine.names_taken(release)
+        names = [process.name for process in engine.own(release)]
         running = app.docker.inspect(*names) or app.docker.running(release.image)
         tell_where_it_listens(app, release, [container['State'].get('Pid')
                                              for container in running])
@@ -7209,7 +7870,7 @@ def ways_back(app, old, new):
         workers = workers_of(new)       # two releases' never run at once
         rest = [(new_engine.stop, workers)] if workers.part else []
         rest += [(old_engine.end_stops, old)]
-        stop = [(app.nginx.drain, new_engine.addresses(new)), (new_engine.stop, new)]
+        stop = [(app.nginx.drain, new_engine.places(new)), (new_engine.stop, new)]
         return rest + start + proxy + crontab + tag + stop + settle
 
     # Its own stop too: a crash may have come while it was being stopped.
@@ -7268,9 +7929,10 @@ def stop_others(app, live):
     others = [release for release in app.kept() if release.number != live.number]
     for kind in ENGINES:
         engine = kind(app)
-        theirs = [release for release in others if kind.takes(app.host, release)]
+        theirs = [release for release in others
+                  if type(engine_of(app, release)) is kind]
         for release in engine.running(theirs):
-            app.nginx.drain(engine.addresses(release))
+            app.nginx.drain(engine.places(release))
             engine.stop(release)
 
 # ---- Keeping: what is removed, and when ------------------------------------------------
@@ -7296,7 +7958,7 @@ def forget(app, release, check_names=None, reason=None):
         elif check_names:                       # docker was told nothing of it yet
             check_names()
         app.save(release._replace(failed=why, job='', proxy='', crontab='', config={},
-                                  addresses=[]))
+                                  addresses=[], machines=[], published=0))
         if live is None:
             remove_file(app.folder('live'))
             clean_up_failed(app)
@@ -7718,6 +8380,8 @@ def ports_text(release):
     """Where it listens: for a job, what it publishes."""
     if release.job:
         return ', '.join(published_ports(job_of(release))) or 'none'
+    if release.machines:
+        return '%d of %s' % (release.published, ' '.join(release.machines))
     return '%s on %s' % (release.port or 'none', ' '.join(release.addresses))
 
 def kind_text(release):
@@ -7929,7 +8593,7 @@ def show_plan(app, live, release, size):
     now = plan_texts(release)
     was = dict(dict.fromkeys(now, ''), ports='none')
     if live is not None:
-        was = plan_texts(moved_to(live, release.addresses))
+        was = plan_texts(moved_to(live, release))
 
     for name in ('upstart.conf', 'Procfile', 'nginx-proxy.conf', 'crontab', 'ports'):
         diff = diff_text(was[name], now[name], 'live/' + name, 'new/' + name)
@@ -7944,13 +8608,16 @@ def show_plan(app, live, release, size):
     detail('gap: %s\nspace: the image has %.1f MB, %.0f MB are free', gap, size / 1e6,
            free_bytes(app.host, STATE) / 1e6)
 
-def moved_to(release, addresses):
-    """A Release as it would be at other addresses: each gets its own, which is no change
-    that a person made."""
-    body, mark, where = (release.proxy or '').partition(MARK)
-    for before, after in zip(release.addresses, addresses):
+def moved_to(live, release):
+    """A live Release as it would be at the places of another: each gets its own, which is
+    no change that a person made."""
+    body, mark, where = (live.proxy or '').partition(MARK)
+    for before, after in zip(live.addresses, release.addresses):
         where = where.replace('server %s:' % before, 'server %s:' % after)
-    return release._replace(addresses=addresses, proxy=body + mark + where)
+    if live.machines and release.machines:
+        where = where.replace(':%d ' % live.published, ':%d ' % release.published)
+        live = live._replace(published=release.published)
+    return live._replace(addresses=release.addresses, proxy=body + mark + where)
 
 def plan_texts(release):
     """What a plan compares of a release: {name: text}."""
@@ -8327,6 +8994,7 @@ def build_release(app, live, release, check_names, options=()):
     with undone_by(app.empty_build_folder):
         if release.image:           # of a change of config: that of the live release
             check_config(app, live, release)
+            engine_of(app, release).check(release)
             check_names()
             app.save(release)
             app.docker.tag(release.image, image_tag(release))
@@ -8417,7 +9085,7 @@ def tell_procfile_is_read(app, live):
         step('Note: the Procfile says from now on what runs; before it was not read')
 
 # What config may not say of an app with a job, which says it itself
-NOT_FOR_JOBS = ('overlap', 'options', 'check', 'scale', 'port')
+NOT_FOR_JOBS = ('overlap', 'options', 'check', 'scale', 'port', 'machines')
 
 def check_config(app, live, release):
     """Failure for what config says and this release cannot have. live: may be None"""
@@ -8666,7 +9334,7 @@ def check_files(release, folder):
     if job is None:
         if proxy:               # until the image is built, its port is not known
             proxy = proxy.partition(MARK)[0]
-            proxy += upstream(release.app, ['127.0.0.1'], 80, ())
+            proxy += upstream(release.app, [('127.0.0.1', 80)], ())
         return release._replace(job='', proxy=proxy)
 
     job, old_words = modernize_job(job)
@@ -8769,7 +9437,8 @@ def check_pushed_proxy(app, release):
 
 def complete_job(app, live, release, settings):
     """The Release of a job app, its job held against the Config of its image."""
-    release = release._replace(port=0, web=False, volumes=[], addresses=[])
+    release = release._replace(port=0, web=False, volumes=[], addresses=[], machines=[],
+                               published=0)
     ports = proxied_ports(release.proxy)
     volumes = settings.get('Volumes') or {}
     try:
@@ -8794,11 +9463,16 @@ def complete_plain(app, live, release, settings):
         for name in app.docker.volumes_of(app.name):
             step('Found a volume of an earlier %s: %s', app.name, name)
 
+    engine = engine_of(app, release)
+    engine.check_complete(release._replace(port=port, web=web, volumes=volumes))
+
     with host_lock(app.host):       # other apps choose addresses too
         release = release._replace(
             port=port, web=web, healthcheck=has_healthcheck(settings, release),
             volumes=volumes,
-            addresses=free_addresses(app.host, count_addresses(release)))
+            addresses=free_addresses(app.host, count_addresses(release)),
+            machines=[], published=0)
+        release = engine.with_machines(release)
         release = release._replace(proxy=complete_proxy(app, release))
         if not release.plan:
             app.save(release)
@@ -8843,8 +9517,10 @@ def complete_proxy(app, release):
         domains = release.config.get('domains', '%s %s.*' % (name, name))
         text = MADE % (name, name)
         text += render_proxy(name, domains, version, has_ipv6(app.host),
-                             release.config.get('trust', ''), log_path(app.host, name))
-    return text + upstream(name, release.addresses, release.port, version)
+                             release.config.get('trust', ''), log_path(app.host, name),
+                             bool(release.machines))
+    return text + upstream(name, engine_of(app, release).places(release), version,
+                           bool(release.machines))
 
 def run_release_command(app, release):
     """Run the release command in the new image: with its volumes and its network, but of
@@ -9113,10 +9789,11 @@ Printed = namedtuple('Printed', 'time text begins')
 class LogReader(object):
     """What a container has printed, as `docker logs --timestamps` gives it; it can be
     asked again for what came later.
-    title: what is shown before each line, or ''"""
-    def __init__(self, title, container):
+    title: what is shown before each line, or ''; words: the command that prints it"""
+    def __init__(self, title, container, words=('docker', 'logs')):
         self.title = title
         self.container = container
+        self.words = list(words)
         self.process = None
         self.rest = b''                 # of what came, its last part
         self.begins = True              # what comes next is the beginning of a line
@@ -9127,7 +9804,7 @@ class LogReader(object):
     def begin(self, *words):
         """Ask for it, with options of `docker logs`; again, from where it was left."""
         from subprocess import PIPE, STDOUT, Popen
-        argv = ['docker', 'logs', '--timestamps'] + list(words)
+        argv = self.words + ['--timestamps'] + list(words)
         if self.last:
             argv.append('--since=' + to_text(self.last).strip())
         self.rest = b''
@@ -9295,9 +9972,11 @@ class Follower(object):
                      if reader.process is None)
         if not ended:
             return
-        for container in self.app.docker.inspect(*ended):
-            if is_new or container['State']['Running']:
-                self.begin(ended[container['Name'][1:]])
+        for described in self.app.docker.inspect(*ended):
+            if 'State' not in described:            # a service, which goes on
+                self.begin(ended[described['Spec']['Name']])
+            elif is_new or described['State']['Running']:
+                self.begin(ended[described['Name'][1:]])
         if not is_new:
             self.app.host.clock.sleep(TURN)
 
@@ -9314,12 +9993,14 @@ class Follower(object):
 def log_readers(app, live, title):
     """The [LogReader] of a release's processes: those that are called so, or all."""
     readers = []
-    processes = engine_of(app, live).logged(live)
+    engine = engine_of(app, live)
+    processes = engine.logged(live)
     for process in processes:
         own_title = title_of(process)
         if title in (None, own_title, process.type or 'web'):
             shown_title = own_title if len(processes) > 1 else ''
-            readers.append(LogReader(shown_title, process.name))
+            words = engine.log_words(process)
+            readers.append(LogReader(shown_title, process.name, words))
     return readers
 
 # ---- One-off commands: run, and enter --------------------------------------------------
@@ -9498,6 +10179,11 @@ def describe_process(host, process, container):
                      memory=memory_of(host, container['State'].get('Pid')))
     return found
 
+def describe_service(engine, release):
+    """The same of what runs on several machines."""
+    found = dict.fromkeys(['started', 'restarts', 'memory', 'memory_limit'])
+    return dict(found, process='web', state=engine.state(release).text)
+
 def read_docker_time(text):
     """A time that docker says, in seconds since 1970; None for another text."""
     import calendar
@@ -9544,11 +10230,14 @@ def describe_status(app, here):
     subject = app.git('log', '-1', '--format=%s', live.commit, act=host.ask).out
     found.update(subject=printable(subject.strip(), 60) or None, how=live.how)
 
-    processes = engine_of(app, live).logged(live)
+    engine = engine_of(app, live)
+    processes = engine.own(live)
     there = dict((container['Name'][1:], container) for container in
                  app.docker.inspect(*[process.name for process in processes]))
     found['containers'] = [describe_process(host, process, there.get(process.name))
                            for process in processes]
+    if live.machines:
+        found['containers'].insert(0, describe_service(engine, front_of(live)))
 
     kept = set(release.image for release in app.kept() if release.image)
     images = app.docker.inspect(*sorted(kept))
@@ -9798,25 +10487,6 @@ KINDS_OF_FIELDS = {
     'name': (str,), 'config': (dict,), 'https': (bool,), 'stopped': (bool,),
     'branch': (str, NOTHING_LIVE), 'commit': (str, NOTHING_LIVE),
     'held': (int, NOTHING_LIVE), 'volumes': (list,), 'names': (list,)}
-
-@contextmanager
-def stream_folder(host):
-    """A folder for what is copied or has come in, which is removed afterwards. The git
-    user may go through it, to what is its own there, and look into nothing."""
-    sweep_streams(host)
-    folder = host.path(STREAMS, own_mark(host).replace(' ', '-'))
-    for path in (os.path.dirname(folder), folder):
-        make_folder(path, 0o711)
-    try:
-        yield folder
-    finally:
-        host.run(['rm', '-rf', '--', folder])
-
-def sweep_streams(host):
-    """Remove what an export or import that was killed has left on the disk."""
-    for name in list_folder(host.path(STREAMS)):
-        if not is_attended(host, name.replace('-', ' ', 1)):
-            host.run(['rm', '-rf', '--', host.path(STREAMS, name)])
 
 def check_room(host, path, count, what):
     """Failure where so many bytes, and what a build wants, are not free."""
@@ -10437,6 +11107,326 @@ def bring_up(app, moved):
         stop_live(app, app.live())
     return None
 
+# ---- Machines: one more, and one less --------------------------------------------------
+# What `machines` does: docker is there, a network that listens on a private address
+# alone, the swarm joined, and an image tried. Uses the chapter, and apps and engines.
+
+# sh for a machine. Its docker, described; what the swarm publishes is on one address
+# alone; into the swarm, and out of it
+DESCRIBE_DOCKER = 'docker info --format "{{json .}}"'
+BRIDGE = 'docker_gwbridge'          # docker's own name for it
+HAS_BRIDGE = '''docker network inspect docker_gwbridge --format \
+'{{index .Options "com.docker.network.bridge.host_binding_ipv4"}}' 2>/dev/null'''
+MAKE_BRIDGE = '''docker network rm docker_gwbridge >/dev/null 2>&1
+docker network create --subnet "$2" -o com.docker.network.bridge.name=docker_gwbridge \
+    -o com.docker.network.bridge.enable_icc=false \
+    -o com.docker.network.bridge.enable_ip_masquerade=true \
+    -o com.docker.network.bridge.host_binding_ipv4="$1" docker_gwbridge >/dev/null'''
+ROUTES = 'ip -4 route show root "$1"; ip -4 route show match "$1"'
+JOIN = 'docker swarm join --token "$1" --advertise-addr "$2" --data-path-addr "$2" "$3"'
+LEAVE = '''docker swarm leave >/dev/null 2>&1
+docker network rm docker_gwbridge >/dev/null 2>&1 || :'''
+
+def add_machine(host, target):
+    """Have a machine run apps of this server. target: root@ADDRESS"""
+    address = re.sub('^root@', '', target)
+    refuse_if(not re.match(r'[0-9]+(\.[0-9]+){3}\Z', address) or target == address
+              or not is_address(address), 'wanted: machines add root@ADDRESS, the fixed '
+              'private address by which this server reaches it, as root@10.0.0.2')
+    machines = host.machines
+    refuse_if(address in [machine.address for machine in machines.all()],
+              '%s is one of the machines already', address)
+
+    front = docker_of(host, None)
+    stranger = Machine(None, address, address, False, '', True, {}, '', '')
+    there = docker_of(host, stranger)
+    check_fits(front, there, address)
+    refuse_if(there['Name'] in [machine.name for machine in machines.all()],
+              'another machine is called %s: hostnamectl set-hostname NAME, there',
+              printable(there['Name']))
+    own_address = address_towards(host, address)
+    is_first = not machines.are_any()
+    subnet = free_subnet(host) if is_first else machines.subnet()
+    check_routes(host, stranger, subnet)
+
+    with undone_by(leave_if_alone, host):
+        if is_first:
+            step('Making this server the front of a swarm, at %s', own_address)
+            begin_swarm(host, own_address, subnet)
+        with undone_by(forget_machine, host, stranger):
+            step('Joining %s, where root of this server is root', address)
+            join_swarm(host, stranger, subnet)
+            machine = wait_for_machine(host, address)
+            step('Trying an image there')
+            try_image(host, machine)
+    for name in list_apps(host):
+        app = App(host, name)
+        live = app.live()
+        if live is not None:
+            attempt(name, engine_of(app, live).join, live)
+    log('machines: %s at %s is added by %s', machine.name, address, host.person())
+    return machine
+
+def docker_of(host, machine):
+    """What `docker info` says on a machine, as a dict; None is this server."""
+    import json
+    if machine is None:
+        result = host.ask(['sh', '-c', DESCRIBE_DOCKER])
+    else:
+        result = host.machines.ask(machine, DESCRIBE_DOCKER)
+    where = machine.address if machine else 'this server'
+    refuse_if(result.status == 255, '%s: %s (root of this server reaches it by ssh '
+              'without a password: ssh-copy-id root@%s)', where, last_line(result.err),
+              where)
+    refuse_if('not found' in result.err, '%s: docker is missing there: sh '
+              'configure-system.sh --worker, as root', where)
+    try:
+        told = native(json.loads(result.out))
+    except ValueError:
+        told = {}
+    refuse_if(not told.get('ServerVersion'), '%s: docker does not answer: %s', where,
+              last_line(result.err or result.out))
+    return told
+
+def check_fits(front, there, address):
+    """Failure where the docker of a machine cannot belong to ours. front, there: as
+    docker_of gives them"""
+    for told, where in ((front, 'this server'), (there, address)):
+        version = tuple(map(int, re.findall(r'\d+', told['ServerVersion'])[:2]))
+        refuse_if(version < OLDEST_SWARM, '%s: docker %s is too old: 20.10 is wanted, or '
+                  'later', where, told['ServerVersion'])
+        refuse_if(told.get('LiveRestoreEnabled'), '%s: docker has live-restore, and '
+                  'belongs to no swarm with that: take it out of /etc/docker/daemon.json',
+                  where)
+        backend = (told.get('FirewallBackend') or {}).get('Driver', '')
+        refuse_if('nftables' in backend and 'iptables' not in backend, '%s: docker has '
+                  'the firewall backend nftables, which knows no swarm: take it out of '
+                  '/etc/docker/daemon.json', where)
+
+    swarm = (there.get('Swarm') or {}).get('LocalNodeState', 'inactive')
+    refuse_if(swarm != 'inactive', '%s belongs to another swarm (%s): docker swarm '
+              'leave, there', address, printable(swarm))
+    refuse_if(front['Architecture'] != there['Architecture'], '%s has another kind of '
+              'processor (%s, here %s): no image runs on both', address,
+              printable(there['Architecture']), front['Architecture'])
+
+def address_towards(host, address):
+    """The address of this server by which a machine reaches it."""
+    route = host.ask(['ip', '-4', 'route', 'get', address]).out
+    found = re.search(r'\bsrc ([0-9.]+)', route)
+    refuse_if(not found or re.match('local', route), 'no route leads from here to %s',
+              address)
+    return found.group(1)
+
+def free_subnet(host):
+    """The first half of a /16 that nothing here uses, for what the swarm makes."""
+    own = [pool_of(network) for network in host.docker.networks()]
+    taken = [(pool or {}).get('Subnet', '').rsplit('.', 2)[0] for pool in own]
+    for subnet in SUBNETS:
+        if subnet not in taken and not is_routed(host, subnet):
+            return subnet
+    raise Failure('no /16 of 10.86 to 172.31 is free for the network of the machines')
+
+def check_routes(host, machine, subnet):
+    """Failure where a machine has other use for what the swarm is to have there."""
+    shown = host.machines.told(machine, ROUTES, subnet + '.0.0/16')
+    for route in shown.splitlines():
+        if route[:1].isalnum() and not re.match(LARGE_ROUTE, route):
+            raise Failure('%s: the networks of machines are below %s.0.0/16, which it '
+                          'uses already: %s', machine.name, subnet, printable(route))
+
+def bridge_subnet(subnet):
+    return subnet + '.192.0/20'
+
+def begin_swarm(host, address, subnet):
+    """Make this server the manager of a swarm without a machine more."""
+    refuse_if(docker_of(host, None)['Swarm']['LocalNodeState'] != 'inactive', 'docker '
+              'here belongs to a swarm that is not from dockhand: docker swarm leave')
+    with undone_by(end_swarm, host):
+        make_bridge(host, host.ask, address, subnet)
+        host.run(['docker', 'swarm', 'init', '--advertise-addr', address,
+                  '--data-path-addr', address, '--default-addr-pool',
+                  subnet + '.128.0/18', '--default-addr-pool-mask-length', '24',
+                  '--dispatcher-heartbeat', '3s'])
+        host.run(['docker', 'network', 'create', '--driver=overlay', '--attachable',
+                  '--subnet', subnet + '.0.0/17', OVERLAY])
+        replace_file(host.path(MACHINES), subnet + '\n')
+
+def make_bridge(host, ask, address, subnet):
+    """Have what docker publishes of a swarm be on one address alone."""
+    has = ask(['sh', '-c', HAS_BRIDGE])
+    if has.out.strip() == address:
+        return
+    result = ask(['sh', '-c', MAKE_BRIDGE, 'sh', address, bridge_subnet(subnet)])
+    refuse_if(result.status, '%s: docker cannot make its network %s: %s', address, BRIDGE,
+              last_line(result.err or result.out))
+
+def join_swarm(host, machine, subnet):
+    """Have a machine belong to our swarm."""
+    def ask(argv):
+        return host.machines.ask(machine, argv[2], *argv[4:])
+    make_bridge(host, ask, machine.address, subnet)
+    token = host.run(['docker', 'swarm', 'join-token', '-q', 'worker']).strip()
+    manager = '%s:2377' % host.machines.front().address
+    host.machines.told(machine, JOIN, token, machine.address, manager)
+    # Whoever was on one of the two may have read it from the list of processes.
+    host.run(['docker', 'swarm', 'join-token', '--rotate', '-q', 'worker'])
+
+def wait_for_machine(host, address):
+    """The Machine at an address, once docker's manager hears of it."""
+    deadline = host.clock.monotonic() + NODE_PATIENCE
+    while host.clock.monotonic() < deadline:
+        for machine in host.machines.all():
+            if machine.address == address and is_up(machine):
+                return machine
+        host.clock.sleep(0.5)
+    raise Failure('%s does not come: are 2377/tcp, 7946 and 4789/udp open between the '
+                  'two?', address)
+
+TRIAL = 'dockhand--trial'           # an image; `--` is in no name of an app
+
+def try_image(host, machine):
+    """Failure where an image is not the same on a machine, or goes there whole alone."""
+    with stream_folder(host) as folder:
+        tags = [TRIAL + ':1', TRIAL + ':2']
+        try:
+            for tag, below in zip(tags, [None, tags[0]]):
+                make_trial(host, folder, tag, below)
+                image = host.docker.inspect(tag)[0]['Id']
+                host.machines.ship(machine, tag, image)
+        finally:
+            host.machines.ask(machine, DROP_IMAGES, *reversed(tags))
+            host.ask(['docker', 'rmi'] + list(reversed(tags)))
+
+DROP_IMAGES = 'docker rmi "$@" >/dev/null 2>&1 || :'
+
+def make_trial(host, folder, tag, below):
+    """An image of one layer, or of one more than another has. below: its tag, or None"""
+    import tarfile
+    path = os.path.join(folder, 'trial')
+    with open(path, 'w') as target:
+        target.write(random_id())
+    if below is None:
+        archive = os.path.join(folder, 'trial.tar')
+        with tarfile.open(archive, 'w') as target:
+            target.add(path, 'trial')
+        return host.run(['docker', 'import', archive, tag])
+
+    name = TRIAL + '-' + random_id()
+    host.run(['docker', 'create', '--name', name, below, '/trial'])
+    try:
+        host.run(['docker', 'cp', path, name + ':/trial'])
+        host.run(['docker', 'commit', name, tag])
+    finally:
+        host.ask(['docker', 'rm', '-f', name])
+
+def remove_machine(host, name):
+    """Have a machine run nothing of ours any more."""
+    found = [machine for machine in host.machines.all() if machine.name == name]
+    refuse_if(not found, 'no machine %s here: see dockhand machines', printable(name))
+    machine = found[0]
+    refuse_if(machine.is_front, '%s is this server, which stays', printable(name))
+    others = [other for other in host.machines.all() if not other.is_front]
+    users = [live.app for live in spread_apps(host)]
+    refuse_if(users and len(others) == 1, '%s is the last one, and these run there: %s; '
+              'first: dockhand config %s --unset machines', printable(name),
+              ' '.join(users), users[0] if users else '')
+
+    if is_up(machine):
+        step('%s finishes what it was asked', name)
+        host.run(['docker', 'node', 'update', '--availability', 'drain', machine.id])
+        wait_until_empty(host, machine)
+    for label in sorted(machine.labels):
+        if read_machine_label(label):
+            host.machines.drop(machine, label)
+    forget_machine(host, machine)
+    leave_if_alone(host)
+    log('machines: %s is removed by %s', name, host.person())
+
+def wait_until_empty(host, machine):
+    """Wait, DRAIN seconds at most, until a machine runs no task."""
+    deadline = host.clock.monotonic() + DRAIN
+    argv = ['docker', 'node', 'ps', '--format', TASK_FORMAT, machine.id]
+    while any(is_at_work(task) for task in read_tasks(host.run(argv))):
+        if host.clock.monotonic() > deadline:
+            return
+        host.clock.sleep(0.5)
+
+def forget_machine(host, machine):
+    """Have a machine leave the swarm, be it off or not quite in it."""
+    gone = host.machines.ask(machine, LEAVE)
+    if gone.status:
+        step('%s cannot be reached; on it, once it is: docker swarm leave', machine.name)
+    for known in host.machines.all():
+        if known.address == machine.address:
+            host.run(['docker', 'node', 'rm', '--force', known.id])
+
+def leave_if_alone(host):
+    """End the swarm where no other machine belongs to it."""
+    if host.machines.are_any() and len(host.machines.all()) == 1:
+        end_swarm(host)
+
+def end_swarm(host):
+    """Have this server be in no swarm, and what was made for it be gone."""
+    attached = host.ask(['docker', 'ps', '-aq', '--filter', 'network=' + OVERLAY])
+    for container in attached.out.split():
+        host.ask(['docker', 'network', 'disconnect', '-f', OVERLAY, container])
+    host.ask(['docker', 'network', 'rm', OVERLAY])
+    host.run_unless('not part of a swarm', ['docker', 'swarm', 'leave', '--force'])
+    host.ask(['docker', 'network', 'rm', BRIDGE])
+    remove_file(host.path(MACHINES))
+
+def spread_apps(host):
+    """The live releases that run on several machines, as [Release]."""
+    lives = [App(host, name).live() for name in list_apps(host)]
+    return [live for live in lives if live is not None and live.machines]
+
+def catch_up(host):
+    """Bring each machine what it has missed while it was off, and take away what has
+    gone meanwhile."""
+    for machine in host.machines.all():
+        for label in sorted(machine.labels):
+            known = read_machine_label(label)
+            if known and not is_kept(host, *known):
+                host.machines.drop(machine, label)
+    for live in spread_apps(host):
+        host.machines.bring(live, image_tag(live))
+
+def is_kept(host, name, number):
+    """Whether an app has a release that may run again, or is being made."""
+    app = App(host, name)
+    return number in app.numbers() and not app.load(number).failed
+
+def describe_machine(host, machine):
+    """What `machines` shows of a machine."""
+    state = machine.state if machine.is_active else 'drained'
+    found = {'name': machine.name, 'address': machine.address, 'state': state,
+             'front': machine.is_front, 'processor': machine.kind,
+             'docker': machine.docker, 'disk_free': None, 'runs': []}
+    if machine.state != 'ready':
+        return found
+    shown = host.machines.ask(machine, FREE_DISK)
+    fields = shown.out.strip().rpartition('\n')[2].split()
+    if shown.status == 0 and fields[3:] and fields[3].isdigit():
+        found['disk_free'] = int(fields[3]) * 1024
+    argv = ['docker', 'node', 'ps', '--filter', 'desired-state=running', '--format',
+            '{{.Name}}', machine.id]
+    names = host.run(argv).split()
+    found['runs'] = sorted(set(name.rpartition('--')[0] for name in names))
+    return found
+
+FREE_DISK = 'df -Pk "$(docker info --format "{{.DockerRootDir}}")"'
+
+def machine_line(found):
+    """A line of `machines`. found: as describe_machine gives it"""
+    free = '? free'
+    if found['disk_free'] is not None:
+        free = size_text(found['disk_free']) + ' free'
+    role = 'front' if found['front'] else ''
+    return '%-16s %-15s %-8s %-8s %-12s %-6s %s' % (
+        found['name'], found['address'], found['state'], found['processor'], free, role,
+        ' '.join(found['runs']))
+
 # ---- Installing, and whether all is well -----------------------------------------------
 # Every file that is ours on this machine, and what would keep them from working.
 
@@ -10593,6 +11583,7 @@ LEFT = [
     ('their proxy files', PROXIES + '/APP.conf', 'rm that; nginx -s reload'),
     ('the 404 for other names', CATCH_ALL, 'rm that; nginx -s reload'),
     ('their crontabs', CRON_FILES + '/dockhand-APP', 'rm %s/dockhand-APP' % CRON_FILES),
+    ('the swarm of other machines', MACHINES, 'docker swarm leave --force, on each'),
     ('certificates', CERTIFICATES, 'certbot delete --cert-name dockhand-NAME'),
     ('what copies renewed ones there', RENEWAL_HOOK, 'rm ' + RENEWAL_HOOK),
     ('config, records, crontabs\' sh', STATE, 'rm -r %s, last of all' % STATE),
@@ -10787,7 +11778,7 @@ def problems_of(app):
 
 def memory_problem(app, live):
     """Whether the kernel killed a process of an app, as a row for `demand`."""
-    processes = engine_of(app, live).logged(live)
+    processes = engine_of(app, live).own(live)
     there = app.docker.inspect(*[process.name for process in processes])
     killed = set(container['Name'][1:] for container in there
                  if container['State'].get('OOMKilled'))
@@ -10990,13 +11981,38 @@ def answer_problem(app, live):
     status = fetch_status(app.host, name, port, is_tls=is_tls)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
-        direct = fetch_status(app.host, name, live.port, address=live.addresses[0])
+        address, port = engine_of(app, live).places(live)[0]
+        direct = fetch_status(app.host, name, port, address=address)
         if direct != status:
             return '%s answers %s through nginx, and %s by itself' % (
                 live.app, status, direct)
     if not status.isdigit() or status in ('400', '444', '502', '503', '504'):
         return '%s answers %s through nginx' % (live.app, status)
     return None
+
+def machine_problems(host):
+    """What is wrong with other machines: rows for `demand`."""
+    rows = []
+    spread = spread_apps(host)
+    for machine in host.machines.all():
+        found = describe_machine(host, machine)
+        name = printable(machine.name)
+        if not is_up(machine):
+            rows.append(('%s is %s' % (name, found['state']), 'power it on, or: sudo '
+                         'dockhand machines remove ' + name))
+            continue
+        if found['disk_free'] is None:
+            rows.append(('%s cannot be reached by ssh' % name,
+                         'ssh root@' + machine.address))
+        elif found['disk_free'] < SPACE * 1000000:
+            rows.append(('%s has %s free' % (name, size_text(found['disk_free'])),
+                         'ssh root@%s docker image prune' % machine.address))
+        lacking = [live.app for live in spread
+                   if machine.labels.get(machine_label(live)) != live.image]
+        if lacking:
+            rows.append(('%s lacks the image of %s' % (name, ' '.join(lacking)),
+                         'sudo dockhand machines'))
+    return rows
 
 def nginx_problem(host):
     """What nginx says against its files: a row for `demand`."""
@@ -11373,8 +12389,9 @@ def cmd_enter(app, *words):
     PROCESS is one of the Procfile, the first otherwise.
     """
     live = app.must_be_live()
-    processes = engine_of(app, live).logged(live)
-    containers = OrderedDict((title_of(process), process.name) for process in processes)
+    engine = engine_of(app, live)
+    containers = OrderedDict((title_of(process), process)
+                             for process in engine.logged(live))
     inside = list(words)
     if words and words[0] in containers:
         title = inside.pop(0)
@@ -11385,7 +12402,7 @@ def cmd_enter(app, *words):
         refuse_if(not running, '%s does not run', app.name)
         return enter(app, running[0]['Id'], inside, has_terminal())
 
-    name = containers[title]
+    name = engine.container_here(containers[title])
     is_running = any(container['State']['Running']
                      for container in app.docker.inspect(name))
     refuse_if(not is_running, '%s of %s does not run: see dockhand status %s', title,
@@ -11835,6 +12852,33 @@ def cmd_report(app):
 
 # Moving
 
+@command('machines', '[add|remove] [NAME] [--json]')
+def cmd_machines(host, verb=None, name=None, json=False):
+    """list the machines that run apps, add one, or remove one
+
+    machines add root@ADDRESS: a server with docker, at a fixed private address, that
+    root of this one reaches by ssh. An app runs on so many by: config APP machines=3
+    """
+    known = (None, 'add', 'remove')
+    if verb not in known or (verb is None) != (name is None):
+        raise Usage('wanted: machines, machines add root@ADDRESS or machines remove NAME')
+    if verb == 'add':
+        machine = add_machine(host, name)
+        return tell('%s runs apps from now on: dockhand config APP machines=all',
+                    machine.name)
+    if verb == 'remove':
+        remove_machine(host, name)
+        return tell('%s is removed', name)
+
+    attempt('machines', catch_up, host)
+    found = [describe_machine(host, machine) for machine in host.machines.all()]
+    if json:
+        return tell_json(found)
+    if not found:
+        tell('no other machine runs apps: dockhand machines add root@ADDRESS')
+    for each in found:
+        tell(machine_line(each))
+
 @command('export', '[APP...]')
 def cmd_export(host, *names):
     """write apps, or all, as one stream: to move, to back up
@@ -11909,6 +12953,7 @@ def cmd_recover(host):
     wrong = [name for name in sorted(names)
              if not attempt(name, put_right, App(host, name))]
 
+    attempt('machines', catch_up, host)
     if host.nginx.master():             # or no authority could ask it for anything
         if host.certificates.are_any():     # a crash may have come before nginx followed
             attempt('nginx', host.nginx.refresh)
@@ -11963,7 +13008,7 @@ def check_installation(host, quiet):
             rows.append((path + ' is not as installed', INSTALL_AGAIN))
     for name in list_apps(host):
         rows.append(app_problem(App(host, name)))
-    demand(rows + https_problems(host))
+    demand(rows + https_problems(host) + machine_problems(host))
 
     if not quiet:
         for place in unread_files(host):

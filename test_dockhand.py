@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import textwrap
 import threading
@@ -39,7 +40,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '.ci
 pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
-    Busy, Crowd, Database, Load, Marked, Plain, Queue, Secured, Server, Typed, Watch,
+    Busy, Crowd, Database, Fleet, Load, Marked, Plain, Queue, Secured, Server, Typed, Watch,
     Worker,
     demand_engine, demand_nginx, demand_tool, drill, drills, everywhere, fresh_servers,
     must, one_in, public_key, run, servers, together, told, until, web_files)
@@ -2826,10 +2827,10 @@ upstream blog {
     ((1, 4, 6), ''), ((1, 15, 2), ''), ((1, 15, 3), '    keepalive_timeout 1s;\n'),
     ((1, 31, 0), '    keepalive_timeout 1s;\n')])
 def test_an_upstream_leads_to_the_container_and_keeps_connections(version, more):
-    text = dh.upstream('blog', ['10.86.0.2'], 8000, version)
+    text = dh.upstream('blog', [('10.86.0.2', 8000)], version)
     assert text == UPSTREAM % more
     made = 'keepalive_min_timeout 5s;\n    keepalive 1;\n'
-    assert dh.with_backup(made + text, ['10.86.0.9'], 90) == made + text.replace(
+    assert dh.with_backup(made + text, [('10.86.0.9', 90)]) == made + text.replace(
         '8000;\n', '8000;\n    server 10.86.0.9:90 backup;\n')
 
 # ---- Proxy files that are made, asked through nginx ------------------------------------
@@ -2843,7 +2844,7 @@ def before_an_app(tmpdir, told, domains='blog blog.*', edit=None, **config):
     demand_nginx()
     nginx = Host('/').nginx
     text = dh.render_proxy('blog', domains, nginx.version(), False, **config)
-    text += dh.upstream('blog', ['127.0.0.1'], told.port, nginx.version())
+    text += dh.upstream('blog', [('127.0.0.1', told.port)], nginx.version())
     if edit is not None:
         text = edit(text, nginx.version())
     assert dh.read_proxy_file(text).troubles == []
@@ -2997,7 +2998,7 @@ def test_nginx_keeps_the_fronts_of_two_apps_apart(tmpdir, told):
     files = {}
     for name in trusted:
         files[name] = dh.render_proxy(name, name, version, False, trusted[name])
-        files[name] += dh.upstream(name, ['127.0.0.1'], told.port, version)
+        files[name] += dh.upstream(name, [('127.0.0.1', told.port)], version)
     schemes = {}
     with Alone(tmpdir, files) as alone:
         for name in trusted:
@@ -3431,7 +3432,7 @@ def test_nginx_lets_an_authority_in_whatever_else_a_file_says(tmpdir):
 def test_nginx_sends_to_https_who_asked_by_http_for_a_name_that_has_it(tmpdir, told):
     version = Host('/').nginx.version()
     text = dh.render_proxy('a', 'a.test b.test', version, False)
-    text += dh.upstream('a', ['127.0.0.1'], told.port, version)
+    text += dh.upstream('a', [('127.0.0.1', told.port)], version)
     with behind_https(tmpdir, text, 'a.test') as alone:
         for host in ('a.test', 'A.TEST', 'a.test:80'):
             answer = alone.ask('GET /x%20y?z HTTP/1.1', 'Host: ' + host)
@@ -3482,7 +3483,7 @@ def test_nginx_shows_nobodys_certificate_for_an_unknown_name(tmpdir):
 def test_nginx_answers_503_by_https_too_for_a_stopped_app(tmpdir, told):
     version = Host('/').nginx.version()
     text = dh.closed_proxy(dh.render_proxy('a', 'a.test', version, False), version)
-    text += dh.upstream('a', ['127.0.0.1'], told.port, version)
+    text += dh.upstream('a', [('127.0.0.1', told.port)], version)
     with behind_https(tmpdir, text, 'a.test') as alone:
         answer = alone.ask_tls('a.test', 'GET / HTTP/1.1', A_TEST)
         assert answer.startswith('HTTP/1.1 503 ') and 'Retry-After: 60\r\n' in answer
@@ -3492,7 +3493,7 @@ def test_nginx_answers_503_by_https_too_for_a_stopped_app(tmpdir, told):
 def test_nginx_finds_nothing_to_warn_of_in_what_https_adds(tmpdir, told):
     version = Host('/').nginx.version()
     text = dh.render_proxy('a', 'a.test b.test', version, False, '10.0.0.0/8')
-    text += dh.upstream('a', ['127.0.0.1'], told.port, version) + GUARDED.replace(
+    text += dh.upstream('a', [('127.0.0.1', told.port)], version) + GUARDED.replace(
         'a.test b.test', 'd.test')
     with behind_https(tmpdir, text, 'a.test', 'c.test', 'd.test') as alone:
         assert dh.read_file(alone.folder + '/error.log') == ''
@@ -4503,7 +4504,7 @@ class Page(object):
     (['HTTP/1.1 503 x\r\n\r\n', 'HTTP/1.1 503 x\r\n\r\n', 'HTTP/1.1 200 x\r\n\r\n'], None)])
 def test_a_page_is_checked_until_it_is_there(answers, said):
     page, clock = Page(*answers), Clock()
-    engine = Engine(state())
+    engine = Engine(state(ports=[('10.86.0.2', 8000)]))
     engine.host = Host(clock=clock, connect=page)
     app = release(config={'check': '/up', 'domains': 'b.example.org'}, addresses=['10.86.0.2'])
     if said is None:
@@ -4519,11 +4520,12 @@ def test_each_web_process_is_asked_by_its_address_and_the_first_full_name():
     proxy = 'server { listen 80; server_name blog b.example.org c.example.org; }'
     app = release(config={'check': '/', 'scale': 'web=2'}, proxy=proxy,
                   procfile='web: a\nworker: b\n', addresses=['10.86.0.2', '10.86.0.3'])
-    assert dh.page_problem(Host(connect=page), app, 9) == ''
-    assert page.asked == [((address, 8000), ['GET / HTTP/1.1', 'Host: b.example.org'])
-                          for address in app.addresses]
-    assert dh.page_problem(Host(connect=page), dh.workers_of(app), 9) == ''
-    assert dh.page_problem(Host(connect=page), app._replace(config={}), 9) == ''
+    places = [('10.86.0.2', 8000), ('10.86.0.3', 8000)]
+    assert dh.page_problem(Host(connect=page), app, places, 9) == ''
+    assert page.asked == [(place, ['GET / HTTP/1.1', 'Host: b.example.org'])
+                          for place in places]
+    assert dh.page_problem(Host(connect=page), app, [], 9) == ''
+    assert dh.page_problem(Host(connect=page), app._replace(config={}), places, 9) == ''
     assert len(page.asked) == 2
 
 class Engine(object):
@@ -5784,6 +5786,210 @@ def test_what_an_engine_must_do_has_no_default():
     engine, wanted = dh.Engine(dh.App(Host(), 'blog')), release()
     for act in (engine.start, engine.stop, engine.state):
         pytest.raises(NotImplementedError, act, wanted)
+
+# ---- Several machines, in small --------------------------------------------------------
+
+SPREAD = dict(machines=['10.0.0.1', '10.0.0.2'], published=20007,
+              config={'machines': '2', 'A': '1'})
+
+def test_a_service_is_told_all_that_a_container_would_be():
+    app = release(config={'machines': 'all', 'KEY': 'a\nb', 'options': '--memory 512m '
+                          '--stop-timeout 60 -e B=2 --label x=y'}, published=20007,
+                  procfile='web: serve $PORT\nworker: work\n', image='sha256:abc')
+    words, env = dh.service_words(app, '/x/env', '10.0.0.1', init=True)
+    assert env == {'KEY': 'a\nb'}
+    assert ' '.join(words) == (
+        '--name=blog--3 --replicas=0 --detach --no-resolve-image --endpoint-mode=dnsrr '
+        '--network=name=dockhand--machines,alias=blog '
+        '--publish=mode=host,target=8000,published=20007 '
+        '--constraint=node.labels.dockhand.blog.3==sha256:abc '
+        '--restart-condition=any --restart-delay=1s --label=dockhand.app=blog '
+        '--container-label=dockhand.app=blog --host=host.docker.internal:10.0.0.1 '
+        '--env-file=/x/env --env=KEY --init --limit-memory=512m '
+        '--stop-grace-period=60s --env=B=2 --container-label=x=y '
+        '--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 '
+        '--limit-pids=4096 sha256:abc sh -c exec serve $PORT')
+
+@table('options, said', '''
+    -v /srv:/data           => `--volume=/srv:/data` cannot be had on several machines
+    -p 25:25                => `--publish=25:25` cannot be had on several machines
+    --mount type=bind,source=/a,target=/b => cannot be had on several machines
+    --gpus all              => `--gpus=all` cannot be had on several machines
+    --privileged            => `--privileged` cannot be had on several machines''')
+def test_an_option_that_holds_on_one_machine_alone_is_refused_by_word(options, said):
+    option, = dh.read_options(options)
+    assert said in refusal(dh.service_option, option)
+
+def test_an_upstream_of_machines_asks_each_again_before_it_gives_up():
+    places = [('10.0.0.1', 20007), ('10.0.0.2', 20007)]
+    text = dh.upstream('blog', places, (1, 22, 1), are_machines=True)
+    assert text == dh.MARK + """upstream blog {
+    zone blog 64k;
+    server 10.0.0.1:20007 max_fails=1 fail_timeout=10s;
+    server 10.0.0.2:20007 max_fails=1 fail_timeout=10s;
+    server 10.0.0.1:20007 max_fails=0 backup;
+    server 10.0.0.2:20007 max_fails=0 backup;
+    keepalive 64;
+    keepalive_timeout 1s;
+}
+"""
+    assert 'zone' not in dh.upstream('blog', places, (1, 4, 6), are_machines=True)
+
+@table('there, count', '''
+            => 0
+    abc     => 3
+    abx     => 2
+    bc      => 0
+    a,ab    => 2
+    abcd    => 3
+    a,xbc   => 1''')
+def test_a_layer_is_left_out_if_all_below_it_are_there(there, count):
+    chains = [list(chain) for chain in there.split(',')]
+    assert dh.common_layers(list('abc'), chains) == int(count)
+
+def saved_image(path, files, links=()):
+    """A tar as `docker save` writes it."""
+    with tarfile.open(path, 'w') as target:
+        for name, text in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            target.addfile(member, io.BytesIO(text.encode()))
+        for name, target_name in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target_name
+            target.addfile(member)
+
+def test_a_layer_that_a_later_one_leads_to_is_not_left_out(tmpdir):
+    """As docker up to 24 writes an image that has the same layer twice."""
+    path = str(tmpdir.join('saved'))
+    paths = ['%s/layer.tar' % name for name in 'abc']
+    saved_image(path, [('manifest.json', json.dumps([{'Layers': paths}]))] + [
+        (name, 'x') for name in paths[:2]], [(paths[2], '../a/layer.tar')])
+    with tarfile.open(path) as whole:
+        assert dh.files_left_out(whole, 0) == set()
+        assert dh.files_left_out(whole, 2) == set(paths[1:2])
+        assert dh.files_left_out(whole, 3) == set(paths)
+
+DOCKER_INFO = {'ServerVersion': '20.10.24+dfsg1', 'Architecture': 'x86_64', 'Name': 'web2',
+               'Swarm': {'LocalNodeState': 'inactive'}}
+
+@pytest.mark.parametrize('front, there, said', [
+    ({}, {'ServerVersion': '19.03.8'}, '10.0.0.2: docker 19.03.8 is too old: 20.10'),
+    ({'ServerVersion': '18.9'}, {}, 'this server: docker 18.9 is too old'),
+    ({}, {'LiveRestoreEnabled': True}, '10.0.0.2: docker has live-restore'),
+    ({'LiveRestoreEnabled': True}, {}, 'this server: docker has live-restore'),
+    ({}, {'FirewallBackend': {'Driver': 'nftables'}}, 'the firewall backend nftables'),
+    ({}, {'Swarm': {'LocalNodeState': 'active'}}, 'belongs to another swarm (active)'),
+    ({}, {'Architecture': 'aarch64'}, 'another kind of processor (aarch64, here x86_64)')])
+def test_a_machine_whose_docker_does_not_go_with_ours_is_refused(front, there, said):
+    dh.check_fits(DOCKER_INFO, dict(DOCKER_INFO, ServerVersion='29.0.1'), '10.0.0.2')
+    dh.check_fits(DOCKER_INFO, dict(DOCKER_INFO, FirewallBackend={
+        'Driver': 'iptables+firewalld'}), '10.0.0.2')
+    assert said in refusal(dh.check_fits, dict(DOCKER_INFO, **front),
+                           dict(DOCKER_INFO, **there), '10.0.0.2')
+
+@each('target', 'web2 root@web2 10.0.0.2 me@10.0.0.2 root@10.0.0.256 root@10.0.0.2;id '
+                'root@-oProxyCommand=x root@::1')
+def test_a_machine_is_added_by_roots_ssh_and_its_address_alone(plain, target):
+    assert 'wanted: machines add root@ADDRESS' in refusal(
+        dh.add_machine, plain.host, target)
+    assert plain.done == []
+
+@pytest.fixture
+def spread(plain):
+    """blog, with a worker, is live on a front and two machines more."""
+    plain.spread('web2', 'web3')
+    plain.lives(ONE_TYPES, machines='all')
+    return plain
+
+PLACES = [('192.0.2.%d' % at, 20000) for at in (11, 12, 13)]
+
+def test_a_push_reaches_each_machine_and_nginx_knows_them_all(spread, capfd):
+    live = spread.app.live()
+    assert dh.engine_of(spread.app, live).places(live) == PLACES
+    spread.push(TWO_TYPES)
+    live = spread.app.live()
+    assert (live.number, live.published, live.machines) == (
+        2, 20001, [place[0] for place in PLACES])
+    assert sorted(spread.services) == ['blog--1', 'blog--2']
+    assert [spread.services[name]['count'] for name in ('blog--1', 'blog--2')] == [0, 3]
+    assert sorted(task[1:] for task in spread.tasks()) == [
+        (address, 20001, 'Running') for address, _ in PLACES]
+    assert spread.read('/etc/nginx/conf.d/blog.conf').count(':20001 ') == 6
+    assert spread.containers['blog--2--worker']['State']['Running']
+    assert spread.containers['blog--2--worker']['also'] == [dh.OVERLAY]
+    assert 'blog--2' not in spread.containers
+    assert 'no gap' in capfd.readouterr().err
+    for node in ('web2', 'web3'):
+        assert sorted(spread.nodes[node]['images']) == ['blog:1', 'blog:2']
+    dh.cmd_rollback(spread.app)
+    assert [spread.services[name]['count'] for name in ('blog--1', 'blog--2')] == [3, 0]
+
+def test_a_release_that_dies_there_is_forgotten_on_every_machine(spread):
+    before = spread.whole()
+    files = dict(TWO_TYPES, Dockerfile='FROM dies\nEXPOSE 8000\n')
+    assert 'it does not run: on front: it fell over' in refusal(spread.push, files)
+    assert spread.changed(before) == [] and sorted(spread.services) == ['blog--1']
+    for node in spread.nodes.values():
+        assert sorted(node['labels']) == ['dockhand.blog.1']
+        assert 'blog:2' not in node['images']
+
+def test_a_machine_that_is_off_is_named_and_gets_later_what_it_missed(spread, capfd):
+    spread.nodes['web3']['state'] = 'down'
+    spread.push(TWO_TYPES)
+    assert 'On 2 of 3 machines: web3 is down\n' in capfd.readouterr().err
+    dh.cmd_apps(spread.host)
+    assert 'on 2 of 3 machines: web3 is down' in capfd.readouterr().out
+    assert sorted(spread.nodes['web3']['labels']) == ['dockhand.blog.1']
+
+    spread.nodes['web3']['state'] = 'ready'
+    dh.cmd_machines(spread.host)
+    assert sorted(spread.nodes['web3']['labels']) == ['dockhand.blog.1', 'dockhand.blog.2']
+    assert len(spread.tasks()) == 3
+    assert re.search('web3 +192.0.2.13 +ready +x86_64 .* blog\n', capfd.readouterr().out)
+
+def test_what_went_while_a_machine_was_off_goes_from_there_too(spread):
+    spread.nodes['web3']['state'] = 'down'
+    dh.cmd_destroy(spread.app, force=True)
+    assert sorted(spread.nodes['web3']['labels']) == ['dockhand.blog.1']
+    assert spread.nodes['web2']['labels'] == spread.nodes['web2']['images'] == {}
+    assert spread.services == {}
+    spread.nodes['web3']['state'] = 'ready'
+    dh.cmd_recover(spread.host)
+    assert spread.nodes['web3']['labels'] == spread.nodes['web3']['images'] == {}
+
+def test_where_no_other_machine_takes_the_image_nothing_changes(spread):
+    before = spread.whole()
+    for name in ('web2', 'web3'):
+        spread.nodes[name]['state'] = 'down'
+    assert 'no other machine took its image: web2 is down; web3 is down' in refusal(
+        spread.push, TWO_TYPES)
+    assert spread.changed(before) == []
+
+def test_an_app_comes_back_to_the_front_alone(spread):
+    dh.cmd_config(spread.app, 'machines', unset=True)
+    assert spread.containers['blog--2']['State']['Running']
+    assert spread.services['blog--1']['count'] == 0
+    assert spread.app.live().machines == []
+    assert 'server 10.86.' in spread.read('/etc/nginx/conf.d/blog.conf')
+
+@pytest.mark.parametrize('files, config, said', [
+    (an_app('two', 'EXPOSE 8000\nVOLUME /x'), {}, 'machines: its VOLUME /x is on one'),
+    (an_app('two', ''), {}, 'machines is for web apps'),
+    (TWO_WEB, {'scale': 'web=2'}, 'scale counts web, which runs once on each machine'),
+    (TWO_WEB, {'options': '-v /a:/b'}, 'options: `--volume=/a:/b` cannot be had on sev'),
+    (FILES_2, {}, 'machines is for apps without a job')])
+def test_what_cannot_run_on_several_machines_is_refused(spread, files, config, said):
+    spread.app.save_config(dict({'machines': '2'}, **config))
+    before = spread.whole()
+    assert said in refusal(spread.push, files)
+    assert spread.changed(before) == []
+
+def test_machines_that_are_not_there_are_refused_with_what_to_type(plain):
+    plain.lives(ONE_WEB)
+    assert 'there are none: dockhand machines add root@ADDRESS' in refusal(
+        dh.cmd_config, plain.app, 'machines=2')
+    assert plain.app.live().number == 1 and plain.app.config() == {}
 
 # ---- Drained ---------------------------------------------------------------------------
 
@@ -14674,3 +14880,284 @@ def test_real_jobs_go_on_without_dockhand_and_are_found_again(server, size):
     app.release('b')
     for name in ('alone', 'alike'):
         server.ok('dockhand destroy $1 --force', name)
+
+# ---- Several machines ------------------------------------------------------------------
+
+BROKEN = {'Dockerfile': REAL_WEB + 'EXPOSE 80\nCMD ["false"]\n'}
+
+@drill('systemd', 2, 10)
+def test_real_an_app_on_three_machines_is_deployed_without_a_gap(server, size):
+    """Twelve clients with new connections, over deploys and rollbacks."""
+    with Fleet(1) as fleet:
+        front = fleet.front
+        app = Plain(front, 'shop')
+        app.deploy(app.files('a'))
+        asked = 'dockhand config shop machines=3'
+        assert 'dockhand machines add root@ADDRESS' in front.run(*asked.split()).err
+        for other in fleet.others:
+            assert 'runs apps from now on' in fleet.add(other)
+        front.ok(asked)
+        assert fleet.answers('shop', 'shop.test') == ['shop a'] * 3
+        check_private(fleet, 'shop')
+
+        marks = ['r%d' % number for number in range(size)]
+        with Load(app, new=12) as load:
+            for mark in marks:
+                app.deploy(app.files(mark))
+            for _ in range(max(1, size // 3)):
+                front.ok('dockhand rollback shop')
+            check_refusal(attempted(app, BROKEN), 'it does not run: on ')
+        figures = load.check()
+        assert fleet.answers('shop', 'shop.test') == ['shop ' + app.mark()] * 3
+        assert '3 of 3' in front.ok('dockhand apps')
+        assert front.ok('dockhand doctor') == 'all is well'
+        check_refused_there(front)
+        sent = check_what_is_sent(fleet, app)
+        check_nothing_is_left(fleet, 'shop')
+
+        front.ok('dockhand config shop --unset machines')
+        assert app.mark() and not front.ok('docker service ls -q --filter name=shop--99')
+        for other in fleet.others:
+            front.ok('dockhand machines remove $1', other.name)
+            assert other.ok('docker info --format "{{.Swarm.LocalNodeState}}"') == (
+                'inactive')
+        assert 'no other machine' in front.ok('dockhand machines')
+        assert app.mark() and front.ok('docker info --format "{{.Swarm.LocalNodeState}}"'
+                                       ) == 'inactive'
+        app.deploy(app.files('z'))
+        return '%d deploys on three machines; %s; sent of a change of 10 MB: %s' % (
+            size, figures, sent)
+
+def attempted(app, files):
+    """Commit and push; the push's Outcome, whatever it is."""
+    app.commit(files)
+    return app.push()
+
+def check_private(fleet, app):
+    """What the swarm publishes listens on the private address alone."""
+    port = json.loads(fleet.front.ok('cat /var/lib/dockhand/apps/$1/live/release.json',
+                                     app))['published']
+    for server in [fleet.front] + fleet.others:
+        listening = server.ok('ss -Hltn "sport = :$1" | awk \'{ print $4 }\'', str(port))
+        assert listening == '%s:%d' % (server.address, port)
+
+def check_refused_there(front):
+    """What cannot run on several machines is refused, and what was live stays."""
+    for name, files, said in (
+            ('kept', {'Dockerfile': REAL_WEB + 'VOLUME /data\nEXPOSE 80\n'}, 'VOLUME'),
+            ('work', {'Dockerfile': REAL_WEB + 'CMD ["sleep", "9999"]\n'}, 'web apps')):
+        files['www/index.html'] = name
+        app = App(front, name)
+        front.ok('dockhand config $1 machines=2', name)
+        check_refusal(attempted(app, files), said)
+        front.ok('dockhand destroy $1 --force --volumes', name)
+
+def check_nothing_is_left(fleet, app):
+    """Each machine has the images of the kept releases, and no other's."""
+    kept = fleet.front.ok('ls /var/lib/dockhand/apps/$1/releases', app).split()
+    tagged = 'docker image ls --format "{{.Tag}}" "$1"'
+    for other in fleet.others:
+        assert set(other.ok(tagged, app).split()) <= set(kept)
+
+@drill('none', 0)
+def test_real_a_machine_that_dies_takes_no_request_with_it(server, size):
+    with Fleet(2) as fleet:
+        front, (second, third) = fleet.front, fleet.others
+        for other in fleet.others:
+            fleet.add(other)
+        app = Plain(front, 'shop')
+        front.ok('dockhand config shop machines=all')
+        app.deploy(app.files('a'))
+
+        with Load(app, new=6) as load:
+            fleet.power(third, 'kill')
+            begun = time.time()
+            assert until(lambda: fleet.machines()[third.name]['state'], 'down', 40) == (
+                'down')
+            heard = time.time() - begun
+            pushed = app.deploy(app.files('b'))
+        figures = load.check()
+        assert '%s is down' % third.name in pushed.err
+        assert '2 of 3' in front.ok('dockhand apps')
+
+        begun = time.time()
+        fleet.power(third, 'start')
+        third.control('up', 'systemd')
+        booted = time.time() - begun
+        is_up = 'docker node ls --filter name=$1 --format "{{.Status}}"'
+        assert until(lambda: front.ok(is_up, third.name), 'Ready', 60) == 'Ready'
+        time.sleep(3)                   # it lacks the image: nothing is tried there
+        assert fleet.answers('shop', 'shop.test') == ['shop b', 'shop b', 'nothing']
+        assert not third.ok('docker ps -aq --filter name=shop--2')
+        asked = time.time()
+        fleet.machines()
+        assert until(lambda: fleet.answers('shop', 'shop.test'), ['shop b'] * 3, 30) == (
+            ['shop b'] * 3)
+        served = time.time() - asked
+
+        said = push_past_trouble(app, fleet)
+        moved = one_machine_alone(app, fleet)
+        return 'down after %.1f s; booted in %.1f, serving %.1f s after machines; %s; %s; '\
+               'one alone moved in %.1f s' % (heard, booted, served, figures, said, moved)
+
+FULL_THERE = 'mount -t tmpfs -o size=4k tmpfs /var/lib/docker/tmp'
+CLOSED_THERE = 'mv /root/.ssh/authorized_keys /root/closed'
+
+def push_past_trouble(app, fleet):
+    """A full disk, or a closed ssh, on one machine is said, and the push goes on; on all
+    of them it is refused, and nothing changes. What was said."""
+    second, third = fleet.others
+    said = []
+    for number, (break_it, mend_it, words) in enumerate((
+            (FULL_THERE, 'umount /var/lib/docker/tmp', 'no space left on device'),
+            (CLOSED_THERE, 'mv /root/closed /root/.ssh/authorized_keys', 'Permission'))):
+        third.ok(break_it)
+        pushed = app.deploy(app.files('t%d' % number))
+        told = [line for line in pushed.out if 'On 2 of 3 machines' in line]
+        assert len(told) == 1 and words in told[0] and third.name in told[0], pushed.err
+        said += told
+        second.ok(break_it)
+        live = app.mark(), fleet.front.ok('dockhand releases shop | grep live')
+        check_refusal(attempted(app, app.files('u%d' % number)),
+                      'no other machine took its image: .*' + words)
+        assert (app.mark(), fleet.front.ok('dockhand releases shop | grep live')) == live
+        for other in fleet.others:
+            other.ok(mend_it)
+        app.deploy(app.files('v%d' % number))
+        assert fleet.answers('shop', 'shop.test') == ['shop v%d' % number] * 3
+    return ' | '.join(said)
+
+def one_machine_alone(app, fleet):
+    """An app that runs on one machine is on another one within a minute, if that dies;
+    the seconds."""
+    fleet.front.ok('dockhand config shop machines=1')
+    answers = fleet.answers('shop', 'shop.test')
+    at = [number for number, answer in enumerate(answers) if answer != 'nothing']
+    assert len(at) == 1, answers
+    if at == [0]:                       # the front itself: have the swarm choose another
+        node = 'docker node update --availability %s $(hostname)'
+        fleet.front.ok(node % 'drain')
+        until(lambda: fleet.answers('shop', 'shop.test')[0], 'nothing', 30)
+        assert until(lambda: bool(app.mark()), True, 60)
+        fleet.front.ok(node % 'active')
+        answers = fleet.answers('shop', 'shop.test')
+        at = [number for number, answer in enumerate(answers) if answer != 'nothing']
+    dying = fleet.others[at[0] - 1]
+    fleet.power(dying, 'kill')
+    begun = time.time()
+    assert until(lambda: bool(app.mark()), True, 60)
+    seconds = time.time() - begun
+    fleet.power(dying, 'start')
+    return seconds
+
+TALKING = {'Dockerfile': 'FROM tiny:1\nVOLUME /data\nEXPOSE 5432\n'
+                         'CMD ["nc", "-ll", "-p", "5432", "-e", "echo", "of db"]\n'}
+ASKING = {'www/cgi-bin/ask': '#!/bin/sh\necho; echo $(nc -w 3 db 5432 </dev/null)\n'}
+
+@drill('upstart', 1, 12)
+def test_real_the_front_of_machines_loses_power_in_the_midst_of_pushes(server, size):
+    places = random.Random(SEED)
+    with Fleet(3) as fleet:
+        front = fleet.front
+        for other in fleet.others:
+            fleet.add(other)
+        database, app = App(front, 'db'), Plain(front, 'shop')
+        database.deploy(TALKING)
+        front.ok('dockhand config shop machines=all')
+        web = app.files('a')
+        web['Dockerfile'] = web['Dockerfile'].replace(
+            'EXPOSE', 'RUN chmod 755 /www/cgi-bin/ask\nEXPOSE')
+        app.deploy(dict(web, **ASKING))
+        check_reaches_database(fleet)
+
+        live, through = 'a', 0
+        with Asking(fleet, 'shop') as asking:
+            for turn in range(size):
+                mark = 'p%d' % turn
+                app.commit({'www/index.html': 'shop ' + mark})
+                process, _ = app.hear('Building')
+                time.sleep(places.random() * 9)
+                front.cut_power()
+                process.communicate()
+                assert until(lambda: app.mark() in (live, mark), True, 90), app.mark()
+                through += app.mark() == mark
+                live = app.mark()
+                asking.turn_to('shop')
+                assert until(lambda: fleet.answers('shop', 'shop.test'),
+                             ['shop ' + live] * 3, 60) == ['shop ' + live] * 3
+                front.ok('! ls /var/lib/dockhand/apps/shop/pending 2>/dev/null')
+                running = front.ok('docker service ls --format "{{.Name}} {{.Replicas}}"')
+                assert running.count(' 0/0') == running.count('\n'), running
+        front.reboot()
+        until(lambda: fleet.answers('shop', 'shop.test'), ['shop ' + live] * 3, 60)
+        named = check_reaches_database(fleet)
+        pushed = app.deploy({'www/index.html': 'shop z'})
+        assert app.mark() == 'z', pushed.err
+        return '%d of %d pushes live all the same; %s; names %.1f s after a reboot' % (
+            through, size, asking.figures(), named)
+
+def check_reaches_database(fleet):
+    """From every machine the app reaches what stays on the front by its name; after how
+    many seconds. (After a boot docker's machines find one another again in their time.)"""
+    begun = time.time()
+    record = json.loads(fleet.front.ok('cat /var/lib/dockhand/apps/shop/live/release.json'))
+    for server in [fleet.front] + fleet.others:
+        ask = 'curl -s -m 9 http://$1:$2/cgi-bin/ask'
+        assert until(lambda: fleet.front.run(
+            'sh', '-c', ask, 'sh', server.address, str(record['published'])).out.strip(),
+            'of db', 90) == 'of db', server.name
+    return time.time() - begun
+
+class Asking(object):
+    """Requests on each machine but the front to the port of what is live there, inside a
+    `with`: whatever becomes of the front, none of these fails."""
+    LOOP = ('touch /root/asking; while [ -e /root/asking ]; do read url </root/url; '
+            'curl -s -o /dev/null -m 9 $url && echo yes || echo no $url; sleep 0.05; '
+            'done >>/root/heard')
+
+    def __init__(self, fleet, app):
+        self.fleet = fleet
+        self.turn_to(app)
+
+    def turn_to(self, app):
+        record = json.loads(self.fleet.front.ok(
+            'cat /var/lib/dockhand/apps/$1/live/release.json', app))
+        for server in self.fleet.others:
+            server.ok('echo $1 >/root/url.new; mv /root/url.new /root/url',
+                      'http://%s:%d/' % (server.address, record['published']))
+
+    def __enter__(self):
+        for server in self.fleet.others:
+            must(['docker', 'exec', '-d', server.name, 'sh', '-c', self.LOOP])
+        return self
+
+    def __exit__(self, *error):
+        for server in self.fleet.others:
+            server.ok('rm -f /root/asking')
+
+    def figures(self):
+        heard = [line for server in self.fleet.others
+                 for line in server.ok('cat /root/heard').splitlines()]
+        failed = [line for line in heard if line != 'yes']
+        return 'the machines answered %d times, %d times not: %s' % (
+            heard.count('yes'), len(failed), ' '.join(sorted(set(failed))))
+
+BULKY = ('FROM tiny:1\nRUN head -c 90000000 /dev/urandom >/bulk\nCOPY part /part\n'
+         'COPY www /www\nEXPOSE 80\nCMD ["httpd", "-f", "-h", "/www"]\n')
+
+def check_what_is_sent(fleet, app):
+    """Of a hundred MB the ten that have changed; what was sent, in MB."""
+    for mark in 'xy':
+        part = os.urandom(10 ** 7)
+        pushed = app.deploy({'Dockerfile': BULKY, 'part': part,
+                             'www/index.html': 'shop ' + mark})
+        sent = [float(each) for each in re.findall(r'([0-9.]+) MB to ', pushed.err)]
+        assert len(sent) == 2, pushed.err
+    assert max(sent) < 12, pushed.err
+    image = 'docker inspect --format "{{.Id}}" shop:$1'
+    number = fleet.front.ok('basename $(readlink /var/lib/dockhand/apps/shop/live)')
+    assert len(set(server.ok(image, number)
+                   for server in [fleet.front] + fleet.others)) == 1
+    for other in fleet.others:
+        assert other.ok('journalctl -u docker | grep -ci registry || :') == '0'
+    return sent

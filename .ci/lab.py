@@ -136,14 +136,17 @@ class Server(object):
     def control(self, *words):
         must(['sh', os.path.join(HERE, '.ci', 'server')] + list(words) + [self.name])
 
+    def control_boot(self):
+        words = ['boot', self.kind, self.name]
+        if self.use not in ('', '-road'):
+            words.append('ready')
+        must(['sh', os.path.join(HERE, '.ci', 'server')] + words, seconds=900)
+
     def prepare(self):
         """Boot it and follow the README, or take what an earlier run left."""
         kept = run(['docker', 'inspect', self.name]).status == 0
         if not kept:
-            words = ['boot', self.kind, self.name]
-            if self.use not in ('', '-road'):
-                words.append('ready')
-            must(['sh', os.path.join(HERE, '.ci', 'server')] + words, seconds=900)
+            self.control_boot()
         self.ok('mkdir -p /root/dockhand')
         for name in REAL_FILES:
             if os.path.exists(os.path.join(HERE, name)):
@@ -1249,6 +1252,81 @@ class Load(object):
 
     def requests(self):
         return sum(sum(kind.values()) for kind in self.came.values())
+
+# ---- several machines ------------------------------------------------------------------
+
+class Fleet(object):
+    """A front with dockhand, and servers with docker alone, each at a fixed address of a
+    network that they share: inside a `with`. What of them is a machine yet is the test's
+    to say."""
+    SUBNET = '10.213.%d'
+
+    def __init__(self, number, count=2):
+        self.subnet = self.SUBNET % number
+        self.network = 'dockhand-test-%s-fleet%d' % (KEEP or os.getpid(), number)
+        self.uses = ['-front%d' % number] + ['-web%d%d' % (number, at)
+                                             for at in range(2, 2 + count)]
+
+    def __enter__(self):
+        from contextlib import ExitStack
+        self.stack = ExitStack()
+        with self.stack:
+            must(['docker', 'network', 'create', '--subnet', self.subnet + '.0/24',
+                  self.network])
+            self.stack.callback(run, ['docker', 'network', 'rm', self.network])
+            made = [self.stack.enter_context(fresh_servers(use, 'systemd'))[0]
+                    for use in self.uses]
+            self.front, self.others = made[0], made[1:]
+            together(*[functools.partial(self.boot, server) for server in made])
+            for number, server in enumerate(made):
+                server.address = '%s.%d' % (self.subnet, 11 + number)
+                must(['docker', 'network', 'connect', '--ip', server.address,
+                      self.network, server.name])
+            self.acquaint()
+            self.stack = self.stack.pop_all()
+        return self
+
+    def __exit__(self, *raised):
+        self.stack.close()
+
+    def boot(self, server):
+        """The front as its README says; another one with the script alone."""
+        if server is self.front:
+            return server.prepare()
+        server.control_boot()
+        script = os.path.join(HERE, 'configure-system.sh')
+        must(['docker', 'cp', '-L', script, server.name + ':/root/'])
+        server.ok('sh /root/configure-system.sh --worker')
+
+    def acquaint(self):
+        """Root of the front reaches the others by ssh."""
+        key = self.front.ok('ssh-keygen -q -t ed25519 -N "" -f /root/.ssh/id_ed25519 '
+                            '</dev/null; cat /root/.ssh/id_ed25519.pub')
+        for server in self.others:
+            server.ok('mkdir -p -m 700 /root/.ssh; cat >>/root/.ssh/authorized_keys',
+                      stdin=key)
+            self.front.ok('ssh-keyscan -t ed25519 $1 2>/dev/null >>/root/.ssh/known_hosts',
+                          server.address)
+
+    def add(self, server):
+        return self.front.ok('dockhand machines add root@$1 2>&1', server.address)
+
+    def machines(self):
+        """{name: what `dockhand machines` says of it}."""
+        said = self.front.ok('dockhand machines --json')
+        return dict((each['name'], each) for each in json.loads(said))
+
+    def answers(self, app, name):
+        """What each machine answers by itself for an app, [str] in their order."""
+        record = json.loads(self.front.ok(
+            'cat /var/lib/dockhand/apps/$1/live/release.json', app))
+        ask = 'curl -s -m 5 -H "Host: $1" http://$2:$3/ || echo nothing'
+        return [self.front.ok(ask, name, server.address, str(record['published']))
+                for server in [self.front] + self.others]
+
+    def power(self, server, word):
+        """Cut a machine off its power, `kill`, or have it boot again, `start`."""
+        must(['docker', word, server.name])
 
 # ---- https -----------------------------------------------------------------------------
 

@@ -10,10 +10,12 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import stat
 import subprocess
+import tarfile
 import time
 
 import dockhand as dh
@@ -39,7 +41,8 @@ def mode_in(found):
 VOLUMES = '/var/lib/docker/volumes'
 QUERIES = ('du', 'docker volume inspect', 'openssl', 'timeout 5 openssl', 'certbot --version', 'docker inspect', 'docker volume ls', 'docker network inspect', 'docker ps', 'docker wait',
            'ip', 'hostname', 'docker version', 'docker logs', 'docker diff', 'nginx -v',
-           'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
+           'docker node ls', 'docker node inspect', 'docker node ps', 'docker service ls',
+           'docker service ps', 'initctl version', 'status', 'git', 'which', 'tail', 'ssh-keygen', 'ss -')
 
 SS_HEAD = 'State Recv-Q Send-Q Local Address:Port Peer Address:PortProcess \n'
 MAIN = 'refs/heads/main'
@@ -162,6 +165,8 @@ class Machine(object):
         self.leaving = None         # a container that docker is removing
         self.volumes, self.networks = [], {}
         self.routes = 'default via 192.0.2.9 dev eth0\n'
+        self.nodes = {}             # {name: a machine of the swarm}, this one is `front`
+        self.services = {}          # {name: what docker's swarm knows of it}
         self.commits, self.refs, self.served, self.state = {}, {}, None, 'running'
         self.history, self.named, self.answers = set(), SHA, {}
         self.here = None            # another address at which its nginx answers
@@ -239,6 +244,8 @@ class Machine(object):
             return NginxConnection(self)
         if at.startswith('127.'):
             return dh.open_connection(place, timeout)
+        if any(task[1:] == (at, port, 'Running') for task in self.tasks()):
+            return io.BytesIO()
         for each in self.containers.values():
             if (each['address'], each['State']['Running']) == (at, True):
                 image = (self.find(each['Image']) or {}).get('Config') or {}
@@ -308,6 +315,11 @@ class Machine(object):
             self.networks[name] = {'Id': 'n%d' % self.next(), 'Driver': 'bridge',
                                    'Options': options.get('--opt', ''),
                                    'IPAM': {'Config': [pool]}}
+        elif verb == 'connect':
+            found = self.find(name)
+            if dh.OVERLAY in found.setdefault('also', []):
+                return Result(1, '', 'endpoint with name x already exists in network y\n')
+            found['also'].append(dh.OVERLAY)
         elif name not in self.networks:
             return Result(1, '[]\n', 'Error response from daemon: network x not found\n')
         elif verb == 'rm':
@@ -328,6 +340,143 @@ class Machine(object):
         if 'fail' in text:
             del self.images[tag]
             return Result(1, '', '')
+
+    # docker's swarm
+
+    def spread(self, *names):
+        """Let it be the front of machines of these names."""
+        for at, name in enumerate(('front',) + names, 1):
+            self.nodes[name] = {'address': '192.0.2.%d' % (10 + at), 'labels': {},
+                                'images': {}, 'state': 'ready'}
+        self.networks[dh.OVERLAY] = {'Id': 'n%d' % self.next(), 'Driver': 'overlay',
+                                     'Options': '', 'IPAM': {'Config': [{}]}}
+        self.write(dh.MACHINES, '10.87\n')
+
+    def tasks(self):
+        """[(service, address, port, state)] of what the swarm has tried to run."""
+        found = []
+        for name, service in sorted(self.services.items()):
+            label, _, image = service['where'].partition('==')
+            able = [node for _, node in sorted(self.nodes.items())
+                    if node['labels'].get(label) == image and node['state'] == 'ready']
+            state = 'Failed' if 'dies' in image else 'Running'
+            for node in able[:service['count']]:
+                assert node['images'] is self.nodes['front']['images'] or (
+                    image in node['images'].values())
+                found.append((name, node['address'], service['port'], state))
+        return found
+
+    def node_at(self, address):
+        return [(name, node) for name, node in self.nodes.items()
+                if node['address'] == address][0]
+
+    def docker_node(self, _, verb, *words):
+        if verb == 'ls':
+            return '\n'.join(sorted(self.nodes))
+        if verb == 'inspect':
+            return json.dumps([self.described_node(name) for name in words])
+        if verb == 'ps':
+            address = self.nodes[words[-1]]['address']
+            return '\n'.join(task[0] + '.1' for task in self.tasks()
+                             if task[1] == address)
+        assert verb == 'update'
+        labels = self.nodes[words[-1]]['labels']
+        if words[0] == '--label-add':
+            name, _, value = words[1].partition('=')
+            labels[name] = value
+        else:
+            assert words[0] == '--label-rm'
+            del labels[words[1]]
+
+    def described_node(self, name):
+        node = self.nodes[name]
+        described = {
+            'ID': name, 'Spec': {'Labels': node['labels'], 'Availability': 'active'},
+            'Description': {'Hostname': name, 'Platform': {'Architecture': 'x86_64'},
+                            'Engine': {'EngineVersion': '28.1.0'}},
+            'Status': {'State': node['state'], 'Addr': node['address']}}
+        if name == 'front':
+            described['ManagerStatus'] = {'Addr': node['address'] + ':2377'}
+        return described
+
+    def docker_service(self, _, verb, *words):
+        gone = Result(1, '', 'no such service: x\n')
+        if verb == 'create':
+            said = dict(word.partition('=')[::2] for word in words if word[:2] == '--')
+            if said['--name'] in self.services:
+                return Result(1, '', 'rpc error: name conflicts with an existing object\n')
+            self.services[said['--name']] = {
+                'count': int(said['--replicas']), 'words': list(words),
+                'where': said['--constraint'][len('node.labels.'):],
+                'port': int(said['--publish'].rpartition('=')[2])}
+        elif verb == 'scale':
+            name, _, count = words[1].partition('=')
+            if name not in self.services:
+                return gone
+            self.services[name]['count'] = int(count)
+        elif verb == 'ls':
+            return ''.join('%s 0/%d\n' % (name, service['count'])
+                           for name, service in sorted(self.services.items()))
+        elif verb == 'ps':
+            if words[-1] not in self.services:
+                return gone
+            return ''.join('%s-%s\t%s\tRunning\t%s 1 second ago\t%s\n' % (
+                name, address, self.node_at(address)[0], state,
+                'it fell over' if state == 'Failed' else '')
+                for name, address, _, state in self.tasks() if name == words[-1])
+        elif verb == 'rm':
+            return None if self.services.pop(words[0], None) else gone
+        else:
+            assert verb == 'logs'
+            self.each('its last words')
+
+    def docker_save(self, _, option, path, tag):
+        """As the real one has it, but that a layer holds its own name."""
+        image, files = self.images[tag], {}
+        layers = ['%s/layer.tar' % layer for layer in image['RootFS']['Layers']]
+        files['manifest.json'] = json.dumps([{'Layers': layers}])
+        files['image'] = json.dumps([tag, image['Id']])
+        files.update((layer, layer) for layer in layers)
+        with tarfile.open(path, 'w') as target:
+            for name in sorted(files):
+                member = tarfile.TarInfo(name)
+                member.size = len(files[name])
+                target.addfile(member, io.BytesIO(files[name].encode()))
+
+    def sh(self, _, script, name, *words):
+        """A script of dockhand's for a machine, on the front."""
+        return self.on_node('front', script, words)
+
+    def ssh(self, *words):
+        name, node = self.node_at(words[-2].partition('@')[2])
+        if node['state'] != 'ready':
+            return Result(255, '', 'ssh: connect to host x port 22: No route to host\n')
+        said = shlex.split(words[-1])
+        assert said[:2] == ['sh', '-c']
+        return self.on_node(name, said[2], said[4:])
+
+    def on_node(self, name, script, words):
+        images = self.nodes[name]['images']
+        if script == dh.DESCRIBE_IMAGES:
+            return json.dumps([{'Id': image, 'RootFS': {'Layers': [image]}}
+                               for image in set(images.values())])
+        if script == dh.TAKE_IMAGE:
+            with tarfile.open(fileobj=self.stdin) as whole:
+                held = whole.extractfile('image').read().decode()
+                there = set(image for image in images.values())
+                for layer in json.loads(
+                        whole.extractfile('manifest.json').read().decode())[0]['Layers']:
+                    assert layer in whole.getnames() or layer.split('/')[0] in there
+            tag, image = json.loads(held)
+            images[tag] = image
+            return image
+        if script == dh.TAG_IMAGE:
+            images[words[0]] = words[1]
+            return words[1]
+        if script == dh.DROP_IMAGE:
+            images.pop(words[0], None)
+            return
+        assert script in (dh.DROP_CONTAINERS, dh.FREE_DISK), script
 
     def docker_tag(self, _, source, target):
         self.images[target] = self.find(source)
@@ -894,8 +1043,11 @@ class Machine(object):
         return found
 
     def running(self):
-        return sorted(each['Image'] for each in self.containers.values()
-                      if each['State']['Running'])
+        there = [each['Image'] for each in self.containers.values()
+                 if each['State']['Running']]
+        there += [service['where'].partition('==')[2]
+                  for service in self.services.values() if service['count']]
+        return sorted(there)
 
     def whole(self):
         """All that must be as before when a deploy of release 2 fails."""
@@ -974,7 +1126,8 @@ def image(dockerfile):
     if 'HEALTHCHECK' in dockerfile:
         config['Healthcheck'] = {'Test': ['CMD', 'true']}
     return {'Id': 'sha256:' + re.sub(r'\W', '', dockerfile.partition('\n')[0]),
-            'Size': 5000000, 'Config': config}
+            'Size': 5000000, 'Config': config,
+            'RootFS': {'Layers': [re.sub(r'\W', '', dockerfile)]}}
 
 def content(path, mode):
     if stat.S_ISLNK(mode):
@@ -1013,7 +1166,8 @@ def switch_steps(host, old, new, run=True):
     return steps + ([lambda: engine.start(new)] if run else [])
 
 # What a release with a job has not, and a plain one only once its image is known.
-OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'addresses': []}
+OF_A_JOB = {'port': 0, 'web': False, 'volumes': [], 'addresses': [], 'machines': [],
+            'published': 0}
 
 def release(**changes):
     """The dh.Release of a plain web app, changed by keywords."""
@@ -1023,10 +1177,11 @@ def release(**changes):
                   crontab='')
     return dh.Release(**dict(fields, **changes))
 
-def half_deployed(machine, steps=99, files=None):
+def half_deployed(machine, steps=99, files=None, **config):
     """A crash after so many steps of a switch to release 2."""
     one, two = files or (FILES, FILES_2)
-    live, new = machine.lives(one), machine.release(2, SHA_2, two)
+    live = machine.lives(one, **config)
+    new = machine.release(2, SHA_2, two, **config)
     machine.app.set_link('pending', new)
     acts = [lambda: dh.engine_of(machine.app, new).prepare(new)]
     acts += switch_steps(machine.host, live, new)

@@ -28,7 +28,7 @@ from machine import (
     keys_text)
 
 HELD = '''images containers jobs commits refs served count volumes networks
-    ordered caught certified'''.split()
+    ordered caught certified nodes services'''.split()
 DATA = 'blog--data'
 LOOKING = 'fspath read stat lstat fstat statvfs listdir readlink fdopen __exit__'.split()
 FREEING = 'unlink remove rmdir truncate chmod chown fchmod fchown'.split()
@@ -42,11 +42,11 @@ MOST = 8                            # processes at a time
 # (files of release 1, of release 2): of a job app, of a web app that is handed over, of
 # one that is stopped first for its VOLUME, of a job app that becomes a plain one, of a
 # web app that has https, of one with a worker beside its web process, of one that has a
-# crontab
+# crontab, of one with a worker that runs on several machines
 KINDS_OF_APP = {'job': (FILES, FILES_2), 'web': (ONE_WEB, TWO_WEB),
                 'data': (ONE_DATA, TWO_DATA), 'turned': (FILES, TWO_WEB),
                 'https': (ONE_NAMED, TWO_NAMED), 'types': (ONE_TYPES, TWO_TYPES),
-                'cron': (ONE_CRON, TWO_CRON)}
+                'cron': (ONE_CRON, TWO_CRON), 'machines': (ONE_TYPES, TWO_TYPES)}
 
 def deploy_two(machine):
     dh.deploy(machine.app, 'anna', MAIN, machine.refs.get(MAIN, ZERO), SHA_2)
@@ -69,6 +69,7 @@ RUNS = [('first', 'none'), ('first', 'upstart'), ('deploy', 'systemd'),
     ('deploy', 'none https'), ('rollback', 'none https'), ('deploy', 'none types'),
     ('rollback', 'none types')] + [
     (act, 'none cron') for act in ('first', 'deploy', 'rollback')] + [
+    (act, 'none machines') for act in ('deploy', 'rollback')] + [
     ('deploy', 'none web late'), ('rollback', 'none web late'),
     ('deploy', 'none types late'), ('deploy', 'upstart job late')]
 
@@ -119,6 +120,7 @@ def about_to(act, init, folder):
     """A Machine on which an act can begin. init: and the kind of the app after it, and
     `late` where what is begun beside something else is done as late as can be"""
     one, two = KINDS_OF_APP[(init.split() + ['job'])[1]]
+    config = {'machines': 'all'} if init.endswith(' machines') else {}
     root = os.path.join(folder, 'machine')
     if act == 'import':
         old = Machine(root + '-old', init.split()[0])
@@ -128,6 +130,8 @@ def about_to(act, init, folder):
         return fresh_machine(root, init.split()[0])
 
     machine = Machine(root, init.split()[0])
+    if init.endswith(' machines'):
+        machine.spread('web2', 'web3')
     if act == 'first':
         machine.nginx()
         machine.host.nginx.restore('blog', None)
@@ -135,11 +139,11 @@ def about_to(act, init, folder):
     elif act == 'export':
         with_data(machine, one)
     elif act in ('deploy', 'config', 'stop', 'start', 'https'):
-        machine.lives(one, A='1')
+        machine.lives(one, A='1', **config)
         if act == 'start':
             dh.cmd_stop(machine.app)
     else:
-        machine.app.set_link('live', half_deployed(machine, files=(one, two)))
+        machine.app.set_link('live', half_deployed(machine, files=(one, two), **config))
         dh.cmd_recover(machine.host)
     machine.commits[SHA_2] = two
     if init.endswith(' https') and act != 'https':
@@ -255,13 +259,18 @@ def standing(machine):
             for release in machine.app.kept()]
     found.update(refs=sorted(machine.refs.items()), running=machine.running(), kept=kept,
                  jobs=sorted(machine.jobs), served=sorted(machine.served.items()),
+                 machines=sorted((name, sorted(node['labels'].items()),
+                                  sorted(node['images'].items()))
+                                 for name, node in machine.nodes.items()),
+                 services=sorted((name, service['count'], service['port'])
+                                 for name, service in machine.services.items()),
                  certified=machine.certified)
     return dict((name, str(value)) for name, value in found.items())
 
 def unnumbered(state):
     """A state whose live release has no number."""
     live = re.search(r'releases/(\d+)', state[STORE + '/live'])
-    pattern = r'(releases/|blog:|blog--|dockhand/|"number": )%s\b' % live.group(1)
+    pattern = r'(releases/|blog:|blog--|blog\.|dockhand/|"number": )%s\b' % live.group(1)
     return dict([re.sub(pattern, r'\1N', text) for text in item]
                 for item in state.items())
 
