@@ -2302,7 +2302,7 @@ def foreign_names(options, app):
         if name in ('net', 'network'):
             fields = [field.partition('=') for field in value.split(',')]
             network = dict((key, said) for key, _, said in fields).get('name', value)
-            joins_ours = joins_ours or network == NETWORK
+            joins_ours = joins_ours or network in (NETWORK, OVERLAY)
             for key, equals, said in fields:
                 if equals and key in ('alias', 'ip'):
                     answers_to.append((word, said))
@@ -2486,8 +2486,8 @@ def service_words(release, env_file, front, init):
     # With a dot it would stand in the way of a real site of that name.
     if '.' not in app:
         network += ',alias=' + app
-    words = ['--name=' + process.name, '--replicas=0', '--detach', '--no-resolve-image',
-             '--endpoint-mode=dnsrr', '--network=' + network,
+    words = ['--name=' + service_name(process), '--replicas=0', '--detach',
+             '--no-resolve-image', '--endpoint-mode=dnsrr', '--network=' + network,
              '--publish=mode=host,target=%d,published=%d' % (release.port,
                                                             release.published),
              '--constraint=node.labels.%s==%s' % (machine_label(release), release.image),
@@ -2505,6 +2505,15 @@ def service_words(release, env_file, front, init):
     if not any(word.startswith('--limit-pids') for word in given):
         words.append(PIDS_CAP.replace('--pids-limit', '--limit-pids'))
     return words + [release.image] + (process.command or []), env
+
+def service_name(process):
+    """What the service of a process is called: as its container would be, but that no
+    service may have a dot in its name."""
+    return process.name.replace('.', '-_')
+
+def app_of_service(name):
+    """The app whose service, or a task of it, is called so."""
+    return name.rpartition('--')[0].replace('-_', '.')
 
 def machine_label(release):
     """The label of a machine that has the image of a release; its value is the id."""
@@ -5165,6 +5174,9 @@ def is_up(machine):
     """Whether docker's manager hears of a machine, and may have it run something."""
     return machine.state == 'ready' and machine.is_active
 
+def state_text(machine):
+    return machine.state if machine.is_active else 'drained'
+
 # A task of a service: a container of it on a machine. state: docker's word and since when
 Task = namedtuple('Task', 'id machine wanted state error')
 
@@ -5190,6 +5202,7 @@ class Machines(object):
     """The machines of docker's swarm: this server, and those that it was told of."""
     def __init__(self, host):
         self.host = host
+        self.patience = NODE_PATIENCE   # until docker's manager answers, once for all
 
     def are_any(self):
         """Whether there are others; docker is not asked."""
@@ -5205,12 +5218,11 @@ class Machines(object):
         import json
         if not self.are_any():
             return []
-        clock = self.host.clock
-        deadline = clock.monotonic() + NODE_PATIENCE
         argv = ['docker', 'node', 'ls', '-q']
         listed = self.host.ask(argv)
-        while listed.status and clock.monotonic() < deadline:
-            clock.sleep(0.5)
+        while listed.status and self.patience > 0:
+            self.host.clock.sleep(0.5)
+            self.patience -= 0.5
             listed = self.host.ask(argv)
         self.host.check_result(listed, argv, NEVER)
 
@@ -5246,9 +5258,9 @@ class Machines(object):
 
     # Images
 
-    def ship(self, machine, tag, image):
+    def ship(self, machine, tag, image, save):
         """Bring an image to a machine, but for those of its layers that this has; gives
-        the bytes that were sent. image: its id"""
+        the bytes that were sent. image: its id; save: as `saving` gives it"""
         layers = self.host.docker.inspect(tag)[0]['RootFS']['Layers']
         there = read_jsons(self.told(machine, DESCRIBE_IMAGES))
         sent = 0
@@ -5257,27 +5269,31 @@ class Machines(object):
         else:
             chains = [found['RootFS'].get('Layers') or [] for found in there]
             count = common_layers(layers, chains)
-            with self.saved(tag) as path:
-                got, sent = self.send(machine, path, tag, count)
+            got, sent = self.send(machine, save(), tag, count)
         refuse_if(got.strip() != image, '%s: docker there gives the image another id, as '
                   'with another image store than here', machine.name)
         return sent
 
     @contextmanager
-    def saved(self, tag):
-        """Inside a `with`, the path of a file with an image as `docker save` has it."""
-        sweep_streams(self.host)
+    def saving(self, tag):
+        """Inside a `with`, a function that gives the path of a file with an image as
+        `docker save` has it: written once, if anybody wants it."""
         path = stream_path(self.host) + '.image'
-        make_folder(os.path.dirname(path), 0o711)
+
+        def save():
+            if not os.path.exists(path):
+                sweep_streams(self.host)
+                make_folder(os.path.dirname(path), 0o711)
+                self.host.run(['docker', 'save', '-o', path, tag])
+            return path
         try:
-            self.host.run(['docker', 'save', '-o', path, tag])
-            yield path
+            yield save
         finally:
             remove_file(path)
 
     def send(self, machine, path, tag, count):
         """Send a machine an image without its first layers: (what it says then, the bytes
-        that were sent). path: as `saved` gives it; count: how many layers"""
+        that were sent). path: of all of it, as saved; count: how many layers"""
         import tarfile
         reduced = path + '.part'
         try:
@@ -5300,24 +5316,29 @@ class Machines(object):
     def bring(self, release, tag):
         """Have all machines that can be reached have a release's image, and be labelled
         for it: ([Machine] that have it and are up, ['web3 is down'] of the others)."""
-        label = machine_label(release)
         having = []
         wrong = []
-        for machine in self.all():
-            if not is_up(machine):
-                state = machine.state if machine.is_active else 'drained'
-                wrong.append('%s is %s' % (machine.name, state))
-                continue
-            try:
-                if machine.labels.get(label) != release.image:
-                    if not machine.is_front:
-                        sent = self.ship(machine, tag, release.image)
-                        detail('%.1f MB to %s', sent / 1e6, machine.name)
-                    self.label(machine, '--label-add', '%s=%s' % (label, release.image))
-                having.append(machine)
-            except Failure as problem:
-                wrong.append(str(problem))
+        with self.saving(tag) as save:
+            for machine in self.all():
+                if not is_up(machine):
+                    wrong.append('%s is %s' % (machine.name, state_text(machine)))
+                    continue
+                try:
+                    self.bring_to(machine, release, tag, save)
+                    having.append(machine)
+                except Failure as problem:
+                    wrong.append(str(problem))
         return having, wrong
+
+    def bring_to(self, machine, release, tag, save):
+        """The same for one machine; Failure where that cannot be had."""
+        label = machine_label(release)
+        if machine.labels.get(label) == release.image:
+            return
+        if not machine.is_front:
+            sent = self.ship(machine, tag, release.image, save)
+            detail('%.1f MB to %s', sent / 1e6, machine.name)
+        self.label(machine, '--label-add', '%s=%s' % (label, release.image))
 
     def drop(self, machine, label):
         """Take the image of a release from a machine, and then the label for it, if it
@@ -5326,8 +5347,8 @@ class Machines(object):
         if not machine.is_front:
             if not is_up(machine):
                 return False
-            gone = self.ask(machine, DROP_IMAGE, '%s:%d' % (app, number),
-                            '%s--%d' % (app, number))
+            service = '%s--%d' % (app.replace('.', '-_'), number)
+            gone = self.ask(machine, DROP_IMAGE, '%s:%d' % (app, number), service)
             if gone.status:
                 return False
         if label in machine.labels:
@@ -6811,10 +6832,10 @@ class Engine(object):
         one for them all."""
         return []
 
-    def log_words(self, process):
-        """The command that prints the log of one of these, but for its options and the
-        name."""
-        return ['docker', 'logs']
+    def log_of(self, process):
+        """The command that prints the log of one of these, without options, and the name
+        that comes last."""
+        return ['docker', 'logs'], process.name
 
     def container_here(self, process):
         """The name of the container of one of these, on this server; or Failure."""
@@ -7279,7 +7300,7 @@ class Swarm(Containers):
 
     def service(self, release):
         """The name of its service, '' where this part of it has none."""
-        return ''.join(process.name for process in processes_of(front_of(release)))
+        return ''.join(map(service_name, processes_of(front_of(release))))
 
     def check(self, release):
         refuse_if(not self.host.machines.are_any(), 'machines=%s, and there are none: '
@@ -7373,9 +7394,6 @@ class Swarm(Containers):
         yield
         self.settle(release)
 
-    def revives(self, release):
-        return True
-
     def state(self, release):
         states = []
         service = self.service(release)
@@ -7441,23 +7459,26 @@ class Swarm(Containers):
                 machines.drop(machine, label)
         Containers.remove(self, release)
 
-    def log_words(self, process):
+    def names_taken(self, release):
+        service = self.service(release)
+        return ([service] if service else []) + self.own_names(release)
+
+    def log_of(self, process):
         if process.type in FRONT:
-            return ['docker', 'service', 'logs', '--no-task-ids']
-        return Containers.log_words(self, process)
+            return ['docker', 'service', 'logs', '--no-task-ids'], service_name(process)
+        return Containers.log_of(self, process)
 
     def logs_command(self, release, lines, *follow):
-        process = processes_of(release)[0]
-        words = tuple(self.log_words(process))
-        return words + ('--tail', lines) + follow + (process.name,)
+        words, name = self.log_of(processes_of(release)[0])
+        return tuple(words) + ('--tail', lines) + follow + (name,)
 
     def container_here(self, process):
         if process.type not in FRONT:
             return process.name
-        label = 'label=com.docker.swarm.service.name=' + process.name
+        service = service_name(process)
+        label = 'label=com.docker.swarm.service.name=' + service
         here = self.host.run(['docker', 'ps', '-q', '--filter', label]).split()
-        refuse_if(not here, 'it runs on other machines: docker service ps %s',
-                  process.name)
+        refuse_if(not here, 'it runs on other machines: docker service ps %s', service)
         return here[0]
 
 def is_at_work(task):
@@ -9999,8 +10020,8 @@ def log_readers(app, live, title):
         own_title = title_of(process)
         if title in (None, own_title, process.type or 'web'):
             shown_title = own_title if len(processes) > 1 else ''
-            words = engine.log_words(process)
-            readers.append(LogReader(shown_title, process.name, words))
+            words, name = engine.log_of(process)
+            readers.append(LogReader(shown_title, name, words))
     return readers
 
 # ---- One-off commands: run, and enter --------------------------------------------------
@@ -11293,7 +11314,8 @@ def try_image(host, machine):
             for tag, below in zip(tags, [None, tags[0]]):
                 make_trial(host, folder, tag, below)
                 image = host.docker.inspect(tag)[0]['Id']
-                host.machines.ship(machine, tag, image)
+                with host.machines.saving(tag) as save:
+                    host.machines.ship(machine, tag, image, save)
         finally:
             host.machines.ask(machine, DROP_IMAGES, *reversed(tags))
             host.ask(['docker', 'rmi'] + list(reversed(tags)))
@@ -11399,8 +11421,8 @@ def is_kept(host, name, number):
 
 def describe_machine(host, machine):
     """What `machines` shows of a machine."""
-    state = machine.state if machine.is_active else 'drained'
-    found = {'name': machine.name, 'address': machine.address, 'state': state,
+    found = {'name': machine.name, 'address': machine.address,
+             'state': state_text(machine),
              'front': machine.is_front, 'processor': machine.kind,
              'docker': machine.docker, 'disk_free': None, 'runs': []}
     if machine.state != 'ready':
@@ -11412,7 +11434,7 @@ def describe_machine(host, machine):
     argv = ['docker', 'node', 'ps', '--filter', 'desired-state=running', '--format',
             '{{.Name}}', machine.id]
     names = host.run(argv).split()
-    found['runs'] = sorted(set(name.rpartition('--')[0] for name in names))
+    found['runs'] = sorted(set(app_of_service(name) for name in names))
     return found
 
 FREE_DISK = 'df -Pk "$(docker info --format "{{.DockerRootDir}}")"'

@@ -1738,6 +1738,7 @@ def test_an_app_is_never_a_host_name_with_a_dot_on_the_network(app, alias):
     --net dockhand --net-alias shop               => only the app shop answers to that
     --net dockhand --network-alias=shop           => only the app shop answers to that
     --network name=dockhand,alias=shop            => only the app shop answers to that
+    --net dockhand--machines --net-alias shop     => only the app shop answers to that
     --network name=dockhand,ip=10.86.0.2          => only the app 10.86.0.2 answers
     --net=dockhand --ip 10.86.0.2                 => only the app 10.86.0.2 answers
     --net dockhand --name shop                    => only the app shop answers to that
@@ -5810,6 +5811,15 @@ def test_a_service_is_told_all_that_a_container_would_be():
         '--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 '
         '--limit-pids=4096 sha256:abc sh -c exec serve $PORT')
 
+def test_no_service_has_a_dot_in_its_name():
+    app = release(app='my.app', config={'machines': 'all'}, published=20007)
+    words, _ = dh.service_words(app, '/x/env', '10.0.0.1', init=False)
+    assert words[0] == '--name=my-_app--3' and '--network=name=dockhand--machines' in words
+    assert '--constraint=node.labels.dockhand.my.app.3==sha256:x' in words
+    assert dh.app_of_service('my-_app--3.1') == 'my.app'
+    assert dh.read_machine_label('dockhand.my.app.3') == ('my.app', 3)
+    assert dh.read_machine_label('other.my.app.3') is None
+
 @table('options, said', '''
     -v /srv:/data           => `--volume=/srv:/data` cannot be had on several machines
     -p 25:25                => `--publish=25:25` cannot be had on several machines
@@ -5922,6 +5932,9 @@ def test_a_push_reaches_each_machine_and_nginx_knows_them_all(spread, capfd):
     assert 'no gap' in capfd.readouterr().err
     for node in ('web2', 'web3'):
         assert sorted(spread.nodes[node]['images']) == ['blog:1', 'blog:2']
+    saves = [line for line in spread.done if line.startswith('docker save')]
+    assert len(saves) == 1 and saves[0].endswith('.image blog:2')
+    assert not dh.list_folder(spread.host.path(dh.STREAMS))
     dh.cmd_rollback(spread.app)
     assert [spread.services[name]['count'] for name in ('blog--1', 'blog--2')] == [3, 0]
 
@@ -5965,6 +5978,17 @@ def test_where_no_other_machine_takes_the_image_nothing_changes(spread):
     assert 'no other machine took its image: web2 is down; web3 is down' in refusal(
         spread.push, TWO_TYPES)
     assert spread.changed(before) == []
+
+def test_a_manager_that_does_not_come_is_waited_for_once(spread):
+    spread.broken['docker node ls'] = 10 ** 9
+    for _ in range(3):
+        assert 'docker node ls -q failed' in refusal(spread.host.machines.all)
+    assert spread.host.machines.patience == 0
+    spread.broken['docker node ls'] = 0
+    assert len(spread.host.machines.all()) == 3
+    spread.host.machines.patience = 5
+    spread.broken['docker node ls'] = 3
+    assert len(spread.host.machines.all()) == 3
 
 def test_an_app_comes_back_to_the_front_alone(spread):
     dh.cmd_config(spread.app, 'machines', unset=True)
@@ -15095,6 +15119,32 @@ def test_real_the_front_of_machines_loses_power_in_the_midst_of_pushes(server, s
         assert app.mark() == 'z', pushed.err
         return '%d of %d pushes live all the same; %s; names %.1f s after a reboot' % (
             through, size, asking.figures(), named)
+
+@drill('systemd', None, 50)
+def test_real_killed_pushes_to_machines_leave_one_whole_release(server, size):
+    with Fleet(4) as fleet:
+        front = fleet.front
+        for other in fleet.others:
+            fleet.add(other)
+        app = Plain(front, 'shop')
+        front.ok('dockhand config shop machines=all')
+        app.release('a')
+        begun = time.time()
+        app.release('b')
+        seconds = time.time() - begun
+
+        def killed(moment):
+            front.ok(KILLER, str(moment))
+
+        def recover():
+            front.ok('dockhand recover')
+            answers = fleet.answers('shop', 'shop.test')
+            assert answers == ['shop ' + app.mark()] * 3
+        with Watch(front, app) as watch:
+            said = interrupt(app, size, seconds, killed, recover)
+        assert watch.heard['shop'].count('') == 0
+        check_nothing_is_left(fleet, 'shop')
+        return '%s; %s' % (said, watch.figures())
 
 def check_reaches_database(fleet):
     """From every machine the app reaches what stays on the front by its name; after how
