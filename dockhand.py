@@ -11162,9 +11162,9 @@ def add_machine(host, target):
     stranger = Machine(None, address, address, False, '', True, {}, '', '')
     there = docker_of(host, stranger)
     check_fits(front, there, address)
-    refuse_if(there['Name'] in [machine.name for machine in machines.all()],
-              'another machine is called %s: hostnamectl set-hostname NAME, there',
-              printable(there['Name']))
+    taken = [front['Name']] + [machine.name for machine in machines.all()]
+    refuse_if(there['Name'] in taken, 'another machine is called %s: hostnamectl '
+              'set-hostname NAME, there, and restart docker', printable(there['Name']))
     own_address = address_towards(host, address)
     is_first = not machines.are_any()
     subnet = free_subnet(host) if is_first else machines.subnet()
@@ -11235,8 +11235,8 @@ def address_towards(host, address):
     """The address of this server by which a machine reaches it."""
     route = host.ask(['ip', '-4', 'route', 'get', address]).out
     found = re.search(r'\bsrc ([0-9.]+)', route)
-    refuse_if(not found or re.match('local', route), 'no route leads from here to %s',
-              address)
+    refuse_if(route.startswith('local'), '%s is this server itself', address)
+    refuse_if(not found, 'no route leads from here to %s', address)
     return found.group(1)
 
 def free_subnet(host):

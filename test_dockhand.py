@@ -5979,6 +5979,18 @@ def test_where_no_other_machine_takes_the_image_nothing_changes(spread):
         spread.push, TWO_TYPES)
     assert spread.changed(before) == []
 
+@pytest.mark.parametrize('routed, name, said', [
+    ('local 10.0.0.2 dev lo src 10.0.0.2', 'web2', '10.0.0.2 is this server itself'),
+    ('', 'web2', 'no route leads from here to 10.0.0.2'),
+    ('10.0.0.2 dev eth0 src 10.0.0.1', 'front', 'another machine is called front')])
+def test_a_machine_is_another_one_with_a_name_of_its_own(routed, name, said):
+    def run(argv):
+        if argv[0] == 'ip':
+            return Result(0, routed + '\n', '')
+        own = name if argv[0] == 'ssh' else 'front'
+        return Result(0, json.dumps(dict(DOCKER_INFO, Name=own)), '')
+    assert said in refusal(dh.add_machine, Host('/nowhere', run), 'root@10.0.0.2')
+
 def test_a_manager_that_does_not_come_is_waited_for_once(spread):
     spread.broken['docker node ls'] = 10 ** 9
     for _ in range(3):
