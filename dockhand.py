@@ -5164,6 +5164,7 @@ def read_machine(node):
     address = node['Status'].get('Addr', '')
     if manager.get('Addr'):         # that of a manager is told as 0.0.0.0 elsewhere
         address = manager['Addr'].rpartition(':')[0]
+
     return Machine(
         id=node['ID'], name=told['Hostname'], address=address, is_front=bool(manager),
         state=node['Status']['State'], is_active=node['Spec']['Availability'] == 'active',
@@ -5263,6 +5264,7 @@ class Machines(object):
         the bytes that were sent. image: its id; save: as `saving` gives it"""
         layers = self.host.docker.inspect(tag)[0]['RootFS']['Layers']
         there = read_jsons(self.told(machine, DESCRIBE_IMAGES))
+
         sent = 0
         if any(found['Id'] == image for found in there):
             got = self.told(machine, TAG_IMAGE, tag, image)
@@ -5307,6 +5309,7 @@ class Machines(object):
                         if member.isreg():
                             content = whole.extractfile(member)
                         part.addfile(member, content)
+
             with open(reduced, 'rb') as stream:
                 said = self.told(machine, TAKE_IMAGE, tag, stdin=stream)
             return said, os.path.getsize(reduced)
@@ -5351,6 +5354,7 @@ class Machines(object):
             gone = self.ask(machine, DROP_IMAGE, '%s:%d' % (app, number), service)
             if gone.status:
                 return False
+
         if label in machine.labels:
             self.label(machine, '--label-rm', label)
         return True
@@ -5413,11 +5417,13 @@ def files_left_out(whole, count):
     import json
     manifest = json.loads(to_text(whole.extractfile('manifest.json').read()))
     paths = manifest[0]['Layers']
-    links = dict((member.name, os.path.normpath(os.path.join(
-        os.path.dirname(member.name), member.linkname)))
-        for member in whole if member.issym())
+
+    # Docker before 25 writes a layer that an image has twice once, and a link to it.
     needed = set(paths[count:])
-    needed.update(links[path] for path in paths[count:] if path in links)
+    for member in whole:
+        if member.issym() and member.name in needed:
+            folder = os.path.dirname(member.name)
+            needed.add(os.path.normpath(os.path.join(folder, member.linkname)))
     return set(paths[:count]) - needed
 
 # ---- nginx -----------------------------------------------------------------------------
@@ -7306,10 +7312,12 @@ class Swarm(Containers):
         refuse_if(not self.host.machines.are_any(), 'machines=%s, and there are none: '
                   'dockhand machines add root@ADDRESS', release.config['machines'])
         Containers.check(self, release)
+
         wanted = release.config['machines']
         there = len(self.host.machines.all())
         refuse_if(wanted != 'all' and int(wanted) > there, 'machines=%s, and there are '
                   '%d: dockhand machines add root@ADDRESS', wanted, there)
+
         refuse_if('web' in scale_of(release), 'scale counts web, which runs once on each '
                   'machine: leave out one of machines and scale')
         for option in own_options(release):
@@ -7337,6 +7345,7 @@ class Swarm(Containers):
         if wrong:
             step('On %d of %d machines: %s', len(having), len(having) + len(wrong),
                  '; '.join(wrong))
+
         self.create_service(release)
         Containers.prepare(self, release)
 
@@ -7457,6 +7466,7 @@ class Swarm(Containers):
                 if machine.is_front:
                     machines.ask(machine, DROP_CONTAINERS, self.service(release))
                 machines.drop(machine, label)
+
         Containers.remove(self, release)
 
     def names_taken(self, release):
@@ -11314,6 +11324,7 @@ def try_image(host, machine):
             for tag, below in zip(tags, [None, tags[0]]):
                 make_trial(host, folder, tag, below)
                 image = host.docker.inspect(tag)[0]['Id']
+
                 with host.machines.saving(tag) as save:
                     host.machines.ship(machine, tag, image, save)
         finally:
@@ -11427,6 +11438,7 @@ def describe_machine(host, machine):
              'docker': machine.docker, 'disk_free': None, 'runs': []}
     if machine.state != 'ready':
         return found
+
     shown = host.machines.ask(machine, FREE_DISK)
     fields = shown.out.strip().rpartition('\n')[2].split()
     if shown.status == 0 and fields[3:] and fields[3].isdigit():
@@ -12029,6 +12041,7 @@ def machine_problems(host):
         elif found['disk_free'] < SPACE * 1000000:
             rows.append(('%s has %s free' % (name, size_text(found['disk_free'])),
                          'ssh root@%s docker image prune' % machine.address))
+
         lacking = [live.app for live in spread
                    if machine.labels.get(machine_label(live)) != live.image]
         if lacking:
