@@ -14921,7 +14921,7 @@ def test_real_jobs_go_on_without_dockhand_and_are_found_again(server, size):
 
 BROKEN = {'Dockerfile': REAL_WEB + 'EXPOSE 80\nCMD ["false"]\n'}
 
-@drill('systemd', 2, 10)
+@drill('systemd', 1, 10)
 def test_real_an_app_on_three_machines_is_deployed_without_a_gap(server, size):
     """Twelve clients with new connections, over deploys and rollbacks."""
     with Fleet(1) as fleet:
@@ -15090,7 +15090,7 @@ TALKING = {'Dockerfile': 'FROM tiny:1\nVOLUME /data\nEXPOSE 5432\n'
                          'CMD ["nc", "-ll", "-p", "5432", "-e", "echo", "of db"]\n'}
 ASKING = {'www/cgi-bin/ask': '#!/bin/sh\necho; echo $(nc -w 3 db 5432 </dev/null)\n'}
 
-@drill('upstart', 1, 12)
+@drill('upstart', None, 12)
 def test_real_the_front_of_machines_loses_power_in_the_midst_of_pushes(server, size):
     places = random.Random(SEED)
     with Fleet(3) as fleet:
