@@ -12889,7 +12889,7 @@ def cmd_report(app):
 
 @command('machines', '[add|remove] [NAME] [--json]')
 def cmd_machines(host, verb=None, name=None, json=False):
-    """list the machines that run apps, add one, or remove one
+    """list the machines that run apps, add or remove one
 
     machines add root@ADDRESS: a server with docker, at a fixed private address, that
     root of this one reaches by ssh. An app runs on so many by: config APP machines=3

@@ -6066,15 +6066,16 @@ def test_an_old_release_is_drained_when_no_request_can_reach_it(
     sockets.update((each, [60]) for each in held)
     plain.sockets = ss_lines(sockets, form)
     plain.process(60, 50, 'nginx: ' + title)
-    assert plain.host.nginx.is_drained(['10.86.0.2']) is drained
-    assert plain.host.nginx.is_drained(['10.86.0.9']) is (
-        drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
+    assert plain.host.nginx.is_drained([('10.86.0.2', 8000)]) is drained
+    for other in (('10.86.0.9', 8000), ('10.86.0.2', 8001)):
+        assert plain.host.nginx.is_drained([other]) is (
+            drained or held in ([CLIENT, TO_OLD], [TO_OLD]))
 
 def test_workers_of_another_nginx_do_not_count(plain):
     plain.nginx()
     plain.sockets = ss_lines({LISTEN: [59], CLIENT: [60], TO_OLD: [60]})
     plain.process(60, 1, 'nginx: ' + GOING)
-    assert plain.host.nginx.is_drained(['10.86.0.2'])
+    assert plain.host.nginx.is_drained([('10.86.0.2', 8000)])
 
 def test_ss_of_this_machine_tells_who_holds_a_connection():
     server = socket.socket()
@@ -8197,7 +8198,8 @@ def test_each_command_takes_what_its_pattern_promises():
         options = re.findall(r'\[--?([a-z]+)', pattern)
         words = re.sub(r'\[-.*?\]|\[.*\.\.\.\]', '', pattern).strip()
         words = words.replace('[N]', 'number').replace('[APP]', 'name')
-        words = words.replace('[PROCESS]', 'process')
+        words = words.replace('[PROCESS]', 'process').replace('[add|remove]', 'verb')
+        words = words.replace('[NAME]', 'name')
         words = words.strip('[]').lower().split()
         words = [word for word in words if word != 'app']       # it is an App by then
         taken = [] if code.co_flags & 8 else options            # **options takes any
@@ -12509,7 +12511,8 @@ BY_SSH = [
     ('start {}', 'manage'), ('rollback {}', 'manage'), ('rebuild {}', 'manage'),
     ('https {} --off', 'manage'), ('keys', 'admin'), ('doctor', 'admin'),
     ('upload-key nobody', 'admin'), ('remove-key nobody', 'admin'),
-    ('recover', 'admin'), ('install', 'root'), ('export', 'root'), ('export {}', 'root'),
+    ('recover', 'admin'), ('install', 'root'), ('machines', 'root'),
+    ('export', 'root'), ('export {}', 'root'),
     ('import', 'root'), ('uninstall', 'root'), ('destroy {} --force', 'manage')]
 LIMITED = [(('--admin',), 'read manage admin'), ((), 'read manage'),
            (('ask-', 'asked', '--read-only'), 'read'), (('--read-only',), 'read'),
@@ -13164,7 +13167,7 @@ def test_real_what_was_pruned_is_made_again(server, size):
     app = server.app('survivor')
     app.change('kept'), app.change('survivor')
     server.ok('docker rm -f $1 && dockhand recover', app.container())
-    assert app.answer() == 'survivor'
+    assert until(app.answer, 'survivor') == 'survivor'      # recover starts, and goes on
     server.ok('dockhand stop survivor && docker system prune -f && dockhand recover')
     assert app.answer() == '502'
     server.ok('dockhand start survivor')
