@@ -11160,10 +11160,7 @@ docker network rm docker_gwbridge >/dev/null 2>&1 || :'''
 
 def add_machine(host, target):
     """Have a machine run apps of this server. target: root@ADDRESS"""
-    address = re.sub('^root@', '', target)
-    refuse_if(not re.match(r'[0-9]+(\.[0-9]+){3}\Z', address) or target == address
-              or not is_address(address), 'wanted: machines add root@ADDRESS, the fixed '
-              'private address by which this server reaches it, as root@10.0.0.2')
+    address = machine_address(target)
     machines = host.machines
     refuse_if(address in [machine.address for machine in machines.all()],
               '%s is one of the machines already', address)
@@ -11195,8 +11192,18 @@ def add_machine(host, target):
         live = app.live()
         if live is not None:
             attempt(name, engine_of(app, live).join, live)
+
     log('machines: %s at %s is added by %s', machine.name, address, host.person())
     return machine
+
+def machine_address(target):
+    """The address in root@ADDRESS; Failure for anything else."""
+    user, _, address = target.partition('@')
+    is_plain = re.match(r'[0-9]+(\.[0-9]+){3}\Z', address) is not None
+    if user != 'root' or not is_plain or not is_address(address):
+        raise Failure('wanted: machines add root@ADDRESS, the fixed private address by '
+                      'which this server reaches it, as root@10.0.0.2')
+    return address
 
 def docker_of(host, machine):
     """What `docker info` says on a machine, as a dict; None is this server."""
