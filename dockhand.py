@@ -7009,11 +7009,15 @@ class Containers(Engine):
 
     def prepare(self, release):
         """Create the containers, so that the gap is a stop and a start, no more. Those of
-        a kept release are there. Until it is checked, docker starts none at boot."""
-        there = [process.name for process in self.own(release)
-                 if not self.create(release, process)]
-        if there:
-            self.docker.on_containers(there, 'update', '--restart', 'no')
+        a kept release are there, as a rule. Until it is checked, docker starts none at
+        boot."""
+        forbid = ('update', '--restart', 'no')
+        names = self.own_names(release)
+        was_live = release.turn is not None
+        if not was_live or not self.docker.on_containers(names, *forbid):
+            there = [process.name for process in self.own(release)
+                     if not self.create(release, process)]
+            self.docker.on_containers(there, *forbid)
         self.join(release)
 
     def join(self, release):
