@@ -6559,11 +6559,15 @@ def all_records(host):
         for number in app.numbers():
             yield read_json(app.release_folder(number) + '/release.json')
 
-def free_port(host):
-    """A port of all machines that no release of any app has."""
+def free_port(host, number):
+    """A port of all machines that no release of any app has. With each release an app
+    gets another, so that one which something else has there fails one push alone.
+    number: of the release"""
     taken = set(record.get('published') for record in all_records(host))
     first, last = MACHINE_PORTS
-    for port in range(first, last + 1):
+    count = last + 1 - first
+    for further in range(count):
+        port = first + (number + further) % count
         if port not in taken:
             return port
     raise Failure('no port from %d to %d is free on the machines', first, last)
@@ -7335,7 +7339,8 @@ class Swarm(Containers):
 
     def with_machines(self, release):
         addresses = [machine.address for machine in self.host.machines.all()]
-        return release._replace(machines=addresses, published=free_port(self.host))
+        port = free_port(self.host, release.number)
+        return release._replace(machines=addresses, published=port)
 
     def places(self, release):
         return [(address, release.published) for address in release.machines]
@@ -7417,33 +7422,43 @@ class Swarm(Containers):
         return joined_state(states)
 
     def service_state(self, release, service):
-        """The State of its service. Until it has passed its checks a task that ended is
-        one that it does not survive; afterwards docker starts another."""
+        """The State of its service, on the machines that are up."""
         machines = self.host.machines.all()
         up = dict((machine.name, machine) for machine in machines if is_up(machine))
-        tasks = self.host.machines.tasks(service)
+        tasks = [task for task in self.host.machines.tasks(service)
+                 if task.machine in up or is_wanted(task)]
         running = [task for task in tasks if task.machine in up
-                   and task.wanted == 'Running' and task.state.startswith('Running')]
-        ended = [task for task in tasks if task.machine in up
-                 and task.state.split(' ')[0] in ('Failed', 'Rejected', 'Complete')]
-        label = machine_label(release)
-        able = [machine for machine in up.values() if label in machine.labels]
-        wanted = min(self.wanted(release), len(able))
+                   and is_wanted(task) and word_of(task) == 'Running']
 
-        on_trial = self.app.linked_number('pending') == release.number
-        alive = True if running else None
-        text = spread_text(machines, running, self.wanted(release))
-        if not tasks:
-            alive = False
-            text = 'it runs on no machine'
-        elif on_trial and ended:
-            alive = False
-            text = 'on %s: %s' % (ended[0].machine, ended[0].error or ended[0].state)
-        elif on_trial and len(running) < wanted:
-            alive = None
-        identity = tuple(sorted(task.id for task in running))
-        places = [(up[task.machine].address, release.published) for task in running]
-        return State(alive, identity, places, '', text, '', [], text)
+        spread = spread_text(machines, running, self.wanted(release))
+        alive, reason = self.service_alive(release, tasks, running, up.values())
+        return State(
+            alive=alive,
+            identity=tuple(sorted(task.id for task in running)),
+            ports=[(up[task.machine].address, release.published) for task in running],
+            health='',
+            text=reason or spread,
+            past=spread)
+
+    def service_alive(self, release, tasks, running, up):
+        """(Whether its service is alive, as State has it; why not, in words). Until it
+        has passed its checks a task that ended is one that it does not survive;
+        afterwards docker starts another.
+        tasks: of it; running: those of them that run; up: [Machine]"""
+        nowhere = 'it runs on no machine'
+        if not any(map(is_wanted, tasks)):
+            # Docker's manager makes the tasks some time after the service is scaled.
+            are_coming = self.host.machines.wanted().get(self.service(release))
+            return None if are_coming else False, nowhere
+        if self.app.linked_number('pending') != release.number:
+            return True if running else None, ''
+
+        for task in tasks:
+            if word_of(task) in ('Failed', 'Rejected', 'Complete'):
+                return False, 'on %s: %s' % (task.machine, task.error or task.state)
+        able = [machine for machine in up if machine_label(release) in machine.labels]
+        wanted = min(self.wanted(release), len(able))
+        return True if running and len(running) >= wanted else None, ''
 
     @contextmanager
     def watched(self, release, is_first):
@@ -7479,7 +7494,7 @@ class Swarm(Containers):
 
     def log_of(self, process):
         if process.type in FRONT:
-            return ['docker', 'service', 'logs', '--no-task-ids'], service_name(process)
+            return ['docker', 'service', 'logs'], service_name(process)
         return Containers.log_of(self, process)
 
     def logs_command(self, release, lines, *follow):
@@ -7495,9 +7510,17 @@ class Swarm(Containers):
         refuse_if(not here, 'it runs on other machines: docker service ps %s', service)
         return here[0]
 
+def word_of(task):
+    """Docker's word for the state of a Task, without since when."""
+    return task.state.split(' ')[0]
+
+def is_wanted(task):
+    """Whether docker is to have a Task run, at once or after a pause."""
+    return task.wanted in ('Running', 'Ready')
+
 def is_at_work(task):
     """Whether a Task runs, or is about to."""
-    return task.state.split(' ')[0] not in (
+    return word_of(task) not in (
         'Shutdown', 'Complete', 'Failed', 'Rejected', 'Orphaned', 'Remove')
 
 def spread_text(machines, running, wanted):
@@ -9813,79 +9836,33 @@ def hang_up(host):
 # Docker keeps a log for each container. Who follows an app goes on to that of the next
 # release, and misses nothing that docker still has.
 
-STAMP = 31                      # bytes of the time before what docker kept, and a blank
 PIECE = 2 ** 14                 # bytes that it keeps as one: a longer line is several
-TIME = br'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z \Z'
+TIME = br'(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z) '
 TURN = 0.5                      # seconds until the live release is looked up again
 
-# What was printed at a time, to the end of its line or in pieces
-Printed = namedtuple('Printed', 'time text begins')
+# What was printed at a time, to the end of its line or in pieces. source: where, if there
+# are several places
+Printed = namedtuple('Printed', 'time text begins source')
 
-class LogReader(object):
-    """What a container has printed, as `docker logs --timestamps` gives it; it can be
-    asked again for what came later.
-    title: what is shown before each line, or ''; words: the command that prints it"""
-    def __init__(self, title, container, words=('docker', 'logs')):
-        self.title = title
-        self.container = container
-        self.words = list(words)
-        self.process = None
-        self.rest = b''                 # of what came, its last part
-        self.begins = True              # what comes next is the beginning of a line
-        self.last = b''                 # the time of what was given last,
-        self.at_last = 0                # and how much was given of that time
-        self.skipped = 0                # how much of that comes once more
+class Given(object):
+    """How much was given of what one container has printed."""
+    def __init__(self):
+        self.begins = True      # what comes next is the beginning of a line
+        self.last = b''         # the time of what was given last,
+        self.at_last = 0        # and how much was given of that time
+        self.resumed = b''      # from when on docker was asked once more,
+        self.skipped = 0        # and how much of that moment comes again
 
-    def begin(self, *words):
-        """Ask for it, with options of `docker logs`; again, from where it was left."""
-        from subprocess import PIPE, STDOUT, Popen
-        argv = self.words + ['--timestamps'] + list(words)
-        if self.last:
-            argv.append('--since=' + to_text(self.last).strip())
-        self.rest = b''
+    def resume(self):
+        self.resumed = self.last
         self.skipped = self.at_last
-        self.process = Popen(argv + [self.container], stdout=PIPE, stderr=STDOUT,
-                             close_fds=True, env=ENVIRONMENT)
 
-    def read(self):
-        """The [Printed] that has come, which may be none; None at the end."""
-        data = os.read(self.process.stdout.fileno(), 65536)
-        if not data:
-            self.end()
-            return None
-        return [printed for printed in self.split(data) if self.is_new(printed)]
-
-    def end(self):
-        if self.process is not None:
-            if self.process.poll() is None:
-                self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
-        self.process = None
-
-    def split(self, data):
-        """[Printed] of what docker wrote; what has not come whole is put aside."""
-        found = []
-        data = self.rest + data
-        at = 0
-        end = end_of_piece(data, at)
-        while end:
-            stamp = data[at:at + STAMP]
-            if re.match(TIME, stamp):               # else docker itself speaks
-                text = data[at + STAMP:end]
-                found.append(Printed(stamp, text, self.begins))
-                self.begins = text.endswith(b'\n')
-            at = end
-            end = end_of_piece(data, at)
-
-        self.rest = data[at:]
-        return found
-
-    def is_new(self, printed):
-        """Whether something was not given yet: docker is asked for all of the last
-        moment once more. It is noted as given."""
-        if printed.time != self.last:
-            self.last = printed.time
+    def is_new(self, moment):
+        """Whether what was printed at a moment was not given yet; it is noted as given."""
+        if moment < self.resumed:
+            return False
+        if moment != self.last:
+            self.last = moment
             self.at_last = 1
             self.skipped = 0
             return True
@@ -9897,13 +9874,109 @@ class LogReader(object):
         self.at_last += 1
         return True
 
-def end_of_piece(data, at):
+class LogReader(object):
+    """What a container has printed, as `docker logs --timestamps` gives it; it can be
+    asked again for what came later.
+    title: what is shown before each line, or ''; words: the command that prints it"""
+    HEAD = TIME + b'()()'       # what stands before it: also whose it is, and where
+
+    def __init__(self, title, container, words=('docker', 'logs')):
+        self.title = title
+        self.container = container
+        self.words = list(words)
+        self.process = None
+        self.rest = b''                 # of what came, its last part
+        self.given = {}                 # {whose it is: Given}
+
+    def begin(self, *words):
+        """Ask for it, with options of `docker logs`; again, from where it was left."""
+        from subprocess import PIPE, STDOUT, Popen
+        argv = self.words + ['--timestamps'] + list(words)
+        if self.given:
+            since = min(given.last for given in self.given.values())
+            argv.append('--since=' + to_text(since))
+        for given in self.given.values():
+            given.resume()
+        self.rest = b''
+        self.process = Popen(argv + [self.container], stdout=PIPE, stderr=STDOUT,
+                             close_fds=True, env=ENVIRONMENT)
+
+    def read(self):
+        """The [Printed] that has come, which may be none; None at the end."""
+        data = os.read(self.process.stdout.fileno(), 65536)
+        if not data:
+            self.end()
+            return None
+        return self.split(data)
+
+    def end(self):
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+        self.process = None
+
+    def split(self, data):
+        """[Printed] of what docker wrote, but for what was given; what has not come whole
+        is put aside."""
+        head_at = re.compile(self.HEAD).match
+        found = []
+        data = self.rest + data
+        at = 0
+        head = head_at(data, at)
+        end = end_of_piece(data, at, head)
+        while end:
+            if head:                                # else docker itself speaks
+                found += self.new_piece(head, data[head.end():end])
+            at = end
+            head = head_at(data, at)
+            end = end_of_piece(data, at, head)
+
+        self.rest = data[at:]
+        return found
+
+    def new_piece(self, head, text):
+        """[Printed] of a piece, none where that was given. head: the match of HEAD"""
+        moment, whose, source = head.groups()
+        given = self.given.setdefault(whose, Given())
+        begins = given.begins
+        given.begins = text.endswith(b'\n')
+        if given.is_new(moment):
+            return [Printed(moment, text, begins, to_text(source))]
+        return []
+
+    def printed(self):
+        """Each Printed until its end, by time."""
+        for several in iter(self.read, None):
+            for each in several:
+                yield each
+
+class ServiceReader(LogReader):
+    """The same of a service, as `docker service logs` gives it: of each of its containers
+    by time, but these in any order."""
+    HEAD = TIME + br'(\S+@(\S+)) *\| '
+
+    def printed(self):
+        """By time where these are so many at most that came at once."""
+        import heapq
+        waiting = []
+        for number, each in enumerate(LogReader.printed(self)):
+            heapq.heappush(waiting, (each.time, number, each))
+            if len(waiting) > SORTED:
+                yield heapq.heappop(waiting)[-1]
+        while waiting:
+            yield heapq.heappop(waiting)[-1]
+
+SORTED = 5000                   # lines of a service that are put in order
+
+def end_of_piece(data, at, head):
     """Where what begins at a place of docker's output ends; 0 where that has not come
-    yet."""
-    begin = at + STAMP
-    if not re.match(TIME, data[at:begin]):
+    yet. head: a match of what stands before it, or None"""
+    if not head:
         return data.find(b'\n', at) + 1
 
+    begin = head.end()
     end = data.find(b'\n', begin, begin + PIECE + 1) + 1
     if not end and len(data) > begin + PIECE:
         return begin + PIECE
@@ -9912,14 +9985,14 @@ def end_of_piece(data, at):
 def printed_by(reader, number):
     """Each Printed of a reader until its end, so that they can be put in order: by time,
     and of one moment by the reader's number, since readers cannot be compared."""
-    for several in iter(reader.read, None):
-        for printed in several:
-            yield printed.time, number, printed, reader
+    for printed in reader.printed():
+        yield printed.time, number, printed, reader
 
 def show_printed(printed, reader):
     text = printed.text
-    if printed.begins and reader.title:
-        text = to_bytes(reader.title + ' | ') + text
+    title = '@'.join(filter(None, [reader.title, printed.source]))
+    if printed.begins and title:
+        text = to_bytes(title + ' | ') + text
     write_whole(text)
 
 def write_whole(data):
@@ -9972,7 +10045,7 @@ class Follower(object):
         """Have a reader go on from what it gave last. If it gave nothing yet, all is new
         that was printed since we are here: that a container is started docker notes too
         late, when its first lines may have been printed."""
-        if reader.last:
+        if reader.given:
             reader.begin('--follow')
         else:
             reader.begin('--follow', '--since=' + self.begun)
@@ -10035,7 +10108,8 @@ def log_readers(app, live, title):
         if title in (None, own_title, process.type or 'web'):
             shown_title = own_title if len(processes) > 1 else ''
             words, name = engine.log_of(process)
-            readers.append(LogReader(shown_title, name, words))
+            kind = ServiceReader if 'service' in words else LogReader
+            readers.append(kind(shown_title, name, words))
     return readers
 
 # ---- One-off commands: run, and enter --------------------------------------------------

@@ -5909,7 +5909,7 @@ def spread(plain):
     plain.lives(ONE_TYPES, machines='all')
     return plain
 
-PLACES = [('192.0.2.%d' % at, 20000) for at in (11, 12, 13)]
+PLACES = [('192.0.2.%d' % at, 20001) for at in (11, 12, 13)]
 
 def test_a_push_reaches_each_machine_and_nginx_knows_them_all(spread, capfd):
     live = spread.app.live()
@@ -5917,12 +5917,12 @@ def test_a_push_reaches_each_machine_and_nginx_knows_them_all(spread, capfd):
     spread.push(TWO_TYPES)
     live = spread.app.live()
     assert (live.number, live.published, live.machines) == (
-        2, 20001, [place[0] for place in PLACES])
+        2, 20002, [place[0] for place in PLACES])
     assert sorted(spread.services) == ['blog--1', 'blog--2']
     assert [spread.services[name]['count'] for name in ('blog--1', 'blog--2')] == [0, 3]
     assert sorted(task[1:] for task in spread.tasks()) == [
-        (address, 20001, 'Running') for address, _ in PLACES]
-    assert spread.read('/etc/nginx/conf.d/blog.conf').count(':20001 ') == 6
+        (address, 20002, 'Running') for address, _ in PLACES]
+    assert spread.read('/etc/nginx/conf.d/blog.conf').count(':20002 ') == 6
     assert spread.containers['blog--2--worker']['State']['Running']
     assert spread.containers['blog--2--worker']['also'] == [dh.OVERLAY]
     assert 'blog--2' not in spread.containers
@@ -5943,6 +5943,25 @@ def test_a_release_that_dies_there_is_forgotten_on_every_machine(spread):
     for node in spread.nodes.values():
         assert sorted(node['labels']) == ['dockhand.blog.1']
         assert 'blog:2' not in node['images']
+
+def test_a_port_that_something_else_has_there_fails_one_push_alone(spread):
+    files = dict(TWO_TYPES, Dockerfile='FROM dies\nEXPOSE 8000\n')
+    refusal(spread.push, files)
+    spread.push(TWO_TYPES)
+    assert spread.app.live().published == 20003
+    first, last = dh.MACHINE_PORTS
+    assert dh.free_port(spread.host, last + 1 - first) == first
+    assert dh.free_port(spread.host, last + 2 - first) == first + 2
+
+def test_what_a_person_scaled_to_nothing_is_started_by_recover(spread, capfd):
+    spread.services['blog--1']['count'] = 0
+    dh.cmd_recover(spread.host)
+    assert spread.services['blog--1']['count'] == 3
+    assert 'blog: release 1 did not run; starting it' in capfd.readouterr().err.replace(
+        'web of ', '')
+    del spread.services['blog--1']
+    dh.cmd_recover(spread.host)
+    assert spread.services['blog--1']['count'] == 3
 
 def test_a_machine_that_is_off_is_named_and_gets_later_what_it_missed(spread, capfd):
     spread.nodes['web3']['state'] = 'down'
@@ -10821,10 +10840,8 @@ def stamped(at, text):
 
 def split(reader, data, size):
     """What a reader makes of docker's output, so many bytes at a time."""
-    found = []
-    for at in range(0, len(data), size):
-        found += [each for each in reader.split(data[at:at + size]) if reader.is_new(each)]
-    return found
+    return [each for at in range(0, len(data), size)
+            for each in reader.split(data[at:at + size])]
 
 @pytest.mark.parametrize('size', [1, 7, 50, 10 ** 6])
 def test_lines_are_read_however_they_come(size):
@@ -10844,9 +10861,44 @@ def test_what_comes_once_more_is_shown_once(given, again):
     reader = dh.LogReader('', 'x')
     lines = [stamped(1, b'%s\n' % letter.encode()) for letter in 'abc']
     shown = split(reader, b''.join(lines[:len(given)]), 99)
-    reader.rest, reader.skipped = b'', reader.at_last
+    for each in reader.given.values():
+        each.resume()
     shown += split(reader, b''.join(lines) + stamped(2, b'd\n'), 99)
     assert b''.join(each.text[:1] for each in shown) == b'abcd'
+
+def served(at, task, text):
+    return stamped(at, b'shop--1.%s    | %s' % (task, text))
+
+@pytest.mark.parametrize('size', [1, 7, 50, 10 ** 6])
+def test_what_the_containers_of_a_service_print_is_shown_once_and_in_order(size):
+    """Of one after the other docker prints what it has, each by its time; asked again, it
+    begins with what was printed last by the one that is silent longest."""
+    long_line = b'x' * (dh.PIECE + 5)
+    first = (served(5, b'1.a@web1', b'late\n') + served(2, b'2.b@web2', b'early\n')
+             + b'no such task: x\n' + served(7, b'2.b@web2', long_line[:dh.PIECE])
+             + served(7, b'2.b@web2', long_line[dh.PIECE:] + b'\n'))
+    reader = dh.ServiceReader('web', 'x')
+    come = split(reader, first, size)
+    assert [(each.source, each.begins) for each in come] == [
+        ('web1', True), ('web2', True), ('web2', True), ('web2', False)]
+    parts = [come[:1], [], come[1:], None]
+    reader.read = lambda: parts.pop(0)
+    assert b''.join(each.text for each in reader.printed()) == (
+        b'early\nlate\n' + long_line + b'\n')
+
+    for each in reader.given.values():
+        each.resume()
+    again = split(reader, served(8, b'3.c@web3', b'newer\n') + first
+                  + served(6, b'1.a@web1', b'new\n'), size)
+    assert [each.text for each in again] == [b'newer\n', b'new\n']
+
+def test_of_which_machine_a_line_is_stands_before_it(monkeypatch):
+    shown = []
+    monkeypatch.setattr(dh, 'write_whole', shown.append)
+    line, = dh.ServiceReader('', 'x').split(served(1, b'1.a@web1', b'x\n'))
+    for title in ('', 'web'):
+        dh.show_printed(line, dh.ServiceReader(title, 'x'))
+    assert shown == [b'web1 | x\n', b'web@web1 | x\n']
 
 def test_of_a_new_release_all_is_followed_and_of_an_old_one_what_was_not_shown(
         plain, monkeypatch):
@@ -10866,13 +10918,13 @@ def test_of_a_new_release_all_is_followed_and_of_an_old_one_what_was_not_shown(
     follower.look_for_another()
     assert begun == [('blog--2', '--follow', '--since=T0')] and follower.older == [first]
 
-    first.last, first.process = b'T1', None
+    first.given, first.process = {b'': dh.Given()}, None
     dh.cmd_rollback(plain.app)
     follower.look_for_another()
     assert begun[1:] == [('blog--1', '--follow')]
     assert follower.readers == [first] and first not in follower.older
 
-    first.last, first.process = b'', None
+    first.given, first.process = {}, None
     follower.look_for_another()
     assert begun[2:] == [('blog--1', '--follow', '--since=T0')]
 
@@ -15003,16 +15055,16 @@ def test_real_a_machine_that_dies_takes_no_request_with_it(server, size):
             fleet.add(other)
         app = Plain(front, 'shop')
         front.ok('dockhand config shop machines=all')
-        app.deploy(app.files('a'))
+        app.deploy(taking_posts(app, 'a'))
 
-        with Load(app, new=6) as load:
+        with Load(app, new=6, post=6) as load:
             fleet.power(third, 'kill')
             begun = time.time()
             assert until(lambda: fleet.machines()[third.name]['state'], 'down', 40) == (
                 'down')
             heard = time.time() - begun
-            pushed = app.deploy(app.files('b'))
-        figures = load.check()
+            pushed = app.deploy(taking_posts(app, 'b'))
+        figures = load.check(posts=6)
         assert '%s is down' % third.name in pushed.err
         assert '2 of 3' in front.ok('dockhand apps')
 
@@ -15035,6 +15087,11 @@ def test_real_a_machine_that_dies_takes_no_request_with_it(server, size):
         moved = one_machine_alone(app, fleet)
         return 'down after %.1f s; booted in %.1f, serving %.1f s after machines; %s; %s; '\
                'one alone moved in %.1f s' % (heard, booted, served, figures, said, moved)
+
+def taking_posts(app, mark):
+    """The files of an app that answers a POST too."""
+    return app.files(mark, 'RUN chmod 755 /www/cgi-bin/post\n' + app.COMMAND, **{
+        'www/cgi-bin/post': '#!/bin/sh\necho; cat /www/index.html\n'})
 
 FULL_THERE = 'mount -t tmpfs -o size=4k tmpfs /var/lib/docker/tmp'
 CLOSED_THERE = 'mv /root/.ssh/authorized_keys /root/closed'

@@ -1132,6 +1132,9 @@ def upload(connection):
         time.sleep(1)
         connection.send(b'x' * 1000)
 
+def post(connection):
+    connection.request('POST', '/cgi-bin/post', 'x', headers={'Host': name + '.test'})
+
 def late(connection):
     connection.connect()
     time.sleep(2)
@@ -1177,8 +1180,8 @@ def kept(kind):
             connection.close()
 
 def work(kind):
-    act, pause = dict(new=(request, 0.01), tls=(request, 0.01), slow=(slow, 0),
-                      upload=(upload, 0), late=(late, 0), kept=(None, 0))[kind]
+    act, pause = dict(new=(request, 0.01), tls=(request, 0.01), post=(post, 0.01),
+                      slow=(slow, 0), upload=(upload, 0), late=(late, 0), kept=(None, 0))[kind]
     if kind == 'kept':
         return kept(kind)
     while going():
@@ -1214,12 +1217,18 @@ class Load(object):
         result = json.loads(self.process.communicate(timeout=120)[0].decode())
         self.came, self.longest = result['came'], result['longest']
 
-    def check(self, dying=False):
-        """No error, but for those that have their known cause: on kept connections, and
-        in answers of an app that died in their midst; how many requests there were."""
+    def check(self, dying=False, posts=0):
+        """No error, but for those that have their known cause: on kept connections, in
+        answers of an app that died in their midst, and so many of what is not asked twice;
+        how many requests there were."""
         counts, raced, cut = [], 0, 0
         for kind, outcomes in sorted(self.came.items()):
             counts.append('%d %s' % (sum(outcomes.values()), kind))
+            lost = sum(times for error, times in outcomes.items() if error)
+            if kind == 'post' and lost:
+                assert lost <= posts, outcomes
+                counts[-1] += ' (%d lost)' % lost
+                continue
             for error, times in outcomes.items():
                 broke_off = dying and error.startswith('IncompleteRead')
                 raced += kind == 'kept' and bool(error)

@@ -268,9 +268,9 @@ def standing(machine):
     return dict((name, str(value)) for name, value in found.items())
 
 def unnumbered(state):
-    """A state whose live release has no number."""
+    """A state whose live release has no number, nor the port that it has by that."""
     live = re.search(r'releases/(\d+)', state[STORE + '/live'])
-    pattern = r'(releases/|blog:|blog--|blog\.|dockhand/|"number": )%s\b' % live.group(1)
+    pattern = r'(releases/|blog:|blog--|blog\.|dockhand/|"number": |\b2000)%s\b' % live.group(1)
     return dict([re.sub(pattern, r'\1N', text) for text in item]
                 for item in state.items())
 
