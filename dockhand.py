@@ -5273,7 +5273,9 @@ class Machines(object):
             count = common_layers(layers, chains)
             got, sent = self.send(machine, save(), tag, count)
         refuse_if(got.strip() != image, '%s: docker there gives the image another id, as '
-                  'with another image store than here', machine.name)
+                  'with another image store than here: "features": '
+                  '{"containerd-snapshotter": false} in /etc/docker/daemon.json of both, '
+                  'and restart docker', machine.name)
         return sent
 
     @contextmanager
@@ -12696,6 +12698,23 @@ def show_config(config, with_values):
         shown = with_values or key in SETTINGS
         tell.write('%s=%s\n' % (key, config[key] if shown else '(see it with --values)'))
 
+def spread_anew(host):
+    """A release, as of a change of config, of each app that runs on a machine which has
+    gone, or that is to run on all and does not."""
+    there = set(machine.address for machine in host.machines.all())
+    for live in spread_apps(host):
+        app = App(host, live.app)
+        gone = set(live.machines) - there
+        lacking = there - set(live.machines) if live.config['machines'] == 'all' else []
+        if (gone or lacking) and not app.is_stopped():
+            attempt(app.name, release_again, app)
+
+def release_again(app):
+    """A release of what is live, with the same config."""
+    with live_app(app, 'machines') as live:
+        step('%s: on other machines from now on', app.name)
+        release_config(app, live, live.config, ['machines'])
+
 def release_config(app, live, wanted, changed):
     """Make a release of the live image with another config. changed: [key]"""
     has_own_file = live.job or live.proxy and not is_made(live)
@@ -12984,11 +13003,12 @@ def cmd_machines(host, verb=None, name=None, json=False):
         raise Usage('wanted: machines, machines add root@ADDRESS or machines remove NAME')
     if verb == 'add':
         machine = add_machine(host, name)
-        return tell('%s runs apps from now on: dockhand config APP machines=all',
-                    machine.name)
+        tell('%s runs apps from now on: dockhand config APP machines=all', machine.name)
+        return spread_anew(host)
     if verb == 'remove':
         remove_machine(host, name)
-        return tell('%s is removed', name)
+        tell('%s is removed', name)
+        return spread_anew(host)
 
     attempt('machines', catch_up, host)
     found = [describe_machine(host, machine) for machine in host.machines.all()]

@@ -5987,6 +5987,26 @@ def test_what_went_while_a_machine_was_off_goes_from_there_too(spread):
     dh.cmd_recover(spread.host)
     assert spread.nodes['web3']['labels'] == spread.nodes['web3']['images'] == {}
 
+def test_an_app_follows_as_machines_come_and_go(spread, capfd):
+    web3 = spread.nodes.pop('web3')
+    dh.spread_anew(spread.host)
+    assert spread.app.live().machines == [place[0] for place in PLACES[:2]]
+    assert [spread.services[name]['count'] for name in ('blog--1', 'blog--2')] == [0, 2]
+    dh.spread_anew(spread.host)
+    assert spread.app.live().number == 2
+    spread.nodes['web3'] = web3
+    dh.spread_anew(spread.host)
+    assert spread.app.live().number == 3 and len(spread.app.live().machines) == 3
+
+    dh.cmd_config(spread.app, 'machines=3')
+    del spread.nodes['web3']
+    dh.spread_anew(spread.host)
+    assert 'dockhand: blog: machines=3, and there are 2: ' in capfd.readouterr().err
+    spread.app.save_config({'machines': 'all'})
+    dh.cmd_stop(spread.app)
+    dh.spread_anew(spread.host)
+    assert spread.app.live().number == 4 and spread.app.is_stopped()
+
 def test_where_no_other_machine_takes_the_image_nothing_changes(spread):
     before = spread.whole()
     for name in ('web2', 'web3'):
@@ -15003,6 +15023,7 @@ def test_real_an_app_on_three_machines_is_deployed_without_a_gap(server, size):
         sent = check_what_is_sent(fleet, app)
         check_nothing_is_left(fleet, 'shop')
 
+        check_follows_machines(fleet)
         front.ok('dockhand config shop --unset machines')
         assert app.mark() and not front.ok('docker service ls -q --filter name=shop--99')
         for other in fleet.others:
@@ -15015,6 +15036,17 @@ def test_real_an_app_on_three_machines_is_deployed_without_a_gap(server, size):
         app.deploy(app.files('z'))
         return '%d deploys on three machines; %s; sent of a change of 10 MB: %s' % (
             size, figures, sent)
+
+def check_follows_machines(fleet):
+    """An app that is to run on all machines leaves one that goes, and is on one more."""
+    front, third = fleet.front, fleet.others[1]
+    front.ok('dockhand config shop machines=all')
+    front.ok('dockhand machines remove $1', third.name)
+    assert 'on 2 of 2 machines' in front.ok('dockhand apps')
+    assert third.address + ':' not in front.ok('cat /etc/nginx/conf.d/shop.conf')
+    fleet.add(third)
+    assert 'on 3 of 3 machines' in front.ok('dockhand apps')
+    assert len(set(fleet.answers('shop', 'shop.test'))) == 1
 
 def attempted(app, files):
     """Commit and push; the push's Outcome, whatever it is."""
