@@ -798,6 +798,10 @@ def replacing(path):
     finally:
         remove_file(temporary)
 
+def create_file(path):
+    """A new file that nobody else reads, to be written."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb')
+
 def replace_file(path, text, mode=0o644, check=None):
     """Replace a file whole: a crash leaves the old or the new; True if it changed.
     `check` gets the path of the new file beforehand, to raise if it will not do."""
@@ -806,12 +810,11 @@ def replace_file(path, text, mode=0o644, check=None):
         return False
 
     with replacing(path) as temporary:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, 'wb') as target:
+        with create_file(temporary) as target:
             target.write(to_bytes(text))
             target.flush()
-            os.fchmod(fd, mode)
-            os.fsync(fd)
+            os.fchmod(target.fileno(), mode)
+            os.fsync(target.fileno())
         if check:
             check(temporary)
     return True
@@ -5303,7 +5306,8 @@ class Machines(object):
         try:
             with tarfile.open(path) as whole:
                 left_out = files_left_out(whole, count)
-                with tarfile.open(reduced, 'w') as part:
+                with create_file(reduced) as target, \
+                        tarfile.open(fileobj=target, mode='w') as part:
                     for member in whole:
                         if member.name in left_out:
                             continue
@@ -10605,10 +10609,6 @@ def check_room(host, path, count, what):
     refuse_if(free < count + SPACE * 1000000, '%s is free on %s, and %s wants %s beside '
               'the %d MB for a build', size_text(free), path, what, size_text(count),
               SPACE)
-
-def create_file(path):
-    """A new file that root alone reads, to be written."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb')
 
 # Out
 

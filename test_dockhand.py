@@ -12190,25 +12190,21 @@ def test_real_apps_come_back_after_a_reboot(server):
 def test_real_apps_come_back_after_a_power_cut(server):
     come_back_after(server, server.cut_power)
 
-def test_real_an_interrupted_deploy_is_put_right_at_boot_by_sysvinit(servers):
-    """Debian's other init, which runs what is in /etc/init.d; a server for it alone."""
-    server = Server('sysvinit', servers['none'].folder)
-    try:
-        server.prepare()
-        shop, plain = server.app('shop'), Plain(server, 'plain')
-        for mark in 'ab':
-            plain.release(mark)
-        for app, release in ((shop, '$(readlink live)'), (plain, 'releases/1')):
-            server.ok('cd /var/lib/dockhand/apps/%s && ln -s %s pending' %
-                      (app.name, release))
-        server.reboot()
-        links = 'cd /var/lib/dockhand/apps && ls -d */pending || :'
-        assert until(lambda: server.ok(links), '', 60) == ''
-        assert until(shop.answer, 'shop') == 'shop'
-        plain.check_whole('b')
-        assert server.ok('dockhand doctor') == 'all is well'
-    finally:
-        server.remove()
+@drill('sysvinit')
+def test_real_an_interrupted_deploy_is_put_right_at_boot_by_sysvinit(server, size):
+    """Debian's other init, which runs what is in /etc/init.d."""
+    shop, plain = server.app('shop'), Plain(server, 'plain')
+    for mark in 'ab':
+        plain.release(mark)
+    for app, release in ((shop, '$(readlink live)'), (plain, 'releases/1')):
+        server.ok('cd /var/lib/dockhand/apps/%s && ln -s %s pending' % (app.name, release))
+    server.reboot()
+    links = 'cd /var/lib/dockhand/apps && ls -d */pending || :'
+    assert until(lambda: server.ok(links), '', 60) == ''
+    assert until(shop.answer, 'shop') == 'shop'
+    plain.check_whole('b')
+    assert server.ok('dockhand doctor') == 'all is well'
+    return 'doctor: all is well'
 
 def test_real_a_pusher_who_goes_away_leaves_one_whole_release(servers):
     server = servers['systemd']
