@@ -5195,6 +5195,7 @@ TASK_FORMAT = '{{.ID}}\t{{.Node}}\t{{.DesiredState}}\t{{.CurrentState}}\t{{.Erro
 # its id; all that is left of a release
 DESCRIBE_IMAGES = 'docker image ls -aq --no-trunc | sort -u | xargs -r docker inspect'
 TAKE_IMAGE = 'docker load -q >/dev/null && docker inspect --format "{{.Id}}" "$1"'
+HAS_IMAGE = 'docker image inspect "$1" >/dev/null 2>&1'
 TAG_IMAGE = 'docker tag "$2" "$1" && docker inspect --format "{{.Id}}" "$1"'
 DROP_IMAGE = '''docker ps -aq --filter label=com.docker.swarm.service.name="$2" |
     xargs -r docker rm -f -v >/dev/null 2>&1
@@ -5237,6 +5238,10 @@ class Machines(object):
     def front(self):
         """This server, as a Machine."""
         return self.all()[0]
+
+    def addresses(self):
+        """[address] of all that may run something, be they off at this moment."""
+        return [machine.address for machine in self.all() if machine.is_active]
 
     def ask(self, machine, script, *words, **options):
         """Have a machine run some sh, whose $1 and so on are words; its Result."""
@@ -5323,12 +5328,15 @@ class Machines(object):
             remove_file(reduced)
 
     def bring(self, release, tag):
-        """Have all machines that can be reached have a release's image, and be labelled
-        for it: ([Machine] that have it and are up, ['web3 is down'] of the others)."""
+        """Have the machines of a release have its image, and be labelled for it, where
+        they can be reached: ([Machine] that have it and are up, ['web3 is down'] of the
+        others). On one that nginx does not ask it is never to run."""
         having = []
         wrong = []
         with self.saving(tag) as save:
             for machine in self.all():
+                if machine.address not in release.machines:
+                    continue
                 if not is_up(machine):
                     wrong.append('%s is %s' % (machine.name, state_text(machine)))
                     continue
@@ -5342,12 +5350,18 @@ class Machines(object):
     def bring_to(self, machine, release, tag, save):
         """The same for one machine; Failure where that cannot be had."""
         label = machine_label(release)
-        if machine.labels.get(label) == release.image:
+        is_labelled = machine.labels.get(label) == release.image
+        if is_labelled and self.has_image(machine, release.image):
             return
         if not machine.is_front:
             sent = self.ship(machine, tag, release.image, save)
             detail('%.1f MB to %s', sent / 1e6, machine.name)
         self.label(machine, '--label-add', '%s=%s' % (label, release.image))
+
+    def has_image(self, machine, image):
+        """Whether a machine has an image still, by its id; of this server that is asked
+        for elsewhere."""
+        return machine.is_front or self.ask(machine, HAS_IMAGE, image).status == 0
 
     def drop(self, machine, label):
         """Take the image of a release from a machine, and then the label for it, if it
@@ -6793,6 +6807,11 @@ class Engine(object):
         the lock of the host."""
         return release
 
+    def relocated(self, release):
+        """The Release, that was live before, with the places that it is to have now;
+        Failure where it cannot have any."""
+        return release
+
     def running(self, releases):
         """Which of some earlier [Release] run still, beside the one that is live."""
         return []
@@ -7328,9 +7347,10 @@ class Swarm(Containers):
         Containers.check(self, release)
 
         wanted = release.config['machines']
-        there = len(self.host.machines.all())
+        there = len(self.host.machines.addresses())
         refuse_if(wanted != 'all' and int(wanted) > there, 'machines=%s, and there are '
-                  '%d: dockhand machines add root@ADDRESS', wanted, there)
+                  '%d: dockhand config %s machines=%d, or dockhand machines add '
+                  'root@ADDRESS', wanted, there, release.app, there)
 
         refuse_if('web' in scale_of(release), 'scale counts web, which runs once on each '
                   'machine: leave out one of machines and scale')
@@ -7344,9 +7364,12 @@ class Swarm(Containers):
                   'goes to no other', ' '.join(release.volumes))
 
     def with_machines(self, release):
-        addresses = [machine.address for machine in self.host.machines.all()]
         port = free_port(self.host, release.number)
-        return release._replace(machines=addresses, published=port)
+        return release._replace(machines=self.host.machines.addresses(), published=port)
+
+    def relocated(self, release):
+        self.check(release)
+        return release._replace(machines=self.host.machines.addresses())
 
     def places(self, release):
         return [(address, release.published) for address in release.machines]
@@ -7361,6 +7384,8 @@ class Swarm(Containers):
             step('On %d of %d machines: %s', len(having), len(having) + len(wrong),
                  '; '.join(wrong))
 
+        if release.turn is not None:    # what once ended of it is no fault of now
+            self.remove_service(release)
         self.create_service(release)
         Containers.prepare(self, release)
 
@@ -7370,6 +7395,10 @@ class Swarm(Containers):
                                    self.docker.has_init())
         argv = ['docker', 'service', 'create', '--quiet'] + words
         self.host.run_unless('already exists|name conflicts', argv, env=env)
+
+    def remove_service(self, release):
+        self.host.run_unless('no such service|not found',
+                             ['docker', 'service', 'rm', self.service(release)])
 
     def wanted(self, release):
         """On how many machines it is to run."""
@@ -7395,15 +7424,21 @@ class Swarm(Containers):
 
     def wait_for_end(self, service, grace):
         """Wait until no machine that is up runs a service any more."""
-        machines = self.host.machines
-        up = set(machine.name for machine in machines.all() if is_up(machine))
         clock = self.host.clock
         deadline = clock.monotonic() + grace + NODE_PATIENCE
-        while any(task.machine in up and is_at_work(task)
-                  for task in machines.tasks(service)):
+        while self.is_at_work(service):
             if clock.monotonic() > deadline:
                 raise Failure('%s does not end: docker service ps %s', service, service)
             clock.sleep(0.2)
+
+    def is_at_work(self, service):
+        """Whether a machine that is up runs it. (One that has just died seems to, until
+        docker's manager misses it.)"""
+        machines = self.host.machines
+        at_work = set(task.machine for task in machines.tasks(service)
+                      if is_at_work(task))
+        return bool(at_work) and any(machine.name in at_work and is_up(machine)
+                                     for machine in machines.all())
 
     def end_stops(self, release):
         if self.own(release):
@@ -7436,11 +7471,12 @@ class Swarm(Containers):
         running = [task for task in tasks if task.machine in up
                    and is_wanted(task) and word_of(task) == 'Running']
 
-        spread = spread_text(machines, running, self.wanted(release))
+        asked = [machine for machine in machines if machine.address in release.machines]
+        spread = spread_text(asked, running, self.wanted(release))
         alive, reason = self.service_alive(release, tasks, running, up.values())
         return State(
             alive=alive,
-            identity=tuple(sorted(task.id for task in running)),
+            identity=tuple(sorted(task.id for task in tasks if has_died(task))),
             ports=[(up[task.machine].address, release.published) for task in running],
             health='',
             text=reason or spread,
@@ -7460,7 +7496,7 @@ class Swarm(Containers):
             return True if running else None, ''
 
         for task in tasks:
-            if word_of(task) in ('Failed', 'Rejected', 'Complete'):
+            if has_died(task):
                 return False, 'on %s: %s' % (task.machine, task.error or task.state)
         able = [machine for machine in up if machine_label(release) in machine.labels]
         wanted = min(self.wanted(release), len(able))
@@ -7484,8 +7520,7 @@ class Swarm(Containers):
         """Where a machine cannot be reached its label stays, and says what is to go."""
         machines = self.host.machines
         if machines.are_any():
-            self.host.run_unless('no such service|not found',
-                                 ['docker', 'service', 'rm', self.service(release)])
+            self.remove_service(release)
             label = machine_label(release)
             for machine in machines.all():
                 if machine.is_front:
@@ -7524,17 +7559,22 @@ def is_wanted(task):
     """Whether docker is to have a Task run, at once or after a pause."""
     return task.wanted in ('Running', 'Ready')
 
+def has_died(task):
+    """Whether a Task has ended, and nobody told it to."""
+    return word_of(task) in ('Failed', 'Rejected', 'Complete')
+
 def is_at_work(task):
     """Whether a Task runs, or is about to."""
     return word_of(task) not in (
         'Shutdown', 'Complete', 'Failed', 'Rejected', 'Orphaned', 'Remove')
 
 def spread_text(machines, running, wanted):
-    """On how many machines an app runs, and which are not up. running: [Task]"""
+    """On how many machines an app runs, and which of these are not up. running: [Task]"""
     text = 'on %d of %d machines' % (len(running), wanted)
-    down = [machine.name for machine in machines if not is_up(machine)]
-    if down:
-        text += ': %s is down' % ', '.join(down)
+    missing = ['%s is %s' % (machine.name, state_text(machine)) for machine in machines
+               if not is_up(machine)]
+    if missing:
+        text += ': ' + ', '.join(missing)
     return text
 
 # Who runs a release: the first of these that takes it.
@@ -9586,6 +9626,15 @@ def complete_proxy(app, release):
     return text + upstream(name, engine_of(app, release).places(release), version,
                            bool(release.machines))
 
+def with_places_of_now(app, release):
+    """A Release that was live before, as it can run now: where on other machines, its
+    proxy file leads there."""
+    relocated = engine_of(app, release).relocated(release)
+    if relocated != release:
+        relocated = relocated._replace(proxy=complete_proxy(app, relocated))
+        app.save(relocated)
+    return relocated
+
 def run_release_command(app, release):
     """Run the release command in the new image: with its volumes and its network, but of
     a job under Upstart nothing but config's variables is known."""
@@ -9864,7 +9913,7 @@ class Given(object):
         self.skipped = self.at_last
 
     def is_new(self, moment):
-        """Whether what was printed at a moment was not given yet; it is noted as given."""
+        """Whether what was printed at a moment is new; it is noted as given."""
         if moment < self.resumed:
             return False
         if moment != self.last:
@@ -11241,6 +11290,16 @@ docker network rm docker_gwbridge >/dev/null 2>&1 || :'''
 def add_machine(host, target):
     """Have a machine run apps of this server. target: root@ADDRESS"""
     address = machine_address(target)
+    with membership(host):
+        machine = join_machine(host, address)
+    for app, live in live_apps(host):
+        attempt(app.name, engine_of(app, live).join, live)
+        attempt(app.name, write_cron_script, app, live)
+    log('machines: %s at %s is added by %s', machine.name, address, host.person())
+    return machine
+
+def join_machine(host, address):
+    """The Machine at an address, once it belongs to our swarm and has taken an image."""
     machines = host.machines
     refuse_if(address in [machine.address for machine in machines.all()],
               '%s is one of the machines already', address)
@@ -11267,13 +11326,6 @@ def add_machine(host, target):
             machine = wait_for_machine(host, address)
             step('Trying an image there')
             try_image(host, machine)
-    for name in list_apps(host):
-        app = App(host, name)
-        live = app.live()
-        if live is not None:
-            attempt(name, engine_of(app, live).join, live)
-
-    log('machines: %s at %s is added by %s', machine.name, address, host.person())
     return machine
 
 def machine_address(target):
@@ -11359,7 +11411,8 @@ def bridge_subnet(subnet):
 def begin_swarm(host, address, subnet):
     """Make this server the manager of a swarm without a machine more."""
     refuse_if(docker_of(host, None)['Swarm']['LocalNodeState'] != 'inactive', 'docker '
-              'here belongs to a swarm that is not from dockhand: docker swarm leave')
+              'here belongs to a swarm without a machine of dockhand\'s: docker swarm '
+              'leave --force')
     with undone_by(end_swarm, host):
         make_bridge(host, host.ask, address, subnet)
         host.run(['docker', 'swarm', 'init', '--advertise-addr', address,
@@ -11440,28 +11493,50 @@ def make_trial(host, folder, tag, below):
     finally:
         host.ask(['docker', 'rm', '-f', name])
 
-def remove_machine(host, name):
-    """Have a machine run nothing of ours any more."""
-    found = [machine for machine in host.machines.all() if machine.name == name]
+def remove_machine(host, name, leave_it):
+    """Have a machine run nothing of ours any more. leave_it: a function of the host, has
+    apps go on without the machines that are to get nothing new"""
+    with membership(host):
+        machine = machine_to_remove(host, name)
+        set_availability(host, machine, 'pause')
+        leave_it(host)
+
+        if machine.state == 'ready':
+            step('%s finishes what it was asked', name)
+            set_availability(host, machine, 'drain')
+            wait_until_empty(host, machine)
+        for label in sorted(machine.labels):
+            if read_machine_label(label):
+                host.machines.drop(machine, label)
+        forget_machine(host, machine)
+        leave_if_alone(host)
+    log('machines: %s is removed by %s', name, host.person())
+
+def membership(host):
+    """The lock for who belongs to the swarm."""
+    return locked(host.path(LOCKS, '.members'), 'a change of machines')
+
+def machine_to_remove(host, name):
+    """The Machine of this name; Failure where it must stay."""
+    machines = host.machines.all()
+    found = [machine for machine in machines if machine.name == name]
     refuse_if(not found, 'no machine %s here: see dockhand machines', printable(name))
     machine = found[0]
     refuse_if(machine.is_front, '%s is this server, which stays', printable(name))
-    others = [other for other in host.machines.all() if not other.is_front]
-    users = [live.app for live in spread_apps(host)]
-    refuse_if(users and len(others) == 1, '%s is the last one, and these run there: %s; '
-              'first: dockhand config %s --unset machines', printable(name),
-              ' '.join(users), users[0] if users else '')
 
-    if is_up(machine):
-        step('%s finishes what it was asked', name)
-        host.run(['docker', 'node', 'update', '--availability', 'drain', machine.id])
-        wait_until_empty(host, machine)
-    for label in sorted(machine.labels):
-        if read_machine_label(label):
-            host.machines.drop(machine, label)
-    forget_machine(host, machine)
-    leave_if_alone(host)
-    log('machines: %s is removed by %s', name, host.person())
+    left = [other for other in machines if other != machine and other.is_active]
+    for live in spread_apps(host):
+        wanted = live.config['machines']
+        refuse_if(len(left) < 2, '%s is the last one, and %s runs there; first: dockhand '
+                  'config %s --unset machines', printable(name), live.app, live.app)
+        refuse_if(wanted != 'all' and int(wanted) > len(left), '%s runs on %s machines, '
+                  'and %d would be left; first: dockhand config %s machines=%d', live.app,
+                  wanted, len(left), live.app, len(left))
+    return machine
+
+def set_availability(host, machine, word):
+    """Say what docker may run on a machine. word: docker's, as `pause`: nothing new"""
+    host.run(['docker', 'node', 'update', '--availability', word, machine.id])
 
 def wait_until_empty(host, machine):
     """Wait, DRAIN seconds at most, until a machine runs no task."""
@@ -11487,19 +11562,27 @@ def leave_if_alone(host):
         end_swarm(host)
 
 def end_swarm(host):
-    """Have this server be in no swarm, and what was made for it be gone."""
+    """Have this server be in no swarm, and what was made for it be gone. What else is
+    done here must not want it any more, whatever becomes of that."""
+    remove_file(host.path(MACHINES))
+    for app, live in live_apps(host):
+        attempt(app.name, write_cron_script, app, live)
     attached = host.ask(['docker', 'ps', '-aq', '--filter', 'network=' + OVERLAY])
     for container in attached.out.split():
         host.ask(['docker', 'network', 'disconnect', '-f', OVERLAY, container])
     host.ask(['docker', 'network', 'rm', OVERLAY])
     host.run_unless('not part of a swarm', ['docker', 'swarm', 'leave', '--force'])
     host.ask(['docker', 'network', 'rm', BRIDGE])
-    remove_file(host.path(MACHINES))
+
+def live_apps(host):
+    """[(App, its live Release)], but for what waits for its first push."""
+    apps = [App(host, name) for name in list_apps(host)]
+    pairs = [(app, app.live()) for app in apps]
+    return [(app, live) for app, live in pairs if live is not None]
 
 def spread_apps(host):
     """The live releases that run on several machines, as [Release]."""
-    lives = [App(host, name).live() for name in list_apps(host)]
-    return [live for live in lives if live is not None and live.machines]
+    return [live for _, live in live_apps(host) if live.machines]
 
 def catch_up(host):
     """Bring each machine what it has missed while it was off, and take away what has
@@ -11510,7 +11593,9 @@ def catch_up(host):
             if known and not is_kept(host, *known):
                 host.machines.drop(machine, label)
     for live in spread_apps(host):
-        host.machines.bring(live, image_tag(live))
+        _, wrong = host.machines.bring(live, image_tag(live))
+        for problem in wrong:
+            step('%s: %s', live.app, problem)
 
 def is_kept(host, name, number):
     """Whether an app has a release that may run again, or is being made."""
@@ -11704,7 +11789,8 @@ LEFT = [
     ('their proxy files', PROXIES + '/APP.conf', 'rm that; nginx -s reload'),
     ('the 404 for other names', CATCH_ALL, 'rm that; nginx -s reload'),
     ('their crontabs', CRON_FILES + '/dockhand-APP', 'rm %s/dockhand-APP' % CRON_FILES),
-    ('the swarm of other machines', MACHINES, 'docker swarm leave --force, on each'),
+    ('the swarm of other machines', MACHINES,
+     'docker swarm leave --force, on each; rm ' + MACHINES),
     ('certificates', CERTIFICATES, 'certbot delete --cert-name dockhand-NAME'),
     ('what copies renewed ones there', RENEWAL_HOOK, 'rm ' + RENEWAL_HOOK),
     ('config, records, crontabs\' sh', STATE, 'rm -r %s, last of all' % STATE),
@@ -12102,11 +12188,11 @@ def answer_problem(app, live):
     status = fetch_status(app.host, name, port, is_tls=is_tls)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
-        address, port = engine_of(app, live).places(live)[0]
-        direct = fetch_status(app.host, name, port, address=address)
-        if direct != status:
-            return '%s answers %s through nginx, and %s by itself' % (
-                live.app, status, direct)
+        for address, port in engine_of(app, live).state(live).ports[:1]:
+            direct = fetch_status(app.host, name, port, address=address)
+            if direct != status:
+                return '%s answers %s through nginx, and %s by itself' % (
+                    live.app, status, direct)
     if not status.isdigit() or status in ('400', '444', '502', '503', '504'):
         return '%s answers %s through nginx' % (live.app, status)
     return None
@@ -12119,7 +12205,10 @@ def machine_problems(host):
         found = describe_machine(host, machine)
         name = printable(machine.name)
         if not is_up(machine):
-            rows.append(('%s is %s' % (name, found['state']), 'power it on, or: sudo '
+            remedy = 'power it on'
+            if not machine.is_active:
+                remedy = 'docker node update --availability active ' + name
+            rows.append(('%s is %s' % (name, found['state']), remedy + ', or: sudo '
                          'dockhand machines remove ' + name))
             continue
         if found['disk_free'] is None:
@@ -12129,8 +12218,8 @@ def machine_problems(host):
             rows.append(('%s has %s free' % (name, size_text(found['disk_free'])),
                          'ssh root@%s docker image prune' % machine.address))
 
-        lacking = [live.app for live in spread
-                   if machine.labels.get(machine_label(live)) != live.image]
+        lacking = [live.app for live in spread if machine.address in live.machines
+                   and machine.labels.get(machine_label(live)) != live.image]
         if lacking:
             rows.append(('%s lacks the image of %s' % (name, ' '.join(lacking)),
                          'sudo dockhand machines'))
@@ -12611,7 +12700,7 @@ def earlier_release(app, live, number):
     images = [image['Id'] for image in app.docker.inspect(tag)]
     refuse_if(images != [releases[0].image],
               'its image %s was removed, so nothing has changed: choose another', tag)
-    return releases[0]
+    return with_places_of_now(app, releases[0])
 
 @command('rebuild', 'APP [--pull]', CHANGE)
 def cmd_rebuild(app, pull=False):
@@ -12701,19 +12790,29 @@ def show_config(config, with_values):
 def spread_anew(host):
     """A release, as of a change of config, of each app that runs on a machine which has
     gone, or that is to run on all and does not."""
-    there = set(machine.address for machine in host.machines.all())
+    there = set(host.machines.addresses())
     for live in spread_apps(host):
         app = App(host, live.app)
-        gone = set(live.machines) - there
-        lacking = there - set(live.machines) if live.config['machines'] == 'all' else []
-        if (gone or lacking) and not app.is_stopped():
-            attempt(app.name, release_again, app)
+        if is_misplaced(live, there) and not app.is_stopped():
+            attempt(app.name, release_again, app, there)
 
-def release_again(app):
-    """A release of what is live, with the same config."""
+def is_misplaced(live, there):
+    """Whether a live release is not on the machines that it is to be on. there: a set of
+    their addresses"""
+    lacking = there - set(live.machines)
+    is_everywhere = not lacking or live.config.get('machines') != 'all'
+    return not set(live.machines) <= there or not is_everywhere
+
+def release_again(app, there):
+    """A release of what is live, with the same config; what was noted for the next push
+    stays noted. there: as is_misplaced has it"""
     with live_app(app, 'machines') as live:
+        if not is_misplaced(live, there):       # another command was quicker
+            return
+        noted = app.config()
         step('%s: on other machines from now on', app.name)
         release_config(app, live, live.config, ['machines'])
+        app.save_config(noted)
 
 def release_config(app, live, wanted, changed):
     """Make a release of the live image with another config. changed: [key]"""
@@ -13006,11 +13105,11 @@ def cmd_machines(host, verb=None, name=None, json=False):
         tell('%s runs apps from now on: dockhand config APP machines=all', machine.name)
         return spread_anew(host)
     if verb == 'remove':
-        remove_machine(host, name)
-        tell('%s is removed', name)
-        return spread_anew(host)
+        remove_machine(host, name, spread_anew)
+        return tell('%s is removed', name)
 
     attempt('machines', catch_up, host)
+    attempt('machines', spread_anew, host)
     found = [describe_machine(host, machine) for machine in host.machines.all()]
     if json:
         return tell_json(found)
@@ -13094,6 +13193,7 @@ def cmd_recover(host):
              if not attempt(name, put_right, App(host, name))]
 
     attempt('machines', catch_up, host)
+    attempt('machines', spread_anew, host)
     if host.nginx.master():             # or no authority could ask it for anything
         if host.certificates.are_any():     # a crash may have come before nginx followed
             attempt('nginx', host.nginx.refresh)

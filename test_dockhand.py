@@ -5989,7 +5989,9 @@ def test_what_went_while_a_machine_was_off_goes_from_there_too(spread):
 
 def test_an_app_follows_as_machines_come_and_go(spread, capfd):
     web3 = spread.nodes.pop('web3')
+    spread.app.save_config({'machines': 'all', 'NOTED': 'for the next push'})
     dh.spread_anew(spread.host)
+    assert spread.app.config()['NOTED'] and 'NOTED' not in spread.app.live().config
     assert spread.app.live().machines == [place[0] for place in PLACES[:2]]
     assert [spread.services[name]['count'] for name in ('blog--1', 'blog--2')] == [0, 2]
     dh.spread_anew(spread.host)
@@ -5997,15 +5999,103 @@ def test_an_app_follows_as_machines_come_and_go(spread, capfd):
     spread.nodes['web3'] = web3
     dh.spread_anew(spread.host)
     assert spread.app.live().number == 3 and len(spread.app.live().machines) == 3
+    dh.cmd_recover(spread.host)
+    assert spread.app.live().number == 3
 
     dh.cmd_config(spread.app, 'machines=3')
     del spread.nodes['web3']
     dh.spread_anew(spread.host)
-    assert 'dockhand: blog: machines=3, and there are 2: ' in capfd.readouterr().err
+    assert 'dockhand: blog: machines=3, and there are 2: dockhand config blog machines=2' in (
+        capfd.readouterr().err)
     spread.app.save_config({'machines': 'all'})
     dh.cmd_stop(spread.app)
     dh.spread_anew(spread.host)
     assert spread.app.live().number == 4 and spread.app.is_stopped()
+
+def test_a_rollback_leads_where_it_runs_now(spread):
+    spread.nodes['web4'] = dict(spread.nodes['web3'], address='192.0.2.14', labels={},
+                                images={})
+    del spread.nodes['web3']
+    dh.spread_anew(spread.host)
+    dh.cmd_rollback(spread.app, '1')
+    live, now = spread.app.live(), ['192.0.2.11', '192.0.2.12', '192.0.2.14']
+    assert live.number == 1 and live.machines == now
+    text = spread.read('/etc/nginx/conf.d/blog.conf')
+    assert text == live.proxy and '192.0.2.13' not in text
+    assert sorted(task[1] for task in spread.tasks()) == now
+
+    for name in ('web2', 'web4'):
+        del spread.nodes[name]
+    assert 'machines=all' not in refusal(dh.cmd_rollback, spread.app, '2')
+
+def test_a_release_that_died_once_can_be_gone_back_to(spread):
+    spread.services['blog--1']['ended'] = ['web2']
+    spread.push(TWO_TYPES)
+    dh.cmd_rollback(spread.app)
+    assert spread.app.live().number == 1 and len(spread.tasks()) == 3
+
+def test_nothing_runs_on_a_machine_that_nginx_does_not_ask(spread):
+    dh.cmd_config(spread.app, 'machines=2')
+    spread.nodes['web4'] = {'address': '192.0.2.14', 'labels': {}, 'images': {},
+                            'state': 'ready', 'may': 'active'}
+    dh.cmd_recover(spread.host)
+    assert spread.nodes['web4']['labels'] == {}
+    assert not [row for row in dh.machine_problems(spread.host) if 'lacks' in row[0]]
+    spread.push(TWO_TYPES)
+    assert sorted(spread.nodes['web4']['labels']) == ['dockhand.blog.3']
+
+def test_an_image_that_was_pruned_on_a_machine_is_brought_again(spread):
+    dh.cmd_stop(spread.app)
+    spread.nodes['web2']['images'].clear()
+    dh.cmd_recover(spread.host)
+    assert sorted(spread.nodes['web2']['images']) == ['blog:1']
+
+def test_a_machine_that_is_removed_is_left_first(spread, capfd):
+    dh.cmd_config(spread.app, 'machines=3')
+    assert refusal(dh.cmd_machines, spread.host, 'remove', 'web3') == (
+        'blog runs on 3 machines, and 2 would be left; first: dockhand config blog machines=2')
+    dh.cmd_config(spread.app, 'machines=2')
+    del spread.done[:]
+    dh.cmd_machines(spread.host, 'remove', 'web3')
+    states = [line.rpartition(' ')[0] for line in spread.done if '--availability' in line]
+    assert states == ['docker node update --availability pause',
+                      'docker node update --availability drain']
+    done = '\n'.join(spread.done)
+    assert done.index('pause') < done.index('nginx -s') < done.index('drain')
+    assert sorted(spread.nodes) == ['front', 'web2']
+    assert spread.app.live().machines == [place[0] for place in PLACES[:2]]
+    assert '192.0.2.13' not in spread.read('/etc/nginx/conf.d/blog.conf')
+
+    assert 'web2 is the last one, and blog runs there; first: ' in refusal(
+        dh.cmd_machines, spread.host, 'remove', 'web2')
+    dh.cmd_config(spread.app, 'machines', unset=True)
+    dh.cmd_machines(spread.host, 'remove', 'web2')
+    assert not spread.host.machines.are_any() and spread.nodes == {}
+    assert [each.get('also') for each in spread.containers.values()
+            if each['State']['Running']] == [[], []]
+    spread.push(TWO_TYPES)
+
+def test_a_crontab_knows_the_network_that_is_there(spread):
+    spread.app.save_config({})
+    spread.push(dict(TWO_TYPES, crontab='@daily true\n'))
+    script = '/var/lib/dockhand/apps/blog/live/cron'
+    assert '--net=dockhand--machines ' in spread.read(script)
+    for name in ('web2', 'web3'):
+        dh.cmd_machines(spread.host, 'remove', name)
+    assert '--net=dockhand ' in spread.read(script)
+
+def test_more_machines_than_three_are_no_deaths(spread):
+    """Each task comes at another moment."""
+    live = spread.app.live()
+    for number in range(4, 9):
+        spread.nodes['web%d' % number] = dict(
+            spread.nodes['web2'], address='192.0.2.%d' % (10 + number))
+        spread.services['blog--1']['count'] = number
+    seen, engine = set(), dh.engine_of(spread.app, live)
+    for count in range(1, 8):
+        spread.services['blog--1']['count'] = count
+        seen.add(engine.state(dh.front_of(live)).identity)
+    assert len(seen) == 1
 
 def test_where_no_other_machine_takes_the_image_nothing_changes(spread):
     before = spread.whole()
@@ -15003,6 +15093,10 @@ def test_real_an_app_on_three_machines_is_deployed_without_a_gap(server, size):
         front.ok(asked)
         assert fleet.answers('shop', 'shop.test') == ['shop a'] * 3
         check_private(fleet, 'shop')
+        # What once died of it is no reason against going back to it.
+        fleet.others[0].ok('docker kill $(docker ps -q)')
+        assert until(lambda: fleet.answers('shop', 'shop.test'), ['shop a'] * 3, 60) == (
+            ['shop a'] * 3)
 
         marks = ['r%d' % number for number in range(size)]
         with Load(app, new=12) as load:

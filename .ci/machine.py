@@ -304,7 +304,9 @@ class Machine(object):
 
     def docker_network(self, _, verb, *words):
         name = words[-1]
-        if verb == 'create':
+        if verb == 'disconnect':
+            self.find(name)['also'].remove(dh.OVERLAY)
+        elif verb == 'create':
             if name in self.networks:
                 return Result(1, '', 'network with name %s already exists\n' % name)
             options = dict(word.partition('=')[::2] for word in words[:-1])
@@ -347,7 +349,7 @@ class Machine(object):
         """Let it be the front of machines of these names."""
         for at, name in enumerate(('front',) + names, 1):
             self.nodes[name] = {'address': '192.0.2.%d' % (10 + at), 'labels': {},
-                                'images': {}, 'state': 'ready'}
+                                'images': {}, 'state': 'ready', 'may': 'active'}
         self.networks[dh.OVERLAY] = {'Id': 'n%d' % self.next(), 'Driver': 'overlay',
                                      'Options': '', 'IPAM': {'Config': [{}]}}
         self.write(dh.MACHINES, '10.87\n')
@@ -358,7 +360,8 @@ class Machine(object):
         for name, service in sorted(self.services.items()):
             label, _, image = service['where'].partition('==')
             able = [node for _, node in sorted(self.nodes.items())
-                    if node['labels'].get(label) == image and node['state'] == 'ready']
+                    if node['labels'].get(label) == image and node['state'] == 'ready'
+                    and node['may'] != 'drain']
             state = 'Failed' if 'dies' in image else 'Running'
             for node in able[:service['count']]:
                 assert node['images'] is self.nodes['front']['images'] or (
@@ -379,9 +382,14 @@ class Machine(object):
             address = self.nodes[words[-1]]['address']
             return '\n'.join(task[0] + '.1' for task in self.tasks()
                              if task[1] == address)
+        if verb == 'rm':
+            del self.nodes[words[-1]]
+            return
         assert verb == 'update'
         labels = self.nodes[words[-1]]['labels']
-        if words[0] == '--label-add':
+        if words[0] == '--availability':
+            self.nodes[words[-1]]['may'] = words[1]
+        elif words[0] == '--label-add':
             name, _, value = words[1].partition('=')
             labels[name] = value
         else:
@@ -391,13 +399,18 @@ class Machine(object):
     def described_node(self, name):
         node = self.nodes[name]
         described = {
-            'ID': name, 'Spec': {'Labels': node['labels'], 'Availability': 'active'},
+            'ID': name, 'Spec': {'Labels': node['labels'], 'Availability': node['may']},
             'Description': {'Hostname': name, 'Platform': {'Architecture': 'x86_64'},
                             'Engine': {'EngineVersion': '28.1.0'}},
             'Status': {'State': node['state'], 'Addr': node['address']}}
         if name == 'front':
             described['ManagerStatus'] = {'Addr': node['address'] + ':2377'}
         return described
+
+    def docker_swarm(self, _, verb, *words):
+        assert (verb, words) == ('leave', ('--force',))
+        self.nodes.clear()
+        self.services.clear()
 
     def docker_service(self, _, verb, *words):
         gone = Result(1, '', 'no such service: x\n')
@@ -406,7 +419,7 @@ class Machine(object):
             if said['--name'] in self.services:
                 return Result(1, '', 'rpc error: name conflicts with an existing object\n')
             self.services[said['--name']] = {
-                'count': int(said['--replicas']), 'words': list(words),
+                'count': int(said['--replicas']), 'words': list(words), 'ended': [],
                 'where': said['--constraint'][len('node.labels.'):],
                 'port': int(said['--publish'].rpartition('=')[2])}
         elif verb == 'scale':
@@ -420,10 +433,14 @@ class Machine(object):
         elif verb == 'ps':
             if words[-1] not in self.services:
                 return gone
-            return ''.join('%s-%s\t%s\tRunning\t%s 1 second ago\t%s\n' % (
+            lines = ['%s-%s\t%s\tRunning\t%s 1 second ago\t%s\n' % (
                 name, address, self.node_at(address)[0], state,
                 'it fell over' if state == 'Failed' else '')
-                for name, address, _, state in self.tasks() if name == words[-1])
+                for name, address, _, state in self.tasks() if name == words[-1]]
+            # Of each place some of what ended there stay, over a scale to 0 and back too.
+            lines += ['old\t%s\tShutdown\tFailed 3 minutes ago\ttask: non-zero exit (1)\n'
+                      % name for name in self.services[words[-1]]['ended']]
+            return ''.join(lines)
         elif verb == 'rm':
             return None if self.services.pop(words[0], None) else gone
         else:
@@ -475,8 +492,12 @@ class Machine(object):
         if script == dh.TAG_IMAGE:
             images[words[0]] = words[1]
             return words[1]
+        if script == dh.HAS_IMAGE:
+            return Result(words[0] not in images.values(), '', '')
         if script == dh.DROP_IMAGE:
             images.pop(words[0], None)
+            return
+        if script == dh.LEAVE:
             return
         assert script in (dh.DROP_CONTAINERS, dh.FREE_DISK), script
 
@@ -605,9 +626,10 @@ class Machine(object):
             return '\n'.join(each['Name'][1:] for each in self.containers.values()
                              if volume in each['volumes'] and each['State']['Running'])
         if no_trunc == '--filter':
-            there = self.networks[network[len('network='):]]['Id']
+            name = network[len('network='):]
+            there = self.networks[name]['Id']
             return '\n'.join(each['Id'] for each in self.containers.values()
-                             if each.get('network') == there)
+                             if each.get('network') == there or name in each.get('also', []))
         assert q in ('-q', '-aq') and no_trunc == '--no-trunc'
         return '\n'.join(each['Id'] for each in self.containers.values()
                          if q == '-aq' or each['State']['Running'])
