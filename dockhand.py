@@ -7042,8 +7042,10 @@ class Containers(Engine):
         boot."""
         forbid = ('update', '--restart', 'no')
         names = self.own_names(release)
-        was_live = release.turn is not None
-        if not was_live or not self.docker.on_containers(names, *forbid):
+        are_there = False
+        if release.turn is not None:
+            are_there = self.docker.on_containers(names, *forbid)
+        if not are_there:
             there = [process.name for process in self.own(release)
                      if not self.create(release, process)]
             self.docker.on_containers(there, *forbid)
@@ -7379,7 +7381,8 @@ class Swarm(Containers):
         machines = self.host.machines
         having, wrong = machines.bring(release, image_tag(release))
         others = [machine for machine in having if not machine.is_front]
-        refuse_if(not others, 'no other machine took its image: %s', '; '.join(wrong))
+        refuse_if(not others, 'no other machine took its image: %s',
+                  '; '.join(wrong) or 'none may run anything (dockhand machines)')
         if wrong:
             step('On %d of %d machines: %s', len(having), len(having) + len(wrong),
                  '; '.join(wrong))
@@ -7426,19 +7429,20 @@ class Swarm(Containers):
         """Wait until no machine that is up runs a service any more."""
         clock = self.host.clock
         deadline = clock.monotonic() + grace + NODE_PATIENCE
-        while self.is_at_work(service):
+        while self.runs_somewhere(service):
             if clock.monotonic() > deadline:
                 raise Failure('%s does not end: docker service ps %s', service, service)
             clock.sleep(0.2)
 
-    def is_at_work(self, service):
+    def runs_somewhere(self, service):
         """Whether a machine that is up runs it. (One that has just died seems to, until
         docker's manager misses it.)"""
-        machines = self.host.machines
-        at_work = set(task.machine for task in machines.tasks(service)
+        at_work = set(task.machine for task in self.host.machines.tasks(service)
                       if is_at_work(task))
-        return bool(at_work) and any(machine.name in at_work and is_up(machine)
-                                     for machine in machines.all())
+        if not at_work:
+            return False
+        up = [machine.name for machine in self.host.machines.all() if is_up(machine)]
+        return not at_work.isdisjoint(up)
 
     def end_stops(self, release):
         if self.own(release):
@@ -7466,41 +7470,48 @@ class Swarm(Containers):
         """The State of its service, on the machines that are up."""
         machines = self.host.machines.all()
         up = dict((machine.name, machine) for machine in machines if is_up(machine))
-        tasks = [task for task in self.host.machines.tasks(service)
-                 if task.machine in up or is_wanted(task)]
-        running = [task for task in tasks if task.machine in up
-                   and is_wanted(task) and word_of(task) == 'Running']
+        tasks = self.host.machines.tasks(service)
+        heard = [task for task in tasks if task.machine in up]
+        running = [task for task in heard if is_running(task)]
+        died = [task for task in heard if has_died(task)]
 
         asked = [machine for machine in machines if machine.address in release.machines]
         spread = spread_text(asked, running, self.wanted(release))
-        alive, reason = self.service_alive(release, tasks, running, up.values())
+        reason = ''
+        if not any(is_wanted(task) for task in tasks):
+            alive = self.alive_before_tasks(service)
+            reason = 'it runs on no machine'
+        elif self.app.linked_number('pending') == release.number:
+            alive, reason = self.alive_on_trial(release, running, died, up.values())
+        else:
+            alive = True if running else None       # where one ends docker starts another
+
         return State(
             alive=alive,
-            identity=tuple(sorted(task.id for task in tasks if has_died(task))),
+            identity=tuple(sorted(task.id for task in died)),
             ports=[(up[task.machine].address, release.published) for task in running],
             health='',
             text=reason or spread,
             past=spread)
 
-    def service_alive(self, release, tasks, running, up):
-        """(Whether its service is alive, as State has it; why not, in words). Until it
-        has passed its checks a task that ended is one that it does not survive;
-        afterwards docker starts another.
-        tasks: of it; running: those of them that run; up: [Machine]"""
-        nowhere = 'it runs on no machine'
-        if not any(map(is_wanted, tasks)):
-            # Docker's manager makes the tasks some time after the service is scaled.
-            are_coming = self.host.machines.wanted().get(self.service(release))
-            return None if are_coming else False, nowhere
-        if self.app.linked_number('pending') != release.number:
-            return True if running else None, ''
+    def alive_before_tasks(self, service):
+        """Whether a service that docker is to run nowhere is alive, as State has it: its
+        tasks are made some time after it is scaled."""
+        are_coming = self.host.machines.wanted().get(service)
+        return None if are_coming else False
 
-        for task in tasks:
-            if has_died(task):
-                return False, 'on %s: %s' % (task.machine, task.error or task.state)
+    def alive_on_trial(self, release, running, died, up):
+        """(Whether its service is alive, as State has it; why not, in words), until it
+        has passed its checks: a task that died is one that it does not survive, and all
+        are waited for. running, died: [Task]; up: [Machine]"""
+        if died:
+            task = died[0]
+            return False, 'on %s: %s' % (task.machine, task.error or task.state)
         able = [machine for machine in up if machine_label(release) in machine.labels]
         wanted = min(self.wanted(release), len(able))
-        return True if running and len(running) >= wanted else None, ''
+        if not running or len(running) < wanted:
+            return None, ''
+        return True, ''
 
     @contextmanager
     def watched(self, release, is_first):
@@ -7558,6 +7569,10 @@ def word_of(task):
 def is_wanted(task):
     """Whether docker is to have a Task run, at once or after a pause."""
     return task.wanted in ('Running', 'Ready')
+
+def is_running(task):
+    """Whether a Task runs, and is to."""
+    return is_wanted(task) and word_of(task) == 'Running'
 
 def has_died(task):
     """Whether a Task has ended, and nobody told it to."""
@@ -8391,8 +8406,8 @@ def bring_back(app, live):
         app.nginx.restore(app.name, app.wanted_proxy(live))
     if is_crontab_gone(app, live):
         step('%s: installing its crontab again', app.name)
-        write_cron_script(app, live)
         place_crontab(app, live)
+    write_cron_script(app, live)        # other machines may have come, or gone
 
     if app.is_stopped():
         engine.stop(live)
@@ -11411,8 +11426,8 @@ def bridge_subnet(subnet):
 def begin_swarm(host, address, subnet):
     """Make this server the manager of a swarm without a machine more."""
     refuse_if(docker_of(host, None)['Swarm']['LocalNodeState'] != 'inactive', 'docker '
-              'here belongs to a swarm without a machine of dockhand\'s: docker swarm '
-              'leave --force')
+              'here belongs to a swarm already; if nobody wants that: docker swarm leave '
+              '--force')
     with undone_by(end_swarm, host):
         make_bridge(host, host.ask, address, subnet)
         host.run(['docker', 'swarm', 'init', '--advertise-addr', address,
@@ -12188,14 +12203,21 @@ def answer_problem(app, live):
     status = fetch_status(app.host, name, port, is_tls=is_tls)
     if status in ('401', '403', '404') and is_made(live):
         # a made file says none of these: does the app, or another one's file?
-        for address, port in engine_of(app, live).state(live).ports[:1]:
-            direct = fetch_status(app.host, name, port, address=address)
-            if direct != status:
-                return '%s answers %s through nginx, and %s by itself' % (
-                    live.app, status, direct)
+        direct = status_by_itself(app, live, name)
+        if direct not in (None, status):
+            return '%s answers %s through nginx, and %s by itself' % (
+                live.app, status, direct)
     if not status.isdigit() or status in ('400', '444', '502', '503', '504'):
         return '%s answers %s through nginx' % (live.app, status)
     return None
+
+def status_by_itself(app, live, name):
+    """What a live app answers without nginx; None where it runs nowhere."""
+    ports = engine_of(app, live).state(live).ports
+    if not ports:
+        return None
+    address, port = ports[0]
+    return fetch_status(app.host, name, port, address=address)
 
 def machine_problems(host):
     """What is wrong with other machines: rows for `demand`."""
@@ -12218,12 +12240,17 @@ def machine_problems(host):
             rows.append(('%s has %s free' % (name, size_text(found['disk_free'])),
                          'ssh root@%s docker image prune' % machine.address))
 
-        lacking = [live.app for live in spread if machine.address in live.machines
-                   and machine.labels.get(machine_label(live)) != live.image]
+        lacking = [live.app for live in spread if lacks_image(machine, live)]
         if lacking:
             rows.append(('%s lacks the image of %s' % (name, ' '.join(lacking)),
                          'sudo dockhand machines'))
     return rows
+
+def lacks_image(machine, live):
+    """Whether a live release is to run on a machine too, and cannot."""
+    if machine.address not in live.machines:
+        return False
+    return machine.labels.get(machine_label(live)) != live.image
 
 def nginx_problem(host):
     """What nginx says against its files: a row for `demand`."""
@@ -12799,9 +12826,11 @@ def spread_anew(host):
 def is_misplaced(live, there):
     """Whether a live release is not on the machines that it is to be on. there: a set of
     their addresses"""
+    gone = set(live.machines) - there
     lacking = there - set(live.machines)
-    is_everywhere = not lacking or live.config.get('machines') != 'all'
-    return not set(live.machines) <= there or not is_everywhere
+    if gone:
+        return True
+    return bool(lacking) and live.config.get('machines') == 'all'
 
 def release_again(app, there):
     """A release of what is live, with the same config; what was noted for the next push
@@ -13109,7 +13138,6 @@ def cmd_machines(host, verb=None, name=None, json=False):
         return tell('%s is removed', name)
 
     attempt('machines', catch_up, host)
-    attempt('machines', spread_anew, host)
     found = [describe_machine(host, machine) for machine in host.machines.all()]
     if json:
         return tell_json(found)

@@ -6026,7 +6026,8 @@ def test_a_rollback_leads_where_it_runs_now(spread):
 
     for name in ('web2', 'web4'):
         del spread.nodes[name]
-    assert 'machines=all' not in refusal(dh.cmd_rollback, spread.app, '2')
+    assert refusal(dh.cmd_rollback, spread.app, '2') == (
+        'no other machine took its image: none may run anything (dockhand machines)')
 
 def test_a_release_that_died_once_can_be_gone_back_to(spread):
     spread.services['blog--1']['ended'] = ['web2']
@@ -6083,6 +6084,12 @@ def test_a_crontab_knows_the_network_that_is_there(spread):
     for name in ('web2', 'web3'):
         dh.cmd_machines(spread.host, 'remove', name)
     assert '--net=dockhand ' in spread.read(script)
+
+    spread.write(dh.MACHINES, '10.87\n')        # as a kill just after leaves it
+    spread.nodes['front'] = {'address': '192.0.2.11', 'labels': {}, 'images': {},
+                             'state': 'ready', 'may': 'active'}
+    dh.cmd_recover(spread.host)
+    assert '--net=dockhand--machines ' in spread.read(script)
 
 def test_more_machines_than_three_are_no_deaths(spread):
     """Each task comes at another moment."""

@@ -1181,7 +1181,8 @@ def kept(kind):
 
 def work(kind):
     act, pause = dict(new=(request, 0.01), tls=(request, 0.01), post=(post, 0.01),
-                      slow=(slow, 0), upload=(upload, 0), late=(late, 0), kept=(None, 0))[kind]
+                      slow=(slow, 0), upload=(upload, 0), late=(late, 0),
+                      kept=(None, 0))[kind]
     if kind == 'kept':
         return kept(kind)
     while going():

@@ -270,7 +270,8 @@ def standing(machine):
 def unnumbered(state):
     """A state whose live release has no number, nor the port that it has by that."""
     live = re.search(r'releases/(\d+)', state[STORE + '/live'])
-    pattern = r'(releases/|blog:|blog--|blog\.|dockhand/|"number": |\b2000)%s\b' % live.group(1)
+    named = r'releases/|blog:|blog--|blog\.|dockhand/|"number": |\b2000'
+    pattern = r'(%s)%s\b' % (named, live.group(1))
     return dict([re.sub(pattern, r'\1N', text) for text in item]
                 for item in state.items())
 

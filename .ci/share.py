@@ -1,6 +1,6 @@
 """A plugin of pytest for the Pythons beside the one that runs every test, 3.11: of each
-table of tests the first row, by one of those that differ from it least, and of all other rows
-a 24th by each; 2.7 and 3.6 run all first rows, and a third each of the others."""
+table of tests the first row, by one of those that differ from it least, and of all other
+rows a 24th by each; 2.7 and 3.6 run all first rows, and a third each of the others."""
 import sys
 
 MIDDLE = [7, 8, 9, 10, 12, 13]
