@@ -607,7 +607,9 @@ def open_connection(place, timeout, tls_name=None):
     """A socket that is connected to an (address, port); EnvironmentError if none is.
     tls_name: speak TLS, and ask for this host name; who answers is not verified"""
     import socket
-    connection = socket.create_connection(place, timeout)
+    address, port = place
+    # As text, it would have Python load what encodes names of other alphabets
+    connection = socket.create_connection((to_bytes(address), port), timeout)
     if tls_name is None:
         return connection
 
@@ -4182,9 +4184,9 @@ def render_fronts(trust, version):
     """(name of a variable, the `geo` that makes it 1 for these addresses and networks),
     or ('', '') where there are none. All files share the names of variables: this one is
     made of what is in the table, so that one name is never two tables."""
-    import hashlib
     if not trust:
         return '', ''
+    import hashlib
 
     networks = sorted(set(trust.split()))
     if version < (1, 3, 10):            # its `geo` knows no IPv6
@@ -4762,6 +4764,10 @@ PASSING = r'''(?x)
   | /etc/(hosts|hostname|resolv\.conf|mtab)/
   | .*/(__pycache__|\.cache)/'''
 
+# Of `docker inspect`: names of one kind alone
+IMAGES = ('--type=image',)
+CONTAINERS = ('--type=container',)
+
 class Docker(object):
     """The docker engine of this machine, by its own command."""
     def __init__(self, host):
@@ -4844,10 +4850,16 @@ class Docker(object):
         return self.described(argv, self.host.ask(argv))
 
     @contextmanager
-    def inspecting(self, *names):
+    def inspecting(self, names, kind=()):
         """The same, asked beside what is done inside the `with`: a function that waits
-        for the answer and gives it."""
-        argv = ('docker', 'inspect') + names
+        for the answer and gives it.
+        kind: IMAGES or CONTAINERS where all are that, as docker knows from 1.8 on. For a
+        name of any kind that it does not know it looks through its networks, volumes and
+        swarm: that takes as long again"""
+        if not names:
+            yield list
+            return
+        argv = ('docker', 'inspect') + kind + tuple(names)
         with self.host.begin(argv) as asked:
             yield lambda: self.described(argv, asked.result())
 
@@ -4976,21 +4988,15 @@ class Docker(object):
 
     @contextmanager
     def tagging(self, source, target):
-        """Move a tag beside what is done inside the `with`: a function that waits until
-        it is moved. Docker before 1.10 wants to be told that it may."""
+        """Move a tag beside what is done inside the `with`. Docker before 1.10 wants to
+        be told that it may."""
         argv = ['docker', 'tag', source, target]
         with self.host.begin(argv) as tag:
-            moved = []
-
-            def wait():
-                if moved:
-                    return
-                self.host.check_result(tag.result(), argv, 'is already')
-                if tag.result().status:
-                    self.host.run(['docker', 'tag', '-f', source, target])
-                moved.append(target)
-            yield wait
-            wait()
+            yield
+            result = tag.result()
+        self.host.check_result(result, argv, 'is already')
+        if result.status:
+            self.host.run(['docker', 'tag', '-f', source, target])
 
     def untag(self, tag, *options):
         """Take a tag away, and an unused image with it; False where a container uses
@@ -5481,6 +5487,23 @@ def is_working(title):
     """Whether this is the command line of a worker that still takes requests."""
     return 'nginx' in title and 'shutting down' not in title
 
+NGINX_TEST = ('nginx', '-t', '-q')
+
+def problem_of(result):
+    """What a Result of `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
+    if result.status == 0:
+        return ''
+    lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', result.err)
+    said = plain_line(lines[0] if lines else result.err.strip() or 'nginx -t failed')
+
+    # `unknown directive "x" in FILE:1`
+    text, _, place = said.rpartition(' ')
+    if not re.match(r'\S+:\d+\Z', place):
+        return said
+    if text.endswith(' in'):
+        text = text[:-len(' in')]
+    return '%s: %s' % (place, text)
+
 class Nginx(object):
     """nginx: its files, and its processes. What it found out of them it keeps."""
     def __init__(self, host):
@@ -5590,13 +5613,21 @@ class Nginx(object):
 
     # What an app's file may say beside them
 
-    def check(self, release, files, older, known):
+    def check(self, release, files, older, known, is_tested=False):
         """Failure where a release's proxy file clashes with another, or nginx refuses it.
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
-        is newer only warns; known: the apps that the asker may know of, None for all"""
+        is newer only warns; known: the apps that the asker may know of, None for all;
+        is_tested: whether nginx is asked later"""
         with telling_of_file(release):
             self.check_rules(release, files, older, known)
-            self.check_text(release, files, known)
+            if not is_tested and not self.has(release):
+                self.check_text(release, files, known)
+
+    def has(self, release):
+        """Whether the proxy file of a release lies there already, as it would be
+        installed: a push that leaves it as it is has nothing to ask of nginx."""
+        there = self.host.text(proxy_path(release.app))
+        return there == self.form(release.app, release.proxy)
 
     def check_rules(self, release, files, older, known):
         """Failure where it clashes with another; nginx itself is not asked."""
@@ -5671,6 +5702,8 @@ class Nginx(object):
     def check_alone(self, release, files):
         """Failure where a proxy file leans on what the file of another app defines: that
         app could not be changed or removed any more."""
+        if self.has(release):
+            return
         alone = {}
         for path in files:
             app = app_of_file(path)
@@ -5683,15 +5716,41 @@ class Nginx(object):
         refuse_if(problem, "%s (it must not lean on another app's file)", problem)
 
     def test(self, app, text, files):
-        """What nginx says against a proxy file in the place of the app's own, or ''. It
-        is tested in a staged copy: what lies in conf.d is valid at every moment. Where it
-        said nothing before, and nothing has changed, it is not asked again.
+        """What nginx says against a proxy file in the place of the app's own, or ''.
         files: {path: ProxyFile}"""
+        with self.staged(app, text, files) as (argv, judge):
+            return judge(self.host.ask(argv)) if argv else ''
+
+    @contextmanager
+    def testing(self, release):
+        """The file with which a release is going to be installed is tested beside what is
+        done inside the `with`. Should nginx say anything against it, `install` hears it
+        too, which asks again then."""
+        if not release.proxy:
+            yield
+            return
+
+        form = self.form(release.app, release.proxy)
+        text = pushed_part(release) if form == release.proxy else form
+        with self.staged(release.app, text, self.files()) as (argv, judge):
+            if not argv:
+                yield
+                return
+            with self.host.begin(argv) as tested:
+                yield
+                judge(tested.result())
+
+    @contextmanager
+    def staged(self, app, text, files):
+        """Inside a `with`, a copy of nginx's files with this one in the place of the
+        app's own: what lies in conf.d is valid at every moment. Gives the command that
+        tests it, and a function of its Result: what nginx says against it, or ''. The
+        command is None where it said nothing before, and nothing has changed."""
         host = self.host
         own = proxy_path(app)
         whole = NGINX + '/nginx.conf'
         candidate = temporary_of(own)
-        staged = temporary_of(NGINX + '/%s.conf' % app)
+        copy = temporary_of(NGINX + '/%s.conf' % app)
 
         parsed = self.parse(own, text)
         files = dict(files, **{own: parsed})
@@ -5700,39 +5759,32 @@ class Nginx(object):
         conf = stage_nginx_conf(host.text(whole), self.catch_all_text(files), paths)
         asked = (text, conf) + tuple(id(files[path]) for path in sorted(files))
         if asked in self.passed:            # a text is parsed once: see `parse`
-            return ''
+            yield None, None
+            return
+
+        def judge(result):
+            said = problem_of(result).replace(copy, whole)
+            if not said:
+                self.passed.add(asked)
+            return said.replace(candidate, 'nginx-proxy.conf')
+
         new = [path for path in files_made(parsed.directives)
                if not os.path.lexists(host.path(path))]
 
         try:
-            for path, content in ((candidate, text), (staged, conf)):
+            for path, content in ((candidate, text), (copy, conf)):
                 with open(host.path(path), 'wb') as target:
                     target.write(to_bytes(content))
-            said = self.problem('-c', staged).replace(staged, whole)
-            if not said:
-                self.passed.add(asked)
-            return said.replace(candidate, 'nginx-proxy.conf')
+            yield NGINX_TEST + ('-c', copy), judge
         finally:
             remove_file(host.path(candidate))
-            remove_file(host.path(staged))
+            remove_file(host.path(copy))
             for path in new:
                 remove_if_empty(host.path(path))
 
-    def problem(self, *options):
-        """What `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
-        status, _, err = self.host.ask(('nginx', '-t', '-q') + options)
-        if status == 0:
-            return ''
-        lines = re.findall(r'\[(?:emerg|alert|crit|error)\] (?:\d+#\d+: )?(.*)', err)
-        said = plain_line(lines[0] if lines else err.strip() or 'nginx -t failed')
-
-        # `unknown directive "x" in FILE:1`
-        text, _, place = said.rpartition(' ')
-        if not re.match(r'\S+:\d+\Z', place):
-            return said
-        if text.endswith(' in'):
-            text = text[:-len(' in')]
-        return '%s: %s' % (place, text)
+    def problem(self):
+        """What nginx says against what lies there now, or ''."""
+        return problem_of(self.host.ask(NGINX_TEST))
 
     # Its files change
 
@@ -5741,13 +5793,13 @@ class Nginx(object):
         and make nginx follow. older, known: as check wants them"""
         app = release.app
         with host_lock(self.host):
-            form = self.form(app, release.proxy)
-            if self.host.text(proxy_path(app)) == form:
+            if self.has(release):
                 return
 
             files = self.files()
             text = release.proxy
             if text:
+                form = self.form(app, text)
                 text = self.checked_form(release, form, files, older, known)
             neighbour = self.answering_neighbour(app, files)
             if self.write(app, text, files):
@@ -6344,7 +6396,8 @@ HELD_REF = 'refs/dockhand/%d'   # not advertised; git keeps what one can go back
 
 class App(object):
     """An app of this server: what lies of it in the store, and its repository.
-    known: the apps that whoever asks may know of, None for all"""
+    known: the apps that whoever asks may know of, as a Reach or a KeysReach; None for
+    all"""
     def __init__(self, host, name, known=None):
         self.host = host
         self.name = name
@@ -6722,6 +6775,7 @@ class Engine(object):
     finds some of its work done already. What docker or init refuse is a Failure.
     """
     runs_by_tag = False     # whether what it starts is the image that is called latest
+    takes_names_of = CONTAINERS
 
     def __init__(self, app):
         self.app = app
@@ -6746,10 +6800,13 @@ class Engine(object):
         """The names that nobody else's container may have when it comes."""
         return [process.name for process in processes_of(release)]
 
-    def prepare(self, release):
+    def prepare(self, release, is_made=False, is_launched=False):
         """Make ready what can be while an earlier release goes on: the gap is as long as
-        what is left. It may be there already, of a kept release. Nothing runs yet, and
-        nothing of it starts by itself, not even at boot."""
+        what is left. Nothing runs yet, and nothing of it starts by itself, not even at
+        boot.
+        is_made: whether its containers are there, and start so; without it those of a
+        kept release may be
+        is_launched: whether `launch` follows, for its front part"""
 
     def place(self, release):
         """Put where init finds it what says how to run this release. The earlier one has
@@ -6758,6 +6815,10 @@ class Engine(object):
     def start(self, release):
         """Start it, where it does not run. What was made ready may be gone: make it."""
         raise NotImplementedError
+
+    def launch(self, release):
+        """The same beside an earlier one that goes on, for what was not made ready."""
+        self.start(release)
 
     def stop(self, release):
         """Stop it, and what a killed process left of it; nothing brings it back, be it at
@@ -7036,16 +7097,15 @@ class Containers(Engine):
             own.append('--init')
         return own + caps_beside(options, log)
 
-    def prepare(self, release):
-        """Create the containers, so that the gap is a stop and a start, no more. Those of
-        a kept release are there, as a rule. Until it is checked, docker starts none at
-        boot."""
+    def prepare(self, release, is_made=False, is_launched=False):
+        """Create the containers, so that the gap is a stop and a start, no more. Until it
+        is checked, docker starts none at boot."""
+        if is_launched and self.is_made_by_launch(release):
+            release = workers_of(release)
         forbid = ('update', '--restart', 'no')
-        names = self.own_names(release)
-        are_there = False
-        if release.turn is not None:
-            are_there = self.docker.on_containers(names, *forbid)
-        if not are_there:
+        if not is_made and release.seconds is not None:
+            is_made = self.docker.on_containers(self.own_names(release), *forbid)
+        if not is_made:
             there = [process.name for process in self.own(release)
                      if not self.create(release, process)]
             self.docker.on_containers(there, *forbid)
@@ -7060,11 +7120,29 @@ class Containers(Engine):
 
     def create(self, release, process):
         """Create the container of a process; False where it is there."""
+        return self.make(release, process, ['create'], 'already in use')
+
+    def make(self, release, process, words, expected):
+        """Have docker make the container of a process; False where it fails with words
+        that are expected. words: of docker's command"""
         job = self.container(release, process)
-        argv = ['docker', 'create', '--name', process.name] + job.options
+        argv = ['docker'] + words + ['--name', process.name] + job.options
         argv += self.common_options(release, job.options, LOG_CAP)
         argv += [self.image_ref(release)] + job.command
-        return self.host.run_unless('already in use', argv, env=job.env, cwd=job.folder)
+        return self.host.run_unless(expected, argv, env=job.env, cwd=job.folder)
+
+    def is_made_by_launch(self, release):
+        """Whether it is new, and has to reach nothing else before it runs."""
+        return release.seconds is None and not self.host.machines.are_any()
+
+    def launch(self, release):
+        """Create and start its containers, by one command each."""
+        if not self.is_made_by_launch(release):
+            return self.start(release)
+        trouble = 'already in use|network .* not found'
+        for process in self.own(release):
+            if not self.make(release, process, ['run', '--detach'], trouble):
+                self.start_process(release, process)
 
     def start(self, release):
         for process in self.own(release):
@@ -7226,7 +7304,7 @@ class Upstart(Engine):
         options += caps_beside(options, ['--log-driver=none'])
         return options, job.env, job.folder
 
-    def prepare(self, release):
+    def prepare(self, release, is_made=False, is_launched=False):
         """Failure where somebody else's job has the name, before anything is stopped."""
         check_not_foreign(self.host, '%s/%s.conf' % (JOBS, release.app), release.app)
 
@@ -7332,6 +7410,8 @@ class Upstart(Engine):
 class Swarm(Containers):
     """Docker's swarm keeps the web process running, on several machines: a service for
     each release, named as its container would be. All else of it is containers here."""
+    takes_names_of = ()     # of services too
+
     @classmethod
     def takes(cls, host, release):
         return 'machines' in release.config and not release.job
@@ -7376,7 +7456,7 @@ class Swarm(Containers):
     def places(self, release):
         return [(address, release.published) for address in release.machines]
 
-    def prepare(self, release):
+    def prepare(self, release, is_made=False, is_launched=False):
         """Its image goes to each machine that can be reached."""
         machines = self.host.machines
         having, wrong = machines.bring(release, image_tag(release))
@@ -7387,10 +7467,10 @@ class Swarm(Containers):
             step('On %d of %d machines: %s', len(having), len(having) + len(wrong),
                  '; '.join(wrong))
 
-        if release.turn is not None:    # what once ended of it is no fault of now
+        if release.seconds is not None:     # what once ended of it is no fault of now
             self.remove_service(release)
         self.create_service(release)
-        Containers.prepare(self, release)
+        Containers.prepare(self, release, is_made)
 
     def create_service(self, release):
         env_file = self.app.release_folder(release.number) + '/env'
@@ -7715,19 +7795,20 @@ def accepts(host, address, port):
 # A deploy, a rollback, a change of config, and putting back are all `apply`. It knows no
 # engine by name. Uses the app, the engines and nginx.
 
-def check_proxy_change(app, release, older=False):
+def check_proxy_change(app, release, older=False, is_tested=False):
     """Failure where the proxy file of a release cannot be had beside the others.
-    older: as Nginx.check wants it"""
+    older, is_tested: as Nginx.check wants them"""
     if release.proxy:
         with host_lock(app.host):
-            app.nginx.check(release, app.nginx.files(), older, app.known)
+            app.nginx.check(release, app.nginx.files(), older, app.known, is_tested)
 
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
 # spent on health checks
 Switch = namedtuple('Switch', 'gap checked')
 
-def apply(app, old, new):
+def apply(app, old, new, is_made=False):
     """Make the host match a release, or put the old one back and raise; a report.
+    is_made: as Engine.prepare has it
 
     `pending` says what is being switched to; moving `live` is the commit point."""
     clock = app.host.clock
@@ -7740,7 +7821,8 @@ def apply(app, old, new):
     # overlap that is found when nginx is switched, and nothing is down yet.
     if old is None or (not overlap and new.proxy != old.proxy):
         check_proxy_change(app, new, was_live(old, new))
-    engine.prepare(new)             # if it goes no further, `forget` removes that again
+    # If it goes no further, `forget` removes what is new of that
+    engine.prepare(new, is_made, overlap)
     write_cron_script(app, new)
     if not overlap:
         app.docker.check_takes_writes(app.name)
@@ -7799,14 +7881,15 @@ def hand_over(app, old, new):
     clock = app.host.clock
     on_trial = is_on_trial(app, old, new)
     log_end = engine.log_end(new)
-    engine.start(front_of(new))
+    with app.nginx.testing(first_shown(app, old, new)):
+        engine.launch(front_of(new))
     begun = clock.monotonic()
     check_or_show_log(app, front_of(new), log_end, steady=0 if on_trial else STEADY)
     checked = clock.monotonic() - begun
     checked += hand_work_over(app, old, new, log_end)
 
     app.nginx.install(first_shown(app, old, new), was_live(old, new), app.known)
-    with app.docker.tagging(image_tag(new), latest_tag(app)):
+    with tagging(app, new):
         if on_trial:
             begun = clock.monotonic()
             check_or_show_log(app, new, log_end)
@@ -7838,17 +7921,26 @@ def stop_then_start(app, old, new):
     if old is not None:
         stop_for(app, old, engine)
     # (Not before: init starts a job that dies again, and by this tag.)
-    with app.docker.tagging(image_tag(new), latest_tag(app)) as wait_for_tag:
+    with tagging(app, new, engine.runs_by_tag):
         engine.place(new)
         app.nginx.install(new, was_live(old, new), app.known)
-        if engine.runs_by_tag:
-            wait_for_tag()
-        log_end = engine.log_end(new)
-        engine.start(new)
+    log_end = engine.log_end(new)
+    engine.start(new)
 
-        started = clock.monotonic()
+    started = clock.monotonic()
+    with tagging(app, new, not engine.runs_by_tag):
         answered = check_or_show_log(app, new, log_end)
     return Switch(answered - stopped, clock.monotonic() - started)
+
+@contextmanager
+def tagging(app, release, is_now=True):
+    """The image of a release becomes what is meant by the name of the app alone, beside
+    what is done inside the `with`. is_now: without it nothing happens"""
+    if not is_now:
+        yield
+        return
+    with app.docker.tagging(image_tag(release), latest_tag(app)):
+        yield
 
 def write_cron_script(app, release):
     """Write what cron is to call once this release is live, where it brings a crontab."""
@@ -9084,26 +9176,35 @@ def check_host_names(app):
 @contextmanager
 def beside_git(app, live, release):
     """Docker and nginx are asked what a new release will want to know, beside what is
-    done inside the `with`, which is git's at first; gives check_free, to be called."""
-    names = names_needed(app, live, release)
-    with app.docker.inspecting(*names) as described, app.nginx.asking_version():
-        yield partial(check_free, app, names, described)
+    done inside the `with`, which is git's at first; gives a function that raises Failure
+    where docker has one of its names."""
+    engine = engine_of(app, release)
+    kind = engine.takes_names_of
+    names = engine.names_taken(release)
+    tags = tags_needed(app, live, release)
+    if is_upstart(app.host):        # with a docker, it may be, that knows no kinds
+        names, tags, kind = names + tags, [], ()
 
-def names_needed(app, live, release):
-    """The names that docker may have nothing of before a release comes."""
-    names = engine_of(app, release).names_taken(release)
+    with app.docker.inspecting(names, kind) as containers, \
+            app.docker.inspecting(tags, IMAGES) as images, app.nginx.asking_version():
+        yield partial(check_free, app, [(names, containers), (tags, images)])
+
+def tags_needed(app, live, release):
+    """The images that docker may not have before a release is built."""
+    tags = []
     if not release.plan:            # that tag may be left of a plan that was killed
-        names.append(image_tag(release))
+        tags.append(image_tag(release))
     if live is None:
-        names.append(latest_tag(app))
-    return names
+        tags.append(latest_tag(app))
+    return tags
 
-def check_free(app, names, described):
+def check_free(app, answers):
     """Failure where docker has something of one of the names that a release needs.
-    described: a function that gives what it says of them all, as [dict]"""
-    for name in names if described() else []:
-        refuse_if(app.docker.inspect(name), 'docker has %s already, and not from '
-                  'dockhand: rename the app, or remove that', name)
+    answers: [([name], a function that gives what it says of them)]"""
+    for names, described in answers:
+        for name in names if described() else []:
+            refuse_if(app.docker.inspect(name), 'docker has %s already, and not from '
+                      'dockhand: rename the app, or remove that', name)
 
 def build_release(app, live, release, check_names, options=()):
     """What complete_release gives of a release, its image built. It is written down
@@ -9125,10 +9226,11 @@ def build_release(app, live, release, check_names, options=()):
                 app.save(release)
             release = build_image(app, release, folder, options)
 
-        with app.docker.inspecting(image_tag(release)) as described:
+        with app.docker.inspecting([image_tag(release)]) as described:
             app.empty_build_folder()
             if not release.plan:    # git is to keep what a rollback may want
                 app.git('update-ref', HELD_REF % release.number, release.commit)
+            app.nginx.files()       # read once: here nobody waits for it
             images = described()
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     return complete_release(app, live, release, images[0])
@@ -9599,7 +9701,9 @@ def complete_plain(app, live, release, settings):
     refuse_if('check' in release.config and not port, 'check is for an app with a port: '
               'dockhand config %s port=N', app.name)
     is_older = live is not None and live.image == release.image
-    check_proxy_change(app, first_shown(app, live, release), is_older)
+    is_tested = (is_made(release) and not release.plan and not release_command(release)
+                 and is_handed_over(app, live, release))
+    check_proxy_change(app, first_shown(app, live, release), is_older, is_tested)
     if is_older:
         tell_taken_names(app, live, release)
     if live is None or kind_text(live) != kind_text(release):
@@ -9785,9 +9889,23 @@ def receive_update(host, app_name, key, ref, old, new):
     """Deploy what the update hook is asked about: a ref, its commit and the new one."""
     if not OBJECT_ID.match(old) or not OBJECT_ID.match(new):
         raise Failure(FOR_HOOKS)
-    rights = rights_of(read_keys(host), key)
-    known = Reach() if rights is None else rights.apps
-    deploy(App(host, app_name, known), key, ref, old, new)
+    deploy(App(host, app_name, KeysReach(host, key)), key, ref, old, new)
+
+class KeysReach(object):
+    """The apps that whoever pushes with a key may know of: none, where no key is called
+    so any more. As a rule a push has to name no other app: authorized_keys is not read
+    before one is asked about."""
+    def __init__(self, host, key):
+        self.host = host
+        self.key = key
+        self.rights = None
+
+    def __contains__(self, app):
+        if self.rights is None:
+            self.rights = rights_of(read_keys(self.host), self.key)
+        if self.rights is None:
+            return False
+        return self.rights.apps is None or app in self.rights.apps
 
 def receive_after_push(host, app_name, said):
     """What follows a push. said: the four words of the ssh connection by which it came;
@@ -12697,11 +12815,11 @@ def cmd_rollback(app, number=None):
     To the one that was live before, or to release N: see `releases`.
     """
     with live_app(app, 'rollback') as live:
-        release = earlier_release(app, live, number)
+        release, is_made = earlier_release(app, live, number)
         check_edited(app, live, release)
         step('Switching from release %d to %d', live.number, release.number)
         revived = {'by': app.host.person(), 'time': round(app.host.clock.time(), 2)}
-        went = apply(app, live, release._replace(revived=revived))
+        went = apply(app, live, release._replace(revived=revived), is_made)
         step('Release %d is live again: %s', release.number, went)
 
         settings = changed_keys(live.config, release.config)
@@ -12714,8 +12832,9 @@ def cmd_rollback(app, number=None):
     show_address(app, release, own_connection(app.host))
 
 def earlier_release(app, live, number):
-    """The kept Release that a rollback goes to; Failure if it cannot run any more.
-    number: a str, or None for the one before"""
+    """The kept Release that a rollback goes to, and whether its containers are there as
+    they were left; Failure if it cannot run any more. number: a str, or None for the one
+    before"""
     releases = [release for release in app.kept() if release.number != live.number]
     if number is not None:
         releases = [release for release in releases if str(release.number) == number]
@@ -12723,11 +12842,16 @@ def earlier_release(app, live, number):
     refuse_if(not releases, 'no %s to go back to: see dockhand releases %s', wanted,
               live.app)
 
-    tag = image_tag(releases[0])
-    images = [image['Id'] for image in app.docker.inspect(tag)]
-    refuse_if(images != [releases[0].image],
+    release = releases[0]
+    tag = image_tag(release)
+    names = [process.name for process in engine_of(app, release).own(release)]
+    found = app.docker.inspect(tag, *names)
+    containers = [each for each in found if 'State' in each]
+    images = [each['Id'] for each in found if each not in containers]
+    refuse_if(images != [release.image],
               'its image %s was removed, so nothing has changed: choose another', tag)
-    return with_places_of_now(app, releases[0])
+    left = [each for each in containers if restart_policy(each) == 'no']
+    return with_places_of_now(app, release), len(left) == len(names)
 
 @command('rebuild', 'APP [--pull]', CHANGE)
 def cmd_rebuild(app, pull=False):
@@ -13366,6 +13490,8 @@ def check_asker(asker, verb, given, options):
 def typed_by_ssh(text):
     """What is said to somebody who came by ssh: commands that a key may have as they are
     typed there."""
+    if 'dockhand' not in text:
+        return text
     names = [verb.name for verb in COMMANDS if READ in (verb.right, verb.alone)
              or verb.right == CHANGE]
     return re.sub(r'(?<![\w/.-])(?:sudo )?dockhand (?=(?:%s)\b)' % '|'.join(names),

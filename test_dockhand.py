@@ -42,13 +42,15 @@ from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
     Busy, Crowd, Database, Fleet, Load, Marked, Plain, Queue, Secured, Server, Typed, Watch,
     Worker,
-    demand_engine, demand_nginx, demand_tool, drill, drills, everywhere, fresh_servers,
-    must, one_in, public_key, run, servers, together, told, until, web_files)
+    demand_engine, demand_nginx, demand_tool, drill, drills, drills_begin_first,
+    everywhere, fresh_servers, must, one_in, public_key, run, servers, together, told,
+    until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB, ONE_CRON,
     ONE_DATA, ONE_TYPES, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_CRON,
-    TWO_DATA, TWO_TYPES, TWO_WEB, USER, VOLUMES, WEB, ZERO, Beside, Clock, Machine, an_app,
-    but, half_deployed, image, keys_text, mode_in, pem, release, switch_steps)
+    TWO_DATA, TWO_NAMED, TWO_TYPES, TWO_WEB, USER, VOLUMES, WEB, ZERO, Beside, Clock,
+    Machine, an_app, but, half_deployed, image, keys_text, mode_in, pem, release,
+    switch_steps)
 from moments import (
     ACTS, RUNS, about_to, differences, explore, exported, folder_with_room,
     fresh_machine, imported, in_parallel, kill, moments_of, standing, trials, with_data, wrong)
@@ -3999,9 +4001,8 @@ def test_a_tag_is_moved_by_docker_before_1_10_too():
     docker.tag('a:1', 'a:latest')
     moved = ['docker tag a:1 a:latest', 'docker tag -f a:1 a:latest']
     assert done == moved
-    with docker.tagging('a:1', 'a:latest') as wait:
-        wait()
-        assert done == 2 * moved
+    with docker.tagging('a:1', 'a:latest'):
+        assert done == moved + moved[:1]
     assert done == 2 * moved
 
 @table('heard, status, said', '''
@@ -4786,9 +4787,9 @@ ORDER = {'none': BUILD + '''docker create --name blog--2 --label=dockhand.app=bl
 --log-opt=max-size=10m --log-opt=max-file=3 --pids-limit=4096 sha256:FROMtwo
 docker update --restart no blog--1
 docker stop -t 5 blog--1
-docker tag blog:2 blog:latest
 nginx -s reload
 docker start blog--2
+docker tag blog:2 blog:latest
 docker update --restart always blog--2''', 'upstart': BUILD + '''stop blog
 docker tag blog:2 blog:latest
 nginx -s reload
@@ -4827,7 +4828,7 @@ FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
     first => upstart => timeout 60 start
     deploy => none => mkdir, nginx -t, docker build, docker create, docker stop
     deploy => none => docker tag, nginx -s, docker start
-    deploy => none web => mkdir, docker build, nginx -t, docker create, docker start
+    deploy => none web => mkdir, docker build, docker run
     deploy => none web => nginx -s, docker tag
     deploy => none data => mkdir, docker build, nginx -t, docker create, docker stop
     deploy => none data => docker tag, nginx -s, docker start
@@ -4835,26 +4836,37 @@ FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
     deploy => upstart => timeout 60 start
     deploy => upstart turned => mkdir, docker build, nginx -t, docker network create
     deploy => upstart turned => docker create, stop, docker tag, nginx -s, docker start
-    rollback => none => nginx -t, docker create, docker update, docker stop, docker tag
+    rollback => none => nginx -t, docker stop, docker tag
     rollback => none => nginx -s, docker start
-    rollback => none web => docker create, docker update, docker start, nginx -t, nginx -s
-    rollback => none web => docker tag
-    rollback => none data => nginx -t, docker create, docker update, docker stop
-    rollback => none data => docker tag, nginx -s, docker start
+    rollback => none web => docker start, nginx -s, docker tag
+    rollback => none data => nginx -t, docker stop, docker tag, nginx -s, docker start
+    pruned => none => docker create
+    pruned => none web => docker create
+    pruned => none data => docker create
+    turned on => none => docker update
+    turned on => none web => docker update
     rollback => upstart => nginx -t, stop, docker tag, nginx -s, timeout 60 start
     rollback => upstart turned => nginx -t, docker stop, docker tag, nginx -s
     rollback => upstart turned => timeout 60 start
     config => none => docker tag, docker create, docker stop, docker start
-    config => none web => docker tag, nginx -t, docker create, docker start, nginx -s
+    config => none web => docker tag, docker run, nginx -s
     config => none data => docker tag, nginx -t, docker create, docker stop, nginx -s
     config => none data => docker start
     config => upstart => docker tag, stop, timeout 60 start'''.strip().splitlines())
             for command in commands.split(', ')]
 
+# What may have become of the container that a rollback goes to
+KEPT = {'rollback': lambda machine: None,
+        'pruned': lambda machine: machine.containers.pop('blog--1'),
+        'turned on': lambda machine: machine.containers['blog--1'].update(policy='always')}
+
 @pytest.mark.parametrize('act, kind, command', FAILURES)
 def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
         tmpdir, act, kind, command):
+    become, act = KEPT.get(act), 'rollback' if act in KEPT else act
     machine = about_to(act, kind, str(tmpdir))
+    if become:
+        become(machine)
     before, live = machine.whole(), machine.app.live()
     last = max([0] + machine.app.numbers())
     del machine.done[:]
@@ -4874,6 +4886,56 @@ def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
     now = machine.app.live()
     assert now != live and machine.running() == [now.image]
     assert act != 'config' or machine.app.config()['A'] == '2'
+
+@table('become, first', '''
+    pruned    => docker create --name blog--1
+    turned on => docker update --restart no blog--1''')
+@each('overlap', 'yes no')
+def test_a_rollback_makes_ready_what_it_goes_to_before_anything_stops(
+        plain, become, first, overlap):
+    plain.lives(ONE_WEB, overlap=overlap)
+    plain.push(TWO_WEB)
+    KEPT[become](plain)
+    del plain.done[:]
+    dh.cmd_rollback(plain.app)
+    acts = [line for line in plain.done
+            if re.match('docker (create|update|stop|start|run)', line)]
+    made = [line for line in acts if line.startswith(first)]
+    stops = [line for line in acts if re.match('docker (stop|start)', line)]
+    assert acts.index(made[0]) < acts.index(stops[0])
+    assert plain.running() == ['sha256:FROMone']
+    assert plain.containers['blog--2']['policy'] == 'no'
+
+def test_what_nginx_refuses_of_a_made_file_is_put_back_though_the_new_one_runs(plain):
+    """It is asked beside the start: the old release goes on."""
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    plain.broken['nginx -t'] = 9
+    assert 'broken on purpose' in refusal(plain.push, TWO_WEB)
+    plain.broken.clear()
+    assert set(plain.changed(before)) <= records_of(2)
+    assert not [line for line in plain.done if re.match('docker stop.* blog--1', line)]
+    plain.push(TWO_WEB, old=SHA, new='3' * 40)
+    assert plain.running() == ['sha256:FROMtwo']
+
+@pytest.mark.parametrize('files, config', [
+    (TWO_WEB, {'overlap': 'no'}), (TWO_WEB, {'release': 'up'}), (FILES_2, {}),
+    (TWO_NAMED, {})])
+def test_nginx_is_asked_before_a_release_command_or_a_gap_and_of_what_was_pushed(
+        plain, files, config):
+    plain.lives(ONE_WEB, **config)
+    del plain.done[:]
+    plain.broken['nginx -t'] = 9
+    assert 'broken on purpose' in refusal(plain.push, files)
+    assert not [line for line in plain.done if re.match('docker (run|create)', line)]
+
+def test_a_push_that_leaves_its_proxy_file_as_it_is_asks_nothing_of_nginx(machine):
+    machine.lives(FILES)
+    machine.push(dict(FILES_2, **{'nginx-proxy.conf': FILES['nginx-proxy.conf']}))
+    assert not [line for line in machine.done if line.startswith('nginx')]
+    machine.write('/etc/nginx/conf.d/zother.conf', 'server {')
+    machine.push(FILES_2, old=SHA_2, new='3' * 40)
+    assert [line for line in machine.done if line.startswith('nginx -t')]
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -4994,14 +5056,18 @@ def test_nothing_is_stopped_where_dockers_disk_takes_no_write(tmpdir, init):
 def docker_acts(machine):
     """What docker was told to start and stop, in their order, and nginx's reloads."""
     return [re.sub(' -t [0-9]+', '', line[len('docker '):]) if line[0] == 'd' else 'nginx'
-            for line in machine.done
-            if re.match('docker (start|stop|update)|nginx -s', line)]
+            for line in map(without_options, machine.done)
+            if re.match('docker (run|start|stop|update)|nginx -s', line)]
+
+def without_options(line):
+    """A `docker run --detach` with the container's name alone."""
+    return re.sub('^docker run --detach --name (\\S+).*', r'docker run \1', line)
 
 def test_the_new_workers_start_when_the_old_ones_are_stopped_and_then_nginx_turns(plain):
     plain.lives(ONE_TYPES)
     plain.push(TWO_TYPES)
     assert docker_acts(plain) == [
-        'start blog--2', 'update --restart no blog--1--worker', 'stop blog--1--worker',
+        'run blog--2', 'update --restart no blog--1--worker', 'stop blog--1--worker',
         'start blog--2--worker', 'nginx',
         'update --restart always blog--2 blog--2--worker', 'nginx',
         'update --restart no blog--1 blog--1--worker', 'stop blog--1 blog--1--worker']
@@ -5021,8 +5087,8 @@ def test_a_worker_that_dies_is_put_back_with_the_whole_release_and_its_log_shown
     assert plain.changed(before) == [] and plain.app.live() == live
     assert plain.containers['blog--1--worker']['policy'] == 'always'
     assert plain.containers['blog--1--worker']['State']['Running']
-    assert [line for line in docker_acts(plain) if line.startswith('start')] == [
-        'start blog--2', 'start blog--2--worker', 'start blog--1',
+    assert [line for line in docker_acts(plain) if line.startswith(('run', 'start'))] == [
+        'run blog--2', 'start blog--2--worker', 'start blog--1',
         'start blog--1--worker']
     assert 'The last lines of the log of worker:\n       its last words' in (
         capfd.readouterr().err)
@@ -5031,7 +5097,7 @@ def test_a_type_that_has_gone_from_the_procfile_goes_with_the_old_release(plain,
     plain.lives(ONE_TYPES, scale='worker=2')
     plain.push(dict(TWO_TYPES, Procfile='web: serve\n'))
     assert docker_acts(plain)[:3] == [
-        'start blog--2', 'update --restart no blog--1--worker blog--1--worker--2',
+        'run blog--2', 'update --restart no blog--1--worker blog--1--worker--2',
         'stop blog--1--worker blog--1--worker--2']
     assert plain.running() == ['sha256:FROMtwo']
     assert 'Note: scale counts worker, and there is no such process, but web' in (
@@ -5300,7 +5366,7 @@ def test_the_release_command_of_config_goes_before_that_of_the_procfile(
         plain, capfd, config, procfile, said, ran):
     plain.lives(ONE_WEB, **{'release': config} if config else {})
     plain.push(dict(TWO_WEB, Procfile=procfile + '\n'))
-    runs = [line for line in plain.done if line.startswith('docker run')]
+    runs = [line for line in plain.done if line.startswith('docker run --rm')]
     assert [line.endswith(' sha256:FROMtwo ' + ran) for line in runs] == [True] * bool(ran)
     err = capfd.readouterr().err
     assert ('Running the release command: %s\n' % said in err) == bool(said)
@@ -5499,11 +5565,13 @@ def test_only_web_apps_without_data_are_handed_over_unless_told(
 LOGGED = ('--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 '
           '--pids-limit=4096')
 NGINX_T = 'nginx -t -q -c /etc/nginx/.blog.conf.new\n'
-CREATED = '''docker create --name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
+OPTIONS = '''--name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
 --env-file=/var/lib/dockhand/apps/blog/releases/2/env \
 --add-host=host.docker.internal:10.86.0.1 %s--label=dockhand.app=blog --init \
 ''' + LOGGED + ' sha256:FROMtwo\n'
-PLAIN_BUILD = BUILD.replace(NGINX_T, '') + NGINX_T
+CREATED = 'docker create ' + OPTIONS
+LAUNCHED = NGINX_T + 'docker run --detach ' + OPTIONS
+PLAIN_BUILD = BUILD.replace(NGINX_T, '')
 
 def without_commit(text):
     """The lines of an environment, but for the commit."""
@@ -5516,10 +5584,9 @@ STOPPED = 'docker update --restart no blog--1\ndocker stop -t 10 blog--1\n'
 TAGGED = 'docker tag blog:2 blog:latest\n'
 SETTLED = 'docker update --restart always blog--2\n'
 PROXIED = NGINX_T + 'nginx -s reload\n'
-HANDED_OVER = ('docker start blog--2\nnginx -s reload\n' + TAGGED + SETTLED + PROXIED
-               + STOPPED)
-SWITCHED = STOPPED + TAGGED + 'nginx -s reload\ndocker start blog--2\n' + SETTLED
-RESTARTED = CREATED + SWITCHED
+HANDED_OVER = 'nginx -s reload\n' + TAGGED + SETTLED + PROXIED + STOPPED
+SWITCHED = STOPPED + 'nginx -s reload\ndocker start blog--2\n' + TAGGED + SETTLED
+RESTARTED = NGINX_T + CREATED + SWITCHED
 ON_VOLUME = '--volume=blog--data:/data '
 
 def plain_proxy(number, domains='blog blog.*', port=8000):
@@ -5532,10 +5599,10 @@ def plain_proxy(number, domains='blog blog.*', port=8000):
     return made + body + where
 
 @pytest.mark.parametrize('more, config, expected, gap', [
-    ('', {}, CREATED % '' + HANDED_OVER, ', no gap'),
+    ('', {}, LAUNCHED % '' + HANDED_OVER, ', no gap'),
     ('', {'overlap': 'no'}, RESTARTED % '', ', down for N s'),
     ('VOLUME /data', {}, RESTARTED % ON_VOLUME, ', down for N s'),
-    ('VOLUME /data', {'overlap': 'yes'}, CREATED % ON_VOLUME + HANDED_OVER, ', no gap')])
+    ('VOLUME /data', {'overlap': 'yes'}, LAUNCHED % ON_VOLUME + HANDED_OVER, ', no gap')])
 def test_a_plain_web_app_is_switched_in_this_order(
         plain, capfd, more, config, expected, gap):
     plain.lives(an_app('one', 'EXPOSE 8000\n' + more), **config)
@@ -5569,11 +5636,10 @@ def test_a_rollback_of_a_plain_app_starts_the_kept_container_again(plain, more):
         return re.sub('(?<=blog--)[12]|(?<=blog:)[12]', lambda m: swapped[m.group()],
                       text)
     # (What nginx is told at last it was asked about when this was live before.)
-    back = HANDED_OVER.replace('nginx -s reload', NGINX_T + 'nginx -s reload', 1).replace(
+    back = NGINX_T + 'docker start blog--2\n' + HANDED_OVER.replace(
         PROXIED + STOPPED, 'nginx -s reload\n' + STOPPED)
     done = [line for line in plain.done if line.startswith(('docker', 'nginx'))]
-    assert '\n'.join(done) + '\n' == ('docker update --restart no blog--1\n'
-                                       + turned(SWITCHED if more else back))
+    assert '\n'.join(done) + '\n' == turned(SWITCHED if more else back)
     assert plain.running() == ['sha256:FROMone']
     assert plain.served == {'/etc/nginx/conf.d/blog.conf': plain_proxy(1)}
 
@@ -5584,9 +5650,9 @@ def test_a_docker_without_an_init_of_its_own_is_not_asked_for_it(plain, path):
     if path:
         plain.write(path, '')
     plain.push(TWO_WEB)
-    created = (CREATED % '').strip()
-    assert ' --init ' in created
-    assert (created if path else created.replace(' --init', '')) in plain.done
+    launched = (LAUNCHED % '').splitlines()[1]
+    assert ' --init ' in launched
+    assert (launched if path else launched.replace(' --init', '')) in plain.done
 
 @each('name', 'dies sick mute')
 def test_a_version_that_never_gets_well_is_not_handed_over_to(plain, capfd, name):
@@ -5723,7 +5789,7 @@ class Toy(dh.Engine):
     def takes(cls, host, release):
         return release.config.get('TOY') == 'yes'
 
-    def prepare(self, release):
+    def prepare(self, release, is_made=False, is_launched=False):
         self.done.append('prepare %d' % release.number)
 
     def place(self, release):
@@ -7569,8 +7635,7 @@ def test_what_was_live_last_is_kept_and_what_a_rollback_goes_to(plain):
     dh.after_push(plain.app, None)
     assert [each.number for each in plain.app.kept()] == [
         7, 2, 6, 5, 4]
-    assert dh.earlier_release(plain.app, plain.app.live(), None
-                              ).number == 2
+    assert dh.earlier_release(plain.app, plain.app.live(), None)[0].number == 2
 
 @table('images, kept', '''
     ABCDEFG   => ABCDE
@@ -8727,14 +8792,14 @@ def test_config_does_not_make_a_name_of_the_servers_free(plain, path):
     assert path in refusal(lambda: plain.push(ONE_WEB, old=ZERO, new=SHA))
     assert plain.read(path) == 'not ours'
 
-CHANGED = 'docker tag sha256:FROMone blog:2\n' + NGINX_T
+CHANGED = 'docker tag sha256:FROMone blog:2\n'
 
 def test_a_change_of_config_is_a_release_of_the_same_image(plain, capfd):
     plain.lives(ONE_WEB, A='1', B='2')
     capfd.readouterr()
     dh.cmd_config(plain.app, 'A=new', 'domains=blog.org www.blog.org', 'B', unset=True)
     assert '\n'.join(plain.done) + '\n' == (
-        CHANGED + CREATED.replace('two', 'one') % '' + HANDED_OVER
+        CHANGED + LAUNCHED.replace('two', 'one') % '' + HANDED_OVER
         + 'timeout 2 getent ahosts blog.org\n')
     assert env_of(plain, 'blog--2') == 'A=new\nPORT=8000\n'
     assert plain.served == {
@@ -9136,7 +9201,7 @@ def test_doctor_leaves_an_app_that_is_stopped_alone(healthy, capfd):
 # with what it is told to do, one after the other. A line `x21` came 21 times: a wait.
 COSTS = '''
 a web app, first push
-    docker  inspect
+    x2      docker inspect
     nginx   -v
     git     cat-file, for-each-ref, ls-tree
     mkdir
@@ -9147,12 +9212,12 @@ a web app, first push
     docker  volume ls, network inspect
     x2      ip route
     nginx   -t
-    docker  create, tag
+    docker  create
     nginx   -s
-    docker  start, rm, network create, create, start, wait, update
+    docker  start, rm, network create, create, start, tag, wait, update
 
 a web app, handed over
-    docker  inspect
+    x2      docker inspect
     nginx   -v
     git     cat-file, for-each-ref, ls-tree
     mkdir
@@ -9161,7 +9226,7 @@ a web app, handed over
     rm
     git     update-ref
     nginx   -t
-    docker  create, start
+    docker  run
     nginx   -s
     docker  tag, wait, update
     nginx   -t, -s
@@ -9170,7 +9235,7 @@ a web app, handed over
     docker  update, stop
 
 a worker
-    docker  inspect
+    x2      docker inspect
     nginx   -v
     git     cat-file, for-each-ref, ls-tree
     mkdir
@@ -9178,12 +9243,12 @@ a worker
     docker  build, inspect
     rm
     git     update-ref
-    docker  create, update, stop, tag, start
+    docker  create, update, stop, start, tag
     x21     docker inspect
     docker  update, inspect
 
 a service with a VOLUME
-    docker  inspect
+    x2      docker inspect
     nginx   -v
     git     cat-file, for-each-ref, ls-tree
     mkdir
@@ -9191,7 +9256,7 @@ a service with a VOLUME
     docker  build, inspect
     rm
     git     update-ref
-    docker  create, update, stop, tag, start, wait, update, inspect
+    docker  create, update, stop, start, tag, wait, update, inspect
 
 a job, where init is Upstart
     docker  inspect
@@ -9210,7 +9275,7 @@ a job, where init is Upstart
     x21     status, docker ps, docker inspect
 
 a job, elsewhere
-    docker  inspect
+    x2      docker inspect
     nginx   -v
     git     cat-file, for-each-ref, ls-tree
     mkdir
@@ -9219,19 +9284,19 @@ a job, elsewhere
     docker  build, inspect
     rm
     git     update-ref
-    docker  create, update, stop, tag
+    docker  create, update, stop
     nginx   -s
-    docker  start
+    docker  start, tag
     x21     docker inspect
     docker  update
 
 a web app, config changed
-    docker  inspect
+    x2      docker inspect
     nginx   -v
     docker  tag, inspect
     git     update-ref
     nginx   -t
-    docker  create, start
+    docker  run
     nginx   -s
     docker  tag, wait, update
     nginx   -t, -s
@@ -9241,8 +9306,10 @@ a web app, config changed
     git     cat-file, rev-list, update-ref
 
 a web app, rolled back
-    docker  inspect, update, start
-    nginx   -t, -s
+    docker  inspect
+    nginx   -t
+    docker  start
+    nginx   -s
     docker  tag, wait, update
     nginx   -s
     docker  inspect
@@ -12140,9 +12207,9 @@ NEVER = ['stop on stopping docker\nrespawn\n',
 LOST = ['start on filesystem and started docker\nstop on runlevel [!2345]\nrespawn\n',
         'start on runlevel [2345]\nrespawn\n']
 
-def test_real_jobs_that_are_lost_while_docker_is_away_run_again(servers):
+@drill('upstart')
+def test_real_jobs_that_are_lost_while_docker_is_away_run_again(server, size):
     """Their events come again with the next boot only; recover runs with docker's."""
-    server = servers['upstart']
     lost = [server.app('lost%d' % number, stanzas=each)
             for number, each in enumerate(LOST)]
     quiet = server.app('hushed', stanzas=LOST[0])
@@ -12162,14 +12229,15 @@ def test_real_jobs_that_are_lost_while_docker_is_away_run_again(servers):
         assert look_at_job(server, app.name) == (app.name + ' stop/waiting', 0)
         server.ok('dockhand start ' + app.name)
         assert app.answer() == app.name
-    for app in never:                       # nor after the reboot, further down
+    for app in lost + [quiet] + never:
         server.ok('dockhand destroy %s --force' % app.name)
 
-@pytest.mark.parametrize('stanzas', [
-    'start on started docker\n', 'start on filesystem\nrespawn\nrespawn limit 1 60\n'],
-    ids=['no respawn', 'one respawn'])
-def test_real_recover_runs_a_job_that_ended_and_that_nobody_stopped(servers, stanzas):
-    server = servers['upstart']
+@drill('upstart')
+def test_real_recover_runs_a_job_that_ended_and_that_nobody_stopped(server, size):
+    run_again_that_ended(server, 'start on started docker\n')
+    run_again_that_ended(server, 'start on filesystem\nrespawn\nrespawn limit 1 60\n')
+
+def run_again_that_ended(server, stanzas):
     name = 'ended%d' % len(stanzas)
     app, down = server.app(name, stanzas=stanzas), (name + ' stop/waiting', 0)
 

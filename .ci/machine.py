@@ -264,6 +264,10 @@ class Machine(object):
         return 'Client:\n Version: 29.0.0\nServer:\n Engine:\n  Version: 28.1.0\n'
 
     def docker_inspect(self, _, *names):
+        if names[0].startswith('--type='):
+            kind, names = names[0][len('--type='):], names[1:]
+            there = {'image': self.images, 'container': self.containers}[kind]
+            names = [name if name in there else 'none' for name in names]
         found = [each for each in [self.find(name) for name in names] if each]
         for each in found:
             if 'policy' in each:
@@ -550,6 +554,9 @@ class Machine(object):
                 'env': env and dh.read_file(env)}
 
     def docker_run(self, *words):
+        if words[1] == '--detach':
+            made = self.docker_create(words[0], *words[2:])
+            return made or self.docker_start(words[0], words[3])
         found = [self.find(word) for word in words if self.find(word)]
         self.ran = dict(self.given(words), image=found[0]['Id'])
         self.each('migrated')
