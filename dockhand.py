@@ -2794,13 +2794,13 @@ def parse_cron_line(text, number):
     else:
         for field, word in zip(CRON_FIELDS, words):
             check_cron_field(field, word)
-    command = ''.join(words[count:])
-    refuse_if(not command.strip(), 'five times and a command are wanted, as `0 4 * * * '
+    rest = ''.join(words[count:])
+    refuse_if(not rest.strip(), 'five times and a command are wanted, as `0 4 * * * '
               'bin/report`, or @daily and a command')
 
-    refuse_if(re.match('root[ \t]', command), '`root`: leave the user out, the command '
+    refuse_if(re.match('root[ \t]', rest), '`root`: leave the user out, the command '
               'runs as the image says (or rename the file, where it is not for dockhand)')
-    return CronLine(' '.join(words[:count]), unescaped_percents(command), number)
+    return CronLine(' '.join(words[:count]), unescaped_percents(rest), number)
 
 def check_cron_text(text):
     """Failure for what no line may hold, or cannot be a line with a time."""
@@ -3084,8 +3084,8 @@ class NginxReader(object):
         """End a directive, begin or end a block; False where nginx gives up."""
         mark = match.group('mark')
         ends_block = mark == '}'
-        is_wanted = not self.words if ends_block else bool(self.words)
-        if not is_wanted or (ends_block and not self.around):
+        is_in_place = not self.words if ends_block else bool(self.words)
+        if not is_in_place or (ends_block and not self.around):
             self.stop(line, '`%s` where nginx wants none' % mark)
             return False
         if mark == '{' and len(self.around) == DEEPEST:
@@ -5488,6 +5488,7 @@ def is_working(title):
     return 'nginx' in title and 'shutting down' not in title
 
 NGINX_TEST = ('nginx', '-t', '-q')
+TRIAL = '.test'                 # ends the name of a file that is but tested
 
 def problem_of(result):
     """What a Result of `nginx -t` says first, as `FILE:LINE: what is wrong`, or ''."""
@@ -5543,8 +5544,8 @@ class Nginx(object):
         for folder, ending in ((PROXIES, '.conf'), (NGINX + '/sites-enabled', '')):
             for name in list_folder(host.path(folder)):
                 path = folder + '/' + name
-                is_wanted = name.endswith(ending) and path != CATCH_ALL
-                if not is_wanted or not os.path.isfile(host.path(path)):
+                is_read = name.endswith(ending) and path != CATCH_ALL
+                if not is_read or not os.path.isfile(host.path(path)):
                     continue
 
                 read[path] = self.parse(path, host.text(path))
@@ -5617,15 +5618,15 @@ class Nginx(object):
         """Failure where a release's proxy file clashes with another, or nginx refuses it.
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
         is newer only warns; known: the apps that the asker may know of, None for all;
-        is_tested: whether nginx is asked later"""
+        is_tested: whether nginx has said yes already, or is asked later"""
         with telling_of_file(release):
             self.check_rules(release, files, older, known)
-            if not is_tested and not self.has(release):
+            if not is_tested:
                 self.check_text(release, files, known)
 
     def has(self, release):
         """Whether the proxy file of a release lies there already, as it would be
-        installed: a push that leaves it as it is has nothing to ask of nginx."""
+        installed."""
         there = self.host.text(proxy_path(release.app))
         return there == self.form(release.app, release.proxy)
 
@@ -5702,8 +5703,6 @@ class Nginx(object):
     def check_alone(self, release, files):
         """Failure where a proxy file leans on what the file of another app defines: that
         app could not be changed or removed any more."""
-        if self.has(release):
-            return
         alone = {}
         for path in files:
             app = app_of_file(path)
@@ -5749,7 +5748,7 @@ class Nginx(object):
         host = self.host
         own = proxy_path(app)
         whole = NGINX + '/nginx.conf'
-        candidate = temporary_of(own)
+        candidate = temporary_of(own + TRIAL)
         copy = temporary_of(NGINX + '/%s.conf' % app)
 
         parsed = self.parse(own, text)
@@ -6775,7 +6774,7 @@ class Engine(object):
     finds some of its work done already. What docker or init refuse is a Failure.
     """
     runs_by_tag = False     # whether what it starts is the image that is called latest
-    takes_names_of = CONTAINERS
+    takes_names_of = CONTAINERS     # docker's things that have its names
 
     def __init__(self, app):
         self.app = app
@@ -6800,12 +6799,12 @@ class Engine(object):
         """The names that nobody else's container may have when it comes."""
         return [process.name for process in processes_of(release)]
 
-    def prepare(self, release, is_made=False, is_launched=False):
+    def prepare(self, release, is_ready=False, is_launched=False):
         """Make ready what can be while an earlier release goes on: the gap is as long as
         what is left. Nothing runs yet, and nothing of it starts by itself, not even at
         boot.
-        is_made: whether its containers are there, and start so; without it those of a
-        kept release may be
+        is_ready: whether its containers are there, and none starts by itself; those of a
+        kept release may be there all the same
         is_launched: whether `launch` follows, for its front part"""
 
     def place(self, release):
@@ -7097,15 +7096,15 @@ class Containers(Engine):
             own.append('--init')
         return own + caps_beside(options, log)
 
-    def prepare(self, release, is_made=False, is_launched=False):
+    def prepare(self, release, is_ready=False, is_launched=False):
         """Create the containers, so that the gap is a stop and a start, no more. Until it
         is checked, docker starts none at boot."""
         if is_launched and self.is_made_by_launch(release):
             release = workers_of(release)
         forbid = ('update', '--restart', 'no')
-        if not is_made and release.seconds is not None:
-            is_made = self.docker.on_containers(self.own_names(release), *forbid)
-        if not is_made:
+        if not is_ready and release.seconds is not None:
+            is_ready = self.docker.on_containers(self.own_names(release), *forbid)
+        if not is_ready:
             there = [process.name for process in self.own(release)
                      if not self.create(release, process)]
             self.docker.on_containers(there, *forbid)
@@ -7120,13 +7119,15 @@ class Containers(Engine):
 
     def create(self, release, process):
         """Create the container of a process; False where it is there."""
-        return self.make(release, process, ['create'], 'already in use')
+        return self.make(release, process, 'create', 'already in use')
 
-    def make(self, release, process, words, expected):
-        """Have docker make the container of a process; False where it fails with words
-        that are expected. words: of docker's command"""
+    def make(self, release, process, verb, expected):
+        """Have docker `create` or `run` the container of a process; False where that
+        fails with words that are expected."""
         job = self.container(release, process)
-        argv = ['docker'] + words + ['--name', process.name] + job.options
+        argv = ['docker', verb, '--name', process.name] + job.options
+        if verb == 'run':
+            argv.append('--detach')
         argv += self.common_options(release, job.options, LOG_CAP)
         argv += [self.image_ref(release)] + job.command
         return self.host.run_unless(expected, argv, env=job.env, cwd=job.folder)
@@ -7141,7 +7142,7 @@ class Containers(Engine):
             return self.start(release)
         trouble = 'already in use|network .* not found'
         for process in self.own(release):
-            if not self.make(release, process, ['run', '--detach'], trouble):
+            if not self.make(release, process, 'run', trouble):
                 self.start_process(release, process)
 
     def start(self, release):
@@ -7304,7 +7305,7 @@ class Upstart(Engine):
         options += caps_beside(options, ['--log-driver=none'])
         return options, job.env, job.folder
 
-    def prepare(self, release, is_made=False, is_launched=False):
+    def prepare(self, release, is_ready=False, is_launched=False):
         """Failure where somebody else's job has the name, before anything is stopped."""
         check_not_foreign(self.host, '%s/%s.conf' % (JOBS, release.app), release.app)
 
@@ -7456,7 +7457,7 @@ class Swarm(Containers):
     def places(self, release):
         return [(address, release.published) for address in release.machines]
 
-    def prepare(self, release, is_made=False, is_launched=False):
+    def prepare(self, release, is_ready=False, is_launched=False):
         """Its image goes to each machine that can be reached."""
         machines = self.host.machines
         having, wrong = machines.bring(release, image_tag(release))
@@ -7470,7 +7471,7 @@ class Swarm(Containers):
         if release.seconds is not None:     # what once ended of it is no fault of now
             self.remove_service(release)
         self.create_service(release)
-        Containers.prepare(self, release, is_made)
+        Containers.prepare(self, release, is_ready)
 
     def create_service(self, release):
         env_file = self.app.release_folder(release.number) + '/env'
@@ -7806,9 +7807,9 @@ def check_proxy_change(app, release, older=False, is_tested=False):
 # spent on health checks
 Switch = namedtuple('Switch', 'gap checked')
 
-def apply(app, old, new, is_made=False):
+def apply(app, old, new, is_ready=False):
     """Make the host match a release, or put the old one back and raise; a report.
-    is_made: as Engine.prepare has it
+    is_ready: as Engine.prepare has it
 
     `pending` says what is being switched to; moving `live` is the commit point."""
     clock = app.host.clock
@@ -7822,10 +7823,9 @@ def apply(app, old, new, is_made=False):
     if old is None or (not overlap and new.proxy != old.proxy):
         check_proxy_change(app, new, was_live(old, new))
     # If it goes no further, `forget` removes what is new of that
-    engine.prepare(new, is_made, overlap)
+    engine.prepare(new, is_ready, overlap)
     write_cron_script(app, new)
-    if not overlap:
-        app.docker.check_takes_writes(app.name)
+    app.docker.check_takes_writes(app.name)
 
     with undone_by(put_back, app, old, new):
         app.set_link('pending', new)
@@ -8408,6 +8408,7 @@ def recover_app(app, git_moves_branch=False):
         step('%s: the switch to release %d was interrupted', app.name, pending.number)
         log('%s: the switch to release %d was interrupted', app.name, pending.number)
         live = app.live()
+        end_launches(app, pending)
         put_back(app, live, pending, git_moves_branch)
         is_live = live is not None and live.number == pending.number
         if pending.seconds is None and not is_live:
@@ -8424,6 +8425,15 @@ def recover_app(app, git_moves_branch=False):
         end_import(app)
     if app.name in list_apps(app.host) and not app.numbers():
         remove_records(app)
+
+def end_launches(app, release):
+    """End a `docker run` that goes on alone since its dockhand was killed: after all is
+    put back it would start what nobody wants any more."""
+    names = [process.name for process in engine_of(app, release).own(release)]
+    for pid, title in children(app.host, '1').items():
+        words = title.split('\0')
+        if words[:3] == ['docker', 'run', '--name'] and words[3] in names:
+            os.kill(int(pid), signal.SIGKILL)
 
 def start_again(app):
     """Start an app that was stopped while its volumes were copied."""
@@ -8457,6 +8467,7 @@ def sweep(app):
                               importing'''.split()]
     written += [host.path(folder, app.name + '.conf')
                 for folder in (JOBS, PROXIES, NGINX)]
+    written.append(host.path(proxy_path(app.name) + TRIAL))
     for number in app.numbers():
         folder = app.release_folder(number)
         written += [folder + '/release.json', folder + '/cron']
@@ -9051,8 +9062,8 @@ def deploy(app, key, ref, old, new):
             is_commit()
         else:
             race = partial(check_race, app, live, branch, old, new)
-            one_offs = partial(tell_one_offs, app)
-            make_release(app, live, release, [is_commit, race, one_offs])
+            told = partial(tell_one_offs, app)
+            make_release(app, live, release, [is_commit, race, told])
 
 def check_tag(ref, branch):
     """Failure for a tag called like the branch: `git push REMOTE 1.0:main` makes one in a
@@ -9212,28 +9223,41 @@ def build_release(app, live, release, check_names, options=()):
     check_names: a function that raises Failure where docker has one of these"""
     step('Checking %s', release.commit[:10])
     with undone_by(app.empty_build_folder):
-        if release.image:           # of a change of config: that of the live release
-            check_config(app, live, release)
-            engine_of(app, release).check(release)
-            check_names()
-            app.save(release)
-            app.docker.tag(release.image, image_tag(release))
+        if release.image:
+            take_image(app, live, release, check_names)
         else:
-            tree = check_out(app, release.commit)
-            release, folder = check_commit(app, live, release, tree)
-            check_names()
-            if not release.plan:
-                app.save(release)
-            release = build_image(app, release, folder, options)
+            release = build_commit(app, live, release, check_names, options)
+        image = describe_image(app, release)
+    return complete_release(app, live, release, image)
 
-        with app.docker.inspecting([image_tag(release)]) as described:
-            app.empty_build_folder()
-            if not release.plan:    # git is to keep what a rollback may want
-                app.git('update-ref', HELD_REF % release.number, release.commit)
-            app.nginx.files()       # read once: here nobody waits for it
-            images = described()
+def take_image(app, live, release, check_names):
+    """Of a change of config: it has the image of the live release."""
+    check_config(app, live, release)
+    engine_of(app, release).check(release)
+    check_names()
+    app.save(release)
+    app.docker.tag(release.image, image_tag(release))
+
+def build_commit(app, live, release, check_names, options):
+    """The Release with the files of its commit, and an image built of them."""
+    tree = check_out(app, release.commit)
+    release, folder = check_commit(app, live, release, tree)
+    check_names()
+    if not release.plan:
+        app.save(release)
+    return build_image(app, release, folder, options)
+
+def describe_image(app, release):
+    """A release's image as docker describes it. Beside that question is done what wants
+    to be done by now, or soon."""
+    with app.docker.inspecting([image_tag(release)]) as described:
+        app.empty_build_folder()
+        if not release.plan:        # git is to keep what a rollback may want
+            app.git('update-ref', HELD_REF % release.number, release.commit)
+        app.nginx.files()           # each is parsed once
+        images = described()
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
-    return complete_release(app, live, release, images[0])
+    return images[0]
 
 def complete_release(app, live, release, image):
     """The Release with its image, and all checked that can be before a switch; and how
@@ -9272,9 +9296,12 @@ def check_commit(app, live, release, tree):
         check_edited(app, live, release)
     if release.crontab:
         check_cron(app, release)
-    check_proxy_change(app, release)
+    # One that is left as it is has nothing to ask of nginx
+    is_tested = (live is not None and release.proxy == live.proxy
+                 and app.nginx.has(live))
+    check_proxy_change(app, release, is_tested=is_tested)
     if release.proxy:
-        check_pushed_proxy(app, release)
+        check_pushed_proxy(app, release, is_tested)
     return release, folder
 
 def build_image(app, release, folder, options):
@@ -9649,10 +9676,12 @@ def check_crontab_edited(app, live, release):
     raise Failure('to keep that, commit it in crontab; then, or to drop it: sudo rm %s, '
                   'and try again', path)
 
-def check_pushed_proxy(app, release):
-    """What else is asked of a proxy file that was pushed: that it stands by itself."""
-    with host_lock(app.host):
-        app.nginx.check_alone(release, app.nginx.files())
+def check_pushed_proxy(app, release, is_tested):
+    """What else is asked of a proxy file that was pushed: that it stands by itself.
+    is_tested: as Nginx.check has it"""
+    if not is_tested:
+        with host_lock(app.host):
+            app.nginx.check_alone(release, app.nginx.files())
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
         step('nginx-proxy.conf:%d: warning: %s', line, text)
 
@@ -9701,14 +9730,24 @@ def complete_plain(app, live, release, settings):
     refuse_if('check' in release.config and not port, 'check is for an app with a port: '
               'dockhand config %s port=N', app.name)
     is_older = live is not None and live.image == release.image
-    is_tested = (is_made(release) and not release.plan and not release_command(release)
-                 and is_handed_over(app, live, release))
+    is_tested = is_tested_at_start(app, live, release)
     check_proxy_change(app, first_shown(app, live, release), is_older, is_tested)
     if is_older:
         tell_taken_names(app, live, release)
     if live is None or kind_text(live) != kind_text(release):
         step('%s is %s', app.name, kind_text(release))
     return release
+
+def is_tested_at_start(app, live, release):
+    """Whether it is soon enough that nginx tests a release's proxy file while its first
+    container starts: until then nothing has been done that others feel. A release command
+    has run by then, an old release that is not handed over is down, and workers are
+    exchanged before nginx turns. What somebody wrote is tested before anything starts."""
+    if release.plan or not is_made(release) or release_command(release):
+        return False
+    if not is_handed_over(app, live, release):
+        return False
+    return not workers_of(live).part and not workers_of(release).part
 
 def tell_taken_names(app, live, release):
     """Say which full names a change of `domains` takes out of another app's wildcard."""
@@ -12815,11 +12854,11 @@ def cmd_rollback(app, number=None):
     To the one that was live before, or to release N: see `releases`.
     """
     with live_app(app, 'rollback') as live:
-        release, is_made = earlier_release(app, live, number)
+        release, is_ready = earlier_release(app, live, number)
         check_edited(app, live, release)
         step('Switching from release %d to %d', live.number, release.number)
         revived = {'by': app.host.person(), 'time': round(app.host.clock.time(), 2)}
-        went = apply(app, live, release._replace(revived=revived), is_made)
+        went = apply(app, live, release._replace(revived=revived), is_ready)
         step('Release %d is live again: %s', release.number, went)
 
         settings = changed_keys(live.config, release.config)

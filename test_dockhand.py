@@ -42,9 +42,8 @@ from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
     Busy, Crowd, Database, Fleet, Load, Marked, Plain, Queue, Secured, Server, Typed, Watch,
     Worker,
-    demand_engine, demand_nginx, demand_tool, drill, drills, drills_begin_first,
-    everywhere, fresh_servers, must, one_in, public_key, run, servers, together, told,
-    until, web_files)
+    demand_engine, demand_nginx, demand_tool, drill, drills, everywhere, fresh_servers,
+    must, one_in, public_key, run, servers, together, told, until, web_files)
 from machine import (
     FILES, FILES_2, GROUP, JOB, JOB_HEADER, MAIN, NGINX_CONF, OF_A_JOB, ONE_CRON,
     ONE_DATA, ONE_TYPES, ONE_WEB, PROXY_HEADER, SHA, SHA_2, SHA_3, SS_HEAD, TWO_CRON,
@@ -4933,9 +4932,50 @@ def test_a_push_that_leaves_its_proxy_file_as_it_is_asks_nothing_of_nginx(machin
     machine.lives(FILES)
     machine.push(dict(FILES_2, **{'nginx-proxy.conf': FILES['nginx-proxy.conf']}))
     assert not [line for line in machine.done if line.startswith('nginx')]
-    machine.write('/etc/nginx/conf.d/zother.conf', 'server {')
-    machine.push(FILES_2, old=SHA_2, new='3' * 40)
-    assert [line for line in machine.done if line.startswith('nginx -t')]
+
+def test_what_was_written_by_hand_and_is_pushed_then_is_tested(machine):
+    """It lies there already, and nginx may never have read it."""
+    machine.lives(FILES)
+    by_hand = FILES['nginx-proxy.conf'].replace('listen 80', 'listen  80')
+    machine.write('/etc/nginx/conf.d/blog.conf', PROXY_HEADER + by_hand)
+    machine.broken['nginx -t'] = 9
+    assert 'broken on purpose' in refusal(machine.push, dict(
+        FILES_2, **{'nginx-proxy.conf': by_hand}))
+
+def test_workers_are_exchanged_once_nginx_has_said_yes(plain):
+    plain.lives(ONE_TYPES)
+    del plain.done[:]
+    plain.broken['nginx -t'] = 9
+    assert 'broken on purpose' in refusal(plain.push, TWO_TYPES)
+    assert not [line for line in plain.done
+                if re.match('docker (create|run|stop|start)', line)]
+
+def test_a_full_disk_is_found_before_anything_is_switched_to(plain):
+    plain.lives(ONE_WEB)
+    before = plain.whole()
+    plain.host.docker.check_takes_writes = lambda name: dh.refuse_if(True, 'full')
+    assert refusal(plain.push, TWO_WEB) == 'full'
+    assert not plain.app.linked('pending')
+    assert not [line for line in plain.done if re.match('docker (create|run)', line)]
+    assert set(plain.changed(before)) <= records_of(2)
+
+@table('parent, command, is_ended', '''
+    1  => docker run --name blog--2 --net=dockhand x   => yes
+    9  => docker run --name blog--2 --net=dockhand x   => no
+    1  => docker run --name blog--22 --net=dockhand x  => no
+    1  => docker run --rm --name blog--2 x             => no
+    1  => docker start blog--2                         => no
+    1  =>                                              => no''')
+def test_a_run_that_goes_on_alone_after_a_kill_is_ended(
+        plain, monkeypatch, parent, command, is_ended):
+    half_deployed(plain, 1, (ONE_WEB, TWO_WEB))
+    plain.write('/proc/4321/stat', '4321 (docker) S %s 4321' % parent)
+    plain.write('/proc/4321/cmdline', command.replace(' ', '\0') + '\0')
+    ended = []
+    monkeypatch.setattr(os, 'kill', lambda pid, number: ended.append((pid, number)))
+    dh.cmd_recover(plain.host)
+    assert ended == [(4321, signal.SIGKILL)] * (is_ended == 'yes')
+    assert plain.app.live().number == 1
 
 def test_an_app_that_dies_at_once_is_put_back_with_the_end_of_its_log(machine, capfd):
     machine.lives(FILES)
@@ -5060,8 +5100,8 @@ def docker_acts(machine):
             if re.match('docker (run|start|stop|update)|nginx -s', line)]
 
 def without_options(line):
-    """A `docker run --detach` with the container's name alone."""
-    return re.sub('^docker run --detach --name (\\S+).*', r'docker run \1', line)
+    """A `docker run` with the container's name alone."""
+    return re.sub(r'^docker run --name (\S+).* --detach .*', r'docker run \1', line)
 
 def test_the_new_workers_start_when_the_old_ones_are_stopped_and_then_nginx_turns(plain):
     plain.lives(ONE_TYPES)
@@ -5565,12 +5605,12 @@ def test_only_web_apps_without_data_are_handed_over_unless_told(
 LOGGED = ('--log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3 '
           '--pids-limit=4096')
 NGINX_T = 'nginx -t -q -c /etc/nginx/.blog.conf.new\n'
-OPTIONS = '''--name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
+MADE_SO = '''--name blog--2 --net=dockhand --ip=10.86.0.3 --net-alias=blog \
 --env-file=/var/lib/dockhand/apps/blog/releases/2/env \
 --add-host=host.docker.internal:10.86.0.1 %s--label=dockhand.app=blog --init \
 ''' + LOGGED + ' sha256:FROMtwo\n'
-CREATED = 'docker create ' + OPTIONS
-LAUNCHED = NGINX_T + 'docker run --detach ' + OPTIONS
+CREATED = 'docker create ' + MADE_SO
+LAUNCHED = NGINX_T + 'docker run ' + MADE_SO.replace('%s', '%s--detach ')
 PLAIN_BUILD = BUILD.replace(NGINX_T, '')
 
 def without_commit(text):
@@ -5789,7 +5829,7 @@ class Toy(dh.Engine):
     def takes(cls, host, release):
         return release.config.get('TOY') == 'yes'
 
-    def prepare(self, release, is_made=False, is_launched=False):
+    def prepare(self, release, is_ready=False, is_launched=False):
         self.done.append('prepare %d' % release.number)
 
     def place(self, release):

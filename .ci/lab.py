@@ -744,12 +744,6 @@ class Drills(object):
             time.sleep(0.1)
         return self.came_to[work, size]
 
-@pytest.fixture(scope='session', autouse=True)
-def drills_begin_first(request):
-    """They have longest to go: all other tests, those of functions too, run beside them."""
-    if is_command('docker') and run(['docker', 'ps']).status == 0 and os.geteuid() == 0:
-        request.getfixturevalue('drills')
-
 @pytest.fixture(scope='session')
 def drills(request):
     found = Drills(request.session.items, request.config.option.markexpr)

@@ -554,9 +554,9 @@ class Machine(object):
                 'env': env and dh.read_file(env)}
 
     def docker_run(self, *words):
-        if words[1] == '--detach':
-            made = self.docker_create(words[0], *words[2:])
-            return made or self.docker_start(words[0], words[3])
+        if '--detach' in words:
+            made = self.docker_create(*words)
+            return made or self.docker_start('start', words[2])
         found = [self.find(word) for word in words if self.find(word)]
         self.ran = dict(self.given(words), image=found[0]['Id'])
         self.each('migrated')

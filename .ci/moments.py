@@ -34,9 +34,9 @@ LOOKING = 'fspath read stat lstat fstat statvfs listdir readlink fdopen __exit__
 FREEING = 'unlink remove rmdir truncate chmod chown fchmod fchown'.split()
 GIT = 'git --git-dir=/home/git/blog.git '
 HALVES = ('rm -rf', GIT + '--work')      # these commands are killed half-way too
-FULL = ('docker build', 'docker tag', 'docker create', 'docker start', 'mkdir',
+FULL = ('docker build', 'docker tag', 'docker create', 'docker run', 'docker start', 'mkdir',
         'docker network create', GIT + '--work', GIT + 'update-ref refs')
-TWICE = 'docker (build|start)|timeout|nginx'
+TWICE = 'docker (build|run|start)|timeout|nginx'
 MOST = 8                            # processes at a time
 
 # (files of release 1, of release 2): of a job app, of a web app that is handed over, of
@@ -167,6 +167,9 @@ class Moments(object):
                 line = re.sub('timeout -k 9 [0-9]+', 'timeout -k 9 LEFT', line)
                 self.command = line if event == 'call' else ''
                 self.moment(event, line)
+            elif (frame.f_code is Machine.docker_start.__code__
+                  and self.command.startswith('docker run')):
+                self.moment(event, 'start: ' + self.command)
         elif self.names and called.__name__ not in self.names or not may_change(called):
             return
         elif not self.command:
