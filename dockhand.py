@@ -46,6 +46,7 @@ import sys
 import time
 from collections import OrderedDict, deque, namedtuple
 from contextlib import contextmanager
+from errno import ESRCH
 from functools import partial
 
 # ---- Python 2.7 and 3 ------------------------------------------------------------------
@@ -765,6 +766,14 @@ def children(host, parent):
         if pid.isdigit() and process_fields(host, pid)[1:2] == [parent]:
             titles[pid] = host.text('/proc', pid, 'cmdline')
     return titles
+
+def send_signal(pid, number):
+    """Send a process a signal, if it is still there."""
+    try:
+        os.kill(int(pid), number)
+    except OSError as error:
+        if error.errno != ESRCH:
+            raise
 
 def process_fields(host, pid):
     """What /proc/PID/stat says behind the command's name: state, parent, ...; [] where
@@ -5505,6 +5514,18 @@ def problem_of(result):
         text = text[:-len(' in')]
     return '%s: %s' % (place, text)
 
+@contextmanager
+def written_meanwhile(host, texts):
+    """Inside a `with`, files with these texts are there. texts: {path: text}"""
+    try:
+        for path in sorted(texts):
+            with open(host.path(path), 'wb') as target:
+                target.write(to_bytes(texts[path]))
+        yield
+    finally:
+        for path in texts:
+            remove_file(host.path(path))
+
 class Nginx(object):
     """nginx: its files, and its processes. What it found out of them it keeps."""
     def __init__(self, host):
@@ -5769,15 +5790,10 @@ class Nginx(object):
 
         new = [path for path in files_made(parsed.directives)
                if not os.path.lexists(host.path(path))]
-
         try:
-            for path, content in ((candidate, text), (copy, conf)):
-                with open(host.path(path), 'wb') as target:
-                    target.write(to_bytes(content))
-            yield NGINX_TEST + ('-c', copy), judge
+            with written_meanwhile(host, {candidate: text, copy: conf}):
+                yield NGINX_TEST + ('-c', copy), judge
         finally:
-            remove_file(host.path(candidate))
-            remove_file(host.path(copy))
             for path in new:
                 remove_if_empty(host.path(path))
 
@@ -6010,7 +6026,7 @@ class Nginx(object):
         orphans = [pid for pid, title in children(host, '1').items()
                    if title.startswith('nginx: worker')]
         for pid in orphans:
-            os.kill(int(pid), signal.SIGQUIT)
+            send_signal(pid, signal.SIGQUIT)
 
         deadline = host.clock.monotonic() + RELOAD_TIMEOUT
         while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in orphans):
@@ -8429,11 +8445,11 @@ def recover_app(app, git_moves_branch=False):
 def end_launches(app, release):
     """End a `docker run` that goes on alone since its dockhand was killed: after all is
     put back it would start what nobody wants any more."""
-    names = [process.name for process in engine_of(app, release).own(release)]
+    launches = [['docker', 'run', '--name', process.name]
+                for process in engine_of(app, release).own(release)]
     for pid, title in children(app.host, '1').items():
-        words = title.split('\0')
-        if words[:3] == ['docker', 'run', '--name'] and words[3] in names:
-            os.kill(int(pid), signal.SIGKILL)
+        if title.split('\0')[:4] in launches:
+            send_signal(pid, signal.SIGKILL)
 
 def start_again(app):
     """Start an app that was stopped while its volumes were copied."""
@@ -10057,7 +10073,7 @@ def hang_up(host):
         fields = process_fields(host, pid)
         pid = int(fields[1]) if len(fields) > 1 else 0
     if pid > 1:
-        os.kill(pid, signal.SIGTERM)
+        send_signal(pid, signal.SIGTERM)
 
 # ---- Logs: what an app prints, over deploys too ----------------------------------------
 # Docker keeps a log for each container. Who follows an app goes on to that of the next
@@ -12798,9 +12814,8 @@ def cmd_enter(app, *words):
         return enter(app, running[0]['Id'], inside, has_terminal())
 
     name = engine.container_here(containers[title])
-    is_running = any(container['State']['Running']
-                     for container in app.docker.inspect(name))
-    refuse_if(not is_running, '%s of %s does not run: see dockhand status %s', title,
+    runs = any(container['State']['Running'] for container in app.docker.inspect(name))
+    refuse_if(not runs, '%s of %s does not run: see dockhand status %s', title,
               app.name, app.name)
     return enter(app, name, inside, has_terminal())
 

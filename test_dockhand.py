@@ -4862,7 +4862,9 @@ KEPT = {'rollback': lambda machine: None,
 @pytest.mark.parametrize('act, kind, command', FAILURES)
 def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
         tmpdir, act, kind, command):
-    become, act = KEPT.get(act), 'rollback' if act in KEPT else act
+    become = KEPT.get(act)
+    if become:
+        act = 'rollback'
     machine = about_to(act, kind, str(tmpdir))
     if become:
         become(machine)
@@ -4965,6 +4967,8 @@ def test_a_full_disk_is_found_before_anything_is_switched_to(plain):
     1  => docker run --name blog--22 --net=dockhand x  => no
     1  => docker run --rm --name blog--2 x             => no
     1  => docker start blog--2                         => no
+    1  => docker run --name                            => no
+    1  => docker                                       => no
     1  =>                                              => no''')
 def test_a_run_that_goes_on_alone_after_a_kill_is_ended(
         plain, monkeypatch, parent, command, is_ended):
@@ -4972,7 +4976,11 @@ def test_a_run_that_goes_on_alone_after_a_kill_is_ended(
     plain.write('/proc/4321/stat', '4321 (docker) S %s 4321' % parent)
     plain.write('/proc/4321/cmdline', command.replace(' ', '\0') + '\0')
     ended = []
-    monkeypatch.setattr(os, 'kill', lambda pid, number: ended.append((pid, number)))
+
+    def kill(pid, number):
+        ended.append((pid, number))
+        raise OSError(errno.ESRCH, 'No such process')       # it has just come to its end
+    monkeypatch.setattr(os, 'kill', kill)
     dh.cmd_recover(plain.host)
     assert ended == [(4321, signal.SIGKILL)] * (is_ended == 'yes')
     assert plain.app.live().number == 1
