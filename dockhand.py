@@ -9312,12 +9312,9 @@ def check_commit(app, live, release, tree):
         check_edited(app, live, release)
     if release.crontab:
         check_cron(app, release)
-    # One that is left as it is has nothing to ask of nginx
-    is_tested = (live is not None and release.proxy == live.proxy
-                 and app.nginx.has(live))
-    check_proxy_change(app, release, is_tested=is_tested)
+    check_proxy_change(app, release)
     if release.proxy:
-        check_pushed_proxy(app, release, is_tested)
+        check_pushed_proxy(app, live, release)
     return release, folder
 
 def build_image(app, release, folder, options):
@@ -9692,10 +9689,9 @@ def check_crontab_edited(app, live, release):
     raise Failure('to keep that, commit it in crontab; then, or to drop it: sudo rm %s, '
                   'and try again', path)
 
-def check_pushed_proxy(app, release, is_tested):
-    """What else is asked of a proxy file that was pushed: that it stands by itself.
-    is_tested: as Nginx.check has it"""
-    if not is_tested:
+def check_pushed_proxy(app, live, release):
+    """What else is asked of a proxy file that was pushed: that it stands by itself."""
+    if live is None or live.proxy != release.proxy:
         with host_lock(app.host):
             app.nginx.check_alone(release, app.nginx.files())
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):

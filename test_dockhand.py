@@ -2895,8 +2895,7 @@ def test_a_body_reaches_the_app_that_is_asked_for_events(tmpdir, told):
     with before_an_app(tmpdir, told) as alone:
         assert alone.ask('GET /teapot HTTP/1.1', BLOG).startswith('HTTP/1.1 418 Teapot')
         assert alone.ask('POST / HTTP/1.1', BLOG, 'Accept: text/event-stream',
-                         'Content-Length: 4', 'X: y', 'Connection: close', '',
-                         'body').startswith('HTTP/1.1 200 OK')
+                         'Content-Length: 4', body='body').startswith('HTTP/1.1 200 OK')
     assert told.heads[-1].startswith('POST / HTTP/1.1\r\n')
     assert told.heads[-1].endswith('\r\n\r\nbody')
 
@@ -4930,10 +4929,12 @@ def test_nginx_is_asked_before_a_release_command_or_a_gap_and_of_what_was_pushed
     assert 'broken on purpose' in refusal(plain.push, files)
     assert not [line for line in plain.done if re.match('docker (run|create)', line)]
 
-def test_a_push_that_leaves_its_proxy_file_as_it_is_asks_nothing_of_nginx(machine):
+def test_a_push_that_leaves_its_proxy_file_as_it_is_is_refused_where_nginx_is_broken(
+        machine):
     machine.lives(FILES)
-    machine.push(dict(FILES_2, **{'nginx-proxy.conf': FILES['nginx-proxy.conf']}))
-    assert not [line for line in machine.done if line.startswith('nginx')]
+    machine.broken['nginx -t'] = 9
+    assert "nginx's configuration was broken before this push" in refusal(
+        machine.push, dict(FILES_2, **{'nginx-proxy.conf': FILES['nginx-proxy.conf']}))
 
 def test_what_was_written_by_hand_and_is_pushed_then_is_tested(machine):
     """It lies there already, and nginx may never have read it."""

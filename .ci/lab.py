@@ -573,6 +573,13 @@ class Told(object):
             if not part:
                 return
             head += part
+        length = re.search(br'(?i)\r\ncontent-length: (\d+)', head)
+        wanted = head.index(b'\r\n\r\n') + 4 + (int(length.group(1)) if length else 0)
+        while len(head) < wanted:           # nginx may pass the body on after the head
+            part = connection.recv(65536)
+            if not part:
+                return
+            head += part
         self.heads.append(head.decode('latin-1'))
 
         path = head.split()[1].decode('latin-1')
@@ -645,15 +652,17 @@ class Alone(object):
         connection.close()
         return b''.join(parts).decode('latin-1')
 
-    def connect(self, *lines):
-        """A connection on which a request was sent, in HTTP/1.1 as these lines."""
+    def connect(self, *lines, **rest):
+        """A connection on which a request was sent, in HTTP/1.1 as these lines.
+        rest: its `body`"""
         connection = socket.create_connection(('127.0.0.1', self.port), 10)
-        connection.sendall('\r\n'.join(lines + ('', '')).encode('latin-1'))
+        request = '\r\n'.join(lines + ('', rest.get('body', '')))
+        connection.sendall(request.encode('latin-1'))
         return connection
 
-    def ask(self, *lines):
-        """What is answered to a request, with `Connection: close`."""
-        connection = self.connect(*(lines + ('Connection: close',)))
+    def ask(self, *lines, **rest):
+        """What is answered to a request, with `Connection: close`. rest: its `body`"""
+        connection = self.connect(*(lines + ('Connection: close',)), **rest)
         parts = list(iter(lambda: connection.recv(65536), b''))
         connection.close()
         return b''.join(parts).decode('latin-1')
