@@ -398,12 +398,14 @@ def plain_line(text):
 Result = namedtuple('Result', 'status out err')
 Account = namedtuple('Account', 'name uid gid home shell')
 
-def execute(argv, each=None, idle=None, **options):
+def execute(argv, each=None, idle=None, beside=None, **options):
     """Run a command, never through a shell; a Result(status, out, err).
     each: gets each line of both its streams as it comes; idle: as read_lines has it;
-    options: as start_command has them"""
+    beside: a function that is called once it runs; options: as start_command has them"""
     is_joined = each is not None
     with Begun(start_command(argv, is_joined=is_joined, **options)) as running:
+        if beside:
+            beside()
         if each:
             read_lines(running.process.stdout.fileno(), each, idle)
         return running.result()
@@ -4959,9 +4961,10 @@ class Docker(object):
 
     # Images
 
-    def build(self, folder, tag, layers, options=(), env=None):
+    def build(self, folder, tag, layers, options=(), env=None, beside=None):
         """Build an image from a folder; the output goes to the pusher as it comes.
-        options: words of `docker build`; env: variables that these name
+        options: words of `docker build`; env: variables that these name; beside: as
+        execute has it
         layers: a list, gets the ids of what it made, or used again, on the way: of images
         with the older builder, of what buildx keeps with that (there also what somebody
         else builds meanwhile, which is but a cache)"""
@@ -4976,7 +4979,8 @@ class Docker(object):
                 detail(line)
         argv = ('docker', 'build', '--force-rm', '-t', tag) + tuple(options) + (folder,)
         try:
-            status = self.host.ask(argv, each=hear, idle=say_busy, env=env).status
+            status = self.host.ask(argv, each=hear, idle=say_busy, beside=beside,
+                                   env=env).status
         finally:
             after = self.build_cache()
             layers.extend(stages.layers)
@@ -9243,7 +9247,7 @@ def build_release(app, live, release, check_names, options=()):
             take_image(app, live, release, check_names)
         else:
             release = build_commit(app, live, release, check_names, options)
-        image = describe_image(app, release)
+        release, image = describe_image(app, release)
     return complete_release(app, live, release, image)
 
 def take_image(app, live, release, check_names):
@@ -9252,7 +9256,8 @@ def take_image(app, live, release, check_names):
     engine_of(app, release).check(release)
     check_names()
     app.save(release)
-    app.docker.tag(release.image, image_tag(release))
+    with app.docker.tagging(release.image, image_tag(release)):
+        app.nginx.files()               # each is parsed once
 
 def build_commit(app, live, release, check_names, options):
     """The Release with the files of its commit, and an image built of them."""
@@ -9264,16 +9269,28 @@ def build_commit(app, live, release, check_names, options):
     return build_image(app, release, folder, options)
 
 def describe_image(app, release):
-    """A release's image as docker describes it. Beside that question is done what wants
-    to be done by now, or soon."""
+    """(the Release with its places, its image as docker describes it). Beside that
+    question is done what wants to be done by now, or soon."""
     with app.docker.inspecting([image_tag(release)]) as described:
         app.empty_build_folder()
         if not release.plan:        # git is to keep what a rollback may want
             app.git('update-ref', HELD_REF % release.number, release.commit)
-        app.nginx.files()           # each is parsed once
+        if not release.job:
+            release = with_places(app, release)
         images = described()
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
-    return images[0]
+    return release, images[0]
+
+def with_places(app, release):
+    """The Release of a plain app with addresses, and ports of machines, that no other has
+    from now on."""
+    with host_lock(app.host):
+        free = free_addresses(app.host, count_addresses(release))
+        release = release._replace(addresses=free, machines=[], published=0)
+        release = engine_of(app, release).with_machines(release)
+        if not release.plan:
+            app.save_record(release)
+    return release
 
 def complete_release(app, live, release, image):
     """The Release with its image, and all checked that can be before a switch; and how
@@ -9324,7 +9341,8 @@ def build_image(app, release, folder, options):
     own, env = own_build(release, folder)
     layers = []
     try:
-        app.docker.build(folder, image_tag(release), layers, list(options) + own, env)
+        app.docker.build(folder, image_tag(release), layers, list(options) + own, env,
+                         beside=app.nginx.files)        # each is parsed once
     except (Failure, Stopped):
         if release.plan:
             remove_unneeded(app, layers)
@@ -9728,16 +9746,9 @@ def complete_plain(app, live, release, settings):
     engine = engine_of(app, release)
     engine.check_complete(release._replace(port=port, web=web, volumes=volumes))
 
-    with host_lock(app.host):       # other apps choose addresses too
-        release = release._replace(
-            port=port, web=web, healthcheck=has_healthcheck(settings, release),
-            volumes=volumes,
-            addresses=free_addresses(app.host, count_addresses(release)),
-            machines=[], published=0)
-        release = engine.with_machines(release)
-        release = release._replace(proxy=complete_proxy(app, release))
-        if not release.plan:
-            app.save(release)
+    release = release._replace(port=port, web=web, volumes=volumes,
+                               healthcheck=has_healthcheck(settings, release))
+    release = release._replace(proxy=complete_proxy(app, release))
 
     refuse_if('check' in release.config and not port, 'check is for an app with a port: '
               'dockhand config %s port=N', app.name)

@@ -4011,7 +4011,7 @@ def test_a_tag_is_moved_by_docker_before_1_10_too():
     did not complete: exit code: 137         => 1   => out of memory
     exec /bin/sh: exec format error          => 1   => exec format error''')
 def test_the_known_reasons_of_a_failed_build_are_named(heard, status, said):
-    def run(argv, each=None, idle=None, env=None):
+    def run(argv, each=None, **options):
         if each:
             each(heard)
         return Result(int(status) if each else 0, 'Server version: 1.0.0', '')
@@ -9258,8 +9258,9 @@ a web app, first push
     docker  build, inspect
     rm
     git     update-ref
-    docker  volume ls, network inspect
+    docker  network inspect
     x2      ip route
+    docker  volume ls
     nginx   -t
     docker  create
     nginx   -s

@@ -212,7 +212,7 @@ class Machine(object):
     def read(self, path):
         return dh.read_file(self.host.path(path))
 
-    def __call__(self, argv, account=None, each=None, **options):
+    def __call__(self, argv, account=None, each=None, beside=None, **options):
         line = ' '.join(argv).replace(self.root, '')
         if not line.startswith(QUERIES):
             self.done.append(line)
@@ -225,6 +225,8 @@ class Machine(object):
         assert method, 'unexpected command: ' + line
         self.each = each
         self.stdin, self.stdout = options.get('stdin'), options.get('stdout')
+        if beside:
+            beside()
         result = method(*argv[1:])
         return result if isinstance(result, Result) else Result(0, result or '', '')
 
@@ -1107,10 +1109,12 @@ class Machine(object):
             proxy=PROXY_HEADER + proxy if proxy else '',
             procfile=files.get('Procfile'), crontab=files.get('crontab', ''),
             **OF_A_JOB)
+        self.app.save(made)
         if not job:
             settings = self.images[tag]['Config']
+            made = dh.with_places(self.app, made)
             made = dh.complete_plain(self.app, self.app.live(), made, settings)
-        self.app.save(made)
+            self.app.save(made)
         return made
 
     def lives(self, files, **config):
