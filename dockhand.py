@@ -627,12 +627,14 @@ NEVER = '(?!)'                      # a pattern that matches nothing
 class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
     `ask` runs a command that may fail, with execute's options, and gives its Result;
-    `begin` begins one that runs beside what follows, and gives it Begun."""
+    `begin` begins one that runs beside what follows, and gives it Begun; `signal` sends
+    a process a signal."""
     def __init__(self, root='/', run=execute, user='git', clock=Clock,
                  connect=open_connection):
         self.root = root
         self.ask = run
         self.begin = getattr(run, 'begin', begin_command)
+        self.signal = getattr(run, 'signal', send_signal)
         self.user = user
         self.clock = clock
         self.connect = connect
@@ -763,11 +765,28 @@ def native(value):
 
 def children(host, parent):
     """{process id: command line, a NUL after each word} of what a process started."""
-    titles = {}
-    for pid in os.listdir(host.path('/proc')):
-        if pid.isdigit() and process_fields(host, pid)[1:2] == [parent]:
-            titles[pid] = host.text('/proc', pid, 'cmdline')
-    return titles
+    pids = listed_children(host, parent)
+    while pids is not None:
+        # One that ends while the list is read may hide another from it (proc(5))
+        again = listed_children(host, parent)
+        if again == pids:
+            break
+        pids = again
+
+    if pids is None:                        # an older kernel has no list
+        pids = [pid for pid in os.listdir(host.path('/proc'))
+                if pid.isdigit() and process_fields(host, pid)[1:2] == [parent]]
+    return dict((pid, host.text('/proc', pid, 'cmdline')) for pid in pids)
+
+def listed_children(host, parent):
+    """[process id] that Linux lists as a process's children, which is quick where there
+    are many processes; None where it makes no such list, or the process has gone."""
+    threads = host.path('/proc', parent, 'task')
+    listed = [read_file(os.path.join(threads, thread, 'children'))
+              for thread in list_folder(threads)]
+    if not listed or None in listed:
+        return None
+    return ' '.join(listed).split()
 
 def send_signal(pid, number):
     """Send a process a signal, if it is still there."""
@@ -5822,7 +5841,7 @@ class Nginx(object):
                 text = self.checked_form(release, form, files, older, known)
             neighbour = self.answering_neighbour(app, files)
             if self.write(app, text, files):
-                self.reload()
+                self.reload(is_tested=bool(text))
                 self.check_neighbour(neighbour)
 
     def checked_form(self, release, form, files, older, known):
@@ -5974,16 +5993,21 @@ class Nginx(object):
 
     # Its processes
 
-    def reload(self):
+    def reload(self, is_tested=False):
         """Make nginx take up its configuration; Failure unless it really has. Where a
         port is taken, `nginx -t` and the reload both succeed, but the earlier workers go
-        on."""
+        on.
+        is_tested: whether `nginx -t` has just said yes. `nginx -s reload` would read all
+        of it once more, only to send the master this signal"""
         host = self.host
         master = self.master()
         if master is None:
             return self.start()
         earlier = self.workers(master)
-        self.order_reload()
+        if is_tested:
+            host.signal(master, signal.SIGHUP)
+        else:
+            self.order_reload()
 
         deadline = host.clock.monotonic() + RELOAD_TIMEOUT
         while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):

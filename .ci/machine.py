@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -232,6 +233,14 @@ class Machine(object):
 
     def begin(self, argv):
         return Beside(self, argv)
+
+    def signal(self, pid, number):
+        """The one signal that is sent to what is no process here: nginx, reload."""
+        assert (pid, number) == ('50', signal.SIGHUP)
+        self(['kill', '-HUP', pid])
+
+    def kill(self, *words):
+        self.nginx_s('-s', 'reload')        # where it cannot, it goes on as it was
 
     def next(self):
         self.count += 1
