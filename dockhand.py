@@ -133,6 +133,7 @@ CHECKOUT_TIMEOUT = 300              # seconds for git to write the files of a co
 HEALTH_TIMEOUT = 60                 # seconds for an app to answer in
 STEADY = 2.0                        # seconds that it must keep running
 RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
+SIGNAL_TIMEOUT = 2                  # until it is asked whether it can
 DRAIN = 30                          # seconds for requests that were begun
 CERTBOT_TIMEOUT = 300               # seconds for the certificates of an app
 ORDER_AGAIN = 720                   # seconds until a push asks again for one
@@ -628,7 +629,7 @@ class Host(object):
     """Where the machine's files are, how a command is run there: the seam for tests.
     `ask` runs a command that may fail, with execute's options, and gives its Result;
     `begin` begins one that runs beside what follows, and gives it Begun; `signal` sends
-    a process a signal."""
+    nginx's master, by its process id, a signal."""
     def __init__(self, root='/', run=execute, user='git', clock=Clock,
                  connect=open_connection):
         self.root = root
@@ -764,7 +765,11 @@ def native(value):
     return to_text(to_bytes(value)) if isinstance(value, type(u'')) else value
 
 def children(host, parent):
-    """{process id: command line, a NUL after each word} of what a process started."""
+    """{process id: command line, a NUL after each word} of what a process started.
+    parent: its id; None or '' of one that does not run"""
+    if not parent:
+        return {}
+
     pids = listed_children(host, parent)
     while pids is not None:
         # One that ends while the list is read may hide another from it (proc(5))
@@ -781,12 +786,12 @@ def children(host, parent):
 def listed_children(host, parent):
     """[process id] that Linux lists as a process's children, which is quick where there
     are many processes; None where it makes no such list, or the process has gone."""
-    threads = host.path('/proc', parent, 'task')
-    listed = [read_file(os.path.join(threads, thread, 'children'))
-              for thread in list_folder(threads)]
-    if not listed or None in listed:
+    folder = host.path('/proc', parent, 'task')
+    texts = [read_file(os.path.join(folder, thread, 'children'))
+             for thread in list_folder(folder)]
+    if not texts or None in texts:
         return None
-    return ' '.join(listed).split()
+    return ' '.join(texts).split()
 
 def send_signal(pid, number):
     """Send a process a signal, if it is still there."""
@@ -5658,14 +5663,14 @@ class Nginx(object):
 
     # What an app's file may say beside them
 
-    def check(self, release, files, older, known, is_tested=False):
+    def check(self, release, files, older, known, is_tested_later=False):
         """Failure where a release's proxy file clashes with another, or nginx refuses it.
         files: {path: ProxyFile}; older: whether it was live before, so that a rule which
         is newer only warns; known: the apps that the asker may know of, None for all;
-        is_tested: whether nginx has said yes already, or is asked later"""
+        is_tested_later: whether nginx is asked another time"""
         with telling_of_file(release):
             self.check_rules(release, files, older, known)
-            if not is_tested:
+            if not is_tested_later:
                 self.check_text(release, files, known)
 
     def has(self, release):
@@ -5997,8 +6002,9 @@ class Nginx(object):
         """Make nginx take up its configuration; Failure unless it really has. Where a
         port is taken, `nginx -t` and the reload both succeed, but the earlier workers go
         on.
-        is_tested: whether `nginx -t` has just said yes. `nginx -s reload` would read all
-        of it once more, only to send the master this signal"""
+        is_tested: whether nginx has said yes to it. `nginx -s reload` would read all of
+        it once more before it sends the master this signal; where that has no effect, it
+        says why"""
         host = self.host
         master = self.master()
         if master is None:
@@ -6006,14 +6012,23 @@ class Nginx(object):
         earlier = self.workers(master)
         if is_tested:
             host.signal(master, signal.SIGHUP)
-        else:
-            self.order_reload()
+            if self.is_followed(earlier, SIGNAL_TIMEOUT):
+                return
 
-        deadline = host.clock.monotonic() + RELOAD_TIMEOUT
+        self.order_reload()
+        if not self.is_followed(earlier, RELOAD_TIMEOUT):
+            raise Failure('nginx keeps its old configuration: ' + self.complaint())
+
+    def is_followed(self, earlier, patience):
+        """Whether none of some workers, [process id], takes requests any more, within so
+        many seconds."""
+        host = self.host
+        deadline = host.clock.monotonic() + patience
         while any(is_working(host.text('/proc', pid, 'cmdline')) for pid in earlier):
             if host.clock.monotonic() > deadline:
-                raise Failure('nginx keeps its old configuration: ' + self.complaint())
+                return False
             host.clock.sleep(0.01)
+        return True
 
     def order_reload(self):
         """Tell nginx to take up its configuration; Failure where it refuses it."""
@@ -7840,12 +7855,13 @@ def accepts(host, address, port):
 # A deploy, a rollback, a change of config, and putting back are all `apply`. It knows no
 # engine by name. Uses the app, the engines and nginx.
 
-def check_proxy_change(app, release, older=False, is_tested=False):
+def check_proxy_change(app, release, older=False, is_tested_later=False):
     """Failure where the proxy file of a release cannot be had beside the others.
-    older, is_tested: as Nginx.check wants them"""
+    older, is_tested_later: as Nginx.check wants them"""
     if release.proxy:
         with host_lock(app.host):
-            app.nginx.check(release, app.nginx.files(), older, app.known, is_tested)
+            app.nginx.check(release, app.nginx.files(), older, app.known,
+                            is_tested_later)
 
 # gap: seconds in which the app did not answer, None where it always did; checked: seconds
 # spent on health checks
@@ -9271,7 +9287,7 @@ def build_release(app, live, release, check_names, options=()):
             take_image(app, live, release, check_names)
         else:
             release = build_commit(app, live, release, check_names, options)
-        release, image = describe_image(app, release)
+        release, image = place_and_describe(app, release)
     return complete_release(app, live, release, image)
 
 def take_image(app, live, release, check_names):
@@ -9281,7 +9297,7 @@ def take_image(app, live, release, check_names):
     check_names()
     app.save(release)
     with app.docker.tagging(release.image, image_tag(release)):
-        app.nginx.files()               # each is parsed once
+        app.nginx.files()               # parsed by now for the check that follows
 
 def build_commit(app, live, release, check_names, options):
     """The Release with the files of its commit, and an image built of them."""
@@ -9292,22 +9308,22 @@ def build_commit(app, live, release, check_names, options):
         app.save(release)
     return build_image(app, release, folder, options)
 
-def describe_image(app, release):
-    """(the Release with its places, its image as docker describes it). Beside that
-    question is done what wants to be done by now, or soon."""
+def place_and_describe(app, release):
+    """(the Release with its places, its image as docker describes it): beside that
+    question is done what is due now, and can be."""
     with app.docker.inspecting([image_tag(release)]) as described:
         app.empty_build_folder()
         if not release.plan:        # git is to keep what a rollback may want
             app.git('update-ref', HELD_REF % release.number, release.commit)
         if not release.job:
-            release = with_places(app, release)
+            release = take_places(app, release)
         images = described()
     refuse_if(not images, 'the build left no image: does docker buildx build elsewhere?')
     return release, images[0]
 
-def with_places(app, release):
-    """The Release of a plain app with addresses, and ports of machines, that no other has
-    from now on."""
+def take_places(app, release):
+    """The Release of a plain app with addresses of its own, and where it has machines a
+    port on them; written down, so that no other takes them (but of a plan)."""
     with host_lock(app.host):
         free = free_addresses(app.host, count_addresses(release))
         release = release._replace(addresses=free, machines=[], published=0)
@@ -9366,7 +9382,7 @@ def build_image(app, release, folder, options):
     layers = []
     try:
         app.docker.build(folder, image_tag(release), layers, list(options) + own, env,
-                         beside=app.nginx.files)        # each is parsed once
+                         beside=app.nginx.files)    # parsed by now for later checks
     except (Failure, Stopped):
         if release.plan:
             remove_unneeded(app, layers)
@@ -9733,7 +9749,7 @@ def check_crontab_edited(app, live, release):
 
 def check_pushed_proxy(app, live, release):
     """What else is asked of a proxy file that was pushed: that it stands by itself."""
-    if live is None or live.proxy != release.proxy:
+    if live is None or live.proxy != release.proxy:         # it did when it was pushed
         with host_lock(app.host):
             app.nginx.check_alone(release, app.nginx.files())
     for line, text in proxy_doubts(NginxReader(pushed_part(release)).directives):
@@ -9759,7 +9775,8 @@ def complete_job(app, live, release, settings):
     return release
 
 def complete_plain(app, live, release, settings):
-    """The Release of a plain app, with what the Config of its image and its own say."""
+    """The Release of a plain app, which has its places, with what the Config of its image
+    and its own say."""
     if is_made(release):
         release = release._replace(proxy='')
     port, web, volumes = read_image(settings, release)
@@ -9767,18 +9784,16 @@ def complete_plain(app, live, release, settings):
         for name in app.docker.volumes_of(app.name):
             step('Found a volume of an earlier %s: %s', app.name, name)
 
-    engine = engine_of(app, release)
-    engine.check_complete(release._replace(port=port, web=web, volumes=volumes))
-
     release = release._replace(port=port, web=web, volumes=volumes,
                                healthcheck=has_healthcheck(settings, release))
+    engine_of(app, release).check_complete(release)
     release = release._replace(proxy=complete_proxy(app, release))
 
     refuse_if('check' in release.config and not port, 'check is for an app with a port: '
               'dockhand config %s port=N', app.name)
     is_older = live is not None and live.image == release.image
-    is_tested = is_tested_at_start(app, live, release)
-    check_proxy_change(app, first_shown(app, live, release), is_older, is_tested)
+    is_tested_later = is_tested_at_start(app, live, release)
+    check_proxy_change(app, first_shown(app, live, release), is_older, is_tested_later)
     if is_older:
         tell_taken_names(app, live, release)
     if live is None or kind_text(live) != kind_text(release):

@@ -41,7 +41,7 @@ pytest.register_assert_rewrite('lab', 'machine', 'moments')
 from lab import (
     ALL_THERE, BACK_AGAIN, HERE, KEEP, REAL_WEB, SEED, STANZAS, TINY, WHOLE, Alone, App,
     Busy, Crowd, Database, Fleet, Load, Marked, Plain, Queue, Secured, Server, Typed, Watch,
-    Worker,
+    Worker, anywhere,
     demand_engine, demand_nginx, demand_tool, drill, drills, everywhere, fresh_servers,
     must, one_in, public_key, run, servers, together, told, until, web_files)
 from machine import (
@@ -4270,6 +4270,27 @@ def test_the_words_of_nginx_begin_with_file_and_line(err, said):
         host = Host('/nowhere', run=lambda argv: Result(status, '', err))
         assert host.nginx.problem() == problem
 
+def test_nginx_is_asked_why_where_its_signal_has_no_effect(plain):
+    """After a test that passed: what is lost meanwhile is mended as ever."""
+    plain.lives(ONE_WEB)
+    del plain.done[:]
+    plain.broken['kill'] = 1
+    plain.host.nginx.reload(is_tested=True)
+    assert plain.done == ['kill -HUP 50', 'nginx -s reload']
+    plain.broken.update({'kill': 1, 'nginx -s': 1})
+    assert 'broken on purpose' in refusal(plain.host.nginx.reload, True)
+
+def test_where_nginx_does_not_run_nothing_is_drained(tmpdir):
+    """As at boot after a power cut in the midst of a hand-over."""
+    machine = Machine(tmpdir, 'systemd')
+    half_deployed(machine, 2, (ONE_WEB, TWO_WEB))
+    os.unlink(machine.host.path('/run/nginx.pid'))
+    machine.state = 'starting'
+    dh.cmd_recover(machine.host)
+    assert machine.app.live().number == 1 and not machine.app.linked('pending')
+    assert machine.running() == ['sha256:FROMone']
+    assert machine.host.nginx.is_drained([('10.86.0.2', 80)])
+
 def test_at_boot_nginx_is_left_to_start_once_dockhand_has_recovered(tmpdir):
     machine = Machine(tmpdir, 'systemd')
     machine.state = 'starting'
@@ -4872,9 +4893,6 @@ FAILURES = [(act, kind, command) for act, kind, commands in map(cells, '''
     config => upstart => docker tag, stop, timeout 60 start'''.strip().splitlines())
             for command in commands.split(', ')]
 
-# What is said then, of what says something else than that it is broken on purpose
-SAID_OF = {'docker build': 'the build failed', 'kill': 'nginx keeps its old configuration'}
-
 # What may have become of the container that a rollback goes to
 KEPT = {'rollback': lambda machine: None,
         'pruned': lambda machine: machine.containers.pop('blog--1'),
@@ -4894,8 +4912,9 @@ def test_what_fails_at_any_command_is_put_back_and_can_be_tried_again(
     del machine.done[:]
     for number in (last + 1, last + 2):
         machine.broken[command] = 1
+        machine.broken['nginx -s'] = int(command == 'kill')     # it is asked why not
         said = refusal(ACTS[act], machine)
-        assert SAID_OF.get(command, 'broken on purpose') in said
+        assert 'broken on purpose' in said or command == 'docker build'
         # a rollback may leave what it had made of the older release, stopped
         left = ['blog--1'] if act == 'rollback' else records_of(last + 1, last + 2)
         assert set(machine.changed(before)) <= set(left)
@@ -11666,7 +11685,7 @@ def test_real_a_mail_like_service_is_reached_from_outside(server):
         assert server.hear(2525, '') == greeting
     assert server.run('ls', '/etc/nginx/conf.d/mail-in.conf').status != 0
 
-@everywhere
+@anywhere
 def test_real_a_clone_and_a_fetch_get_what_was_pushed(server):
     app, copy = server.app('shop'), App(server, 'shop')
     copy.follow()
@@ -11674,7 +11693,7 @@ def test_real_a_clone_and_a_fetch_get_what_was_pushed(server):
     copy.git('clone', '-q', copy.remote, 'clone')
     assert sorted(os.listdir(copy.folder + '/clone')) == sorted(os.listdir(app.folder))
 
-@everywhere
+@anywhere
 def test_real_a_push_from_a_shallow_clone_deploys(server):
     server.app('shop').change('before the clone')
     shallow = App(server, 'shop')
@@ -11689,7 +11708,7 @@ def look_at(server, app):
             server.ok('docker ps -q'), server.ok('docker images -q --no-trunc | sort -u'),
             server.manifest('/etc/nginx', '/var/lib/dockhand'))
 
-@everywhere
+@anywhere
 def test_real_a_tag_is_stored_and_deploys_nothing(server):
     app = server.app('shop')
     before = look_at(server, app)
@@ -11699,7 +11718,7 @@ def test_real_a_tag_is_stored_and_deploys_nothing(server):
     assert look_at(server, app) == before
     assert server.git('ls-remote', app.remote, 'v1').out
 
-@everywhere
+@anywhere
 def test_real_a_plan_shows_the_difference_and_changes_nothing(server):
     app = server.app('shop')
     before = look_at(server, app)
@@ -11712,7 +11731,7 @@ def test_real_a_plan_shows_the_difference_and_changes_nothing(server):
     assert look_at(server, app) == before
     assert app.branch('plan') == ''
 
-@everywhere
+@anywhere
 def test_real_what_is_export_ignore_is_built_all_the_same(server):
     """.gitattributes would keep it from git archive."""
     app = server.app('shop')
@@ -11730,7 +11749,7 @@ def test_real_an_app_with_a_healthcheck_waits_for_it(server):
             {'Dockerfile': REAL_WEB + check % 2 + 'CMD ["httpd", "-f", "-h", "/www"]\n'},
             'HEALTHCHECK says unhealthy', 1)
 
-@everywhere
+@anywhere
 def test_real_line_ends_of_windows_are_no_mistake(server):
     app = App(server, 'crlf', 8095)
     app.deploy(dict((name, text.replace('\n', '\r\n'))
@@ -11757,7 +11776,7 @@ def refused(app, files, pattern, times=2):
     app.follow()
     return pushed
 
-@everywhere
+@anywhere
 def test_real_a_dockerfile_that_fails_is_refused(server):
     refused(server.app('shop'), {'Dockerfile': 'FROM tiny:1\nRUN false\n'},
             'build failed')
@@ -11779,7 +11798,7 @@ def test_real_an_app_that_never_listens_is_refused_when_its_time_is_over(servers
     finally:
         server.ok('dockhand config shop --unset timeout')
 
-@everywhere
+@anywhere
 def test_real_a_proxy_file_that_breaks_or_takes_something_is_refused(server):
     server.apache()
     server.app('basket', **{
@@ -11794,7 +11813,7 @@ def test_real_a_proxy_file_that_breaks_or_takes_something_is_refused(server):
             ('server { listen 80; }', r'conf:1: no request reaches')):
         refused(server.app('shop'), {'nginx-proxy.conf': text + '\n'}, pattern)
 
-@everywhere
+@anywhere
 def test_real_a_proxy_file_that_was_edited_on_the_server_is_not_overwritten(server):
     app, path = server.app('shop'), '/etc/nginx/conf.d/shop.conf'
     server.ok("sed -i 's/listen 80;/listen 80; gzip on;/' " + path)
@@ -12021,7 +12040,7 @@ for _ in range(int(sys.argv[2])):
 print(found)
 '''
 
-@everywhere
+@anywhere
 def test_real_names_are_read_as_this_servers_nginx_reads_them(server):
     """Of the mutants of some files that nginx takes, each is read with the same name, or
     would be refused."""
@@ -12085,7 +12104,7 @@ def test_real_an_app_with_a_dot_is_no_host_name_for_another(servers):
 
 # ---- A push ends as git will end it ----------------------------------------------------
 
-@everywhere
+@anywhere
 def test_real_what_is_no_commit_is_refused_and_the_app_takes_the_next_push(server):
     app = server.app('shop')
     before = app.answer()

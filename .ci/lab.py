@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter, namedtuple
 from contextlib import closing, contextmanager
 
@@ -91,6 +92,16 @@ def everywhere(test):
         together(*[functools.partial(test, servers[kind]) for kind in KINDS])
     on_each.__name__, on_each.__doc__ = test.__name__, test.__doc__
     return on_each
+
+def anywhere(test):
+    """Run a test in which no init takes part on one kind of server: each test has its
+    own, by its name."""
+    kind = KINDS[zlib.crc32(test.__name__.encode()) % len(KINDS)]
+
+    def on_one(servers):
+        test(servers[kind])
+    on_one.__name__, on_one.__doc__ = test.__name__, test.__doc__
+    return on_one
 
 # ---- Servers and apps ------------------------------------------------------------------
 

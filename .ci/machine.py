@@ -235,7 +235,7 @@ class Machine(object):
         return Beside(self, argv)
 
     def signal(self, pid, number):
-        """The one signal that is sent to what is no process here: nginx, reload."""
+        """To nginx's master, to take up its configuration."""
         assert (pid, number) == ('50', signal.SIGHUP)
         self(['kill', '-HUP', pid])
 
@@ -1121,7 +1121,7 @@ class Machine(object):
         self.app.save(made)
         if not job:
             settings = self.images[tag]['Config']
-            made = dh.with_places(self.app, made)
+            made = dh.take_places(self.app, made)
             made = dh.complete_plain(self.app, self.app.live(), made, settings)
             self.app.save(made)
         return made

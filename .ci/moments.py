@@ -36,7 +36,7 @@ GIT = 'git --git-dir=/home/git/blog.git '
 HALVES = ('rm -rf', GIT + '--work')      # these commands are killed half-way too
 FULL = ('docker build', 'docker tag', 'docker create', 'docker run', 'docker start', 'mkdir',
         'docker network create', GIT + '--work', GIT + 'update-ref refs')
-TWICE = 'docker (build|run|start)|timeout|nginx'
+TWICE = 'docker (build|run|start)|timeout|nginx|kill'
 MOST = 8                            # processes at a time
 
 # (files of release 1, of release 2): of a job app, of a web app that is handed over, of
