@@ -11967,6 +11967,7 @@ def enable_at_boot(host):
                 make_folder(folder)
             if replace_link(host.path(link), UNIT):
                 changed = True
+        tell_systemd(host)
         return changed
     if is_upstart(host) or not has_init_scripts(host):
         return False
@@ -11979,6 +11980,10 @@ def enable_at_boot(host):
         host.run_unless('already', ['rc-update', 'add', name, 'default'])
     return enabled_scripts(host) != before
 
+def tell_systemd(host):
+    """Have systemd read units, and links to them, that it would see at the next boot."""
+    host.run(['systemctl', 'daemon-reload'])
+
 def enabled_scripts(host):
     """The links that have our script run, in each folder of a runlevel."""
     folders = ['/etc/rc%s.d' % level for level in '0123456S'] + ['/etc/runlevels/default']
@@ -11990,6 +11995,8 @@ def disable_at_boot(host):
     """Have no init run `dockhand recover` any more; the files that were removed."""
     removed = [path for path in UNIT_ENABLED + [UNIT, BOOT_JOB, BOOT_SCRIPT]
                if remove_file(host.path(path))]
+    if removed and is_systemd(host):
+        tell_systemd(host)
     name = os.path.basename(BOOT_SCRIPT)
     if enabled_scripts(host):
         if os.path.exists(host.path(ENABLERS[0])):

@@ -8331,6 +8331,7 @@ def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capf
         link = '/etc/systemd/system/%s.wants/dockhand-recover.service' % name
         linked = dh.UNIT if fresh.init == 'systemd' else None
         assert files.get(link, [None])[0] == linked
+    assert fresh.wanted == (dh.UNIT_ENABLED if fresh.init == 'systemd' else [])
     assert files['/var/lib/dockhand/build'][1:] == ('700', (USER, GROUP))
     assert fresh.served is not None
     out, done = capfd.readouterr().out, set(fresh.done)
@@ -8338,7 +8339,8 @@ def test_install_writes_these_files_and_a_second_one_changes_nothing(fresh, capf
     del fresh.done[:]
     dh.cmd_install(fresh.host)
     assert fresh.files() == files and capfd.readouterr().out == 'nothing changed\n'
-    assert set(fresh.done) == set(['sudo -n %s check' % RECEIVE]) < done
+    asked = ['systemctl daemon-reload'] * (fresh.init == 'systemd')
+    assert set(fresh.done) == set(asked + ['sudo -n %s check' % RECEIVE]) < done
 
 def test_install_compiles_the_script_when_that_is_newer_and_not_again(plain, capfd):
     dh.cmd_install(plain.host)
@@ -10148,6 +10150,7 @@ def test_uninstall_removes_dockhand_and_nothing_else(tmpdir, capfd, init):
     assert sorted(path for path in lost if not path.startswith(dh.LIBRARY)) == sorted(
         path for path in installed if 'recover' in path or path in (
             dh.PROGRAM, dh.OLDER_NAME, dh.SUDOERS))
+    assert machine.wanted == []
     assert dh.LIBRARY not in now and machine.running() == ['sha256:FROMone']
     said = capfd.readouterr().out
     for text in ('removed ' + dh.LIBRARY, '/etc/cron.d/dockhand-APP', 'userdel -r git',
@@ -11543,6 +11546,8 @@ def test_real_one_command_makes_a_fresh_server_deploy(server):
     assert 'remote: dockhand: the build failed' in server.demo
     assert len(re.findall('Release 2 is live: .*, no gap', server.demo)) == 1
     assert 'demo-app is removed' in server.demo
+    if server.kind == 'systemd':        # `recover` follows a docker that is killed by now
+        assert 'dockhand-recover.service' in server.ok('systemctl show -p Wants docker')
     assert server.run('sh', '-c', 'ss -Hlnu | grep :5353').out == ''
 
 @everywhere

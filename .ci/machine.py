@@ -182,6 +182,7 @@ class Machine(object):
         self.devices = {}           # {volume: options of its driver}
         self.timer = 'active'       # certbot's
         self.caught, self.certified = None, []
+        self.wanted = []            # the links among units that systemd has read
         self.write('/etc/passwd', 'git:x:%d:%d::/home/git:/bin/sh\n' % (USER, GROUP))
         self.write('/etc/nginx/nginx.conf', NGINX_CONF % 'include conf.d/*.conf;')
         self.kinds = {}             # of what is pushed and is no commit: {id: kind}
@@ -734,6 +735,10 @@ class Machine(object):
         if verb == '--no-block':
             assert words == ('start', 'nginx')
             return self.nginx()
+        if verb == 'daemon-reload':
+            self.wanted = [link for link in dh.UNIT_ENABLED
+                           if os.path.lexists(self.host.path(link))]
+            return ''
         if verb == 'is-active':
             return self.timer + '\n'
         assert verb == 'is-system-running'
