@@ -243,7 +243,8 @@ STORE = '/var/lib/dockhand/apps/blog'
 
 def standing(machine):
     """All that must be one release's, as {what: text}: times do not count, nor does it
-    that a failed release is remembered, or that nginx has opened a log to test a file."""
+    that a failed release is remembered, that nginx has opened a log to test a file, or
+    that a service which runs nothing is gone: a rollback makes it anew, if it is kept."""
     found = machine.files('/run', '/var/log/nginx')
     for path in [STORE, STORE + '/releases']:       # they may hold failed ones alone
         found.pop(path, None)
@@ -260,13 +261,16 @@ def standing(machine):
                  for name, each in machine.containers.items() if name[:3] != 'job')
     kept = [(release.commit, sorted(release.config.items()))
             for release in machine.app.kept()]
+    idle = [dh.container_name(release) for release in machine.app.kept()
+            if not machine.services.get(dh.container_name(release), {}).get('count')]
     found.update(refs=sorted(machine.refs.items()), running=machine.running(), kept=kept,
                  jobs=sorted(machine.jobs), served=sorted(machine.served.items()),
                  machines=sorted((name, sorted(node['labels'].items()),
                                   sorted(node['images'].items()))
                                  for name, node in machine.nodes.items()),
                  services=sorted((name, service['count'], service['port'])
-                                 for name, service in machine.services.items()),
+                                 for name, service in machine.services.items()
+                                 if name not in idle),
                  certified=machine.certified)
     return dict((name, str(value)) for name, value in found.items())
 
