@@ -133,7 +133,7 @@ CHECKOUT_TIMEOUT = 300              # seconds for git to write the files of a co
 HEALTH_TIMEOUT = 60                 # seconds for an app to answer in
 STEADY = 2.0                        # seconds that it must keep running
 RELOAD_TIMEOUT = 10                 # seconds for nginx to follow
-SIGNAL_TIMEOUT = 2                  # until it is asked whether it can
+SIGNAL_TIMEOUT = 2                  # seconds until it is asked why it does not
 DRAIN = 30                          # seconds for requests that were begun
 CERTBOT_TIMEOUT = 300               # seconds for the certificates of an app
 ORDER_AGAIN = 720                   # seconds until a push asks again for one
@@ -770,17 +770,18 @@ def children(host, parent):
     if not parent:
         return {}
 
+    # One that ends while the list is read may hide another from it (proc(5))
     pids = listed_children(host, parent)
-    while pids is not None:
-        # One that ends while the list is read may hide another from it (proc(5))
-        again = listed_children(host, parent)
-        if again == pids:
-            break
+    again = listed_children(host, parent)
+    while again != pids:
         pids = again
+        again = listed_children(host, parent)
 
     if pids is None:                        # an older kernel has no list
-        pids = [pid for pid in os.listdir(host.path('/proc'))
-                if pid.isdigit() and process_fields(host, pid)[1:2] == [parent]]
+        pids = []
+        for pid in os.listdir(host.path('/proc')):
+            if pid.isdigit() and process_fields(host, pid)[1:2] == [parent]:
+                pids.append(pid)
     return dict((pid, host.text('/proc', pid, 'cmdline')) for pid in pids)
 
 def listed_children(host, parent):
@@ -4175,11 +4176,11 @@ LOG_FORMAT = '''log_format dockhand_{app} '$dockhand_client - $remote_user [$tim
     '$request_time $upstream_response_time';
 '''
 
-def render_proxy(app, domains, version, ipv6, trust='', log='', are_machines=False):
+def render_proxy(app, domains, version, ipv6, trust='', path='', are_machines=False):
     """The proxy file of a web app that brings none. A client's idle connection outlives
     a reload until it has paused for five seconds, where nginx can do that: the next
     request may be on its way already.
-    trust: addresses and networks of those who may say who the client is; log: the path
+    trust: addresses and networks of those who may say who the client is; path: of the log
     where requests are noted, if not where nginx notes them all; are_machines: as upstream
     has it"""
     default = ''
@@ -4195,16 +4196,17 @@ def render_proxy(app, domains, version, ipv6, trust='', log='', are_machines=Fal
     if version >= (1, 19, 2):
         more += '%s;\n    ' % ' '.join(LARGE_HEADERS)
 
+    access_log = ''
     log_format = ''
-    if log:
+    if path:
+        access_log = 'access_log %s dockhand_%s;\n    ' % (path, app)
         log_format = LOG_FORMAT.format(app=app)
-        log = 'access_log %s dockhand_%s;\n    ' % (log, app)
     trusted, fronts = render_fronts(trust, version)
     believed = BELIEVED.format(trusted=trusted, last_but_one=LAST_BUT_ONE)
     return GENERATED.format(
         app=app, names=domains, default=default, more=more, fronts=fronts,
         but_fronts=', or what a front says that config trusts' if trust else '',
-        believed=believed if trust else '', log=log, format=log_format,
+        believed=believed if trust else '', log=access_log, format=log_format,
         patience=2 if are_machines else 5)
 
 def log_path(host, app):
@@ -6012,7 +6014,8 @@ class Nginx(object):
         earlier = self.workers(master)
         if is_tested:
             host.signal(master, signal.SIGHUP)
-            if self.is_followed(earlier, SIGNAL_TIMEOUT):
+            followed = self.is_followed(earlier, SIGNAL_TIMEOUT)
+            if followed and self.master() == master:    # or it has ended meanwhile
                 return
 
         self.order_reload()
@@ -11981,7 +11984,8 @@ def enable_at_boot(host):
     return enabled_scripts(host) != before
 
 def tell_systemd(host):
-    """Have systemd read units, and links to them, that it would see at the next boot."""
+    """Have systemd read units, and links to them, that it would see at the next boot.
+    `install` does so though it has changed nothing: one before may have been killed."""
     host.run(['systemctl', 'daemon-reload'])
 
 def enabled_scripts(host):

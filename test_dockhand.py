@@ -4280,6 +4280,16 @@ def test_nginx_is_asked_why_where_its_signal_has_no_effect(plain):
     plain.broken.update({'kill': 1, 'nginx -s': 1})
     assert 'broken on purpose' in refusal(plain.host.nginx.reload, True)
 
+def test_an_nginx_that_ends_before_its_signal_comes_has_not_followed(plain):
+    plain.lives(ONE_WEB)
+
+    def end(pid, number):
+        shutil.rmtree(plain.host.path('/proc'))
+        os.unlink(plain.host.path('/run/nginx.pid'))
+        plain.broken['nginx -s'] = 1
+    plain.host.signal = end
+    assert 'broken on purpose' in refusal(plain.host.nginx.reload, True)
+
 def test_where_nginx_does_not_run_nothing_is_drained(tmpdir):
     """As at boot after a power cut in the midst of a hand-over."""
     machine = Machine(tmpdir, 'systemd')

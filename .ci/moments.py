@@ -261,8 +261,7 @@ def standing(machine):
                  for name, each in machine.containers.items() if name[:3] != 'job')
     kept = [(release.commit, sorted(release.config.items()))
             for release in machine.app.kept()]
-    idle = [dh.container_name(release) for release in machine.app.kept()
-            if not machine.services.get(dh.container_name(release), {}).get('count')]
+    can_be_made = [dh.container_name(release) for release in machine.app.kept()]
     found.update(refs=sorted(machine.refs.items()), running=machine.running(), kept=kept,
                  jobs=sorted(machine.jobs), served=sorted(machine.served.items()),
                  machines=sorted((name, sorted(node['labels'].items()),
@@ -270,7 +269,7 @@ def standing(machine):
                                  for name, node in machine.nodes.items()),
                  services=sorted((name, service['count'], service['port'])
                                  for name, service in machine.services.items()
-                                 if name not in idle),
+                                 if service['count'] or name not in can_be_made),
                  certified=machine.certified)
     return dict((name, str(value)) for name, value in found.items())
 
